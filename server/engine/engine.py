@@ -1,0 +1,343 @@
+"""The engine on plain transformers: one thread owns the model and runs step after step.
+
+A step admits what waits, computes one chunk of each unfinished prompt and one token of each decoding row, draws the
+next tokens and sends their text. Owns time and the rows' lives; what rows compute is the runner's, which rows run is
+the scheduler's, what a token becomes is the sampler's and the detokenizer's.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.detokenizer import Detokenizer
+from server.engine.errors import reject
+from server.engine.mailbox import Mailbox, Outbox
+from server.engine.protocol import (
+    Delta,
+    EngineStats,
+    EventStream,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+)
+from server.engine.runner import DEFAULT_CONTEXT, Work, context_limit
+from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
+from server.engine.scheduler import Chunk, Scheduler, Sequence
+from server.engine.selection import choose_runner
+from steering_vectors.errors import Conflict, ModelError, Overloaded, RequestError, Unavailable
+from steering_vectors.hooks import SteeringBank
+from steering_vectors.models import LanguageModel
+from steering_vectors.profile import Profile
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SLOTS = 16
+DEFAULT_QUEUE = 1024
+DEFAULT_CHUNK = 256
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """Everything that belongs to one live request."""
+
+    sequence: Sequence
+    sampler: RowSampler
+    detokenizer: Detokenizer
+    mailbox: Mailbox
+
+
+class TorchEngine:
+    """Implements `protocol.Engine`.
+
+    `slots` rows run at once and the rest queue, `max_queue` of them at most. `context` None takes the model's own
+    limit, at most 4096; more than the model's limit is a ModelError. `prefill_chunk` is the number of prompt tokens
+    computed in one step, for all rows together.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        context: int | None = None,
+        max_queue: int = DEFAULT_QUEUE,
+        prefill_chunk: int = DEFAULT_CHUNK,
+        allow_model_mismatch: bool = False,
+    ) -> None:
+        self._language_model = language_model
+        self._context = _checked_context(language_model, context)
+        self._max_queue = max_queue
+        self._allow_model_mismatch = allow_model_mismatch
+        self._eos_ids = _eos_ids(language_model)
+        self._bank = SteeringBank(
+            language_model.blocks,
+            rows=slots,
+            hidden_size=language_model.hidden_size,
+            dtype=language_model.dtype,
+            device=language_model.device,
+        )
+        self._bank.attach()
+        self._runner = choose_runner(language_model, self._bank, context=self._context)
+        chunk = prefill_chunk if self._runner.chunked else self._context * slots
+        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk)
+        self._rows: dict[str, Row] = {}
+        self._live: set[str] = set()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox = Outbox()
+        self._counts: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
+        self._thread.start()
+
+    # What the event loop calls.
+
+    @property
+    def language_model(self) -> LanguageModel:
+        return self._language_model
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    def generate(self, request: GenerationRequest) -> EventStream:
+        self._check(request)
+        mailbox = Mailbox(cancel=lambda: self.cancel(request.id))
+        row = Row(
+            sequence=Sequence(request),
+            sampler=RowSampler(
+                request.sampling,
+                vocab_size=self._language_model.vocab_size,
+                eos_ids=self._eos_ids,
+                prompt_ids=request.prompt_ids,
+                choice=request.choice,
+            ),
+            detokenizer=Detokenizer(self._language_model.tokenizer, request.prompt_ids, request.sampling.stop),
+            mailbox=mailbox,
+        )
+        self._live.add(request.id)
+        self._commands.put(lambda: self._add(row))
+        return mailbox
+
+    def cancel(self, request_id: str) -> bool:
+        if request_id not in self._live:
+            return False
+        self._commands.put(lambda: self._cancel(request_id))
+        return True
+
+    def load_profile(self, profile: Profile) -> None:
+        profile.check_model(self._language_model.identity, allow_mismatch=self._allow_model_mismatch)
+
+    def unload_profile(self, profile: Profile) -> None:
+        """Nothing is kept per profile: running requests hold their own."""
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            slots=self._scheduler.num_slots,
+            context=self._context,
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            steps=self._counts["steps"],
+            prompt_tokens=self._counts["prompt"],
+            generated_tokens=self._counts["generated"],
+            steered_tokens=self._counts["steered"],
+            finished=dict(self._finished),
+            path=self._runner.path,
+        )
+
+    async def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        done = Mailbox(cancel=lambda: None)
+        self._commands.put(lambda: None)
+        await done.loop.run_in_executor(None, self._thread.join)
+        self._runner.close()
+        self._bank.detach()
+
+    def _check(self, request: GenerationRequest) -> None:
+        if self._closing or not self._thread.is_alive():
+            raise Unavailable("the engine is shut down")
+        if request.id in self._live:
+            raise Conflict(f"a generation with id {request.id!r} is running already", param="id")
+        length, vocabulary = len(request.prompt_ids), self._language_model.vocab_size
+        reject(length == 0, "the prompt is empty", "prompt")
+        reject(
+            any(not 0 <= token < vocabulary for token in request.prompt_ids),
+            f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
+            "prompt",
+        )
+        if length >= self._context:
+            raise RequestError(
+                f"the prompt has {length} tokens; the context holds {self._context}, prompt and completion together: "
+                "shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        check_vocabulary(request.sampling, vocabulary)
+        for term in request.mixture.terms:
+            self.load_profile(term.profile)
+        if len(self._live) >= self._scheduler.num_slots + self._max_queue:
+            raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
+
+    # What the engine's thread does.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while not self._closing:
+                self._take_commands(wait=not self._scheduler.has_work)
+                if not self._closing and self._scheduler.has_work:
+                    self.step()
+                self._outbox.deliver()
+            for row in list(self._rows.values()):
+                self._finish(row, "cancelled")
+            self._take_commands(wait=False)
+            self._outbox.deliver()
+
+    def step(self) -> None:
+        """Admit what waits, then one pass over prompts and one over decoding rows."""
+        self._counts["steps"] += 1
+        for sequence in self._scheduler.admit():
+            self._bank.write(sequence.slot, sequence.request.mixture)
+        for batch in self._scheduler.schedule():
+            if batch:
+                self._compute(batch)
+
+    def _compute(self, batch: list[Chunk]) -> None:
+        try:
+            logits = self._runner.forward([_work(chunk) for chunk in batch])
+        except Exception as error:
+            logger.exception("a step failed")
+            for chunk in batch:
+                self._finish(self._row(chunk), "error", f"{type(error).__name__} in the model's forward pass")
+            return
+        for chunk in batch:
+            self._count(chunk)
+            self._scheduler.advance(chunk)
+        drawing = [index for index, chunk in enumerate(batch) if chunk.samples]
+        if drawing:
+            logits = logits if len(drawing) == len(batch) else logits[drawing]
+            self._draw([self._row(batch[index]) for index in drawing], logits)
+
+    def _draw(self, rows: list[Row], logits: torch.Tensor) -> None:
+        try:
+            tokens = sample(logits, [row.sampler for row in rows])
+        except NonFiniteLogits as failure:
+            for index in failure.rows:
+                self._finish(rows[index], "error", "the model's logits are not finite; the strength may be too high")
+            sound = [index for index in range(len(rows)) if index not in failure.rows]
+            if sound:
+                self._draw([rows[index] for index in sound], logits[sound])
+            return
+        for row, token in zip(rows, tokens, strict=True):
+            self._accept(row, token)
+
+    def _accept(self, row: Row, token: int) -> None:
+        """Append a drawn token to its row, send its text, end the row if it was the last."""
+        sequence, sampling = row.sequence, row.sequence.request.sampling
+        sequence.ids.append(token)
+        row.sampler.observe(token)
+        self._counts["generated"] += 1
+        if token in sampling.stop_token_ids:
+            self._finish(row, "stop", matched=token)
+        elif token in self._eos_ids and not sampling.ignore_eos:
+            self._finish(row, "stop")
+        else:
+            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,)))
+            if row.detokenizer.matched_stop is not None:
+                self._finish(row, "stop", matched=row.detokenizer.matched_stop)
+            elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
+                self._finish(row, "length")
+
+    def _finish(
+        self, row: Row, reason: FinishReason, error: str | None = None, *, matched: str | int | None = None
+    ) -> None:
+        sequence = row.sequence
+        if sequence.finish is not None:
+            return
+        rest = row.detokenizer.finish()
+        if row.detokenizer.matched_stop is not None and reason in ("stop", "length"):
+            reason, matched = "stop", row.detokenizer.matched_stop
+        sequence.finish = reason
+        if sequence.slot >= 0:
+            self._bank.clear(sequence.slot)
+            self._runner.release(sequence.slot)
+        self._scheduler.remove(sequence)
+        self._forget(sequence.request.id)
+        self._finished[reason] += 1
+        if rest:
+            self._outbox.put(row.mailbox, Delta(rest, ()))
+        self._outbox.put(
+            row.mailbox,
+            Finished(
+                reason=reason,
+                prompt_tokens=sequence.prompt_length,
+                completion_tokens=sequence.completion_length,
+                cached_tokens=0,
+                steered_tokens=sequence.steered_tokens,
+                error=error,
+                matched_stop=matched,
+            ),
+        )
+
+    def _add(self, row: Row) -> None:
+        self._rows[row.sequence.request.id] = row
+        self._scheduler.add(row.sequence)
+
+    def _cancel(self, request_id: str) -> None:
+        if (row := self._rows.get(request_id)) is not None:
+            self._finish(row, "cancelled")
+
+    def _forget(self, request_id: str) -> None:
+        self._rows.pop(request_id, None)
+        self._live.discard(request_id)
+
+    def _row(self, chunk: Chunk) -> Row:
+        return self._rows[chunk.sequence.request.id]
+
+    def _count(self, chunk: Chunk) -> None:
+        prompt = chunk.sequence.prompt_length
+        self._counts["prompt"] += max(0, min(chunk.end, prompt) - chunk.start)
+        self._counts["steered"] += chunk.steered_positions
+
+    def _take_commands(self, *, wait: bool) -> None:
+        """Carry out what the event loop asked for since the last step; if there is nothing to do, wait for it."""
+        if wait and not self._closing:
+            self._commands.get()()
+        while True:
+            try:
+                self._commands.get_nowait()()
+            except queue.Empty:
+                return
+
+
+def _work(chunk: Chunk) -> Work:
+    return Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from)
+
+
+def _checked_context(language_model: LanguageModel, context: int | None) -> int:
+    limit = context_limit(language_model)
+    if context is None:
+        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if context < 2:
+        raise ModelError(f"a context of {context} tokens is too short: at least 2")
+    if limit is not None and context > limit:
+        raise ModelError(f"a context of {context} tokens is more than the model's {limit}")
+    return context
+
+
+def _eos_ids(language_model: LanguageModel) -> frozenset[int]:
+    """Every end-of-sequence id of the generation configuration; else of the model's; else of the tokenizer."""
+    model = language_model.model
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    for ids in (generation, model.config.get_text_config().eos_token_id, language_model.tokenizer.eos_token_id):
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()

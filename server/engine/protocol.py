@@ -1,0 +1,177 @@
+"""What the rest of the server may ask of an engine, and what an engine answers.
+
+Every message that crosses the border between the event loop and the engine's thread is a frozen dataclass of this
+file. Knows nothing of HTTP, of tensors or of how an engine works: a second engine can stand beside the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from server.engine.errors import reject
+from steering_vectors.mixture import Mixture
+from steering_vectors.models import LanguageModel
+from steering_vectors.profile import Profile
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """How the next token is drawn. Temperature 0 is greedy. `max_tokens` None means up to the context's end.
+
+    Order: penalties and logit_bias on the logits, then temperature, then top_k, top_p, min_p. `repetition_penalty`
+    looks at prompt and completion (Keskar et al. 2019), presence and frequency at the completion (OpenAI). Raises
+    RequestError that names the field.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, name)
+            reject(not low <= value <= high, f"{name} must lie in {low:g} to {high:g}, not {value!r}", name)
+        reject(not 0 < self.top_p <= 1, f"top_p must lie above 0 and up to 1, not {self.top_p!r}", "top_p")
+        reject(self.top_k < 0, f"top_k must be 0 (all) or more, not {self.top_k}", "top_k")
+        penalty = self.repetition_penalty
+        reject(
+            not (0 < penalty < math.inf), f"repetition_penalty must be above 0, not {penalty!r}", "repetition_penalty"
+        )
+        limit = self.max_tokens
+        reject(limit is not None and limit < 1, f"max_tokens must be at least 1, not {limit}", "max_tokens")
+        reject(self.min_tokens < 0, f"min_tokens must be 0 or more, not {self.min_tokens}", "min_tokens")
+        reject(
+            limit is not None and self.min_tokens > limit,
+            f"min_tokens ({self.min_tokens}) is more than max_tokens ({limit})",
+            "min_tokens",
+        )
+        reject(any(not text for text in self.stop), "a stop string must not be empty", "stop")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest:
+    """One row's worth of work: a tokenised prompt, how to sample, how to steer.
+
+    `id` is unique among live requests. `choice` is the index i among `n` choices: it draws from (seed, i).
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParameters = SamplingParameters()
+    mixture: Mixture = Mixture()
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Newly stable text of a generation, and the ids that completed it (their texts may come later)."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The one terminal event of every accepted request.
+
+    `steered_tokens` counts the positions at which the residual stream was shifted; `cached_tokens` the prompt tokens
+    whose KV was reused. `error` is set for reason "error" only. `matched_stop` is the stop string or stop token id
+    that ended the text (None for an end-of-sequence token).
+    """
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    steered_tokens: int
+    error: str | None = None
+    matched_stop: str | int | None = None
+
+
+Event = Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; counters are totals since the start."""
+
+    slots: int
+    context: int
+    running: int
+    waiting: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    steered_tokens: int
+    finished: Mapping[str, int]  # by reason
+    path: str  # how the model is run: "batched" or a fallback
+
+
+class EventStream(Protocol):
+    """The events of one request, an async iterator. `aclose` (or dropping it) cancels what has not finished."""
+
+    def __aiter__(self) -> EventStream: ...
+
+    async def __anext__(self) -> Event: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Engine(Protocol):
+    """One model behind one thread. Methods may be called from the event loop only, and never block it."""
+
+    @property
+    def language_model(self) -> LanguageModel: ...
+
+    @property
+    def context(self) -> int:
+        """The most tokens that prompt and completion may have together."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> EventStream:
+        """Accept a request and iterate over its events: any number of Delta, then one Finished.
+
+        Validation happens in the call itself: raises RequestError for an empty or overlong prompt or an unknown token
+        id, ProfileMismatch for a profile of another model, Overloaded if the queue is full, Unavailable if the engine
+        is closed. Closing the iterator, or cancelling the task that iterates, cancels the request and frees its slot.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with reason "cancelled"; False if it is not live."""
+        ...
+
+    def load_profile(self, profile: Profile) -> None:
+        """Check that a profile fits this model, before it is served. Raises ProfileError or ProfileMismatch."""
+        ...
+
+    def unload_profile(self, profile: Profile) -> None:
+        """Forget a version; requests that run with it keep it until they end."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """Cancel what runs and stop the thread."""
+        ...

@@ -1,0 +1,222 @@
+"""Running the model on chunks of several sequences: ids and positions in, logits out.
+
+Three ways, tried in this order and proven by a comparison with the plain model before one is used (`choose_runner`):
+batched over the slot cache, row by row over the model's own cache (recurrent and hybrid architectures), and row by row
+without a cache. Owns the model while the engine lives. Knows nothing of sampling, text or queues.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from server.engine.kv_cache import Rows, SlotCache, Span, install_row_masks
+from steering_vectors.errors import ModelError
+from steering_vectors.hooks import PositionSelector, SteeringBank
+from steering_vectors.models import LanguageModel
+
+BUCKET = 64  # columns read are rounded up to a multiple of this
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The tokens of one slot to compute: `ids` at positions `start`, …; steered from position `steered_from` on."""
+
+    slot: int
+    ids: Items[int]
+    start: int
+    steered_from: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.ids)
+
+    def steered(self) -> list[bool]:
+        first = self.end if self.steered_from is None else self.steered_from
+        return [position >= first for position in range(self.start, self.end)]
+
+
+class Runner(ABC):
+    """Computes logits of each row's last token, `[rows, vocabulary]`, and keeps what later steps need."""
+
+    path: ClassVar[str]
+    chunked: bool = True  # whether a prompt may be computed in pieces
+
+    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
+        self.model = language_model.model
+        self.bank = bank
+        self.context = context
+        self.device = language_model.device
+
+    @abstractmethod
+    def forward(self, batch: Items[Work]) -> torch.Tensor: ...
+
+    def release(self, slot: int) -> None:  # noqa: B027 (optional)
+        """Forget a slot's state."""
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Leave the model as it was."""
+
+
+class BatchedRunner(Runner):
+    """All rows in one forward pass over the slot cache."""
+
+    path = "batched"
+
+    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
+        super().__init__(language_model, bank, context=context)
+        projection = self.model.get_output_embeddings()
+        if projection is None:
+            raise ModelError("the model names no output projection")
+        install_row_masks()
+        layers = int(self.model.config.get_text_config().num_hidden_layers)
+        self.cache = SlotCache(layers=layers, slots=bank.num_rows, context=context)
+        self._selector = PositionSelector(projection)
+        self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def forward(self, batch: Items[Work]) -> torch.Tensor:
+        width = max(len(work.ids) for work in batch)
+        rows, padded = self._rows(batch, width)
+        span, ids, last = self._inputs(padded, rows, width)
+        where = self._where(padded, width)
+        positions = {"position_ids": span.positions} if self._takes_positions else {}
+        with self.cache.spanning(span), self.bank.step(rows, where), self._selector.select(last):
+            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions).logits[:, 0]
+        return logits if len(padded) == len(batch) else logits[[work.slot - padded[0].slot for work in batch]]
+
+    def close(self) -> None:
+        self._selector.remove()
+
+    def _rows(self, batch: Items[Work], width: int) -> tuple[Rows, list[Work]]:
+        """The batch's slots, as a slice where that is possible: reading the cache is then a view, not a copy.
+
+        A few holes between decoding rows are filled with idle rows, which cost less than a copy.
+        """
+        first, end = batch[0].slot, batch[-1].slot + 1
+        if end - first == len(batch):
+            return slice(first, end), list(batch)
+        if width == 1 and end - first <= 2 * len(batch):
+            by_slot = {work.slot: work for work in batch}
+            idle = [by_slot.get(slot) or Work(slot, [0], self.context) for slot in range(first, end)]
+            return slice(first, end), idle
+        return torch.tensor([work.slot for work in batch], device=self.device), list(batch)
+
+    def _inputs(self, batch: Items[Work], rows: Rows, width: int) -> tuple[Span, torch.Tensor, torch.Tensor]:
+        ids, positions, columns = [], [], []
+        for work in batch:
+            padding = width - len(work.ids)
+            here = list(range(work.start, work.end))
+            ids.append([*work.ids, *[0] * padding])
+            columns.append(here + [self.context] * padding)
+            # an idle row attends to its first column only
+            here = here if work.start < self.context else [0]
+            positions.append(here + here[-1:] * padding)
+        longest = max(row[-1] for row in positions) + 1
+        length = min(self.context, -(-longest // BUCKET) * BUCKET)
+        tensor = self._tensor
+        index = tensor([work.slot for work in batch]).unsqueeze(1)
+        last = tensor([len(work.ids) - 1 for work in batch]).unsqueeze(1)
+        return Span(rows, index, tensor(positions), tensor(columns), length), tensor(ids), last
+
+    def _where(self, batch: Items[Work], width: int) -> torch.Tensor | None:
+        """None, the fast case, if every position of every steered row is steered."""
+        steered = [work.steered() for work in batch]
+        if all(all(row) for row, work in zip(steered, batch, strict=True) if work.steered_from is not None):
+            return None
+        return self._tensor([row + [False] * (width - len(row)) for row in steered])
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+class RowRunner(Runner):
+    """One row after the other, each over the cache that the model itself makes: for architectures whose state is not
+    keys and values in columns (recurrent, hybrid, shared layers)."""
+
+    path = "row by row"
+    STATES: ClassVar[tuple[str, ...]] = ("past_key_values", "cache_params", "state")
+
+    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int, chunked: bool) -> None:
+        super().__init__(language_model, bank, context=context)
+        self.chunked = chunked
+        parameters = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._state_name = next((name for name in self.STATES if name in parameters), None)
+        if self._state_name is None:
+            raise ModelError("the model's forward takes no state")
+        self._states: dict[int, Any] = {}
+
+    def forward(self, batch: Items[Work]) -> torch.Tensor:
+        return torch.cat([self._row(work) for work in batch])
+
+    def release(self, slot: int) -> None:
+        self._states.pop(slot, None)
+
+    def _row(self, work: Work) -> torch.Tensor:
+        if work.start == 0:
+            self.release(work.slot)
+        ids = torch.tensor([list(work.ids)], device=self.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": True, self._state_name: self._states.get(work.slot)}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.arange(work.start, work.end, device=self.device).unsqueeze(0)
+        where = torch.tensor([work.steered()], device=self.device)
+        with self.bank.step(slice(work.slot, work.slot + 1), where):
+            output = self.model(**inputs)
+        self._states[work.slot] = output[self._state_name]
+        return output.logits[:, -1]
+
+
+class RecomputingRunner(Runner):
+    """One row after the other without any cache: slow, and right for whatever computes logits from ids."""
+
+    path = "recomputing"
+
+    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
+        super().__init__(language_model, bank, context=context)
+        self._ids: dict[int, list[int]] = {}
+
+    def forward(self, batch: Items[Work]) -> torch.Tensor:
+        return torch.cat([self._row(work) for work in batch])
+
+    def release(self, slot: int) -> None:
+        self._ids.pop(slot, None)
+
+    def _row(self, work: Work) -> torch.Tensor:
+        self._ids[work.slot] = [*self._ids.get(work.slot, [])[: work.start], *work.ids]
+        whole = Work(work.slot, self._ids[work.slot], 0, work.steered_from)
+        ids = torch.tensor([whole.ids], device=self.device)
+        where = torch.tensor([whole.steered()], device=self.device)
+        with self.bank.step(slice(work.slot, work.slot + 1), where):
+            return self.model(input_ids=ids, use_cache=False).logits[:, -1]
+
+
+def context_limit(language_model: LanguageModel) -> int | None:
+    """The most positions the model can be run on; None where nothing bounds it.
+
+    Rotary embeddings that depend on the longest row of a batch (dynamic, longrope) are bounded by the length up to
+    which they do not, so that a row never depends on its neighbours.
+    """
+    config = language_model.model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    described = json.dumps(config.to_dict(), default=str)
+    if any(f'"{kind}"' in described for kind in ("dynamic", "longrope")):
+        limits.append(_original_length(config.to_dict()))
+    known = [int(limit) for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(known, default=None)
+
+
+def _original_length(config: dict[str, Any]) -> int | None:
+    """`original_max_position_embeddings`, wherever a configuration keeps it."""
+    for key, value in config.items():
+        if key == "original_max_position_embeddings" and isinstance(value, int):
+            return value
+        if isinstance(value, dict) and (found := _original_length(value)) is not None:
+            return found
+    return None

@@ -1,0 +1,152 @@
+"""Which tokens of which sequences run in the next step. No torch: numbers and lists only.
+
+Owns the queue, the slots and each sequence's progress. A sequence takes the lowest free slot, its prompt is computed
+in chunks that share a budget of tokens per step, and then it decodes one token a step; rows join and leave between
+steps. Knows nothing of models, text or sampling.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+from server.engine.protocol import FinishReason, GenerationRequest
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request under way: its tokens so far, and how many of them have their KV computed."""
+
+    request: GenerationRequest
+    slot: int = -1
+    ids: list[int] = field(default_factory=list)
+    computed: int = 0
+    steered_tokens: int = 0
+    finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.request.prompt_ids)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.computed >= self.prompt_length
+
+    @property
+    def steered_from(self) -> int | None:
+        """First position at which steering holds: the last prompt token, or 0; None for the untouched model."""
+        mixture = self.request.mixture
+        if mixture.is_neutral:
+            return None
+        return 0 if mixture.apply_to == "all" else self.prompt_length - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Positions `start` to `end` (exclusive) of a sequence, to be computed in one forward pass."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def slot(self) -> int:
+        return self.sequence.slot
+
+    @property
+    def ids(self) -> list[int]:
+        return self.sequence.ids[self.start : self.end]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, so that the next one can be drawn."""
+        return self.end == len(self.sequence.ids)
+
+    @property
+    def steered_positions(self) -> int:
+        first = self.sequence.steered_from
+        return 0 if first is None else max(0, self.end - max(first, self.start))
+
+
+class Scheduler:
+    """Three verbs: `add`, `schedule`, `remove`.
+
+    `chunk_tokens` bounds the prompt tokens computed in one step, so that decoding rows wait no longer than that.
+    """
+
+    def __init__(self, *, slots: int, chunk_tokens: int) -> None:
+        self.num_slots = slots
+        self._chunk_tokens = chunk_tokens
+        self._free = list(range(slots))
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[str, Sequence] = {}
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Give free slots to the longest waiting sequences, and tell which were admitted."""
+        admitted = []
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            sequence.slot = heapq.heappop(self._free)
+            self._running[sequence.request.id] = sequence
+            admitted.append(sequence)
+        return admitted
+
+    def schedule(self) -> tuple[list[Chunk], list[Chunk]]:
+        """The next step: chunks of prompts, and the decoding rows' next tokens; each in order of slot."""
+        rows = sorted(self._running.values(), key=lambda sequence: sequence.slot)
+        decoding = [Chunk(row, row.computed, len(row.ids)) for row in rows if row.is_decoding]
+        return self._prefill([row for row in rows if not row.is_decoding]), decoding
+
+    def advance(self, chunk: Chunk) -> None:
+        """Note that a chunk's KV has been computed."""
+        chunk.sequence.computed = chunk.end
+        chunk.sequence.steered_tokens += chunk.steered_positions
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its slot."""
+        if self._running.pop(sequence.request.id, None) is None:
+            self._waiting.remove(sequence)
+            return
+        heapq.heappush(self._free, sequence.slot)
+
+    def live(self) -> list[Sequence]:
+        return [*self._running.values(), *self._waiting]
+
+    def check_integrity(self) -> None:
+        """Every slot is free or held by exactly one running sequence; for tests."""
+        held = [sequence.slot for sequence in self._running.values()]
+        assert sorted(held + self._free) == list(range(self.num_slots)), (held, self._free)
+
+    def _prefill(self, rows: list[Sequence]) -> list[Chunk]:
+        """Share the budget evenly; what short prompts leave over goes to the longer ones."""
+        chunks, budget = [], self._chunk_tokens
+        remaining = sorted(rows, key=lambda row: row.prompt_length - row.computed)
+        for index, row in enumerate(remaining):
+            share = max(1, budget // (len(remaining) - index))
+            length = min(share, row.prompt_length - row.computed)
+            budget = max(0, budget - length)
+            chunks.append(Chunk(row, row.computed, row.computed + length))
+        return sorted(chunks, key=lambda chunk: chunk.slot)

@@ -1,0 +1,95 @@
+"""Every error that trimtab raises on purpose.
+
+    TrimtabError
+    ├── ProfileError        a profile file or object is not usable
+    │   └── ProfileMismatch     it was fitted on another model
+    ├── DataError           a row of preference data is not usable
+    ├── ModelError          a model or tokenizer cannot be loaded or steered
+    ├── FitError            fitting or calibration cannot be carried out
+    └── RequestError        a request asks for something that cannot be done
+        ├── SteeringError       its steering is not valid
+        ├── UnknownProfile      it names a profile that is not served
+        ├── UnknownModel        it names a model that is not served
+        ├── Conflict            it addresses something in the wrong state
+        ├── Overloaded          the queue is full
+        └── Unavailable         the engine is starting, closing or broken
+
+Messages say what is wrong and what to do. `param` names the offending field of a request, `code` is a stable word
+for machines. HTTP statuses are given to classes once, in `server.app`.
+"""
+
+from __future__ import annotations
+
+
+class TrimtabError(Exception):
+    """Base of all errors raised on purpose; the message is meant for the user."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ProfileError(TrimtabError):
+    code = "invalid_profile"
+
+
+class ProfileMismatch(ProfileError):
+    code = "profile_model_mismatch"
+
+
+class DataError(TrimtabError):
+    """A bad row; `path`, `line` (1-based; for columnar files the row) and `field` locate it."""
+
+    code = "invalid_data"
+
+    def __init__(
+        self, message: str, *, path: str | None = None, line: int | None = None, field: str | None = None
+    ) -> None:
+        place = ", ".join(
+            part
+            for part in (path, f"line {line}" if line is not None else None, f"field {field!r}" if field else None)
+            if part
+        )
+        super().__init__(f"{place}: {message}" if place else message)
+        self.path, self.line, self.field = path, line, field
+
+
+class ModelError(TrimtabError):
+    code = "invalid_model"
+
+
+class FitError(TrimtabError):
+    code = "fit_failed"
+
+
+class RequestError(TrimtabError):
+    code = "invalid_request"
+
+
+class SteeringError(RequestError):
+    code = "invalid_steering"
+
+
+class UnknownProfile(RequestError):
+    code = "profile_not_found"
+
+
+class UnknownModel(RequestError):
+    code = "model_not_found"
+
+
+class Conflict(RequestError):
+    code = "conflict"
+
+
+class Overloaded(RequestError):
+    code = "overloaded"
+
+
+class Unavailable(RequestError):
+    code = "unavailable"

@@ -1,0 +1,71 @@
+"""Which model is this: a sha256 over a checkpoint's shapes and a fixed sample of its weights.
+
+Reads the stored tensors, not the loaded ones, so that dtype, packing or quantisation at load do not change it. A model
+that exists in memory only is read from its parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+SAMPLES = 16  # values read from each tensor, evenly spaced
+SHAPE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def fingerprint_checkpoint(directory: Path, config: PretrainedConfig) -> str:
+    """Fingerprint of the safetensors files in a checkpoint's directory, however they are sharded."""
+    files = sorted(directory.glob("*.safetensors"))
+    entries = sorted(entry for file in files for entry in _stored_entries(file))
+    return _digest(config, entries)
+
+
+def fingerprint_parameters(model: PreTrainedModel) -> str:
+    """Fingerprint of a model that was never stored: of its parameters as they are in memory."""
+    entries = sorted(_entry(name, tensor.detach()) for name, tensor in model.named_parameters())
+    return _digest(model.config, entries)
+
+
+def _stored_entries(file: Path) -> Iterator[str]:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            yield _entry(name, tensors.get_slice(name))
+
+
+def _entry(name: str, tensor: torch.Tensor | object) -> str:
+    shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else list(tensor.get_shape())  # type: ignore[attr-defined]
+    values = [float(tensor[_index(shape, k)]) for k in range(SAMPLES)] if all(shape) else []  # type: ignore[index]
+    return json.dumps([name, shape, values])
+
+
+def _index(shape: list[int], k: int) -> tuple[int, ...]:
+    """The k-th of SAMPLES positions spread over a tensor of this shape, the same for any storage."""
+    total = 1
+    for size in shape:
+        total *= size
+    flat, index = (k * (total - 1)) // max(SAMPLES - 1, 1), []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return tuple(reversed(index))
+
+
+def _digest(config: PretrainedConfig, entries: list[str]) -> str:
+    text_config = config.get_text_config()
+    shape = {name: getattr(text_config, name, None) for name in SHAPE_FIELDS}
+    content = json.dumps([shape, entries], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""What one request asks for, once its profiles are at hand: profiles with strengths, and where they apply.
+
+Owns the arithmetic of a mix (sums in float32, safe range, receipts). Knows nothing of rows, caches or HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steering_vectors.errors import SteeringError
+from steering_vectors.profile import ApplyTo, Profile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One profile of a mix with its strength α and, optionally, a subset of its layers."""
+
+    profile: Profile
+    strength: float
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise SteeringError(f"the strength of {self.profile.name!r} must be a finite number", param="strength")
+        if self.profile.operator == "ablate" and not 0 <= self.strength <= 1:
+            raise SteeringError(
+                f"profile {self.profile.name!r} ablates its direction: its strength must lie in 0 to 1, "
+                f"not {self.strength:g}",
+                param="strength",
+            )
+        self.profile.injected(self.layers)
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        return self.profile.layers if self.layers is None else tuple(sorted(set(self.layers)))
+
+    def shift(self) -> dict[int, torch.Tensor]:
+        """α · unit · direction per block, float32 `[hidden]`."""
+        coefficient = self.strength * self.profile.unit
+        return {layer: coefficient * d for layer, d in self.profile.injected(self.layers).items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """A mix of terms. The default, without terms, is the untouched model."""
+
+    terms: tuple[Term, ...] = ()
+    apply_to: ApplyTo = "generated"
+    preserve_norm: bool = False
+    allow_beyond_safe: bool = False
+
+    def __post_init__(self) -> None:
+        names = [term.profile.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise SteeringError(f"profile {name!r} occurs twice in one steering", param="steering")
+        if not self.allow_beyond_safe:
+            self._check_safe_range()
+
+    @property
+    def is_neutral(self) -> bool:
+        """True if no position is changed, whatever profiles are named."""
+        return all(term.strength == 0 for term in self.terms)
+
+    def shifts(self) -> dict[int, torch.Tensor]:
+        """Sum of the additive terms per block, float32 `[hidden]`; blocks without a term are absent."""
+        total: dict[int, torch.Tensor] = {}
+        for term in self._active("add"):
+            for layer, shift in term.shift().items():
+                total[layer] = total[layer] + shift if layer in total else shift
+        return total
+
+    def ablations(self) -> dict[int, list[tuple[float, torch.Tensor]]]:
+        """(β, unit vector `[hidden]`) pairs per block, in the order of the terms."""
+        pairs: dict[int, list[tuple[float, torch.Tensor]]] = {}
+        for term in self._active("ablate"):
+            for layer, direction in term.profile.injected(term.layers).items():
+                norm = direction.norm()
+                if norm == 0:
+                    raise SteeringError(f"profile {term.profile.name!r} cannot be ablated: its direction is zero")
+                pairs.setdefault(layer, []).append((term.strength, direction / norm))
+        return pairs
+
+    def digest(self) -> str:
+        """Names what is done to a steered position: equal digests mean equal shifts. Empty for no steering."""
+        if self.is_neutral:
+            return ""
+        content = [
+            [term.profile.version or str(id(term.profile)), term.strength, term.active_layers]
+            for term in self.terms
+            if term.strength != 0
+        ]
+        text = json.dumps([content, self.apply_to, self.preserve_norm])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:
+        """What was applied, one entry per profile, for the answer's `steering` field."""
+        return [self._receipt_of(term, steered_tokens) for term in self.terms]
+
+    def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
+        idle = term.strength == 0
+        entry: dict[str, Any] = {
+            "name": term.profile.name,
+            "version": term.profile.version,
+            "strength": term.strength,
+            "operator": term.profile.operator,
+            "layers": [] if idle else list(term.active_layers),
+            "apply_to": self.apply_to,
+            "steered_tokens": 0 if idle else steered_tokens,
+            "calibrated": self._is_calibrated(term),
+        }
+        if self.preserve_norm:
+            entry["preserve_norm"] = True
+        if self.allow_beyond_safe:
+            entry["allow_beyond_safe"] = True
+        return entry
+
+    def _is_calibrated(self, term: Term) -> bool:
+        """Whether the unit's KL budget speaks of this use: the profile alone, whole, as it was calibrated."""
+        return (
+            bool(term.profile.calibration)
+            and not term.profile.calibration.get("unreached", False)
+            and term.active_layers == term.profile.layers
+            and self.apply_to == "generated"
+            and not self.preserve_norm
+        )
+
+    def _active(self, operator: str) -> list[Term]:
+        return [term for term in self.terms if term.strength != 0 and term.profile.operator == operator]
+
+    def _check_safe_range(self) -> None:
+        remedy = "set steering.allow_beyond_safe to true to go beyond it"
+        for term in self.terms:
+            limit = term.profile.max_strength
+            if abs(term.strength) > limit:
+                raise SteeringError(
+                    f"strength {term.strength:g} of profile {term.profile.name!r} is beyond its safe range of "
+                    f"±{limit:g}; {remedy}",
+                    param="strength",
+                    code="strength_out_of_range",
+                )
+        total = sum(abs(term.strength) for term in self.terms)
+        if self.terms and total > (limit := min(term.profile.max_strength for term in self.terms)):
+            raise SteeringError(
+                f"the strengths of this mix add up to {total:g}, beyond the safe range of {limit:g}; {remedy}",
+                param="steering",
+                code="strength_out_of_range",
+            )
