@@ -14,12 +14,17 @@ from typing import Any
 import torch
 
 from steering_vectors.errors import SteeringError
-from steering_vectors.profile import ApplyTo, Profile
+from steering_vectors.profile import CHOICES, ApplyTo, Profile
+
+ROUNDING = 1e-9  # strengths that add up to the limit but for float rounding are within it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """One profile of a mix with its strength α and, optionally, a subset of its layers."""
+    """One profile of a mix with its strength α and, optionally, a subset of its layers.
+
+    Raises SteeringError for a strength that is not finite (or, to ablate, not in 0 to 1) and for layers it lacks.
+    """
 
     profile: Profile
     strength: float
@@ -34,7 +39,11 @@ class Term:
                 f"not {self.strength:g}",
                 param="strength",
             )
-        self.profile.injected(self.layers)
+        for layer, direction in self.profile.injected(self.layers).items():
+            if self.profile.operator == "ablate" and not direction.any():
+                raise SteeringError(
+                    f"profile {self.profile.name!r} cannot be ablated: its direction at layer {layer} is zero"
+                )
 
     @property
     def active_layers(self) -> tuple[int, ...]:
@@ -42,13 +51,16 @@ class Term:
 
     def shift(self) -> dict[int, torch.Tensor]:
         """α · unit · direction per block, float32 `[hidden]`."""
-        coefficient = self.strength * self.profile.unit
+        coefficient = torch.tensor(self.strength * self.profile.unit, dtype=torch.float32)
         return {layer: coefficient * d for layer, d in self.profile.injected(self.layers).items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """A mix of terms. The default, without terms, is the untouched model."""
+    """A mix of terms. The default, without terms, is the untouched model.
+
+    Raises SteeringError if a profile occurs twice or strengths lie beyond the safe range and that is not allowed.
+    """
 
     terms: tuple[Term, ...] = ()
     apply_to: ApplyTo = "generated"
@@ -56,6 +68,8 @@ class Mixture:
     allow_beyond_safe: bool = False
 
     def __post_init__(self) -> None:
+        if self.apply_to not in CHOICES["apply_to"]:
+            raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="steering.apply_to")
         names = [term.profile.name for term in self.terms]
         for name in names:
             if names.count(name) > 1:
@@ -69,7 +83,10 @@ class Mixture:
         return all(term.strength == 0 for term in self.terms)
 
     def shifts(self) -> dict[int, torch.Tensor]:
-        """Sum of the additive terms per block, float32 `[hidden]`; blocks without a term are absent."""
+        """Sum of the additive terms per block, float32 `[hidden]`; blocks without a term are absent.
+
+        An overflow shows as an infinite entry; the bank refuses it.
+        """
         total: dict[int, torch.Tensor] = {}
         for term in self._active("add"):
             for layer, shift in term.shift().items():
@@ -81,10 +98,7 @@ class Mixture:
         pairs: dict[int, list[tuple[float, torch.Tensor]]] = {}
         for term in self._active("ablate"):
             for layer, direction in term.profile.injected(term.layers).items():
-                norm = direction.norm()
-                if norm == 0:
-                    raise SteeringError(f"profile {term.profile.name!r} cannot be ablated: its direction is zero")
-                pairs.setdefault(layer, []).append((term.strength, direction / norm))
+                pairs.setdefault(layer, []).append((term.strength, direction / direction.norm()))
         return pairs
 
     def digest(self) -> str:
@@ -92,7 +106,7 @@ class Mixture:
         if self.is_neutral:
             return ""
         content = [
-            [term.profile.version or str(id(term.profile)), term.strength, term.active_layers]
+            [term.profile.version or term.profile.content_digest(), float(term.strength), term.active_layers]
             for term in self.terms
             if term.strength != 0
         ]
@@ -126,6 +140,7 @@ class Mixture:
         return (
             bool(term.profile.calibration)
             and not term.profile.calibration.get("unreached", False)
+            and all(other is term or other.strength == 0 for other in self.terms)
             and term.active_layers == term.profile.layers
             and self.apply_to == "generated"
             and not self.preserve_norm
@@ -145,8 +160,10 @@ class Mixture:
                     param="strength",
                     code="strength_out_of_range",
                 )
-        total = sum(abs(term.strength) for term in self.terms)
-        if self.terms and total > (limit := min(term.profile.max_strength for term in self.terms)):
+        added = self._active("add")
+        total = sum(abs(term.strength) for term in added)
+        limit = min((term.profile.max_strength for term in added), default=math.inf)
+        if total > limit * (1 + ROUNDING):
             raise SteeringError(
                 f"the strengths of this mix add up to {total:g}, beyond the safe range of {limit:g}; {remedy}",
                 param="steering",

@@ -6,7 +6,7 @@ found (`methods`) or of requests (`mixture`).
 
 from __future__ import annotations
 
-import math
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from steering_vectors.errors import ProfileError, ProfileMismatch, SteeringError
 
 FORMAT_VERSION = 1
 DEFAULT_MAX_STRENGTH = 2.0
+LARGEST = torch.finfo(torch.float32).max
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 Operator = Literal["add", "ablate"]
@@ -84,7 +85,8 @@ class Profile:
     def injected(self, layers: Iterable[int] | None = None) -> dict[int, torch.Tensor]:
         """What one unit of strength injects at each block, before `unit`: float32 `[hidden_size]` per layer.
 
-        `layers` restricts the profile to a subset; incremental layering is differenced over that subset, ascending.
+        `layers` restricts the profile to a subset; incremental layering is differenced over that subset, ascending. An
+        ablated direction is never differenced: what is removed at a block is the direction found there.
         Raises SteeringError for a layer that the profile does not have.
         """
         chosen = self.layers if layers is None else tuple(sorted(set(layers)))
@@ -96,13 +98,21 @@ class Profile:
                 else f"profile {self.name!r}: the list of layers is empty; leave it out to use all of them",
                 param="steering.layers",
             )
-        if self.layering == "independent":
+        if self.layering == "independent" or self.operator == "ablate":
             return {layer: self.directions[layer] for layer in chosen}
         steps, previous = {}, torch.zeros(self.model.hidden_size)
         for layer in chosen:
             steps[layer] = self.directions[layer] - previous
             previous = self.directions[layer]
         return steps
+
+    def content_digest(self) -> str:
+        """sha256 of what the profile does, for one that has no file and so no version."""
+        digest = hashlib.sha256(f"{self.operator} {self.layering} {self.unit!r}".encode())
+        for layer in self.layers:
+            digest.update(str(layer).encode())
+            digest.update(self.directions[layer].contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_model(self, identity: ModelIdentity, *, allow_mismatch: bool = False) -> None:
         """Raise ProfileMismatch unless the profile was fitted on this very model.
@@ -119,11 +129,11 @@ class Profile:
         if ours.fingerprint != identity.fingerprint and not allow_mismatch:
             raise ProfileMismatch(
                 f"profile {self.name!r} was fitted on {ours.id!r}, whose weights differ from {identity.id!r}'s. "
-                "Fit it again on this model, or pass --allow-model-mismatch to use it all the same."
+                "Fit it again on this model, or allow the mismatch (--allow-model-mismatch) to use it all the same."
             )
 
     def _check_fields(self) -> None:
-        if not NAME_PATTERN.fullmatch(self.name):
+        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
             raise ProfileError(
                 f"{self.name!r} is not a profile name: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
                 "beginning with a letter or digit"
@@ -139,14 +149,14 @@ class Profile:
                 )
         for name in ("unit", "max_strength"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
                 raise ProfileError(f"profile {self.name!r}: {name} must be a positive finite number, not {value!r}")
 
     def _check_directions(self) -> None:
         if not self.directions:
             raise ProfileError(f"profile {self.name!r} holds no direction")
         for layer, direction in self.directions.items():
-            if not 0 <= layer < self.model.num_layers:
+            if isinstance(layer, bool) or not 0 <= layer < self.model.num_layers:
                 raise ProfileError(
                     f"profile {self.name!r}: layer {layer} is out of range; the model has blocks "
                     f"0 to {self.model.num_layers - 1}"

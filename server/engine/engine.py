@@ -184,6 +184,7 @@ class TorchEngine:
         check_vocabulary(request.sampling, vocabulary)
         for term in request.mixture.terms:
             self.load_profile(term.profile)
+        self._bank.check(request.mixture)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
             raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
 
@@ -194,12 +195,23 @@ class TorchEngine:
             while not self._closing:
                 self._take_commands(wait=not self._scheduler.has_work)
                 if not self._closing and self._scheduler.has_work:
-                    self.step()
+                    self._step_or_fail()
                 self._outbox.deliver()
             for row in list(self._rows.values()):
                 self._finish(row, "cancelled")
             self._take_commands(wait=False)
             self._outbox.deliver()
+
+    def _step_or_fail(self) -> None:
+        """A step that breaks ends the requests it ran, never the thread."""
+        try:
+            self.step()
+        except Exception as error:
+            logger.exception("a step failed")
+            for sequence in self._scheduler.running_sequences():
+                self._finish(
+                    self._rows[sequence.request.id], "error", f"{type(error).__name__} while computing a step"
+                )
 
     def step(self) -> None:
         """Admit what waits, then one pass over prompts and one over decoding rows."""
@@ -211,13 +223,7 @@ class TorchEngine:
                 self._compute(batch)
 
     def _compute(self, batch: list[Chunk]) -> None:
-        try:
-            logits = self._runner.forward([_work(chunk) for chunk in batch])
-        except Exception as error:
-            logger.exception("a step failed")
-            for chunk in batch:
-                self._finish(self._row(chunk), "error", f"{type(error).__name__} in the model's forward pass")
-            return
+        logits = self._runner.forward([_work(chunk) for chunk in batch])
         for chunk in batch:
             self._count(chunk)
             self._scheduler.advance(chunk)
@@ -268,7 +274,10 @@ class TorchEngine:
         sequence.finish = reason
         if sequence.slot >= 0:
             self._bank.clear(sequence.slot)
-            self._runner.release(sequence.slot)
+            if reason in ("stop", "length"):
+                self._runner.release(sequence.slot)
+            else:
+                self._runner.scrub(sequence.slot)
         self._scheduler.remove(sequence)
         self._forget(sequence.request.id)
         self._finished[reason] += 1

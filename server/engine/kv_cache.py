@@ -99,6 +99,12 @@ class SlotCache(Cache):
         finally:
             _current.span = None
 
+    def zero(self, slot: int) -> None:
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot] = 0
+                layer.values[slot] = 0
+
     def bytes_held(self) -> int:
         return sum(
             tensor.numel() * tensor.element_size()

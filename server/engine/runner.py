@@ -61,6 +61,10 @@ class Runner(ABC):
     def release(self, slot: int) -> None:  # noqa: B027 (optional)
         """Forget a slot's state."""
 
+    def scrub(self, slot: int) -> None:
+        """Forget a slot's state and overwrite it: masked keys that are not finite would still spoil the next row."""
+        self.release(slot)
+
     def close(self) -> None:  # noqa: B027 (optional)
         """Leave the model as it was."""
 
@@ -90,6 +94,9 @@ class BatchedRunner(Runner):
         with self.cache.spanning(span), self.bank.step(rows, where), self._selector.select(last):
             logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions).logits[:, 0]
         return logits if len(padded) == len(batch) else logits[[work.slot - padded[0].slot for work in batch]]
+
+    def scrub(self, slot: int) -> None:
+        self.cache.zero(slot)
 
     def close(self) -> None:
         self._selector.remove()

@@ -132,8 +132,8 @@ class Scheduler:
             return
         heapq.heappush(self._free, sequence.slot)
 
-    def live(self) -> list[Sequence]:
-        return [*self._running.values(), *self._waiting]
+    def running_sequences(self) -> list[Sequence]:
+        return list(self._running.values())
 
     def check_integrity(self) -> None:
         """Every slot is free or held by exactly one running sequence; for tests."""

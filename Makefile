@@ -1,0 +1,56 @@
+# The project's verbs. Everything is installed into .venv, with the tested versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROFILES ?= profiles
+export HF_HUB_OFFLINE ?= 0
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev serve profiles test lint format types bench demo clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.runtime  ## Install what serving needs into .venv
+
+dev: $(VENV)/.dev  ## Install what tests, lint and benchmarks need besides
+
+serve: $(VENV)/.runtime profiles  ## Serve the demo model on 127.0.0.1:8000, with its profiles
+	exec $(BIN)/trimtab serve --profiles $(PROFILES)
+
+profiles: $(VENV)/.runtime  ## Fit the demo profiles that are missing
+	$(BIN)/python scripts/demo_profiles.py --out $(PROFILES)
+
+test: export HF_HUB_OFFLINE := 1
+test: lint types $(VENV)/.dev  ## Lint, type-check and run the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## Check types, strictly
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev profiles  ## Measure what steering does on the demo model
+	$(BIN)/python benchmarks/dose_response.py
+
+demo: $(VENV)/.dev  ## Train the embedded demo model again (about an hour)
+	$(BIN)/python examples/train_demo_model.py
+
+clean:  ## Remove what was installed and built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

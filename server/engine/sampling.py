@@ -1,0 +1,300 @@
+"""Choosing the next token of every row of a batch from its logits.
+
+Owns the order of the steps (penalties, bias, minimum length, temperature, top-k, top-p, min-p, draw), the random stream
+of each sequence and the counts behind its penalties. Rows with different parameters share each tensor operation, yet a
+row's token depends on its own logits and stream alone, bit for bit: besides elementwise operations and maxima only
+integers are summed, so no order of summation can show. Knows nothing of models, text, slots or time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.errors import reject
+from server.engine.protocol import SamplingParameters
+
+_UNIT = 2**40  # mass of a row's likeliest token; 2^22 such tokens still sum within an int64
+_BUCKETS, _PER_NAT = 4096, 128.0  # 32 nats below the maximum: what lies lower has no mass
+_LEAST_TEMPERATURE = 1e-30  # a smaller one would vanish in float32, and 0 / 0 is not a number
+
+_Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+_Values = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+
+class NonFiniteLogits(Exception):
+    """Some rows hold NaN or +inf, or nothing above -inf, before or after penalties; `rows` are their batch indices."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(f"no token can be chosen from the logits of rows {', '.join(map(str, self.rows))}")
+
+
+def check_vocabulary(parameters: SamplingParameters, vocab_size: int) -> None:
+    """Raise RequestError if logit_bias or stop_token_ids name a token that the model does not have."""
+    for name, ids in (("logit_bias", parameters.logit_bias), ("stop_token_ids", parameters.stop_token_ids)):
+        for token_id in ids:
+            reject(
+                not 0 <= token_id < vocab_size,
+                f"{name} names token {token_id}, but this model's token ids go from 0 to {vocab_size - 1}",
+                name,
+            )
+
+
+class _TokenCounts:
+    """Distinct ids of a sequence and how often each was chosen, in arrays that grow by doubling."""
+
+    __slots__ = ("_counts", "_ids", "_places")
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        distinct = list(dict.fromkeys(ids))
+        self._places = {token_id: place for place, token_id in enumerate(distinct)}
+        self._ids: _Ids = np.array(distinct, dtype=np.int64)
+        self._counts: _Values = np.zeros(len(distinct), dtype=np.float32)
+
+    def add(self, token_id: int) -> None:
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == len(self._ids):
+            size = max(16, 2 * place)
+            self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
+            self._counts[place:] = 0
+        self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def arrays(self) -> tuple[_Ids, _Values]:
+        """Ids and their counts; an id of the prompt that was not chosen since has count 0."""
+        return self._ids[: len(self._places)], self._counts[: len(self._places)]
+
+
+class RowSampler:
+    """How one sequence draws its tokens: its parameters, its own random stream, the counts of its tokens.
+
+    Ids of the prompt must lie in the vocabulary. Choice i of a request draws from (seed, i), and no seed means one
+    from the operating system. Raises RequestError as `check_vocabulary` does.
+    """
+
+    __slots__ = ("_chosen", "_random", "bias", "counts", "forbidden", "parameters")
+
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        prompt_ids: Sequence[int],
+        choice: int = 0,
+    ) -> None:
+        check_vocabulary(parameters, vocab_size)
+        self.parameters = parameters
+        self.bias = _bias_arrays(parameters)
+        self.counts = _initial_counts(parameters, prompt_ids)
+        self.forbidden = _ending_ids(parameters, eos_ids, vocab_size) if parameters.min_tokens else None
+        self._chosen = 0
+        self._random = random.Random(_stream_seed(parameters.seed, choice))
+
+    def observe(self, token_id: int) -> None:
+        """Take note that this token was chosen for the sequence."""
+        self._chosen += 1
+        if self.counts is not None:
+            self.counts.add(token_id)
+        if self._chosen >= self.parameters.min_tokens:
+            self.forbidden = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.parameters.temperature == 0
+
+    @property
+    def edits_logits(self) -> bool:
+        return self.counts is not None or self.bias is not None or self.forbidden is not None
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this sequence's stream."""
+        return self._random.random()
+
+
+@torch.no_grad()
+def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """The next token id of every row; logits `[rows, vocabulary]` of any float dtype are left as they are.
+
+    -inf excludes a token. Among equal logits the lowest id wins, in argmax as at the border of top-k and top-p. A row
+    with a temperature takes one number from its stream. Raises NonFiniteLogits.
+    """
+    assert logits.shape[0] == len(rows)
+    highest, best = logits.max(dim=-1)  # NaN wins: the maximum tells whether a row is sound
+    _require_finite(highest, range(len(rows)))
+    tokens: list[int] = best.tolist()
+    special = [index for index, row in enumerate(rows) if not row.greedy or row.edits_logits]
+    if special:
+        chosen = _choose(logits[special].float(), [rows[index] for index in special], special)
+        for index, token_id in zip(special, chosen, strict=True):
+            tokens[index] = token_id
+    return tokens
+
+
+def _choose(logits: Tensor, rows: Sequence[RowSampler], indices: Sequence[int]) -> list[int]:
+    """Edit and draw, in place; `indices` are the rows' places in the whole batch, for the error."""
+    tokens: list[int] = [0] * len(rows)
+    if any(row.edits_logits for row in rows):
+        _edit(logits, rows)
+        highest, best = logits.max(dim=-1)
+        _require_finite(highest, indices)
+        tokens = best.tolist()
+    drawn = [place for place, row in enumerate(rows) if not row.greedy]
+    if drawn:
+        part = logits if len(drawn) == len(rows) else logits[drawn]
+        for place, token_id in zip(drawn, _draw(part, [rows[place] for place in drawn]), strict=True):
+            tokens[place] = token_id
+    return tokens
+
+
+def _require_finite(highest: Tensor, indices: Sequence[int]) -> None:
+    broken = [index for index, value in zip(indices, highest.tolist(), strict=True) if not math.isfinite(value)]
+    if broken:
+        raise NonFiniteLogits(broken)
+
+
+def _edit(logits: Tensor, rows: Sequence[RowSampler]) -> None:
+    """Penalties, then bias, then the minimum length: each for all rows at once."""
+    flat = logits.view(-1)
+    starts = range(0, flat.numel(), logits.shape[1])
+    _penalise(flat, starts, rows)
+    biased = [(start + row.bias[0], row.bias[1]) for start, row in zip(starts, rows, strict=True) if row.bias]
+    if biased:
+        places, values = (_tensor(flat, np.concatenate(arrays)) for arrays in zip(*biased, strict=True))
+        flat[places] += values
+    forbidden = [start + row.forbidden for start, row in zip(starts, rows, strict=True) if row.forbidden is not None]
+    if forbidden:
+        flat[_tensor(flat, np.concatenate(forbidden))] = -math.inf
+
+
+def _penalise(flat: Tensor, starts: Sequence[int], rows: Sequence[RowSampler]) -> None:
+    """CTRL's repetition penalty (arXiv:1909.05858), then OpenAI's presence and frequency penalties."""
+    places, factors, reductions = [], [], []
+    for start, row in zip(starts, rows, strict=True):
+        if row.counts is not None:
+            ids, counts = row.counts.arrays()
+            wish = row.parameters
+            places.append(start + ids)
+            factors.append(np.full(len(ids), wish.repetition_penalty, dtype=np.float32))
+            reductions.append(wish.frequency_penalty * counts + wish.presence_penalty * (counts > 0))
+    if not places:
+        return
+    where = _tensor(flat, np.concatenate(places))
+    factor = _tensor(flat, np.concatenate(factors))
+    values = flat[where]
+    values = torch.where(values > 0, values / factor, values * factor)
+    flat[where] = values - _tensor(flat, np.concatenate(reductions).astype(np.float32))
+
+
+def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """One token for each row by inverting its cumulative mass in the order of the vocabulary."""
+    mass = probability_mass(logits, [row.parameters for row in rows])
+    cumulative = mass.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    uniform = torch.tensor([[row.uniform()] for row in rows], dtype=torch.float64).to(logits.device)
+    target = (uniform * total).long().minimum(total - 1)  # the product may be rounded up to the total
+    tokens: list[int] = torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()
+    return tokens
+
+
+def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
+    """Integer weights `[rows, vocabulary]` in proportion to each row's probabilities; 0 for what cannot be drawn.
+
+    Float32 `logits` are used up as working space. The likeliest token has 2^40; what is less likely than 2^-40 of it
+    has 0. Temperature, top_k, top_p (of the mass that top_k left) and min_p are applied, penalties are not.
+    """
+    scaled = logits.sub_(logits.amax(dim=-1, keepdim=True))
+    if any(wish.temperature != 1 for wish in parameters):
+        temperatures = [[max(wish.temperature, _LEAST_TEMPERATURE)] for wish in parameters]
+        scaled.div_(torch.tensor(temperatures, dtype=scaled.dtype).to(scaled.device))
+    mass = scaled.exp().mul_(_UNIT).long()
+    _keep_top_k(scaled, mass, [wish.top_k for wish in parameters])
+    _keep_top_p(scaled, mass, [wish.top_p for wish in parameters])
+    if any(wish.min_p for wish in parameters):
+        floor = [[math.ceil(wish.min_p * _UNIT)] for wish in parameters]
+        mass.masked_fill_(mass < torch.tensor(floor).to(mass.device), 0)
+    return mass
+
+
+def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int]) -> None:
+    index = [place for place, k in enumerate(top_k) if 0 < k < mass.shape[1]]
+    if index:
+        present = (mass[index] > 0).long()
+        need = torch.tensor([[top_k[place]] for place in index]).to(mass.device)
+        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)))
+
+
+def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float]) -> None:
+    index = [place for place, p in enumerate(top_p) if p < 1]
+    if index:
+        part = mass[index]
+        total = part.sum(dim=-1, keepdim=True)
+        share = torch.tensor([[top_p[place]] for place in index], dtype=torch.float64).to(mass.device)
+        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total))
+
+
+def _zero_below(scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor) -> None:
+    part = scaled if len(index) == len(scaled) else scaled[index]
+    mass[index] *= _shortest_head(part, weight, need)
+
+
+def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
+    """Mask `[rows, vocabulary]` of the fewest likeliest tokens whose weights sum to `need` `[rows, 1]` or more.
+
+    A histogram finds the bucket in which the sum is reached, and only that bucket's tokens are put in order: sorting
+    a vocabulary costs twenty times as much. Equal values are kept from the lowest id on. Needs 0 < need ≤ sum.
+    """
+    bucket = (scaled * -_PER_NAT).clamp_(0, _BUCKETS - 1).long()
+    weights = torch.zeros(len(scaled), _BUCKETS, dtype=torch.int64, device=scaled.device)
+    weights.scatter_add_(-1, bucket, weight)
+    reached = weights.cumsum(dim=-1)
+    border = torch.searchsorted(reached, need)  # [rows, 1]
+    before = (reached - weights).gather(-1, border)
+    inside = bucket == border
+    values, ids = scaled.masked_fill(~inside, -math.inf).topk(int(inside.sum(dim=-1).max()), dim=-1)
+    ordered = weight.gather(-1, ids).masked_fill_(values == -math.inf, 0)
+    last = torch.searchsorted(before + ordered.cumsum(dim=-1), need)
+    threshold = values.gather(-1, last)
+    tied = scaled == threshold
+    spare = last + 1 - (values > threshold).sum(dim=-1, keepdim=True)
+    return (scaled > threshold) | (tied & (tied.cumsum(dim=-1) <= spare))
+
+
+def _tensor(like: Tensor, array: _Ids | _Values) -> Tensor:
+    return torch.from_numpy(array).to(like.device)
+
+
+def _stream_seed(seed: int | None, choice: int) -> int:
+    """One 64-bit seed for (seed, choice): neighbouring seeds and choices give unrelated streams."""
+    if seed is None:
+        return secrets.randbits(64)
+    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big")
+
+
+def _bias_arrays(parameters: SamplingParameters) -> tuple[_Ids, _Values] | None:
+    bias = parameters.logit_bias
+    if not bias:
+        return None
+    return np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
+
+
+def _initial_counts(parameters: SamplingParameters, prompt_ids: Sequence[int]) -> _TokenCounts | None:
+    if parameters.repetition_penalty != 1:
+        return _TokenCounts(prompt_ids)
+    return _TokenCounts(()) if parameters.presence_penalty or parameters.frequency_penalty else None
+
+
+def _ending_ids(parameters: SamplingParameters, eos_ids: frozenset[int], vocab_size: int) -> _Ids:
+    """What would end the text; with ignore_eos an end-of-sequence token does not."""
+    ending = set(parameters.stop_token_ids)
+    if not parameters.ignore_eos:
+        ending |= {token_id for token_id in eos_ids if token_id < vocab_size}
+    return np.array(sorted(ending), dtype=np.int64)

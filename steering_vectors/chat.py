@@ -1,0 +1,191 @@
+"""What a model is shown: messages rendered to text, and texts to token ids, the same way for fitting and for serving.
+
+Owns the chat template's use, its fallback, and the border between prompt and completion. Knows nothing of files of
+data, of HTTP or of models; a tokenizer is passed in by whoever has one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from steering_vectors.errors import DataError, ModelError, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Role = Literal["system", "user", "assistant"]
+TemplateSource = Literal["tokenizer", "fallback"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+Prompt = str | tuple[Message, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt (plain text, messages, or none) and the text that follows it."""
+
+    prompt: Prompt
+    completion: str
+
+
+def chat_template_source(tokenizer: PreTrainedTokenizerBase) -> TemplateSource:
+    """Who renders messages: the tokenizer's own template, or `"fallback"`, which joins contents by newlines."""
+    return "fallback" if _template(tokenizer) is None else "tokenizer"
+
+
+def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The sha256 of the template's text, or None for a tokenizer without one."""
+    template = _template(tokenizer)
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a conversation, with all the special tokens that the template writes.
+
+    `template_kwargs` are variables for the template, never arguments of the renderer. Raises RequestError, with
+    `param` "messages" or "chat_template_kwargs", if the template refuses them.
+    """
+    if not messages:
+        raise RequestError("messages is empty; send at least one message", param="messages")
+    variables = dict(template_kwargs or {})
+    if _template(tokenizer) is None:
+        _refuse_variables(variables, "this tokenizer has no chat template")
+        return "\n".join(message.content for message in messages)
+    _refuse_variables(variables.keys() & _reserved(tokenizer), "it is set by the server")
+    try:
+        text = tokenizer.apply_chat_template(
+            [asdict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        reason = str(error) or type(error).__name__
+        raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from error
+    return cast(str, text)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    *,
+    add_special_tokens: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a plain text or of messages, up to where the model is to write; never with two BOS tokens.
+
+    A template writes its own special tokens, so `add_special_tokens` is for plain texts and for the fallback only.
+    Raises RequestError for an empty prompt, or one whose template fails.
+    """
+    if isinstance(prompt, str):
+        param, text, special = "prompt", prompt, add_special_tokens
+    else:
+        param, text = "messages", render_chat(tokenizer, prompt, template_kwargs=template_kwargs)
+        special = add_special_tokens and _template(tokenizer) is None
+    if not text:
+        raise RequestError(f"{param} is empty; send at least one character", param=param)
+    try:
+        ids = _one_bos(tokenizer, _tokenize(tokenizer, text, special))
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{param} holds half of a surrogate pair, which is no character", param=param) from error
+    if not ids:
+        raise RequestError(f"{param} holds no token of this model", param=param)
+    return ids
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
+    """Token ids of an example, and the index of the first token of its completion.
+
+    The ids before it are those the server would compute from the prompt alone (without one: BOS if the tokenizer
+    adds it, else none); the rest are what the model would have generated. Raises RequestError if the chat template
+    refuses the prompt, DataError if the completion has no token.
+    """
+    before = _bos(tokenizer) if example.prompt is None else encode_prompt(tokenizer, example.prompt)
+    try:
+        completion = _continuation(tokenizer, before, example.completion)
+    except UnicodeEncodeError as error:
+        raise DataError("the completion holds half of a surrogate pair, which is no character") from error
+    if not completion:
+        raise DataError(f"the completion {example.completion!r} holds no token of this model; remove the row")
+    return before + completion, len(before)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ModelError(
+            f"the tokenizer has several chat templates ({names}) and none called 'default'; "
+            "name one of them so in its tokenizer_config.json"
+        ) from error
+
+
+def _reserved(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {"messages", "self", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"kwargs"}
+
+
+def _refuse_variables(names: Sequence[str] | set[str] | dict[str, Any], reason: str) -> None:
+    if names:
+        raise RequestError(
+            f"chat_template_kwargs cannot set {min(names)!r}: {reason}; leave it out",
+            param="chat_template_kwargs",
+        )
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    text.encode()  # raises on lone surrogates, which tokenizers answer with a TypeError
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    first = _tokenize(tokenizer, "", True)[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:
+    """The ids of `text` as generated after `before`.
+
+    SentencePiece-like tokenizers put a space before every text they are given, so a text that begins with one would
+    get two; if leaving it out decodes to the text itself, that is what the model would have generated.
+    """
+    ids = _tokenize(tokenizer, text, False)
+    if not text.startswith(" ") or _decoded_after(tokenizer, before, ids) == text:
+        return ids
+    shorter = _tokenize(tokenizer, text[1:], False)
+    return shorter if _decoded_after(tokenizer, before, shorter) == text else ids
+
+
+def _decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    whole, start = _decode(tokenizer, before + ids), _decode(tokenizer, before)
+    return whole[len(start) :]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

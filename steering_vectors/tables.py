@@ -1,0 +1,234 @@
+"""Files of rows: JSONL, JSON, CSV, TSV and Parquet, each also gzipped, and data sets of the `datasets` package.
+
+Owns how bytes become rows that know their line. Knows nothing of what the columns mean; a row that cannot be read
+is handed on as a `BadRow` in its place, because it is not for this module to say whether to skip it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steering_vectors.errors import DataError
+
+HUB_PREFIX = "hf:"
+DEFAULT_SPLIT = "train"
+INSTALL = "pip install 'trimtab[data]'"
+
+
+class BadRow(Exception):
+    """What is wrong with one row, and in which column; whoever knows file and line makes it a DataError."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.field = message, field
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its 1-based line in the file (JSON, Parquet and hub data: its number) and its cells by column."""
+
+    line: int
+    cells: dict[str, Any] | BadRow
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of a source, and the sha256 of the file's bytes (for hub data: of its rows as canonical JSON)."""
+
+    source: str
+    sha256: str
+    rows: list[Row]
+
+
+def read_table(source: str) -> Table:
+    """Read a file by its ending, or `hf:NAME[:split]`. Raises DataError if it cannot be read as a whole."""
+    if source.startswith(HUB_PREFIX):
+        return _read_hub(source)
+    ending = _ending(source)
+    try:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read ({reason}); check the path", path=source) from error
+    plain = _gunzip(data, source) if source.lower().endswith(".gz") else data
+    try:
+        rows = list(READERS[ending](plain))
+    except BadRow as error:
+        raise DataError(error.message, path=source) from error
+    return Table(source, hashlib.sha256(data).hexdigest(), rows)
+
+
+def _ending(source: str) -> str:
+    suffixes = [suffix.lower() for suffix in Path(source).suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in READERS:
+        known = ", ".join(READERS)
+        raise DataError(f"its name must end in one of {known}, or in these and .gz; rename or convert it", path=source)
+    return suffixes[-1]
+
+
+def _gunzip(data: bytes, source: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"not a whole gzip file ({error}); copy it again", path=source) from error
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BadRow(f"line {line} is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"not valid JSON ({error})") from error
+
+
+def _object(line: int, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(line, value)
+    return Row(line, BadRow(f"must be a JSON object, not {type(value).__name__}"))
+
+
+def _read_jsonl(data: bytes) -> Iterator[Row]:
+    for number, line in enumerate(_text(data).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield _object(number, _parse_json(line))
+            except BadRow as error:
+                yield Row(number, error)
+
+
+def _read_json(data: bytes) -> Iterator[Row]:
+    try:
+        value = _parse_json(_text(data))
+    except BadRow as error:
+        raise BadRow(f"{error.message}; if it holds one object per line, name it .jsonl") from error
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise BadRow("must be a list of objects, or an object with such a list as 'data'")
+    for number, row in enumerate(rows, start=1):
+        yield _object(number, row)
+
+
+def _read_csv(data: bytes) -> Iterator[Row]:
+    return _delimited(_text(data), delimiter=",", strict=True)
+
+
+def _read_tsv(data: bytes) -> Iterator[Row]:
+    """Cells quoted as in CSV; where that does not come out even, quotation marks are plain characters."""
+    text = _text(data)
+    try:
+        return iter(list(_delimited(text, delimiter="\t", strict=True)))
+    except BadRow:
+        return _delimited(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _delimited(text: str, **dialect: Any) -> Iterator[Row]:
+    before = csv.field_size_limit()
+    csv.field_size_limit(max(before, len(text)))
+    try:
+        yield from _records(csv.reader(io.StringIO(text, newline=""), **dialect))
+    finally:
+        csv.field_size_limit(before)
+
+
+def _records(reader: Any) -> Iterator[Row]:
+    """Rows of a csv reader, at the line on which each begins. A quoting error ends the file: what follows is lost."""
+    header: list[str] | None = None
+    begin = 1
+    try:
+        for record in reader:
+            if header is None:
+                header = _header(record)
+            elif record:
+                yield Row(begin, _cells(header, record))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise BadRow(f"the row that begins on line {begin} is not quoted properly ({error}); correct it") from error
+
+
+def _header(record: list[str]) -> list[str]:
+    if repeated := sorted({name for name in record if record.count(name) > 1}):
+        raise BadRow(f"its header has the column {repeated[0]!r} twice; rename one")
+    return record
+
+
+def _cells(header: list[str], record: list[str]) -> dict[str, Any] | BadRow:
+    if len(record) != len(header):
+        return BadRow(f"has {len(record)} cells where the header has {len(header)}")
+    return dict(zip(header, record, strict=True))
+
+
+def _read_parquet(data: bytes) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BadRow(f"reading Parquet needs the package pyarrow: {INSTALL}") from error
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadRow(f"not a whole Parquet file ({error}); copy it again") from error
+    for number, row in enumerate(rows, start=1):
+        yield Row(number, row)
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: str) -> Table:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"reading it needs the package datasets: {INSTALL}", path=source) from error
+    name, split = _hub_name(source)
+    try:
+        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except Exception as error:  # the package lets errors of the network, of file systems and of parsers through
+        raise DataError(f"cannot be loaded ({error}); check the name and the network", path=source) from error
+    rows = [dict(row) for row in _one_split(found, split, source)]
+    canonical = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    return Table(source, digest, [Row(number, row) for number, row in enumerate(rows, start=1)])
+
+
+def _hub_name(source: str) -> tuple[str, str | None]:
+    rest = source.removeprefix(HUB_PREFIX)
+    if Path(rest).is_dir() or ":" not in rest:
+        return rest, None
+    name, _, split = rest.rpartition(":")
+    return name, split
+
+
+def _one_split(found: Any, split: str | None, source: str) -> Any:
+    """The wanted split of a data set; without a wish its train split, or its only one."""
+    if not isinstance(found, dict):
+        if split not in (None, str(getattr(found, "split", None))):
+            raise DataError(f"it is one split without a name; leave {split!r} out", path=source)
+        return found
+    chosen = split or (next(iter(found)) if len(found) == 1 else DEFAULT_SPLIT)
+    if chosen not in found:
+        raise DataError(f"it has no split {chosen!r}; its splits are {', '.join(map(str, found))}", path=source)
+    return found[chosen]

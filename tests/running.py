@@ -1,0 +1,110 @@
+"""Driving an engine from a test: submit requests, collect their ends. Also plain references."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+
+from server.engine.engine import TorchEngine
+from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters
+from steering_vectors.mixture import Mixture, Term
+from steering_vectors.models import LanguageModel
+from steering_vectors.profile import Profile
+
+_ids = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    text: str
+    deltas: tuple[str, ...]
+    ids: tuple[int, ...]
+    end: Finished
+
+
+def request(prompt_ids: Sequence[int], mixture: Mixture | None = None, **sampling: Any) -> GenerationRequest:
+    """Greedy unless told otherwise."""
+    parameters = SamplingParameters(**{"temperature": 0.0, "max_tokens": 16, **sampling})
+    return GenerationRequest(f"r{next(_ids)}", tuple(prompt_ids), parameters, mixture or Mixture())
+
+
+async def outcome(engine: TorchEngine, generation: GenerationRequest) -> Outcome:
+    deltas, ids, ends = [], [], []
+    async for event in engine.generate(generation):
+        assert not ends, "an event after the terminal one"
+        if isinstance(event, Delta):
+            deltas.append(event.text)
+            ids.extend(event.token_ids)
+        else:
+            ends.append(event)
+    assert len(ends) == 1
+    return Outcome("".join(deltas), tuple(deltas), tuple(ids), ends[0])
+
+
+@asynccontextmanager
+async def running(language_model: LanguageModel, **options: Any) -> AsyncIterator[TorchEngine]:
+    engine = TorchEngine(language_model, **options)
+    try:
+        yield engine
+        engine._scheduler.check_integrity()
+    finally:
+        await engine.close()
+
+
+def run_all(language_model: LanguageModel, requests: Sequence[GenerationRequest], **options: Any) -> list[Outcome]:
+    """All requests at once through an engine of their own."""
+
+    async def main() -> list[Outcome]:
+        async with running(language_model, **options) as engine:
+            return await asyncio.gather(*(outcome(engine, generation) for generation in requests))
+
+    return asyncio.run(main())
+
+
+def random_profile(
+    language_model: LanguageModel, name: str = "random", *, seed: int = 0, scale: float = 1.0, **fields: Any
+) -> Profile:
+    """Random directions at every block; `scale` is their norm."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = fields.pop("layers", range(language_model.num_layers))
+    directions = {}
+    for layer in layers:
+        direction = torch.randn(language_model.hidden_size, generator=generator)
+        directions[layer] = scale * direction / direction.norm()
+    return Profile(
+        name=name, model=language_model.identity, directions=directions, method="random",
+        version=f"{seed:064d}", **fields,
+    )
+
+
+def mixture(profile: Profile, strength: float = 1.0, **fields: Any) -> Mixture:
+    return Mixture((Term(profile, strength),), **fields)
+
+
+def prompts(language_model: LanguageModel, lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    high = language_model.vocab_size
+    return [torch.randint(3, high, (length,), generator=generator).tolist() for length in lengths]
+
+
+def reference_ids(
+    language_model: LanguageModel, prompt_ids: Sequence[int], max_tokens: int, *, ignore_eos: bool = True
+) -> tuple[int, ...]:
+    """Greedy ids of transformers' own `generate`."""
+    model = language_model.model
+    output = model.generate(
+        torch.tensor([list(prompt_ids)]),
+        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        min_new_tokens=max_tokens if ignore_eos else None,
+        suppress_tokens=None,
+        pad_token_id=0,
+    )
+    return tuple(output[0, len(prompt_ids) :].tolist())

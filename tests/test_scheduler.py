@@ -1,0 +1,102 @@
+"""Slots, queue and chunks, without a model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from server.engine.protocol import GenerationRequest, SamplingParameters
+from server.engine.scheduler import Scheduler, Sequence
+
+
+def sequence(name: str, prompt: int) -> Sequence:
+    return Sequence(GenerationRequest(name, tuple(range(prompt)), SamplingParameters()))
+
+
+def advance(scheduler: Scheduler) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """One step in which every finished prompt and every decoding row draws token 0."""
+    prefill, decoding = scheduler.schedule()
+    for chunk in [*prefill, *decoding]:
+        draws = chunk.samples
+        scheduler.advance(chunk)
+        if draws:
+            chunk.sequence.ids.append(0)
+    return [(c.slot, c.start, c.end) for c in prefill], [c.slot for c in decoding]
+
+
+def test_admits_in_order_into_the_lowest_slots() -> None:
+    scheduler = Scheduler(slots=2, chunk_tokens=100)
+    rows = [sequence(name, 3) for name in "abc"]
+    for row in rows:
+        scheduler.add(row)
+    assert [row.request.id for row in scheduler.admit()] == ["a", "b"]
+    assert scheduler.admit() == []
+    scheduler.remove(rows[0])
+    assert scheduler.admit() == [rows[2]]
+    assert rows[2].slot == 0
+
+
+def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
+    scheduler = Scheduler(slots=1, chunk_tokens=4)
+    scheduler.add(sequence("a", 10))
+    scheduler.admit()
+    steps = [advance(scheduler) for _ in range(5)]
+    assert steps == [([(0, 0, 4)], []), ([(0, 4, 8)], []), ([(0, 8, 10)], []), ([], [0]), ([], [0])]
+
+
+def test_decoding_rows_run_in_every_step_beside_a_long_prompt() -> None:
+    scheduler = Scheduler(slots=2, chunk_tokens=4)
+    scheduler.add(sequence("short", 2))
+    scheduler.admit()
+    advance(scheduler)
+    scheduler.add(sequence("long", 40))
+    scheduler.admit()
+    for _ in range(10):
+        prefill, decoding = advance(scheduler)
+        assert len(prefill) == 1
+        assert decoding == [0]
+
+
+def test_short_prompts_are_not_starved_by_long_ones() -> None:
+    scheduler = Scheduler(slots=3, chunk_tokens=12)
+    for name, prompt in (("long", 500), ("short", 3), ("middle", 8)):
+        scheduler.add(sequence(name, prompt))
+    scheduler.admit()
+    prefill, _ = advance(scheduler)
+    assert prefill == [(0, 0, 5), (1, 0, 3), (2, 0, 4)]
+
+
+def test_more_prompts_than_budget_still_advance() -> None:
+    scheduler = Scheduler(slots=8, chunk_tokens=3)
+    for index in range(8):
+        scheduler.add(sequence(str(index), 5))
+    scheduler.admit()
+    prefill, _ = advance(scheduler)
+    assert len(prefill) == 8
+    assert all(end > start for _, start, end in prefill)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_lives_leave_every_slot_free(seed: int) -> None:
+    random_ = random.Random(seed)
+    scheduler = Scheduler(slots=4, chunk_tokens=8)
+    for step in range(200):
+        if random_.random() < 0.4:
+            scheduler.add(sequence(str(step), random_.randint(1, 30)))
+        scheduler.admit()
+        advance(scheduler)
+        for row in scheduler.running_sequences():
+            if random_.random() < 0.1:
+                scheduler.remove(row)
+        scheduler.check_integrity()
+    while scheduler.has_work:
+        scheduler.admit()
+        for row in scheduler.running_sequences():
+            scheduler.remove(row)
+    scheduler.check_integrity()
+
+
+def test_steered_positions_are_counted_from_the_last_prompt_token() -> None:
+    row = sequence("a", 5)
+    assert row.steered_from is None
