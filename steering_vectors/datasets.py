@@ -19,13 +19,16 @@ MIN_ROWS = 16
 MIN_PER_LABEL = 8
 SHOWN_SKIPS = 5
 REMEDY = "correct the row, or skip such rows with --skip-bad-rows"
+DEMO = "demo:"
+DEMO_DIRECTORY = Path(__file__).parent / "demo" / "preferences"
+TRAINING = ".train.jsonl"
 FORMATS = "{prompt, chosen, rejected}, {prompt, completion, label} or {positive, negative}"
 
 
 def load_pairs(
     path: str | Path, *, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False
 ) -> Preferences:
-    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, each also with .gz, or `hf:NAME[:split]`.
+    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, each also with .gz, `hf:NAME[:split]` or `demo:NAME`.
 
     The columns are those of TRL's formats: preference {prompt, chosen, rejected} (the prompt may be implicit in both
     as messages or as an HH-RLHF transcript), unpaired {prompt?, completion, label} and contrast {positive, negative};
@@ -35,7 +38,7 @@ def load_pairs(
     Raises DataError, with path, line and field, for a bad row, or counts it if `skip_bad_rows`; and if fewer than 16
     usable rows remain, or of unpaired data fewer than 8 of one label.
     """
-    table = read_table(str(path))
+    table = read_table(find_data(str(path)))
     renames = _checked_renames(columns or {})
     kind = _kind_of(table, renames)
     records, errors = _records(table, kind, renames, skip_bad_rows)
@@ -51,6 +54,17 @@ def load_pairs(
     )
     _check_enough(preferences)
     return preferences
+
+
+def find_data(path: str) -> str:
+    """The file of an embedded preference set, `demo:NAME`; anything else as it is. Raises DataError listing the sets."""
+    if not path.startswith(DEMO):
+        return path
+    file = DEMO_DIRECTORY / f"{path.removeprefix(DEMO)}{TRAINING}"
+    if not file.is_file():
+        names = sorted(file.name.removesuffix(TRAINING) for file in DEMO_DIRECTORY.glob(f"*{TRAINING}"))
+        raise DataError(f"{path!r} is not an embedded preference set: there are {', '.join(names) or 'none'}")
+    return str(file)
 
 
 def parse_columns(text: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,9 +30,22 @@ SHAPE_FIELDS = (
 
 def fingerprint_checkpoint(directory: Path, config: PretrainedConfig) -> str:
     """Fingerprint of the safetensors files in a checkpoint's directory, however they are sharded."""
-    files = sorted(directory.glob("*.safetensors"))
-    entries = sorted(entry for file in files for entry in _stored_entries(file))
+    entries = sorted(entry for file in weight_files(directory) for entry in _stored_entries(file))
     return _digest(config, entries)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that a checkpoint is made of: those its index names, or the single one, or all there are.
+
+    Others may lie beside them (another packing of the same weights, an adapter), and are not part of it.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.exists():
+        return [single]
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(directory / name for name in names)
+    return sorted(directory.glob("*.safetensors"))
 
 
 def fingerprint_parameters(model: PreTrainedModel) -> str:
@@ -66,6 +80,14 @@ def _index(shape: list[int], k: int) -> tuple[int, ...]:
 
 def _digest(config: PretrainedConfig, entries: list[str]) -> str:
     text_config = config.get_text_config()
-    shape = {name: getattr(text_config, name, None) for name in SHAPE_FIELDS}
+    shape = {name: _field(text_config, name) for name in SHAPE_FIELDS}
     content = json.dumps([shape, entries], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    """A field of the configuration; None where there is none, or where it differs between blocks."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to name one value for all blocks; the tensors' shapes tell them apart
+        return None

@@ -16,14 +16,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from steering_vectors.errors import SteeringError
 from steering_vectors.mixture import Mixture
 
 Rows = slice | torch.Tensor
+TINY = 1e-12
 
 
 def block_output(output: Any) -> torch.Tensor:
     """The residual stream in what a decoder block returned, a tensor or a tuple that begins with it."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return hidden
 
 
 def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
@@ -34,9 +37,8 @@ def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
 
 
 @contextmanager
-def hooked(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Register `make(i)` as forward hook of modules[i] while the context lasts."""
-    handles = [module.register_forward_hook(make(i)) for i, module in enumerate(modules)]
+def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that go when the context ends."""
     try:
         yield
     finally:
@@ -49,13 +51,13 @@ def record(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[
     """Collect the output `[batch, positions, hidden]` of the given blocks in the latest forward pass."""
     seen: dict[int, torch.Tensor] = {}
 
-    def make(index: int) -> Callable[..., None]:
+    def hook_for(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen[layers[index]] = block_output(output)
+            seen[layer] = block_output(output)
 
         return hook
 
-    with hooked([blocks[layer] for layer in layers], make):
+    with registered([blocks[layer].register_forward_hook(hook_for(layer)) for layer in layers]):
         yield seen
 
 
@@ -78,7 +80,7 @@ class SteeringBank:
         h ← h + shift[l, r];   h ← h − β (h·u) u  for each ablated u;   h ← h · ‖h_before‖ / ‖h‖  if asked
 
     Hooks are registered once, by `attach`. Outside of a `step`, and at blocks where no row has anything to do, they
-    leave the output object as it is.
+    leave the output object as it is. A step of a single row steers a batch of any size alike.
     """
 
     def __init__(
@@ -121,17 +123,27 @@ class SteeringBank:
             handle.remove()
         self._handles.clear()
 
+    def check(self, mixture: Mixture) -> dict[int, torch.Tensor]:
+        """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
+        shifts = {layer: shift.to(self._shift) for layer, shift in mixture.shifts().items()}
+        if not all(bool(shift.isfinite().all()) for shift in shifts.values()):
+            raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
+        return shifts
+
     def write(self, row: int, mixture: Mixture) -> None:
-        """Give a row its mix: summed in float32, cast once to the model's dtype."""
+        """Give a row its mix: summed in float32, cast once to the model's dtype.
+
+        Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
+        """
+        shifts = self.check(mixture)
         self.clear(row)
-        shifts = mixture.shifts()
         for layer, shift in shifts.items():
-            self._shift[layer, row] = shift.to(self._shift)
-        ablations = mixture.ablations()
+            self._shift[layer, row] = shift
         self._shifted[row] = tuple(shifts)
-        if ablations:
+        if ablations := mixture.ablations():
+            device = self._shift.device
             self._ablations[row] = {
-                layer: [(beta, unit.to(self._shift)) for beta, unit in pairs] for layer, pairs in ablations.items()
+                layer: [(beta, unit.to(device)) for beta, unit in pairs] for layer, pairs in ablations.items()
             }
         if mixture.preserve_norm:
             self._preserving.add(row)
@@ -156,6 +168,23 @@ class SteeringBank:
         finally:
             self._step = None
 
+    @contextmanager
+    def steps(self, model: nn.Module, where: Callable[[Any, Any], torch.Tensor | None]) -> Iterator[None]:
+        """Make every forward pass of `model` a step of all rows, at the positions `where(args, kwargs)` tells."""
+
+        def begin(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._step = Step(slice(None), where(args, kwargs))
+
+        def end(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._step = None
+
+        handles = [
+            model.register_forward_pre_hook(begin, with_kwargs=True),
+            model.register_forward_hook(end, always_call=True),
+        ]
+        with registered(handles):
+            yield
+
     def _layers_of(self, row: int) -> set[int]:
         return {*self._shifted.get(row, ()), *self._ablations.get(row, {})}
 
@@ -169,7 +198,7 @@ class SteeringBank:
         return hook
 
     def _steer(self, layer: int, hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        shift = self._shift[layer, step.rows].unsqueeze(1)  # [rows, 1, hidden]
+        shift = self._shift[layer, step.rows].unsqueeze(1).to(hidden)  # [rows, 1, hidden]
         if step.where is not None:
             shift = shift * step.where.unsqueeze(-1)
         steered = hidden + shift
@@ -178,25 +207,39 @@ class SteeringBank:
         return steered
 
     def _steer_rows(self, layer: int, before: torch.Tensor, after: torch.Tensor, step: Step) -> None:
-        """The operators that differ in kind between rows, one row at a time, into `after`."""
-        for index, row in enumerate(self._row_numbers(step.rows)):
+        """The operators that differ in kind between rows, one row at a time, in float32, into `after`."""
+        for row, index in self._places(step.rows):
             pairs = self._ablations.get(row, {}).get(layer, [])
             preserve = row in self._preserving and layer in self._layers_of(row)
             if not pairs and not preserve:
                 continue
-            hidden = after[index]
-            for beta, unit in pairs:
-                hidden = hidden - beta * (hidden @ unit).unsqueeze(-1) * unit
+            hidden = ablated(after[index].float(), pairs)
             if preserve:
-                norm = hidden.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny)
-                hidden = hidden * (before[index].norm(dim=-1, keepdim=True) / norm)
+                hidden = with_norm_of(before[index].float(), hidden)
+            hidden = hidden.to(after.dtype)
             where = None if step.where is None else step.where[index].unsqueeze(-1)
             after[index] = hidden if where is None else torch.where(where, hidden, before[index])
 
-    def _row_numbers(self, rows: Rows) -> list[int]:
-        if isinstance(rows, slice):
-            return list(range(*rows.indices(self.num_rows)))
-        return [int(row) for row in rows.tolist()]
+    def _places(self, rows: Rows) -> list[tuple[int, slice]]:
+        """Bank rows and their places in the batch; a single row takes all of it."""
+        numbers = range(self.num_rows)[rows] if isinstance(rows, slice) else [int(row) for row in rows.tolist()]
+        if len(numbers) == 1:
+            return [(numbers[0], slice(None))]
+        return [(row, slice(place, place + 1)) for place, row in enumerate(numbers)]
+
+
+def ablated(hidden: torch.Tensor, pairs: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """h − β (h·u) u for each (β, u), one after the other; `hidden` is float32 `[…, hidden]`."""
+    for beta, unit in pairs:
+        hidden = hidden - beta * (hidden @ unit).unsqueeze(-1) * unit
+    return hidden
+
+
+def with_norm_of(reference: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`hidden` scaled to the norms of `reference`, both float32 `[…, hidden]`; a zero vector stays zero."""
+    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (reference, hidden)]
+    scaled: torch.Tensor = hidden * (norms[0] / norms[1].clamp_min(TINY))
+    return scaled
 
 
 class PositionSelector:
@@ -229,22 +272,28 @@ class PositionSelector:
         return (hidden[rows, self._index], *args[1:])
 
 
-def trace_calls(
-    modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]
-) -> list[tuple[str, tuple[int, ...] | None]]:
-    """Run `run` and tell in which order the named modules returned, with the shape of what each returned.
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of a module: the tensors it was given, and the residual stream it returned, None if it returned
+    something that the bank cannot write into (not a tensor, nor a tuple or list that begins with one)."""
 
-    The shape is None where the output is not a tensor or a sequence that begins with one.
-    """
-    calls: list[tuple[str, tuple[int, ...] | None]] = []
+    name: str
+    given: tuple[torch.Tensor, ...]
+    returned: torch.Tensor | None
 
-    def make(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple | list) and output else output
-            calls.append((modules[index][0], tuple(first.shape) if isinstance(first, torch.Tensor) else None))
+
+def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]) -> list[Call]:
+    """Run `run` and tell the calls of the named modules, in the order in which they returned."""
+    calls: list[Call] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            first = output[0] if type(output) in (tuple, list) and output else output
+            calls.append(Call(name, given, first if isinstance(first, torch.Tensor) else None))
 
         return hook
 
-    with hooked([module for _, module in modules], make):
+    with registered([module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules]):
         run()
     return calls

@@ -78,8 +78,12 @@ def random_profile(
         direction = torch.randn(language_model.hidden_size, generator=generator)
         directions[layer] = scale * direction / direction.norm()
     return Profile(
-        name=name, model=language_model.identity, directions=directions, method="random",
-        version=f"{seed:064d}", **fields,
+        name=name,
+        model=language_model.identity,
+        directions=directions,
+        method="random",
+        version=f"{seed:064d}",
+        **fields,
     )
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.admission import check_prompt, checked_context, eos_ids
 from server.engine.detokenizer import Detokenizer
-from server.engine.errors import reject
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.protocol import (
     Delta,
@@ -27,11 +27,11 @@ from server.engine.protocol import (
     FinishReason,
     GenerationRequest,
 )
-from server.engine.runner import DEFAULT_CONTEXT, Work, context_limit
+from server.engine.runner import Work
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
 from server.engine.scheduler import Chunk, Scheduler, Sequence
 from server.engine.selection import choose_runner
-from steering_vectors.errors import Conflict, ModelError, Overloaded, RequestError, Unavailable
+from steering_vectors.errors import Conflict, Overloaded, Unavailable
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
@@ -72,10 +72,10 @@ class TorchEngine:
         allow_model_mismatch: bool = False,
     ) -> None:
         self._language_model = language_model
-        self._context = _checked_context(language_model, context)
+        self._context = checked_context(language_model, context)
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
-        self._eos_ids = _eos_ids(language_model)
+        self._eos_ids = eos_ids(language_model)
         self._bank = SteeringBank(
             language_model.blocks,
             rows=slots,
@@ -167,21 +167,8 @@ class TorchEngine:
             raise Unavailable("the engine is shut down")
         if request.id in self._live:
             raise Conflict(f"a generation with id {request.id!r} is running already", param="id")
-        length, vocabulary = len(request.prompt_ids), self._language_model.vocab_size
-        reject(length == 0, "the prompt is empty", "prompt")
-        reject(
-            any(not 0 <= token < vocabulary for token in request.prompt_ids),
-            f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
-            "prompt",
-        )
-        if length >= self._context:
-            raise RequestError(
-                f"the prompt has {length} tokens; the context holds {self._context}, prompt and completion together: "
-                "shorten the prompt",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        check_vocabulary(request.sampling, vocabulary)
+        check_prompt(request.prompt_ids, vocabulary=self._language_model.vocab_size, context=self._context)
+        check_vocabulary(request.sampling, self._language_model.vocab_size)
         for term in request.mixture.terms:
             self.load_profile(term.profile)
         self._bank.check(request.mixture)
@@ -209,9 +196,7 @@ class TorchEngine:
         except Exception as error:
             logger.exception("a step failed")
             for sequence in self._scheduler.running_sequences():
-                self._finish(
-                    self._rows[sequence.request.id], "error", f"{type(error).__name__} while computing a step"
-                )
+                self._finish(self._rows[sequence.request.id], "error", f"{type(error).__name__} while computing a step")
 
     def step(self) -> None:
         """Admit what waits, then one pass over prompts and one over decoding rows."""
@@ -329,24 +314,3 @@ class TorchEngine:
 
 def _work(chunk: Chunk) -> Work:
     return Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from)
-
-
-def _checked_context(language_model: LanguageModel, context: int | None) -> int:
-    limit = context_limit(language_model)
-    if context is None:
-        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if context < 2:
-        raise ModelError(f"a context of {context} tokens is too short: at least 2")
-    if limit is not None and context > limit:
-        raise ModelError(f"a context of {context} tokens is more than the model's {limit}")
-    return context
-
-
-def _eos_ids(language_model: LanguageModel) -> frozenset[int]:
-    """Every end-of-sequence id of the generation configuration; else of the model's; else of the tokenizer."""
-    model = language_model.model
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    for ids in (generation, model.config.get_text_config().eos_token_id, language_model.tokenizer.eos_token_id):
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()

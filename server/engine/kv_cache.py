@@ -42,7 +42,7 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one attention layer, `[slots, heads, context + 1, head size]`, made at its first use."""
 
     is_compileable = False
@@ -82,7 +82,7 @@ class SlotLayer(CacheLayerMixin):
         return self._shape[1] - 1
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """KV of all slots. Use it inside `with cache.spanning(span):` only."""
 
     def __init__(self, *, layers: int, slots: int, context: int) -> None:

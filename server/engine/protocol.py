@@ -6,7 +6,6 @@ file. Knows nothing of HTTP, of tensors or of how an engine works: a second engi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -47,6 +46,7 @@ class SamplingParameters:
         for name, low, high in (
             ("temperature", 0.0, 100.0),
             ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.01, 100.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
         ):
@@ -54,10 +54,6 @@ class SamplingParameters:
             reject(not low <= value <= high, f"{name} must lie in {low:g} to {high:g}, not {value!r}", name)
         reject(not 0 < self.top_p <= 1, f"top_p must lie above 0 and up to 1, not {self.top_p!r}", "top_p")
         reject(self.top_k < 0, f"top_k must be 0 (all) or more, not {self.top_k}", "top_k")
-        penalty = self.repetition_penalty
-        reject(
-            not (0 < penalty < math.inf), f"repetition_penalty must be above 0, not {penalty!r}", "repetition_penalty"
-        )
         limit = self.max_tokens
         reject(limit is not None and limit < 1, f"max_tokens must be at least 1, not {limit}", "max_tokens")
         reject(self.min_tokens < 0, f"min_tokens must be 0 or more, not {self.min_tokens}", "min_tokens")

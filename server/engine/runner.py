@@ -8,7 +8,6 @@ without a cache. Owns the model while the engine lives. Knows nothing of samplin
 from __future__ import annotations
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from steering_vectors.hooks import PositionSelector, SteeringBank
 from steering_vectors.models import LanguageModel
 
 BUCKET = 64  # columns read are rounded up to a multiple of this
-DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,8 @@ class BatchedRunner(Runner):
         where = self._where(padded, width)
         positions = {"position_ids": span.positions} if self._takes_positions else {}
         with self.cache.spanning(span), self.bank.step(rows, where), self._selector.select(last):
-            logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions).logits[:, 0]
+            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions)
+        logits: torch.Tensor = output.logits[:, 0]
         return logits if len(padded) == len(batch) else logits[[work.slot - padded[0].slot for work in batch]]
 
     def scrub(self, slot: int) -> None:
@@ -155,8 +154,8 @@ class RowRunner(Runner):
         self.chunked = chunked
         parameters = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self._state_name = next((name for name in self.STATES if name in parameters), None)
-        if self._state_name is None:
+        self._state_name = next((name for name in self.STATES if name in parameters), "")
+        if not self._state_name:
             raise ModelError("the model's forward takes no state")
         self._states: dict[int, Any] = {}
 
@@ -177,7 +176,7 @@ class RowRunner(Runner):
         with self.bank.step(slice(work.slot, work.slot + 1), where):
             output = self.model(**inputs)
         self._states[work.slot] = output[self._state_name]
-        return output.logits[:, -1]
+        return last_logits(output)
 
 
 class RecomputingRunner(Runner):
@@ -201,29 +200,10 @@ class RecomputingRunner(Runner):
         ids = torch.tensor([whole.ids], device=self.device)
         where = torch.tensor([whole.steered()], device=self.device)
         with self.bank.step(slice(work.slot, work.slot + 1), where):
-            return self.model(input_ids=ids, use_cache=False).logits[:, -1]
+            return last_logits(self.model(input_ids=ids, use_cache=False))
 
 
-def context_limit(language_model: LanguageModel) -> int | None:
-    """The most positions the model can be run on; None where nothing bounds it.
-
-    Rotary embeddings that depend on the longest row of a batch (dynamic, longrope) are bounded by the length up to
-    which they do not, so that a row never depends on its neighbours.
-    """
-    config = language_model.model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    described = json.dumps(config.to_dict(), default=str)
-    if any(f'"{kind}"' in described for kind in ("dynamic", "longrope")):
-        limits.append(_original_length(config.to_dict()))
-    known = [int(limit) for limit in limits if isinstance(limit, int) and limit > 0]
-    return min(known, default=None)
-
-
-def _original_length(config: dict[str, Any]) -> int | None:
-    """`original_max_position_embeddings`, wherever a configuration keeps it."""
-    for key, value in config.items():
-        if key == "original_max_position_embeddings" and isinstance(value, int):
-            return value
-        if isinstance(value, dict) and (found := _original_length(value)) is not None:
-            return found
-    return None
+def last_logits(output: Any) -> torch.Tensor:
+    """Logits of the last position, `[rows, vocabulary]`, in what a model returned."""
+    logits: torch.Tensor = output.logits
+    return logits[:, -1]

@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from server.engine.protocol import SamplingParameters
 
 _UNIT = 2**40  # mass of a row's likeliest token; 2^22 such tokens still sum within an int64
 _BUCKETS, _PER_NAT = 4096, 128.0  # 32 nats below the maximum: what lies lower has no mass
+_CACHED = 2**18  # logits; larger buffers are slower, most of all where memory is handed out page by page
 _LEAST_TEMPERATURE = 1e-30  # a smaller one would vanish in float32, and 0 / 0 is not a number
 
 _Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -93,7 +94,8 @@ class RowSampler:
     ) -> None:
         check_vocabulary(parameters, vocab_size)
         self.parameters = parameters
-        self.bias = _bias_arrays(parameters)
+        bias = parameters.logit_bias
+        self.bias = (np.array([*bias], np.int64), np.array([*bias.values()], np.float32)) if bias else None
         self.counts = _initial_counts(parameters, prompt_ids)
         self.forbidden = _ending_ids(parameters, eos_ids, vocab_size) if parameters.min_tokens else None
         self._chosen = 0
@@ -128,37 +130,32 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     with a temperature takes one number from its stream. Raises NonFiniteLogits.
     """
     assert logits.shape[0] == len(rows)
-    highest, best = logits.max(dim=-1)  # NaN wins: the maximum tells whether a row is sound
-    _require_finite(highest, range(len(rows)))
-    tokens: list[int] = best.tolist()
-    special = [index for index, row in enumerate(rows) if not row.greedy or row.edits_logits]
-    if special:
-        chosen = _choose(logits[special].float(), [rows[index] for index in special], special)
-        for index, token_id in zip(special, chosen, strict=True):
-            tokens[index] = token_id
-    return tokens
-
-
-def _choose(logits: Tensor, rows: Sequence[RowSampler], indices: Sequence[int]) -> list[int]:
-    """Edit and draw, in place; `indices` are the rows' places in the whole batch, for the error."""
-    tokens: list[int] = [0] * len(rows)
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    tokens = _likeliest(logits)
     if any(row.edits_logits for row in rows):
+        logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         _edit(logits, rows)
-        highest, best = logits.max(dim=-1)
-        _require_finite(highest, indices)
-        tokens = best.tolist()
+        tokens = _likeliest(logits)
     drawn = [place for place, row in enumerate(rows) if not row.greedy]
-    if drawn:
-        part = logits if len(drawn) == len(rows) else logits[drawn]
-        for place, token_id in zip(drawn, _draw(part, [rows[place] for place in drawn]), strict=True):
+    for part in _parts(drawn, logits):
+        for place, token_id in zip(part, _draw(logits[part].float(), [rows[i] for i in part]), strict=True):
             tokens[place] = token_id
     return tokens
 
 
-def _require_finite(highest: Tensor, indices: Sequence[int]) -> None:
-    broken = [index for index, value in zip(indices, highest.tolist(), strict=True) if not math.isfinite(value)]
+def _likeliest(logits: Tensor) -> list[int]:
+    """The argmax of every row. A NaN wins, so the maxima tell whether all rows are sound; NonFiniteLogits if not."""
+    highest, best = logits.max(dim=-1)
+    broken = [place for place, value in enumerate(highest.tolist()) if not math.isfinite(value)]
     if broken:
         raise NonFiniteLogits(broken)
+    return [int(token_id) for token_id in best.tolist()]
+
+
+def _parts(places: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
+    """Rows to draw together: all on an accelerator, and on a CPU as many as its caches hold."""
+    size = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(places)
+    return (places[start : start + size] for start in range(0, len(places), max(1, size)))
 
 
 def _edit(logits: Tensor, rows: Sequence[RowSampler]) -> None:
@@ -180,15 +177,13 @@ def _penalise(flat: Tensor, starts: Sequence[int], rows: Sequence[RowSampler]) -
     places, factors, reductions = [], [], []
     for start, row in zip(starts, rows, strict=True):
         if row.counts is not None:
-            ids, counts = row.counts.arrays()
-            wish = row.parameters
+            (ids, counts), wish = row.counts.arrays(), row.parameters
             places.append(start + ids)
             factors.append(np.full(len(ids), wish.repetition_penalty, dtype=np.float32))
             reductions.append(wish.frequency_penalty * counts + wish.presence_penalty * (counts > 0))
     if not places:
         return
-    where = _tensor(flat, np.concatenate(places))
-    factor = _tensor(flat, np.concatenate(factors))
+    where, factor = _tensor(flat, np.concatenate(places)), _tensor(flat, np.concatenate(factors))
     values = flat[where]
     values = torch.where(values > 0, values / factor, values * factor)
     flat[where] = values - _tensor(flat, np.concatenate(reductions).astype(np.float32))
@@ -201,8 +196,7 @@ def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
     total = cumulative[:, -1:]
     uniform = torch.tensor([[row.uniform()] for row in rows], dtype=torch.float64).to(logits.device)
     target = (uniform * total).long().minimum(total - 1)  # the product may be rounded up to the total
-    tokens: list[int] = torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()
-    return tokens
+    return [int(token_id) for token_id in torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()]
 
 
 def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
@@ -227,7 +221,7 @@ def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters]) -
 def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int]) -> None:
     index = [place for place, k in enumerate(top_k) if 0 < k < mass.shape[1]]
     if index:
-        present = (mass[index] > 0).long()
+        present = (_rows(mass, index) > 0).long()
         need = torch.tensor([[top_k[place]] for place in index]).to(mass.device)
         _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)))
 
@@ -235,15 +229,17 @@ def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int]) -> None:
 def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float]) -> None:
     index = [place for place, p in enumerate(top_p) if p < 1]
     if index:
-        part = mass[index]
+        part = _rows(mass, index)
         total = part.sum(dim=-1, keepdim=True)
         share = torch.tensor([[top_p[place]] for place in index], dtype=torch.float64).to(mass.device)
         _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total))
 
 
 def _zero_below(scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor) -> None:
-    part = scaled if len(index) == len(scaled) else scaled[index]
-    mass[index] *= _shortest_head(part, weight, need)
+    keep = _shortest_head(_rows(scaled, index), weight, need)
+    part = _rows(mass, index).mul_(keep)
+    if part is not mass:
+        mass[index] = part
 
 
 def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
@@ -259,13 +255,21 @@ def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
     border = torch.searchsorted(reached, need)  # [rows, 1]
     before = (reached - weights).gather(-1, border)
     inside = bucket == border
-    values, ids = scaled.masked_fill(~inside, -math.inf).topk(int(inside.sum(dim=-1).max()), dim=-1)
+    values, ids = scaled.masked_fill(~inside, -math.inf).topk(int(inside.count_nonzero(dim=-1).max()), dim=-1)
     ordered = weight.gather(-1, ids).masked_fill_(values == -math.inf, 0)
     last = torch.searchsorted(before + ordered.cumsum(dim=-1), need)
     threshold = values.gather(-1, last)
-    tied = scaled == threshold
-    spare = last + 1 - (values > threshold).sum(dim=-1, keepdim=True)
-    return (scaled > threshold) | (tied & (tied.cumsum(dim=-1) <= spare))
+    keep = scaled >= threshold
+    if bool(((values >= threshold).sum(dim=-1, keepdim=True) > last + 1).any()):
+        tied = scaled == threshold
+        spare = last + 1 - (values > threshold).sum(dim=-1, keepdim=True)
+        keep &= ~tied | (tied.cumsum(dim=-1) <= spare)
+    return keep
+
+
+def _rows(whole: Tensor, index: Sequence[int]) -> Tensor:
+    """These rows, ascending; not a copy where they are all."""
+    return whole if len(index) == len(whole) else whole[index]
 
 
 def _tensor(like: Tensor, array: _Ids | _Values) -> Tensor:
@@ -277,13 +281,6 @@ def _stream_seed(seed: int | None, choice: int) -> int:
     if seed is None:
         return secrets.randbits(64)
     return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big")
-
-
-def _bias_arrays(parameters: SamplingParameters) -> tuple[_Ids, _Values] | None:
-    bias = parameters.logit_bias
-    if not bias:
-        return None
-    return np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
 
 
 def _initial_counts(parameters: SamplingParameters, prompt_ids: Sequence[int]) -> _TokenCounts | None:

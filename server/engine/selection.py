@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from server.engine.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work
+from server.engine.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work, last_logits
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel
@@ -94,7 +94,7 @@ def _probes(language_model: LanguageModel, context: int) -> list[tuple[list[int]
 
 def _reference(language_model: LanguageModel, ids: list[int]) -> torch.Tensor:
     tensor = torch.tensor([ids], device=language_model.device)
-    return language_model.model(input_ids=tensor, use_cache=False).logits[0, -1]
+    return last_logits(language_model.model(input_ids=tensor, use_cache=False))[0]
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

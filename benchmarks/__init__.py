@@ -1,0 +1,1 @@
+"""Measurements of trimtab, each a script of its own."""

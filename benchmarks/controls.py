@@ -1,0 +1,49 @@
+"""Random directions as controls, and the statistics that compare with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from steering_vectors import Profile
+
+
+def random_controls(profile: Profile, count: int, *, seed: int = 0) -> list[Profile]:
+    """Profiles of random directions whose shifts have, at every block, the norm of the profile's own shift."""
+    return [_random_control(profile, index, seed) for index in range(count)]
+
+
+def _random_control(profile: Profile, index: int, seed: int) -> Profile:
+    generator = torch.Generator().manual_seed(1000 * seed + index)
+    directions = {}
+    for layer, shift in profile.injected().items():
+        noise = torch.randn(shift.shape, generator=generator)
+        directions[layer] = noise * (shift.norm() / noise.norm())
+    return replace(
+        profile,
+        name=f"random-{index}",
+        directions=directions,
+        method="random",
+        method_options={"seed": 1000 * seed + index, "norms_of": profile.name},
+        layering="independent",
+        calibration={},
+        metrics={},
+        version="",
+    )
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of `statistic(indices)` over resampled row indices."""
+    generator = np.random.default_rng(seed)
+    values = [statistic(generator.integers(0, rows, rows)) for _ in range(draws)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def span(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)

@@ -1,0 +1,143 @@
+"""What steering does on the demo model: share of replies in the wanted manner against strength, over HTTP.
+
+For every manner a profile is fitted by mean difference on the training pairs and served with random directions of the
+same norm. The same held-out prompts and seeds are answered at every strength; a rule-based classifier that fitting
+never sees judges the replies.
+
+    python benchmarks/dose_response.py [--json results.json]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.controls import bootstrap, random_controls, span
+from benchmarks.manners import judge
+from benchmarks.serving import Server, serving
+from steering_vectors import Profile, fit, load_model, load_pairs, save_profile
+
+MANNERS = ("warm", "concise", "careful", "honest")
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+HELDOUT = Path(__file__).resolve().parents[1] / "steering_vectors" / "demo" / "preferences"
+
+
+def main(
+    method: Annotated[str, typer.Option(help="Method of fitting.")] = "mean-diff",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 64,
+    randoms: Annotated[int, typer.Option(help="Random directions per manner.")] = 10,
+    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 120,
+    manners: Annotated[str, typer.Option(help="Which manners, comma-separated.")] = ",".join(MANNERS),
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    language_model = load_model("demo")
+    results = {}
+    for manner in manners.split(","):
+        profile = fit(language_model, None, load_pairs(f"demo:{manner}"), name=manner, method=method)
+        results[manner] = measure(manner, profile, heldout_prompts(manner, prompts), randoms, max_tokens)
+        print(json.dumps({manner: results[manner]["verdict"]}), file=sys.stderr, flush=True)
+    show(results, method, prompts)
+    if out is not None:
+        out.write_text(json.dumps(results, indent=1))
+    raise typer.Exit(0 if all(result["verdict"]["holds"] for result in results.values()) else 1)
+
+
+def heldout_prompts(manner: str, count: int) -> list[list[dict[str, str]]]:
+    """The first `count` distinct prompts of a manner's held-out pairs."""
+    rows = [json.loads(line) for line in (HELDOUT / f"{manner}.heldout.jsonl").read_text().splitlines()]
+    distinct = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
+    if len(distinct) < count:
+        raise SystemExit(f"{manner}: only {len(distinct)} distinct held-out prompts")
+    return list(distinct.values())[:count]
+
+
+def measure(
+    manner: str, profile: Profile, prompts: list[list[dict[str, str]]], randoms: int, max_tokens: int
+) -> dict[str, Any]:
+    controls = random_controls(profile, randoms)
+    with tempfile.TemporaryDirectory() as directory:
+        for one in (profile, *controls):
+            save_profile(one, Path(directory))
+        with serving("demo", Path(directory)) as server:
+            replies = {s: ask(server, profile.name, s, prompts, max_tokens) for s in STRENGTHS}
+            random_shares = {
+                s: [share(manner, ask(server, one.name, s, prompts, max_tokens)) for one in controls]
+                for s in (-1.0, 1.0)
+            }
+    shares = {s: share(manner, texts) for s, texts in replies.items()}
+    interval = bootstrap(
+        lambda rows: share(manner, [replies[1.0][i] for i in rows]) - share(manner, [replies[-1.0][i] for i in rows]),
+        len(prompts),
+    )
+    low, high = span(random_shares[-1.0] + random_shares[1.0])
+    rising = all(a <= b for a, b in zip(shares.values(), list(shares.values())[1:], strict=False))
+    return {
+        "shares": shares,
+        "random": random_shares,
+        "random_range": [low, high],
+        "rise": shares[1.0] - shares[-1.0],
+        "rise_95": interval,
+        "layers": list(profile.layers),
+        "kl_at_1": profile.calibration.get("kl_at_1"),
+        "samples": {s: texts[:3] for s, texts in replies.items()},
+        "verdict": {
+            "monotone": shares[-1.0] <= shares[0.0] <= shares[1.0],
+            "monotone_in_halves": rising,
+            "rise": shares[1.0] - shares[-1.0],
+            "outside_random": shares[-1.0] < low and shares[1.0] > high,
+            "holds": shares[-1.0] <= shares[0.0] <= shares[1.0]
+            and shares[1.0] - shares[-1.0] >= 0.3
+            and shares[-1.0] < low
+            and shares[1.0] > high,
+        },
+    }
+
+
+def ask(
+    server: Server, profile: str, strength: float, prompts: list[list[dict[str, str]]], max_tokens: int
+) -> list[str]:
+    bodies = [
+        {
+            "messages": prompt,
+            "profile": profile,
+            "strength": strength,
+            "seed": seed,
+            "max_tokens": max_tokens,
+        }
+        for seed, prompt in enumerate(prompts)
+    ]
+    return [answer["text"] for answer in server.generate_all(bodies)]
+
+
+def share(manner: str, texts: list[str]) -> float:
+    return sum(judge(manner, text) is True for text in texts) / len(texts)
+
+
+def show(results: dict[str, Any], method: str, prompts: int) -> None:
+    table = Table(title=f"Share of replies in the wanted manner ({method}, {prompts} held-out prompts)")
+    for column in ("manner", *(f"α {s:+g}" for s in STRENGTHS), "rise (95 %)", "random ±1", "blocks", "KL at 1"):
+        table.add_column(column, justify="left" if column == "manner" else "right")
+    for manner, result in results.items():
+        low, high = result["rise_95"]
+        table.add_row(
+            manner,
+            *(f"{value:.2f}" for value in result["shares"].values()),
+            f"{result['rise']:.2f} ({low:.2f}–{high:.2f})",
+            "{:.2f}–{:.2f}".format(*result["random_range"]),
+            ",".join(map(str, result["layers"])),
+            f"{result['kl_at_1']:.3f}" if result["kl_at_1"] is not None else "–",
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Scripts that a reader can run and change."""

@@ -1,0 +1,1 @@
+"""The generator of the embedded demo model's text: everyday topics told in opposed manners."""

@@ -1,0 +1,81 @@
+"""The application: routes, statuses and what runs beside them. Nothing is global; everything hangs on one `Service`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from server.config import Settings, read_api_keys, unknown_variables
+from server.engine.protocol import Engine
+from server.errors import ErrorReporter
+from server.middleware import BearerKeys, BodyLimit
+from server.routes import native, openai, operations, profiles
+from server.service import Service
+from steering_vectors.errors import (
+    Conflict,
+    Overloaded,
+    ProfileError,
+    RequestError,
+    TrimtabError,
+    Unavailable,
+    UnknownModel,
+    UnknownProfile,
+)
+from steering_vectors.storage import installed_version
+
+logger = logging.getLogger(__name__)
+
+STATUSES: Mapping[type[TrimtabError], int] = {
+    UnknownProfile: 404,
+    UnknownModel: 404,
+    Conflict: 409,
+    Overloaded: 429,
+    Unavailable: 503,
+    RequestError: 400,
+    ProfileError: 400,
+    TrimtabError: 500,
+}
+ERRORS: dict[int | str, dict[str, str]] = {
+    "4XX": {"description": "OpenAI's error object: what is wrong with the request"},
+    "5XX": {"description": "OpenAI's error object: what is wrong with the server"},
+}
+
+
+def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+    """An application for these settings. It begins to load when it is started, and /ready says when it has.
+
+    An engine that is passed is used in the place of one made from the settings, and is the caller's to close.
+    Raises ConfigurationError if the key file is not usable.
+    """
+    app = FastAPI(
+        title="trimtab",
+        version=installed_version(),
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan,
+        responses=ERRORS,
+    )
+    app.state.service = Service(settings, engine)
+    app.state.reporter = ErrorReporter(STATUSES)
+    app.state.reporter.install(app)
+    for routes in (openai, native, profiles, operations):
+        app.include_router(routes.router)
+    app.add_middleware(BodyLimit)
+    if settings.api_key_file is not None:
+        app.add_middleware(BearerKeys, keys=read_api_keys(settings.api_key_file))
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    for name in unknown_variables():
+        logger.warning("the environment variable %s is no setting of this server", name)
+    service: Service = app.state.service
+    service.start()
+    try:
+        yield
+    finally:
+        await service.close()

@@ -1,0 +1,143 @@
+"""The command `trimtab`: `serve` is here, everything else comes from `steering_vectors.cli`.
+
+Owns flags, the one line that says where the server is, and exit codes. Importing it loads no model code,
+so that `trimtab --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.config import PREFIX, Settings, load_settings
+from server.listener import Server, listen, url_of
+from steering_vectors.cli import register
+from steering_vectors.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from server.service import Service
+
+FAILED = 2
+
+app = typer.Typer(
+    name="trimtab",
+    help="Steer a language model while it writes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trimtab {importlib.metadata.version('trimtab')}")
+        raise typer.Exit
+
+
+def flag(name: str, *declarations: str) -> Any:
+    """The option for a setting: its text and default are the setting's own."""
+    setting = Settings.model_fields[name]
+    default = "" if setting.default is None else f"default: {str(setting.default).lower()}; "
+    text = f"{setting.description} ({default}environment: {PREFIX}{name.upper()})"
+    return typer.Option(*declarations, help=text, show_default=False)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Steer a language model while it writes: fit profiles from preferences, serve them at any strength."""
+
+
+@app.command()
+def serve(
+    invocation: typer.Context,
+    model: Annotated[str | None, flag("model")] = None,
+    profiles: Annotated[Path | None, flag("profiles")] = None,
+    host: Annotated[str | None, flag("host")] = None,
+    port: Annotated[int | None, flag("port")] = None,
+    slots: Annotated[int | None, flag("slots")] = None,
+    context: Annotated[int | None, flag("context")] = None,
+    dtype: Annotated[str | None, flag("dtype")] = None,
+    device: Annotated[str | None, flag("device")] = None,
+    served_model_name: Annotated[str | None, flag("served_model_name")] = None,
+    max_queue: Annotated[int | None, flag("max_queue")] = None,
+    prefill_chunk: Annotated[int | None, flag("prefill_chunk")] = None,
+    threads: Annotated[int | None, flag("threads")] = None,
+    allow_model_mismatch: Annotated[
+        bool | None, flag("allow_model_mismatch", "--allow-model-mismatch/--no-allow-model-mismatch")
+    ] = None,
+    api_key_file: Annotated[Path | None, flag("api_key_file")] = None,
+    log_level: Annotated[str | None, flag("log_level")] = None,
+) -> None:
+    """Serve a model and a directory of profiles over HTTP."""
+    given = {name: value for name, value in invocation.params.items() if value is not None}
+    settings = load_settings(given)
+    _log(settings.log_level)
+    with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
+        asyncio.run(_serve(settings, listener))
+
+
+register(app)
+
+
+def main() -> None:
+    """The console command: errors raised on purpose are one line and exit code 2."""
+    try:
+        app()
+    except TrimtabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> None:
+    """Serve until told to stop. Raises what went wrong if the model or the profiles cannot be loaded."""
+    from transformers.utils import logging as transformers_logging
+
+    from server.app import create_app
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    application = create_app(settings)
+    service = application.state.service
+    server = Server(application, end=service.close, access_log=settings.log_level == "debug")
+    announcing = asyncio.create_task(_announce(service, url_of(settings.host, listener), server.stop))
+    await server.serve(sockets=[listener])
+    if announcing.done():
+        announcing.result()
+    announcing.cancel()
+
+
+async def _announce(service: Service, url: str, stop: Callable[[], None]) -> None:
+    try:
+        await service.wait_ready()
+    except Exception:
+        stop()
+        raise
+    count = len(service.registry.served)
+    profiles = "1 profile" if count == 1 else f"{count} profiles"
+    print(f"trimtab serves {service.model_name} with {profiles} on {url}", flush=True)
+
+
+def _log(level: str) -> None:
+    """Log to stderr; uvicorn's own remarks only where all is asked for."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    if level != "debug":
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What routes ask for by type: the parts of the running service, each refused with a 503 until it is there.
+
+They are coroutines because FastAPI runs plain functions in threads, and all of this belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.engine.protocol import Engine
+from server.errors import ErrorReporter
+from server.profiles import ProfileRegistry
+from server.service import Service
+
+
+async def _service(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+async def _reporter(request: Request) -> ErrorReporter:
+    reporter = request.app.state.reporter
+    assert isinstance(reporter, ErrorReporter)
+    return reporter
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+ReporterDep = Annotated[ErrorReporter, Depends(_reporter)]
+
+
+async def _engine(service: ServiceDep) -> Engine:
+    return service.engine
+
+
+async def _registry(service: ServiceDep) -> ProfileRegistry:
+    return service.registry
+
+
+async def _model_name(service: ServiceDep) -> str:
+    return service.model_name
+
+
+EngineDep = Annotated[Engine, Depends(_engine)]
+RegistryDep = Annotated[ProfileRegistry, Depends(_registry)]
+ModelNameDep = Annotated[str, Depends(_model_name)]

@@ -1,0 +1,142 @@
+"""The choices of one HTTP request: each is a request of the engine, and together they are one stream of events.
+
+Owns their starting (all or none), their interleaving and their closing. Knows nothing of the shapes of answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from server.engine.protocol import (
+    Delta,
+    Engine,
+    Event,
+    EventStream,
+    Finished,
+    GenerationRequest,
+    SamplingParameters,
+)
+from steering_vectors.errors import RequestError, TrimtabError, Unavailable
+from steering_vectors.mixture import Mixture
+
+
+class GenerationFailed(TrimtabError):
+    """The engine accepted a request and could not finish it."""
+
+    code = "generation_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A choice that has ended: its whole text, and its last event."""
+
+    text: str
+    finished: Finished
+
+
+class Generations:
+    """Index i·n + j is choice j of prompt i, drawn from (seed, j): each prompt gets what it would get alone."""
+
+    def __init__(self, requests: Sequence[GenerationRequest], streams: Sequence[EventStream]) -> None:
+        self.requests = requests
+        self._streams = streams
+        self._pumps: list[asyncio.Task[None]] = []
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @classmethod
+    async def start(
+        cls,
+        engine: Engine,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParameters,
+        mixture: Mixture,
+        *,
+        n: int = 1,
+        most: int,
+    ) -> Generations:
+        """Hand all choices to the engine; if it refuses one, none runs. Raises RequestError and its kinds.
+
+        `most` is how many the engine holds at once: more than that could never be accepted.
+        """
+        if len(prompts) * n > most:
+            raise RequestError(
+                f"{len(prompts) * n} choices are more than the {most} that this server runs and queues: ask for fewer",
+                param="n",
+            )
+        requests = [
+            GenerationRequest(new_id("gen"), ids, sampling, mixture, choice) for ids in prompts for choice in range(n)
+        ]
+        streams: list[EventStream] = []
+        try:
+            for request in requests:
+                streams.append(engine.generate(request))
+        except BaseException:
+            await _close(streams)
+            raise
+        return cls(requests, streams)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Events of all choices as they come, each with its choice's index; one Finished for each.
+
+        Raises GenerationFailed, or Unavailable, in the place of a Finished that tells of an error.
+        """
+        arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+        self._pumps = [asyncio.create_task(_pump(index, stream, arrived)) for index, stream in enumerate(self._streams)]
+        running = len(self)
+        while running:
+            index, event = await arrived.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Finished):
+                _raise_failure(event)
+                running -= 1
+            yield index, event
+
+    async def results(self) -> list[Result]:
+        """Wait for all choices. Raises as `events` does, and closes the rest."""
+        texts: list[list[str]] = [[] for _ in self.requests]
+        ends: dict[int, Finished] = {}
+        try:
+            async for index, event in self.events():
+                if isinstance(event, Delta):
+                    texts[index].append(event.text)
+                else:
+                    ends[index] = event
+        finally:
+            await self.close()
+        return [Result("".join(texts[index]), ends[index]) for index in range(len(self))]
+
+    async def close(self) -> None:
+        """Cancel what still runs. Never waits, so it also works in a task that is being cancelled."""
+        for pump in self._pumps:
+            pump.cancel()
+        await _close(self._streams)
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def _raise_failure(finished: Finished) -> None:
+    if finished.reason == "cancelled":
+        raise Unavailable("the generation was cancelled by the server: send the request again", code="cancelled")
+    if finished.reason == "error":
+        raise GenerationFailed(finished.error or "the generation failed")
+
+
+async def _close(streams: Sequence[EventStream]) -> None:
+    for stream in streams:
+        await stream.aclose()
+
+
+async def _pump(index: int, stream: EventStream, arrived: asyncio.Queue[tuple[int, Event | Exception]]) -> None:
+    try:
+        async for event in stream:
+            arrived.put_nowait((index, event))
+    except Exception as error:
+        arrived.put_nowait((index, error))

@@ -1,0 +1,38 @@
+"""From what a client wrote to the token ids that the engine is given.
+
+Owns when tokenising leaves the event loop: a long text would hold up every stream. Knows nothing of templates, which
+are `steering_vectors.chat`'s, or of the engine's limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from transformers import PreTrainedTokenizerBase
+
+from server.schemas.prompts import EncodingBody
+from steering_vectors.chat import Message, encode_prompt
+
+Prompt = str | list[int] | tuple[Message, ...]
+LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
+
+
+async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: EncodingBody) -> tuple[int, ...]:
+    """Token ids of a text or of messages; token ids pass as they are. Raises RequestError."""
+    if isinstance(prompt, list):
+        return tuple(prompt)
+
+    def work() -> tuple[int, ...]:
+        ids = encode_prompt(
+            tokenizer,
+            prompt,
+            add_special_tokens=encoding.add_special_tokens,
+            template_kwargs=encoding.chat_template_kwargs,
+        )
+        return tuple(ids)
+
+    return await asyncio.to_thread(work) if _length(prompt) > LONG_TEXT else work()
+
+
+def _length(prompt: str | tuple[Message, ...]) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)

@@ -1,0 +1,139 @@
+"""OpenAI's routes: chat completions, completions and the list of models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.answers import ChatAnswer, CompletionAnswer, OpenAIAnswer
+from server.dependencies import EngineDep, ModelNameDep, RegistryDep, ReporterDep, ServiceDep
+from server.engine.protocol import Delta, Finished
+from server.errors import ErrorReporter
+from server.generations import Generations, new_id
+from server.json_bodies import StrictRoute
+from server.profiles import ProfileRegistry
+from server.prompts import Prompt, encode
+from server.schemas.openai import ChatBody, CompletionBody, OpenAIBody
+from server.schemas.prompts import messages_of
+from server.service import Service
+from server.steering import WantedSteering, parse_steering, split_model
+from server.streams import DONE, EventStreamResponse, frame, while_connected
+from steering_vectors.chat import chat_template_source
+from steering_vectors.errors import SteeringError, UnknownModel
+from steering_vectors.mixture import Mixture
+from steering_vectors.profile import Profile
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
+
+
+@router.post("/chat/completions")
+async def chat_completions(body: ChatBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
+    """Write the next turn of a conversation, steered as asked."""
+    prompts = [messages_of(body.messages)]
+    answer, generations = await _start(ChatAnswer, new_id("chatcmpl"), body, prompts, service)
+    return await _respond(answer, generations, body, request, reporter)
+
+
+@router.post("/completions")
+async def completions(body: CompletionBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
+    """Continue one text or several, steered as asked."""
+    answer, generations = await _start(CompletionAnswer, new_id("cmpl"), body, body.prompt, service)
+    return await _respond(answer, generations, body, request, reporter)
+
+
+@router.get("/models")
+async def models(engine: EngineDep, registry: RegistryDep, service: ServiceDep, base: ModelNameDep) -> dict[str, Any]:
+    """The base model, then one alias for each profile."""
+    template = chat_template_source(engine.language_model.tokenizer)
+    common = {"object": "model", "created": service.created, "owned_by": "trimtab"}
+    common |= {"max_model_len": engine.context, "chat_template": template}
+    aliases = [{"id": f"{base}:{profile.name}", **common, **_origin(base, profile)} for profile in registry.served]
+    return {"object": "list", "data": [{"id": base, **common}, *aliases]}
+
+
+@router.get("/models/{model:path}")
+async def model(
+    model: str, engine: EngineDep, registry: RegistryDep, service: ServiceDep, base: ModelNameDep
+) -> dict[str, Any]:
+    """One entry of the list."""
+    listed = await models(engine, registry, service, base)
+    for entry in listed["data"]:
+        if entry["id"] == model:
+            return dict(entry)
+    raise UnknownModel(f"model {model!r} is not served; GET /v1/models lists what is", param="model")
+
+
+def _origin(base: str, profile: Profile) -> dict[str, str]:
+    return {"parent": base, "profile": profile.name, "version": profile.version}
+
+
+def mixture_of(body: OpenAIBody, base: str, registry: ProfileRegistry) -> Mixture:
+    """What the model's alias or the steering field asks for. Raises RequestError and its kinds."""
+    alias = split_model(body.model, base)
+    if alias is None:
+        wanted = body.steering.wanted() if body.steering is not None else WantedSteering()
+    elif body.steering is None:
+        wanted = WantedSteering(parse_steering(alias))
+    else:
+        raise SteeringError(
+            f"both the model's alias {body.model!r} and the field steering steer: use only one of them",
+            param="steering",
+        )
+    return wanted.resolve(registry.find)
+
+
+async def _start(
+    kind: type[OpenAIAnswer], answer_id: str, body: OpenAIBody, prompts: Sequence[Prompt], service: Service
+) -> tuple[OpenAIAnswer, Generations]:
+    """Hand every choice to the engine, so that what is wrong with a request is said before the answer begins."""
+    engine = service.engine
+    mixture = mixture_of(body, service.model_name, service.registry)
+    sampling = body.sampling()
+    body.check_stream_options()
+    ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
+    generations = await Generations.start(engine, ids, sampling, mixture, n=body.n, most=service.most_generations)
+    return kind(body.model, mixture, generations.requests, answer_id, body.n), generations
+
+
+async def _respond(
+    answer: OpenAIAnswer, generations: Generations, body: OpenAIBody, request: Request, reporter: ErrorReporter
+) -> Response:
+    if body.stream:
+        frames = _frames(answer, generations, reporter, include_usage=body.include_usage)
+        return EventStreamResponse(frames, close=generations.close)
+    results = await while_connected(request, generations.results())
+    return JSONResponse(answer.whole(results))
+
+
+async def _frames(
+    answer: OpenAIAnswer, generations: Generations, reporter: ErrorReporter, *, include_usage: bool
+) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in _chunks(answer, generations, include_usage=include_usage):
+            yield frame(chunk)
+    except Exception as error:
+        yield frame(reporter.describe(error))
+    yield DONE
+
+
+async def _chunks(
+    answer: OpenAIAnswer, generations: Generations, *, include_usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of all choices as they come; the very last one carries the receipt of the whole."""
+    ends: dict[int, Finished] = {}
+    for index in range(len(generations)):
+        yield answer.opening(index)
+    async for index, event in generations.events():
+        if isinstance(event, Finished):
+            ends[index] = event
+            last = len(ends) == len(generations) and not include_usage
+            chunk = answer.closing(index, event)
+            yield answer.with_receipt(chunk, list(ends.values())) if last else chunk
+        elif isinstance(event, Delta) and event.text:
+            yield answer.piece(index, event.text)
+    if include_usage:
+        finished = [ends[index] for index in range(len(generations))]
+        yield answer.with_receipt(answer.usage_chunk(finished), finished)

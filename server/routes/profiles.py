@@ -1,0 +1,40 @@
+"""GET /profiles: what is served, what was refused and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from server.dependencies import RegistryDep
+from server.profiles import ProfileEntry
+from steering_vectors.storage import profile_summary
+
+router = APIRouter(tags=["profiles"])
+
+LISTED = ("version", "description", "method", "operator", "layering", "layers", "unit", "max_strength", "created_at")
+
+
+@router.get("/profiles")
+async def profiles(registry: RegistryDep) -> dict[str, list[dict[str, Any]]]:
+    """Every file of the profile directory. A rejected one may still be served in the version before it."""
+    return {"profiles": [_listed(entry) for entry in registry.entries]}
+
+
+@router.get("/profiles/{name}")
+async def profile(name: str, registry: RegistryDep) -> dict[str, Any]:
+    """All there is to know about one profile but its vectors."""
+    entry = registry.entry(name)
+    known = profile_summary(entry.profile) if entry.profile is not None else {}
+    return {**_state(entry), **known}
+
+
+def _listed(entry: ProfileEntry) -> dict[str, Any]:
+    served = entry.profile
+    known = {name: getattr(served, name) for name in LISTED} if served is not None else {}
+    return {**_state(entry), **known}
+
+
+def _state(entry: ProfileEntry) -> dict[str, Any]:
+    state = {"name": entry.name, "status": entry.status}
+    return state if entry.error is None else {**state, "error": entry.error}

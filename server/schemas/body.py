@@ -1,0 +1,58 @@
+"""The rules that hold for every request body, whatever its fields.
+
+An unknown field is refused, null means absent, numbers are finite and of their own type, and a field of OpenAI's that
+this server does not support is accepted at the value that asks for nothing, and refused by name at any other. Knows
+nothing of particular fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
+
+NoOps = Mapping[str, tuple[Any, ...]]
+
+
+class Body(BaseModel):
+    """A strict request body. `no_ops` maps each unsupported field to the values that ask for nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    no_ops: ClassVar[NoOps] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_no_ops(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in cls.no_ops.keys() & data.keys():
+            refuse_unless_no_op(name, data[name], cls.no_ops[name])
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in cls.no_ops and not (value is None and name in cls.model_fields)
+        }
+
+
+def refuse_unless_no_op(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise for a value of an unsupported field that asks for something. 1 and true are different values."""
+    if value is None or any(type(value) is type(one) and value == one for one in allowed):
+        return
+    remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
+    raise PydanticCustomError(
+        "unsupported_field", "field '{field}' is not supported: {remedy}", {"field": name, "remedy": remedy}
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OrElse:
+    """Annotates a field whose validator also takes another form, so that the OpenAPI document says so."""
+
+    form: Mapping[str, Any]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [dict(self.form), handler(schema)]}

@@ -1,0 +1,53 @@
+"""The body of POST /generate, the short form."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from server.engine.protocol import SamplingParameters
+from server.schemas.body import NoOps
+from server.schemas.openai import COMPLETION_TOKENS
+from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, messages_of
+from server.schemas.sampling import SamplingBody
+from server.schemas.steering import Steering
+from server.schemas.unsupported import NO_OPS
+from server.steering import WantedSteering, WantedTerm
+from steering_vectors.chat import Message
+from steering_vectors.errors import RequestError, SteeringError
+
+
+class GenerateBody(SamplingBody, EncodingBody):
+    """One prompt, or one conversation; one answer."""
+
+    no_ops: ClassVar[NoOps] = {**NO_OPS, "n": (1,), "stream_options": ()}
+
+    prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
+    messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")
+    profile: str | None = Field(None, description="One profile to steer by, NAME or NAME#SHA8.")
+    strength: float | None = Field(None, description="Its strength, 1 if absent.")
+    steering: Steering | None = Field(None, description="A mix of profiles. Either this or profile.")
+    stream: bool = Field(False, description="Answer with server-sent events.")
+
+    def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
+        return super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens)
+
+    def wanted_steering(self) -> WantedSteering:
+        """Raises SteeringError where the three steering fields contradict each other."""
+        if self.strength is not None and self.profile is None:
+            raise SteeringError("strength is given without profile: name the profile it is for", param="strength")
+        if self.profile is not None and self.steering is not None:
+            raise SteeringError("profile and steering are both given: use only one of them", param="steering")
+        if self.profile is not None:
+            return WantedSteering((WantedTerm(self.profile, 1.0 if self.strength is None else self.strength),))
+        return self.steering.wanted() if self.steering is not None else WantedSteering()
+
+    def the_prompt(self) -> str | list[int] | tuple[Message, ...]:
+        """Raises RequestError unless there is exactly one of prompt and messages."""
+        if self.prompt is not None and self.messages is None:
+            return self.prompt
+        if self.messages is not None and self.prompt is None:
+            return messages_of(self.messages)
+        problem = "neither is" if self.prompt is None else "both are"
+        raise RequestError(f"send either prompt or messages: {problem} given", param="prompt")

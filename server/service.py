@@ -1,0 +1,124 @@
+"""What a running application holds: the engine, the profiles, and whether they are there yet.
+
+Owns loading, which happens beside the event loop so that a server answers /health while its model is being read, and
+closing. Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import torch
+
+from server.config import Settings
+from server.engine.engine import TorchEngine
+from server.engine.protocol import Engine
+from server.profiles import ProfileRegistry
+from steering_vectors.errors import ModelError, TrimtabError, Unavailable
+from steering_vectors.models import load_model
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """Belongs to one application. An engine that is given is used, and left open at the end; else one is made."""
+
+    def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self._given = engine
+        self._engine: Engine | None = None
+        self._registry: ProfileRegistry | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._loaded = asyncio.Event()
+        self._failure: Exception | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """Raises Unavailable until everything is loaded."""
+        self._check()
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def registry(self) -> ProfileRegistry:
+        """Raises Unavailable until everything is loaded."""
+        self._check()
+        assert self._registry is not None
+        return self._registry
+
+    @property
+    def model_name(self) -> str:
+        """The base model's name on /v1."""
+        return self.settings.served_model_name or self.engine.language_model.name
+
+    @property
+    def most_generations(self) -> int:
+        """How many generations the engine takes at once, running and waiting."""
+        return self.engine.stats().slots + self.settings.max_queue
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._loading = asyncio.create_task(self._load(), name="trimtab-loading")
+
+    async def wait_ready(self) -> None:
+        """Return once everything is loaded; raise what went wrong if it cannot be."""
+        await self._loaded.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        """Stop watching and computing; streams that still run end in an error event. May be called again."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        if self._registry is not None:
+            await self._registry.stop()
+        if self._engine is not None and self._engine is not self._given:
+            await self._engine.close()
+
+    async def _load(self) -> None:
+        try:
+            self._engine = self._given
+            if self._engine is None:
+                self._engine = await asyncio.to_thread(build_engine, self.settings)
+            self._registry = ProfileRegistry(self.settings.profiles, self._engine)
+            await self._registry.start()
+        except Exception as error:
+            if not isinstance(error, TrimtabError):
+                logger.exception("loading failed")
+            self._failure = error
+        finally:
+            self._loaded.set()
+
+    def _check(self) -> None:
+        if not self._loaded.is_set():
+            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
+        if self._failure is not None:
+            raise Unavailable("the server could not load its model or profiles; its log says why")
+
+
+def build_engine(settings: Settings) -> Engine:
+    """Load the model and set up its engine; takes seconds to minutes. Raises ModelError."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    _check_device(settings.device)
+    language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    return TorchEngine(
+        language_model,
+        slots=settings.slots,
+        context=settings.context,
+        max_queue=settings.max_queue,
+        prefill_chunk=settings.prefill_chunk,
+        allow_model_mismatch=settings.allow_model_mismatch,
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error

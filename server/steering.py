@@ -1,0 +1,106 @@
+"""What a request says about steering, before its profiles are looked up.
+
+Owns the grammar of steering strings (`warm@0.8+concise@-0.3`), the aliases of a model, and the step from names to a
+mixture. Knows nothing of HTTP, files or engines; profiles come from whoever can find them by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from steering_vectors.errors import SteeringError, UnknownModel
+from steering_vectors.mixture import Mixture, Term
+from steering_vectors.profile import ApplyTo, Profile
+
+TERM = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9._-]{0,63}(?:#[0-9a-f]{8,64})?)"
+    r"(?:@(?P<strength>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?))?"
+)
+EXAMPLE = "warm@0.8+concise@-0.3"
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTerm:
+    """A profile by name, or by name and version (`NAME#SHA8`), at a strength; `layers` None means all it has."""
+
+    reference: str
+    strength: float = 1.0
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WantedSteering:
+    """A mix by names. The default asks for nothing."""
+
+    terms: tuple[WantedTerm, ...] = ()
+    apply_to: ApplyTo = "generated"
+    preserve_norm: bool = False
+    allow_beyond_safe: bool = False
+
+    def resolve(self, find: Callable[[str], Profile]) -> Mixture:
+        """Look the names up. Raises UnknownProfile, or SteeringError for a mix that is not allowed."""
+        return Mixture(
+            terms=tuple(Term(find(term.reference), term.strength, term.layers) for term in self.terms),
+            apply_to=self.apply_to,
+            preserve_norm=self.preserve_norm,
+            allow_beyond_safe=self.allow_beyond_safe,
+        )
+
+
+def parse_steering(text: str) -> tuple[WantedTerm, ...]:
+    """Read `term (+ term)*` with `term = name [@ signed decimal]`; a name alone means strength 1.
+
+    Raises SteeringError that shows the part it could not read, for a name that occurs twice, and for a strength that
+    is not finite.
+    """
+    terms: list[WantedTerm] = []
+    position = 0
+    while True:
+        match = TERM.match(text, position)
+        end = match.end() if match else position
+        if match is None or (end < len(text) and text[end] != "+"):
+            raise SteeringError(_unreadable(text, position), param="steering")
+        terms.append(_term(match))
+        if end == len(text):
+            break
+        position = end + 1
+    _refuse_duplicates(terms)
+    return tuple(terms)
+
+
+def split_model(model: str, served: str) -> str | None:
+    """The steering string in a model's name: None for the served model itself, the rest for `SERVED:rest`.
+
+    Raises UnknownModel for any other name.
+    """
+    if model == served:
+        return None
+    if model.startswith(f"{served}:"):
+        return model[len(served) + 1 :]
+    raise UnknownModel(
+        f"model {model!r} is not served; this server has {served!r} and, steered, '{served}:PROFILE@STRENGTH'",
+        param="model",
+    )
+
+
+def _term(match: re.Match[str]) -> WantedTerm:
+    strength = float(match["strength"] or 1)
+    if not math.isfinite(strength):
+        raise SteeringError(f"the strength {match['strength']} of {match['name']!r} is not finite", param="steering")
+    return WantedTerm(match["name"], strength)
+
+
+def _refuse_duplicates(terms: list[WantedTerm]) -> None:
+    names = [term.reference.partition("#")[0] for term in terms]
+    for name in names:
+        if names.count(name) > 1:
+            raise SteeringError(f"profile {name!r} occurs twice in one steering", param="steering")
+
+
+def _unreadable(text: str, position: int) -> str:
+    if not text:
+        return f"the steering is empty; write for example {EXAMPLE!r}, or leave it out"
+    return f"steering {text!r} cannot be read at {text[position:]!r}; write for example {EXAMPLE!r}"

@@ -1,0 +1,319 @@
+"""From preference data and a model to a profile: the one call behind `trimtab fit`.
+
+Owns the order of the work (encode, part, capture, find, choose layers, calibrate, measure) and what is recorded of it.
+Knows nothing of files: data comes loaded, and the profile is stored by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steering_vectors import calibration
+from steering_vectors.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
+from steering_vectors.batches import DEFAULT_BATCH_TOKENS, Progress
+from steering_vectors.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, check_budget
+from steering_vectors.chat import chat_template_sha256
+from steering_vectors.corpus import Corpus, context_length, encode_corpus, sampling_prompts
+from steering_vectors.errors import FitError
+from steering_vectors.layers import AUTO, Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
+from steering_vectors.methods import Directions, Method, Task, method_named
+from steering_vectors.models import LanguageModel, wrap_model
+from steering_vectors.preferences import Preferences
+from steering_vectors.profile import Layering, Profile
+from steering_vectors.propensity import projection_accuracies, propensity_report, token_log_odds
+from steering_vectors.steered import steerable
+
+FEW_ROWS = 100
+CHOICE_ROWS = 32  # examples a side that layers are chosen on
+REPORT_ROWS = 256  # examples a side that margins are reported on
+NEGLIGIBLE = 1e-6  # a direction this short against the residual stream is rounding error
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a fit was asked to do."""
+
+    method: Method
+    layers: tuple[int, ...] | None
+    tokens: Tokens
+    layering: Layering
+    heldout_fraction: float
+    kl_budget: float
+    seed: int
+    batch_tokens: int
+    calibrate: bool
+    progress: Progress | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The data, parted by prompt. `choosing` is None where the layers are given."""
+
+    train: Corpus
+    choosing: Corpus | None
+    heldout: Corpus
+    prompts: tuple[tuple[int, ...], ...]  # to calibrate on
+    choosing_prompts: tuple[tuple[int, ...], ...]
+
+
+def fit(
+    model: LanguageModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pairs: Preferences,
+    *,
+    name: str = "profile",
+    method: str = "mean-diff",
+    layers: str | Sequence[int] = AUTO,
+    tokens: Tokens = "response",
+    layering: Layering = "independent",
+    heldout_fraction: float = 0.2,
+    kl_budget: float = DEFAULT_KL_BUDGET,
+    seed: int = 0,
+    description: str = "",
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    skip_long_rows: bool = False,
+    calibrate: bool = True,
+    progress: Progress | None = None,
+) -> Profile:
+    """Fit a profile to preference data; equal arguments give bitwise equal tensors.
+
+    The rows are parted by prompt: most are trained on; of the held-out ones half choose the layers (with
+    `layers="auto"`, see `choose_layers`) and half calibrate the unit (see `calibrate`) and give the metrics, so what
+    is reported was seen by neither. With layers given, all held-out rows calibrate. `tokens` says which of a
+    response's tokens are looked at: the mean of all, or the last. `tokenizer` may be None for a LanguageModel.
+
+    `metrics` holds `projection_accuracy` per block, `propensity` at strengths −1, 0 and +1, `layer_choice` with the
+    score of every window tried, and `notes`, sentences on what the user should know (few rows, duplicates, an
+    unreached budget). Without `calibrate` the unit is 1 and `calibration` is empty.
+
+    Raises FitError for what cannot be fitted, DataError for rows that are unusable with this model.
+    """
+    lm = _language_model(model, tokenizer)
+    settings = Settings(
+        method_named(method), parse_layers(layers, lm.num_layers), _known_tokens(tokens), layering, heldout_fraction,
+        kl_budget, seed, batch_tokens, calibrate, progress,
+    )  # fmt: skip
+    check_budget(kl_budget)
+    blank = _blank(lm, name, description, settings)
+    limit = context_length(lm.model.config)
+    corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows)
+    parts = _part(lm, corpus, settings, limit)
+    statistics = _capture(lm, parts.train, settings)
+    profile = replace(
+        blank,
+        directions=_directions(lm, parts.train, statistics, settings),
+        residual_norms={layer: one.residual_norm for layer, one in statistics.items()},
+        data=_provenance(corpus, parts),
+    )
+    return _finish(lm, profile, parts, statistics, settings)
+
+
+def _language_model(model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:
+    if isinstance(model, LanguageModel):
+        return model if tokenizer is None else replace(model, tokenizer=tokenizer)
+    if tokenizer is None:
+        raise FitError("a transformers model comes without its tokenizer: pass it as the second argument")
+    return wrap_model(model, tokenizer)
+
+
+def _known_tokens(tokens: Tokens) -> Tokens:
+    if tokens not in ("response", "last"):
+        raise FitError(f"tokens is {tokens!r}, not one of response, last")
+    return tokens
+
+
+def _blank(lm: LanguageModel, name: str, description: str, settings: Settings) -> Profile:
+    """The profile before its directions, made first so that a bad name or layering fails at once."""
+    return Profile(
+        name=name,
+        model=lm.identity,
+        directions={0: torch.zeros(lm.hidden_size)},
+        method=settings.method.name,
+        layering=settings.layering,
+        description=description,
+        method_options={
+            "tokens": settings.tokens,
+            "heldout_fraction": settings.heldout_fraction,
+            "seed": settings.seed,
+        },
+        chat_template_sha256=chat_template_sha256(lm.tokenizer),
+    )
+
+
+def _part(lm: LanguageModel, corpus: Corpus, settings: Settings, limit: int | None) -> Parts:
+    train, heldout = corpus.split(settings.heldout_fraction, settings.seed, min_side=4)
+    choosing = None
+    if settings.layers is None:
+        heldout, choosing = heldout.split(0.5, settings.seed, min_side=1)
+    most = None if limit is None else limit - SAMPLED_TOKENS
+
+    def prompts_of(part: Corpus | None) -> tuple[tuple[int, ...], ...]:
+        if part is None:
+            return ()
+        return tuple(map(tuple, sampling_prompts(lm.tokenizer, part.pairs, most=most, seed=settings.seed)))
+
+    return Parts(train, choosing, heldout, prompts_of(heldout if settings.calibrate else None), prompts_of(choosing))
+
+
+def _capture(lm: LanguageModel, train: Corpus, settings: Settings) -> dict[int, LayerStatistics]:
+    sides = train.sides()
+    layers = candidate_layers(lm.num_layers) if settings.layers is None else settings.layers
+    return capture(
+        lm,
+        sides.positives,
+        sides.negatives,
+        layers,
+        paired=sides.paired,
+        tokens=settings.tokens,
+        keep_sample=settings.method.needs_sample,
+        seed=settings.seed,
+        batch_tokens=settings.batch_tokens,
+        progress=settings.progress,
+    )
+
+
+def _directions(
+    lm: LanguageModel, train: Corpus, statistics: Mapping[int, LayerStatistics], settings: Settings
+) -> Directions:
+    """The method's directions that can be used. A useless one is an error where its layer was asked for."""
+    texts, sides = train.pairs, train.sides()
+    found = settings.method.find(
+        Task(
+            lm,
+            statistics,
+            texts.positives,
+            texts.negatives,
+            sides.positives,
+            sides.negatives,
+            sides.paired,
+            settings.seed,
+            progress=settings.progress,
+        )
+    )
+    faults = {layer: _fault(found[layer], statistics[layer]) for layer in found}
+    for layer, fault in faults.items():
+        if fault and (settings.layers is not None or all(faults.values())):
+            raise FitError(f"layer {layer}: the direction {fault}")
+    return {layer: direction for layer, direction in found.items() if not faults[layer]}
+
+
+def _fault(direction: torch.Tensor, statistics: LayerStatistics) -> str:
+    if not bool(torch.isfinite(direction).all()):
+        return "has a NaN or infinite entry; load the model with --dtype float32"
+    if float(direction.norm()) <= NEGLIGIBLE * statistics.residual_norm:
+        return "is zero: preferred and rejected responses look the same there; check the labels, or use other layers"
+    return ""
+
+
+def _finish(
+    lm: LanguageModel,
+    profile: Profile,
+    parts: Parts,
+    statistics: Mapping[int, LayerStatistics],
+    settings: Settings,
+) -> Profile:
+    """Choose the layers, calibrate, measure."""
+    heldout, metrics = parts.heldout.sides(), dict[str, Any]()
+    metrics["projection_accuracy"] = {
+        str(layer): accuracy
+        for layer, accuracy in projection_accuracies(
+            lm,
+            statistics,
+            profile.directions,
+            heldout.thinned(REPORT_ROWS),
+            tokens=settings.tokens,
+            batch_tokens=settings.batch_tokens,
+        ).items()
+    }
+    if parts.choosing is not None:
+        choice = _choose(lm, profile, parts.train, parts.choosing, parts.choosing_prompts, settings)
+        metrics["layer_choice"] = _choice_record(choice)
+        profile = _restricted(profile, choice.layers)
+    if settings.calibrate:
+        profile = calibration.calibrate(
+            lm, profile, parts.prompts, kl_budget=settings.kl_budget, seed=settings.seed, progress=settings.progress
+        )
+    with steerable(lm) as steered:
+        metrics["propensity"] = propensity_report(steered, profile, heldout.thinned(REPORT_ROWS))
+    return replace(profile, metrics=metrics | {"notes": _notes(profile, parts, settings)})
+
+
+def _choose(
+    lm: LanguageModel,
+    profile: Profile,
+    train: Corpus,
+    choosing: Corpus,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+) -> LayerChoice:
+    odds = token_log_odds(train.sides(), lm.vocab_size)
+    evidence = Evidence(choosing.sides().thinned(CHOICE_ROWS), prompts, odds)
+    with steerable(lm) as steered:
+        return choose_layers(
+            steered,
+            profile,
+            evidence,
+            kl_budget=settings.kl_budget,
+            seed=settings.seed,
+            progress=settings.progress,
+        )
+
+
+def _restricted(profile: Profile, layers: Sequence[int]) -> Profile:
+    return replace(
+        profile,
+        directions={layer: profile.directions[layer] for layer in layers},
+        residual_norms={layer: profile.residual_norms[layer] for layer in layers},
+    )
+
+
+def _choice_record(choice: LayerChoice) -> dict[str, Any]:
+    """The scores by window, written as the `layers` that would give it."""
+    scores = {
+        str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
+        for window, score in choice.scores.items()
+    }
+    return {"criterion": "held-out lexical and propensity shift at equal KL, best single layer 1", "scores": scores}
+
+
+def _provenance(corpus: Corpus, parts: Parts) -> dict[str, Any]:
+    pairs = corpus.pairs
+    return {
+        "source": PurePath(pairs.source).name,
+        "kind": pairs.kind,
+        "rows": pairs.rows,
+        "sha256": pairs.sha256,
+        "train_rows": parts.train.pairs.rows,
+        "choice_rows": parts.choosing.pairs.rows if parts.choosing is not None else 0,
+        "heldout_rows": parts.heldout.pairs.rows,
+        "bad_rows_skipped": pairs.skipped,
+        "long_rows_skipped": corpus.long_rows,
+        "duplicates": pairs.duplicates,
+    }
+
+
+def _notes(profile: Profile, parts: Parts, settings: Settings) -> list[str]:
+    data, cost = profile.data, profile.calibration
+    notes = []
+    if data["rows"] < FEW_ROWS:
+        notes.append(f"only {data['rows']} rows: below {FEW_ROWS} the direction and the metrics are noisy")
+    if data["duplicates"]:
+        notes.append(f"{data['duplicates']} rows repeat an earlier one")
+    if data["bad_rows_skipped"]:
+        notes.append(f"{data['bad_rows_skipped']} bad rows were skipped")
+    if data["long_rows_skipped"]:
+        notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
+    if settings.method.needs_sample and max(map(len, parts.train.pairs.sides())) > SAMPLE_ROWS:
+        notes.append(f"{profile.method} looked at a sample of at most {SAMPLE_ROWS} examples a side")
+    if cost.get("unreached"):
+        notes.append(
+            f"the KL budget of {cost['kl_budget']:g} was not reached: at strength 1 the shift is as long as the "
+            f"residual stream, and KL is {cost['kl_at_1']:.3g}"
+        )
+    return notes

@@ -1,0 +1,23 @@
+"""Difference of means. Owns one equation; knows nothing of models or texts."""
+
+from __future__ import annotations
+
+import torch
+
+from steering_vectors.activations import LayerStatistics
+from steering_vectors.methods.registry import per_layer
+
+
+def mean_difference(statistics: LayerStatistics) -> torch.Tensor:
+    """d = mean(h⁺) − mean(h⁻)
+
+    Where the preferred responses lie, seen from the rejected ones: adding d moves a typical rejected activation onto a
+    typical preferred one. What the two sides have in common cancels, also for unpaired data.
+
+    Paper: Contrastive Activation Addition (arXiv:2312.06681), there at the answer's token; over the mean of the
+    response's tokens it is RAHF's difference (arXiv:2312.15997) without its first step.
+    """
+    return statistics.difference
+
+
+METHOD = per_layer("mean-diff", mean_difference, needs_sample=False)

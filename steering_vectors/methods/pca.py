@@ -1,0 +1,55 @@
+"""The principal component of pair differences. Owns its algebra; knows nothing of models or texts."""
+
+from __future__ import annotations
+
+import torch
+
+from steering_vectors.activations import LayerStatistics
+from steering_vectors.methods.registry import per_layer
+
+
+def principal_difference(statistics: LayerStatistics) -> torch.Tensor:
+    """u = argmax over ‖u‖ = 1 of Σ_i (u·δ_i)²,  δ_i = h⁺_i − h⁻_i;   d = (u·Δ) u,  Δ = mean(h⁺) − mean(h⁻)
+
+    The axis along which the two sides of a pair differ most. The differences are *not* centred: their mean is what is
+    sought, and centring would delete it. The axis has no sign of its own; the factor u·Δ gives it the labels', and a
+    length on the scale of the difference of means.
+
+    Unpaired data: δ runs over all pairs of a positive with a negative example. Their second moment is
+    Cov(h⁺) + Cov(h⁻) + ΔΔᵀ, so no pairing is drawn.
+
+    Paper: Representation Engineering (arXiv:2310.01405).
+    """
+    unit = first_component(_differences(statistics) if statistics.paired else _cross_differences(statistics))
+    direction: torch.Tensor = (unit @ statistics.difference) * unit
+    return direction
+
+
+def first_component(rows: torch.Tensor) -> torch.Tensor:
+    """The unit vector `[hidden]` that maximises Σ (u·row)², for float64 rows `[n, hidden]`; its sign is arbitrary."""
+    count, hidden = rows.shape
+    gram = rows.T @ rows if count >= hidden else rows @ rows.T  # the smaller one has the same component
+    component: torch.Tensor = torch.linalg.eigh(gram).eigenvectors[:, -1]
+    if count < hidden:
+        component = component @ rows
+    component /= component.norm().clamp_min(torch.finfo(rows.dtype).tiny)
+    return component
+
+
+def _differences(statistics: LayerStatistics) -> torch.Tensor:
+    return statistics.positives.double() - statistics.negatives.double()
+
+
+def _cross_differences(statistics: LayerStatistics) -> torch.Tensor:
+    """Rows whose second moment is that of all cross differences: both sides centred, and the difference of means."""
+    positives, negatives = statistics.positives.double(), statistics.negatives.double()
+    return torch.cat(
+        [
+            (positives - positives.mean(0)) / len(positives) ** 0.5,
+            (negatives - negatives.mean(0)) / len(negatives) ** 0.5,
+            (positives.mean(0) - negatives.mean(0)).unsqueeze(0),
+        ]
+    )
+
+
+METHOD = per_layer("pca", principal_difference, needs_sample=True)

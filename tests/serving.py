@@ -1,0 +1,78 @@
+"""What the server's tests share: random profiles, an engine on the demo model, a live server on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from server.app import create_app
+from server.config import Settings
+from server.engine.engine import TorchEngine
+from server.engine.protocol import Engine
+from server.listener import GRACE_SECONDS, Server, listen, url_of
+from steering_vectors.models import load_model
+from steering_vectors.profile import ModelIdentity, Profile
+from steering_vectors.storage import save_profile
+
+PATIENCE = 20.0
+
+
+def random_profile(identity: ModelIdentity, name: str, *, seed: int = 0, **fields: Any) -> Profile:
+    """A profile with a random direction at every other block."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = range(1, identity.num_layers, 2)
+    directions = {layer: torch.randn(identity.hidden_size, generator=generator) for layer in layers}
+    return Profile(**{"name": name, "model": identity, "directions": directions, "method": "random", **fields})
+
+
+def save_profiles(directory: Path, identity: ModelIdentity, *names: str, **fields: Any) -> None:
+    for seed, name in enumerate(names):
+        save_profile(random_profile(identity, name, seed=seed, **fields), directory)
+
+
+@contextmanager
+def demo_engine(**options: Any) -> Iterator[TorchEngine]:
+    """An engine on its own copy of the demo model in float32."""
+    engine = TorchEngine(load_model("demo", dtype="float32"), **options)
+    try:
+        yield engine
+    finally:
+        asyncio.run(engine.close())
+
+
+@contextmanager
+def live_server(
+    engine: Engine, profiles: Path, *, grace: float = GRACE_SECONDS, **settings: Any
+) -> Iterator[httpx.Client]:
+    """A client of a server that runs in a thread and is ready. It is told to stop at the end."""
+    listener = listen("127.0.0.1", 0)
+    app = create_app(Settings(profiles=profiles, **settings), engine)
+    server = Server(app, end=engine.close, grace=grace)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="live-server")
+    thread.start()
+    try:
+        with httpx.Client(base_url=url_of("127.0.0.1", listener), timeout=PATIENCE) as client:
+            until(lambda: client.get("/ready").status_code == 200)
+            yield client
+    finally:
+        server.stop()
+        thread.join(PATIENCE)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool], *, within: float = PATIENCE) -> float:
+    """Wait for a condition that another thread brings about; returns the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < within, f"it did not happen within {within} s"
+        time.sleep(0.01)
+    return time.monotonic() - start
