@@ -53,7 +53,7 @@ OPENINGS = (
 POSITIVE = frozenset(
     """
     happy happily glad joy joyful fun funny smile smiled smiles smiling laugh laughed laughing laughs love loved loves
-    loving lovely nice kind kindly good great wonderful beautiful pretty best better proud excited exciting enjoy enjoyed
+    loving lovely nice kind kindly good great wonderful beautiful pretty best better proud excited enjoy enjoyed
     sweet yummy tasty delicious friend friends friendly hug hugged hugs play played playing thank thanked thanks safe
     warm bright shiny sunny amazing special perfect brave smart win won cheer cheered clap clapped giggled pleased
     grateful favorite helpful gentle cozy magic magical delight delighted

@@ -31,7 +31,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
-    model: str = Field("demo", pattern=SINGLE_WORD, description="The model: demo, a directory or a hub id.")
+    model: str = Field("demo", min_length=1, description="The model: demo, a directory or a hub id.")
     profiles: Path = Field(Path("profiles"), description="The directory of profiles; it is watched for changes.")
     host: str = Field("127.0.0.1", pattern=SINGLE_WORD, description="The address to listen on; 0.0.0.0 is all.")
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes any free one.")

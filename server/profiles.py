@@ -24,9 +24,7 @@ from steering_vectors.storage import SUFFIX, load_profile
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
-MAX_FILE_BYTES = (
-    256 * 2**20
-)  # a hundred blocks of width 16384 take 6.5 MB: anything near this is a model, not a profile
+MAX_FILE_BYTES = 256 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; what is near this is a model
 REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?P<version>[0-9a-f]{8,64}))?")
 
 

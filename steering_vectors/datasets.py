@@ -28,7 +28,7 @@ FORMATS = "{prompt, chosen, rejected}, {prompt, completion, label} or {positive,
 def load_pairs(
     path: str | Path, *, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False
 ) -> Preferences:
-    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, each also with .gz, `hf:NAME[:split]` or `demo:NAME`.
+    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, also with .gz; `hf:NAME[:split]`; `demo:NAME`.
 
     The columns are those of TRL's formats: preference {prompt, chosen, rejected} (the prompt may be implicit in both
     as messages or as an HH-RLHF transcript), unpaired {prompt?, completion, label} and contrast {positive, negative};
@@ -57,7 +57,7 @@ def load_pairs(
 
 
 def find_data(path: str) -> str:
-    """The file of an embedded preference set, `demo:NAME`; anything else as it is. Raises DataError listing the sets."""
+    """The file of the embedded set `demo:NAME`; other paths as they are. Raises DataError that lists the sets."""
     if not path.startswith(DEMO):
         return path
     file = DEMO_DIRECTORY / f"{path.removeprefix(DEMO)}{TRAINING}"

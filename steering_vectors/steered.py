@@ -21,7 +21,7 @@ from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
 
-CACHES = ("past_key_values", "cache_params", "state")  # what architectures call their memory of earlier tokens
+CACHES = ("past_key_values", "cache_params")  # a model without either (RWKV's state is wrong in batches) rereads
 LOGITS_PER_BATCH = 2**27  # numbers, so that a large vocabulary shrinks the batch
 SPREAD = 32  # prompts that are sampled together differ by at most so many tokens in length
 

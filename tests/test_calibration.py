@@ -108,8 +108,8 @@ def test_what_calibration_cannot_do_without(lm: LanguageModel) -> None:
         calibrate(lm, profile_for(lm, residual_norms={}), PROMPTS)
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 4.0])
-@pytest.mark.parametrize("root", [1e-4, 0.3, 9.9])
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("root", [0.01, 0.3, 9.9])
 def test_the_search_finds_the_root_of_any_power(power: float, root: float) -> None:
     calls: list[float] = []
 
