@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ from steering_vectors import Profile, fit, load_model, load_pairs, save_profile
 
 MANNERS = ("warm", "concise", "careful", "honest")
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-HELDOUT = Path(__file__).resolve().parents[1] / "steering_vectors" / "demo" / "preferences"
+PREFERENCES = Path(__file__).resolve().parents[1] / "steering_vectors" / "demo" / "preferences"
 
 
 def main(
@@ -37,13 +38,17 @@ def main(
     randoms: Annotated[int, typer.Option(help="Random directions per manner.")] = 10,
     max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 120,
     manners: Annotated[str, typer.Option(help="Which manners, comma-separated.")] = ",".join(MANNERS),
+    model: Annotated[str, typer.Option(help="The model; its preference sets must fit it.")] = "demo",
+    preferences: Annotated[Path, typer.Option(help="Directory of the preference sets.")] = PREFERENCES,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    language_model = load_model("demo")
+    language_model = load_model(model)
     results = {}
     for manner in manners.split(","):
-        profile = fit(language_model, None, load_pairs(f"demo:{manner}"), name=manner, method=method)
-        results[manner] = measure(manner, profile, heldout_prompts(manner, prompts), randoms, max_tokens)
+        pairs = load_pairs(preferences / f"{manner}.train.jsonl")
+        profile = fit(language_model, None, pairs, name=manner, method=method)
+        questions = heldout_prompts(preferences / f"{manner}.heldout.jsonl", prompts)
+        results[manner] = measure(model, profile, questions, randoms, max_tokens)
         print(json.dumps({manner: results[manner]["verdict"]}), file=sys.stderr, flush=True)
     show(results, method, prompts)
     if out is not None:
@@ -51,33 +56,33 @@ def main(
     raise typer.Exit(0 if all(result["verdict"]["holds"] for result in results.values()) else 1)
 
 
-def heldout_prompts(manner: str, count: int) -> list[list[dict[str, str]]]:
-    """The first `count` distinct prompts of a manner's held-out pairs."""
-    rows = [json.loads(line) for line in (HELDOUT / f"{manner}.heldout.jsonl").read_text().splitlines()]
+def heldout_prompts(file: Path, count: int) -> list[list[dict[str, str]]]:
+    """The first `count` distinct prompts of a file of held-out pairs."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     distinct = {json.dumps(row["prompt"]): row["prompt"] for row in rows}
     if len(distinct) < count:
-        raise SystemExit(f"{manner}: only {len(distinct)} distinct held-out prompts")
+        raise SystemExit(f"{file}: only {len(distinct)} distinct held-out prompts")
     return list(distinct.values())[:count]
 
 
 def measure(
-    manner: str, profile: Profile, prompts: list[list[dict[str, str]]], randoms: int, max_tokens: int
+    model: str, profile: Profile, prompts: list[list[dict[str, str]]], randoms: int, max_tokens: int
 ) -> dict[str, Any]:
+    manner = profile.name
     controls = random_controls(profile, randoms)
     with tempfile.TemporaryDirectory() as directory:
         for one in (profile, *controls):
             save_profile(one, Path(directory))
-        with serving("demo", Path(directory)) as server:
+        with serving(model, Path(directory)) as server:
             replies = {s: ask(server, profile.name, s, prompts, max_tokens) for s in STRENGTHS}
             random_shares = {
-                s: [share(manner, ask(server, one.name, s, prompts, max_tokens)) for one in controls]
+                s: [float(judged(manner, ask(server, one.name, s, prompts, max_tokens)).mean()) for one in controls]
                 for s in (-1.0, 1.0)
             }
-    shares = {s: share(manner, texts) for s, texts in replies.items()}
-    interval = bootstrap(
-        lambda rows: share(manner, [replies[1.0][i] for i in rows]) - share(manner, [replies[-1.0][i] for i in rows]),
-        len(prompts),
-    )
+    hits = {s: judged(manner, texts) for s, texts in replies.items()}
+    shares = {s: float(marks.mean()) for s, marks in hits.items()}
+    gain = hits[1.0] - hits[-1.0]
+    interval = bootstrap(lambda rows: float(gain[rows].mean()), len(prompts))
     low, high = span(random_shares[-1.0] + random_shares[1.0])
     rising = all(a <= b for a, b in zip(shares.values(), list(shares.values())[1:], strict=False))
     return {
@@ -118,8 +123,9 @@ def ask(
     return [answer["text"] for answer in server.generate_all(bodies)]
 
 
-def share(manner: str, texts: list[str]) -> float:
-    return sum(judge(manner, text) is True for text in texts) / len(texts)
+def judged(manner: str, texts: list[str]) -> np.ndarray:
+    """1 for every reply in the wanted manner, else 0."""
+    return np.array([float(judge(manner, text) is True) for text in texts])
 
 
 def show(results: dict[str, Any], method: str, prompts: int) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from steering_vectors.batches import Progress
 from steering_vectors.errors import FitError
@@ -24,6 +25,8 @@ SAMPLED_TOKENS = 48
 ROWS = 96  # texts per measurement; fewer prompts are sampled several times each
 TOLERANCE = 0.03
 EVALUATIONS = 12
+START = 0.2  # of the largest coefficient
+TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +81,24 @@ def calibrate(
         found = search(kl_at, largest_coefficient(profile), kl_budget, tolerance=TOLERANCE, evaluations=EVALUATIONS)
     if progress is not None:
         progress("calibrate", EVALUATIONS, EVALUATIONS)
-    cost = costs[found.coefficient]
     calibration = {
         "kl_budget": kl_budget,
-        "kl_at_1": cost.per_token,
-        "kl_per_character": cost.per_character,
+        **_record(costs[found.coefficient], prompts),
         "unreached": found.unreached,
-        "prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
         "texts": len(rows),
-        "tokens": cost.tokens,
         "seed": seed,
     }
     return replace(profile, unit=found.coefficient, calibration=calibration)
+
+
+def _record(cost: Cost, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    return {
+        "kl_at_1": cost.per_token,
+        "kl_per_character": cost.per_character,
+        "tokens": cost.tokens,
+        "prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
+    }
 
 
 def cost_at(
@@ -125,30 +133,45 @@ def search(
 ) -> Reached:
     """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by bisection on log c.
 
-    KL grows about as c² while it is small, so each step tries the point that a straight line in log-log through the
+    KL grows about as c² while it is small, so the search begins at a fifth of the largest c and goes where that law
+    points until the budget is bracketed; then each step tries the point that a straight line in log-log through the
     bracket's ends predicts, and halves the bracket where that falls outside its middle 90 %.
     """
-    top = Reached(largest, kl_at(largest))
-    if top.kl < budget * (1 - tolerance):
-        return replace(top, unreached=True)
-    low, high, best, used = None, top, top, 1
-    while abs(best.kl / budget - 1) > tolerance and used < evaluations:
-        guess = _between(low, high, budget)
-        tried, used = Reached(guess, kl_at(guess)), used + 1
-        if abs(math.log(max(tried.kl, 1e-12) / budget)) < abs(math.log(max(best.kl, 1e-12) / budget)):
+    low: Reached | None = None
+    high: Reached | None = None
+    best, guess = Reached(largest, math.inf), START * largest
+    for _ in range(evaluations):
+        tried = Reached(guess, kl_at(guess))
+        if _distance(tried, budget) < _distance(best, budget):
             best = tried
+        if abs(tried.kl / budget - 1) <= tolerance:
+            return tried
+        if tried.kl < budget and guess >= largest:
+            return replace(tried, unreached=True)
         low, high = (tried, high) if tried.kl < budget else (low, tried)
+        guess = _next(low, high, largest, budget)
     return best
 
 
-def _between(low: Reached | None, high: Reached, budget: float) -> float:
-    """The next coefficient to try; without a lower end, the one that KL ∝ c² predicts."""
-    if low is None:
-        return high.coefficient * min(math.sqrt(budget / high.kl), 0.9)
+def _next(low: Reached | None, high: Reached | None, largest: float, budget: float) -> float:
+    if low is not None and high is not None:
+        return _between(low, high, budget)
+    end = low or high
+    assert end is not None
+    factor = math.sqrt(budget / max(end.kl, TINY))
+    factor = min(max(factor, 1.1), 10.0) if low else max(min(factor, 0.9), 0.1)
+    return min(end.coefficient * factor, largest)
+
+
+def _between(low: Reached, high: Reached, budget: float) -> float:
     width = math.log(high.coefficient / low.coefficient)
-    rise = math.log(max(high.kl, 1e-12) / max(low.kl, 1e-12))
-    share = math.log(budget / max(low.kl, 1e-12)) / rise if rise > 0 else 0.5
+    rise = math.log(max(high.kl, TINY) / max(low.kl, TINY))
+    share = math.log(budget / max(low.kl, TINY)) / rise if rise > 0 else 0.5
     return low.coefficient * math.exp(width * (share if 0.05 < share < 0.95 else 0.5))
+
+
+def _distance(reached: Reached, budget: float) -> float:
+    return abs(math.log(max(reached.kl, TINY) / budget))
 
 
 def check_budget(kl_budget: float) -> None:

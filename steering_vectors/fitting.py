@@ -24,13 +24,13 @@ from steering_vectors.errors import FitError
 from steering_vectors.layers import AUTO, Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
 from steering_vectors.methods import Directions, Method, Task, method_named
 from steering_vectors.models import LanguageModel, wrap_model
+from steering_vectors.notes import data_notes, effect_notes
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Layering, Profile
 from steering_vectors.propensity import projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.steered import steerable
 
-FEW_ROWS = 100
-CHOICE_ROWS = 32  # examples a side that layers are chosen on
+CHOICE_ROWS = 24  # examples a side that layers are chosen on
 REPORT_ROWS = 256  # examples a side that margins are reported on
 NEGLIGIBLE = 1e-6  # a direction this short against the residual stream is rounding error
 
@@ -241,7 +241,8 @@ def _finish(
         )
     with steerable(lm) as steered:
         metrics["propensity"] = propensity_report(steered, profile, heldout.thinned(REPORT_ROWS))
-    return replace(profile, metrics=metrics | {"notes": _notes(profile, parts, settings)})
+    notes = [*data_notes(profile.data), *_sample_notes(parts.train, settings), *effect_notes(profile, metrics)]
+    return replace(profile, metrics=metrics | {"notes": notes})
 
 
 def _choose(
@@ -298,22 +299,7 @@ def _provenance(corpus: Corpus, parts: Parts) -> dict[str, Any]:
     }
 
 
-def _notes(profile: Profile, parts: Parts, settings: Settings) -> list[str]:
-    data, cost = profile.data, profile.calibration
-    notes = []
-    if data["rows"] < FEW_ROWS:
-        notes.append(f"only {data['rows']} rows: below {FEW_ROWS} the direction and the metrics are noisy")
-    if data["duplicates"]:
-        notes.append(f"{data['duplicates']} rows repeat an earlier one")
-    if data["bad_rows_skipped"]:
-        notes.append(f"{data['bad_rows_skipped']} bad rows were skipped")
-    if data["long_rows_skipped"]:
-        notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
-    if settings.method.needs_sample and max(map(len, parts.train.pairs.sides())) > SAMPLE_ROWS:
-        notes.append(f"{profile.method} looked at a sample of at most {SAMPLE_ROWS} examples a side")
-    if cost.get("unreached"):
-        notes.append(
-            f"the KL budget of {cost['kl_budget']:g} was not reached: at strength 1 the shift is as long as the "
-            f"residual stream, and KL is {cost['kl_at_1']:.3g}"
-        )
-    return notes
+def _sample_notes(train: Corpus, settings: Settings) -> list[str]:
+    if not settings.method.needs_sample or max(map(len, train.pairs.sides())) <= SAMPLE_ROWS:
+        return []
+    return [f"{settings.method.name} looked at a sample of at most {SAMPLE_ROWS} examples a side"]

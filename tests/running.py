@@ -97,18 +97,18 @@ def prompts(language_model: LanguageModel, lengths: Sequence[int], *, seed: int 
     return [torch.randint(3, high, (length,), generator=generator).tolist() for length in lengths]
 
 
-def reference_ids(
-    language_model: LanguageModel, prompt_ids: Sequence[int], max_tokens: int, *, ignore_eos: bool = True
-) -> tuple[int, ...]:
-    """Greedy ids of transformers' own `generate`."""
-    model = language_model.model
-    output = model.generate(
-        torch.tensor([list(prompt_ids)]),
-        attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=max_tokens,
-        min_new_tokens=max_tokens if ignore_eos else None,
-        suppress_tokens=None,
-        pad_token_id=0,
-    )
+def reference_ids(language_model: LanguageModel, prompt_ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    """Greedy ids of transformers' own `generate`, which is made to run past end-of-sequence tokens."""
+    settings = language_model.model.generation_config
+    eos, settings.eos_token_id = settings.eos_token_id, None
+    try:
+        output = language_model.model.generate(
+            torch.tensor([list(prompt_ids)]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            pad_token_id=0,
+        )
+    finally:
+        settings.eos_token_id = eos
     return tuple(output[0, len(prompt_ids) :].tolist())
