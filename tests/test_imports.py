@@ -129,3 +129,9 @@ def test_server_starts_without_heavy_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("| module |") :]
+    assert [path.name for path in FILES if path.name != "__init__.py" and f"{path.name}`" not in table] == []

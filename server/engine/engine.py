@@ -184,9 +184,9 @@ class TorchEngine:
                 if not self._closing and self._scheduler.has_work:
                     self._step_or_fail()
                 self._outbox.deliver()
+            self._take_commands(wait=False)
             for row in list(self._rows.values()):
                 self._finish(row, "cancelled")
-            self._take_commands(wait=False)
             self._outbox.deliver()
 
     def _step_or_fail(self) -> None:
