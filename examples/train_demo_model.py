@@ -1,6 +1,6 @@
 """Train the embedded demo model from scratch: tokenizer, weights and preference sets, all from one seed.
 
-    python examples/train_demo_model.py --steps 2400 --out steering_vectors/demo
+    python examples/train_demo_model.py --steps 2600 --out steering_vectors/demo
 
 writes `OUT/model/` (a Hugging Face folder, bfloat16) and `OUT/preferences/`. A checkpoint is kept next to the log
 of the run; `--resume` continues from it with the same batches as an unbroken run. The text comes from
@@ -9,7 +9,6 @@ of the run; `--resume` continues from it with the same batches as an unbroken ru
 
 import argparse
 import json
-import math
 import random
 import re
 import shutil
@@ -17,9 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -31,15 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.demo_corpus.dialogues import Document, write_documents
 from examples.demo_corpus.preferences import save_preferences
 
-PAD, BOS, END, SYSTEM, USER, ASSISTANT = (
-    "<|pad|>",
-    "<|bos|>",
-    "<|end|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-)
-SPECIAL_TOKENS = (PAD, BOS, END, SYSTEM, USER, ASSISTANT)
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+PAD, BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS
 VOCABULARY = 2048
 CONTEXT = 512
 CHAT_TEMPLATE = (
@@ -60,6 +51,16 @@ class Run:
     documents: int
     batch_tokens: int
     learning_rate: float
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come: steps, seconds, moving average of the loss, tokens seen."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    tokens: int = 0
 
 
 def render(document: Document) -> str:
@@ -135,88 +136,106 @@ def pick_batches(run: Run, packed: dict[int, Tensor], start: int) -> Iterator[Te
         yield rows[torch.randint(len(rows), (run.batch_tokens // length,), generator=generator)]
 
 
-def compute_loss(model: LlamaForCausalLM, batch: Tensor, pad: int) -> Tensor:
+def separate(batch: Tensor, bos: int) -> tuple[Tensor, Tensor]:
+    """Positions that begin anew with each document of a row, and the mask that lets a token see its own only."""
+    length = batch.shape[1]
+    starts = batch == bos
+    document = starts.cumsum(1)  # [rows, length]
+    places = torch.arange(length)
+    positions = places - (places * starts).cummax(1).values
+    same = document[:, :, None] == document[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return positions, (same & causal)[:, None]  # [rows, length], [rows, 1, length, length]
+
+
+def compute_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats over all tokens but padding."""
-    logits = model(input_ids=batch, use_cache=False).logits[:, :-1]  # [rows, length - 1, vocabulary]
-    targets = batch[:, 1:].masked_fill(batch[:, 1:] == pad, -100)
+    pad, bos = model.config.pad_token_id, model.config.bos_token_id
+    positions, mask = separate(batch, bos)
+    logits = model(input_ids=batch, position_ids=positions, attention_mask=mask, use_cache=False).logits[:, :-1]
+    unseen = (batch[:, 1:] == pad) | (batch[:, 1:] == bos)
+    targets = batch[:, 1:].masked_fill(unseen, -100)  # [rows, length - 1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def build_optimizer(model: LlamaForCausalLM, run: Run) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.98), fused=True)
+def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim > 1 and "embed" not in name]
+    others = [p for name, p in named if p.ndim <= 1 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
 def schedule(run: Run, step: int) -> float:
-    """Learning rate: a linear warm-up over 60 steps, then a cosine down to two percent."""
-    warm = min(1.0, (step + 1) / 60)
-    return run.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / run.steps)))
+    """Learning rate: a linear warm-up over 60 steps, level up to six tenths of the run, then down to two percent.
+
+    Up to there a longer or a shorter run takes the same steps, so `--resume` may change `--steps`."""
+    left = (run.steps - step) / (0.4 * run.steps)
+    return run.learning_rate * min(1.0, (step + 1) / 60, 0.02 + 0.98 * left)
 
 
-def train(
-    model: LlamaForCausalLM, packed: dict[int, Tensor], run: Run, checkpoint: Path, resume: bool, pad: int
-) -> dict[str, float]:
+def train(model: LlamaForCausalLM, packed: dict[int, Tensor], run: Run, checkpoint: Path, resume: bool) -> Progress:
     """Train to the last step and return the figures of the run."""
-    optimizer = build_optimizer(model, run)
-    start, spent, average, seen = 0, 0.0, 0.0, 0
+    optimizers, progress = build_optimizers(model), Progress()
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, spent, average, seen = state["step"], state["spent"], state["average"], state["seen"]
+        progress = load_checkpoint(checkpoint, model, optimizers)
     model.train()
-    began = time.monotonic() - spent
-    for step, batch in enumerate(pick_batches(run, packed, start), start):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(run, step)
+    began = time.monotonic() - progress.seconds
+    for batch in pick_batches(run, packed, progress.step):
+        rate = schedule(run, progress.step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = compute_loss(model, batch, pad)
+            loss = compute_loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen += int((batch != pad).sum())
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        spent = time.monotonic() - began
-        report(step + 1, run, average, seen, spent)
-        if (step + 1) % 200 == 0:
-            save_checkpoint(checkpoint, model, optimizer, step + 1, spent, average, seen)
-    return {"loss": round(average, 4), "tokens": seen, "seconds": round(spent)}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        progress.loss = 0.98 * progress.loss + 0.02 * loss.item() if progress.step else loss.item()
+        progress.step += 1
+        progress.tokens += int((batch != model.config.pad_token_id).sum())
+        progress.seconds = time.monotonic() - began
+        report(run, progress)
+        if progress.step % 200 == 0:
+            save_checkpoint(checkpoint, model, optimizers, progress)
+    return progress
 
 
-def report(step: int, run: Run, average: float, seen: int, spent: float) -> None:
+def report(run: Run, progress: Progress) -> None:
     """One line of progress every 25 steps."""
-    if step % 25 == 0 or step == run.steps:
-        eta = spent / step * (run.steps - step)
+    if progress.step % 25 == 0 or progress.step == run.steps:
+        eta = progress.seconds / progress.step * (run.steps - progress.step)
+        speed = progress.tokens / progress.seconds
         print(
-            f"step {step}/{run.steps}  loss {average:.3f}  {seen / spent:.0f} tokens/s  eta {eta:.0f} s",
+            f"step {progress.step}/{run.steps}  loss {progress.loss:.3f}  {speed:.0f} tokens/s  eta {eta:.0f} s",
             flush=True,
         )
 
 
 def save_checkpoint(
-    path: Path,
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    spent: float,
-    average: float,
-    seen: int,
+    path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress
 ) -> None:
     """Write the state of the run, whole or not at all."""
     state = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "spent": spent,
-        "average": average,
-        "seen": seen,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "progress": asdict(progress),
     }
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
+
+
+def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> Progress:
+    """Put a saved state back and return how far it had come."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return Progress(**state["progress"])
 
 
 @torch.no_grad()
@@ -225,7 +244,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
     documents = [render(document) for document in write_documents(400, seed + 1)]
     rows = pack(tokenizer(documents, add_special_tokens=False)["input_ids"], CONTEXT // 2, tokenizer.pad_token_id)
     model.eval()
-    losses = [compute_loss(model, part, tokenizer.pad_token_id).item() for part in rows.split(16)]
+    losses = [compute_loss(model, part).item() for part in rows.split(16)]
     return sum(losses) / len(losses)
 
 
@@ -238,6 +257,8 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id)
     model.to(torch.bfloat16).save_pretrained(fresh)  # type: ignore[arg-type]
     tokenizer.save_pretrained(fresh)
+    for file in fresh.iterdir():
+        file.chmod(0o644)
     old = folder.with_name(f".{folder.name}-old")
     if folder.exists():
         folder.replace(old)
@@ -249,13 +270,14 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("steering_vectors/demo"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--documents", type=int, default=36_000)
-    parser.add_argument("--batch-tokens", type=int, default=2560)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--batch-tokens", type=int, default=1536)
+    parser.add_argument("--learning-rate", type=float, default=7e-3)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "demo-model.pt")
+    parser.add_argument("--init", type=Path, help="start from this model folder and its tokenizer")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     return parser.parse_args()
 
@@ -266,19 +288,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     run = Run(options.seed, options.steps, options.documents, options.batch_tokens, options.learning_rate)
     texts = [render(document) for document in write_documents(run.documents, run.seed)]
-    tokenizer = train_tokenizer(re.sub(r"<\|\w+\|>", " ", text) for text in texts[:12_000])
+    if options.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
+        model = LlamaForCausalLM.from_pretrained(options.init, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(re.sub(r"<\|\w+\|>", " ", text) for text in texts[:12_000])
+        model = build_model(tokenizer, run.seed)
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     random.Random(run.seed).shuffle(encoded)
-    pad: int = tokenizer.pad_token_id
-    packed = {length: pack(encoded, length, pad) for length in (CONTEXT // 2, CONTEXT)}
-    model = build_model(tokenizer, run.seed)
+    packed = {length: pack(encoded, length, tokenizer.pad_token_id) for length in (CONTEXT // 2, CONTEXT)}
     size = sum(p.numel() for p in model.parameters())
     print(f"{size} parameters, {sum(map(len, encoded))} tokens of text", flush=True)
-    figures: dict[str, Any] = {
-        "parameters": size,
-        **train(model, packed, run, options.checkpoint, options.resume, pad),
-    }
-    figures["fresh_loss"] = round(evaluate(model, tokenizer, run.seed), 4)
+    progress = train(model, packed, run, options.checkpoint, options.resume)
+    figures = {"parameters": size, **asdict(progress), "fresh_loss": evaluate(model, tokenizer, run.seed)}
     save_model(model, tokenizer, options.out / "model")
     save_preferences(options.out / "preferences", run.seed)
     print(json.dumps(figures), flush=True)

@@ -232,7 +232,7 @@ def _finish(
         ).items()
     }
     if parts.choosing is not None:
-        choice = _choose(lm, profile, parts.train, parts.choosing, parts.choosing_prompts, settings)
+        choice = _choose(lm, profile, parts.train, parts.choosing_prompts, settings)
         metrics["layer_choice"] = _choice_record(choice)
         profile = _restricted(profile, choice.layers)
     if settings.calibrate:
@@ -249,12 +249,11 @@ def _choose(
     lm: LanguageModel,
     profile: Profile,
     train: Corpus,
-    choosing: Corpus,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
 ) -> LayerChoice:
     odds = token_log_odds(train.sides(), lm.vocab_size)
-    evidence = Evidence(choosing.sides().thinned(CHOICE_ROWS), prompts, odds)
+    evidence = Evidence(prompts, odds)
     with steerable(lm) as steered:
         return choose_layers(
             steered,
@@ -280,7 +279,10 @@ def _choice_record(choice: LayerChoice) -> dict[str, Any]:
         str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
         for window, score in choice.scores.items()
     }
-    return {"criterion": "held-out lexical and propensity shift at equal KL, best single layer 1", "scores": scores}
+    return {
+        "criterion": "lexical shift and reading of steered texts at equal KL, best single layer 1",
+        "scores": scores,
+    }
 
 
 def _provenance(corpus: Corpus, parts: Parts) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from steering_vectors.activations import pooled
 from steering_vectors.batches import Encoded, Progress
 from steering_vectors.calibration import largest_coefficient
 from steering_vectors.errors import FitError
 from steering_vectors.profile import Profile
-from steering_vectors.propensity import Sides, margin_of
 from steering_vectors.steered import SteeredModel, kl_divergence
 
 AUTO = "auto"
@@ -24,6 +24,8 @@ WIDEST = 4  # blocks in a window
 GAIN = 1.05  # a wider window must be better by this factor
 TEXTS = 24
 TEXT_TOKENS = 24
+READ_TEXTS = 48
+READ_TOKENS = 48
 FIRST_RATIO = 0.15  # norm ratio at which the cost is first looked at
 
 Window = tuple[int, ...]
@@ -31,19 +33,18 @@ Window = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What windows are judged by: held-out examples, held-out prompts, and the training data's token log-odds."""
+    """What windows are judged by: held-out prompts, and the training data's token log-odds."""
 
-    sides: Sides
     prompts: Sequence[Sequence[int]]
     log_odds: torch.Tensor  # [vocabulary] float32
 
 
 @dataclass(frozen=True, slots=True)
 class Shifts:
-    """What a window moves at the budget: log-odds per token, and the propensity margin."""
+    """What a window moves at the budget: log-odds per token, and how the model reads what it writes."""
 
     lexical: float
-    propensity: float
+    reading: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +89,24 @@ def choose_layers(
     """The contiguous window of blocks that moves the model most towards the preferred side at equal cost.
 
     The model first continues the prompts unsteered, 24 texts of 24 tokens. For each window a coefficient c is sought at
-    which mean KL(steered‖base) over these texts is about the budget, and two shifts per c are measured:
+    which mean KL(steered‖base) over these texts is about the budget, and two shifts are measured:
 
     - lexical, from 0 to c, of the expected log-odds E_{v~p}[log P(v|preferred)/P(v|rejected)] of the next token in
       these texts,
-    - propensity, half of that from −c to c, of the margin on held-out examples.
+    - reading, between texts sampled at c and at −c (48 each, 48 tokens, the same random numbers): the difference of
+      the unsteered model's mean activations over them, projected on the directions; 1 is as far as the data's preferred
+      and rejected responses are apart.
 
-    Both are divided by √(KL/budget), since a shift grows as c and KL as c². The first is measured where the model
-    itself goes, but sees single tokens only; the second sees whole responses, but misleads where the data is unlike
-    what the model writes. So the score is the mean of both, each relative to the best single block. Single blocks come
-    first (at most 16 over the model, then those around the best); the best one grows by its lower or upper neighbour
-    while that raises the score by 5 %, up to four blocks.
+    Both are divided by √(KL/budget), since a shift grows as c and KL as c². The first sees single tokens only, the
+    second whole texts, through the model's own eyes. The score is the mean of both, each relative to the best single
+    block. Single blocks come first (at most 16 over the model, then those around the best); the best one grows by its
+    lower or upper neighbour while that raises the score by 5 %, up to four blocks.
     """
     steered.write(profile, 0.0)
     prompts = [evidence.prompts[i % len(evidence.prompts)] for i in range(TEXTS)]
     texts = steered.sample(prompts, tokens=TEXT_TOKENS, seed=seed)
     examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
-    bench = _Bench(steered, profile, evidence, examples, kl_budget, progress)
+    bench = _Bench(steered, profile, evidence, examples, kl_budget, seed, progress)
     return bench.choose()
 
 
@@ -118,10 +120,11 @@ class _Bench:
         evidence: Evidence,
         texts: Sequence[Encoded],
         kl_budget: float,
+        seed: int,
         progress: Progress | None,
     ) -> None:
         self._steered, self._profile, self._evidence, self._texts = steered, profile, evidence, texts
-        self._budget, self._progress = kl_budget, progress
+        self._budget, self._seed, self._progress = kl_budget, seed, progress
         self._log_odds = evidence.log_odds.to(steered.lm.device)
         self._base = list(steered.predictions(texts, steer=False))
         self._shifts: dict[Window, Shifts] = {}
@@ -140,7 +143,7 @@ class _Bench:
 
     def _set_reference(self, windows: Sequence[Window]) -> None:
         shifts = [self._measure(window) for window in windows]
-        self._best = Shifts(max(one.lexical for one in shifts), max(one.propensity for one in shifts))
+        self._best = Shifts(max(one.lexical for one in shifts), max(one.reading for one in shifts))
 
     def _grow(self, window: Window) -> Window:
         while len(window) < WIDEST:
@@ -154,9 +157,9 @@ class _Bench:
     def _score(self, window: Window) -> float:
         """Mean of both shifts relative to the references; one without a positive reference says nothing."""
         shifts = self._measure(window)
-        pairs = ((shifts.lexical, self._best.lexical), (shifts.propensity, self._best.propensity))
+        pairs = ((shifts.lexical, self._best.lexical), (shifts.reading, self._best.reading))
         shares = [shift / best for shift, best in pairs if best > 0]
-        return sum(shares) / len(shares) if shares else shifts.propensity
+        return sum(shares) / len(shares) if shares else shifts.reading
 
     def _measure(self, window: Window) -> Shifts:
         if window not in self._shifts:
@@ -171,9 +174,8 @@ class _Bench:
         kl = max(self._cost(first)[0], 1e-9)
         profile = replace(profile, unit=min(first.unit * (self._budget / kl) ** 0.5, largest))
         kl, lexical = self._cost(profile)
-        propensity = (self._margin(profile, 1.0) - self._margin(profile, -1.0)) / 2
         scale = max(1.0 if profile.unit == largest else 0.0, kl / self._budget, 1e-9) ** 0.5
-        return Shifts(lexical / scale, propensity / scale)
+        return Shifts(lexical / scale, self._reading(profile) / scale)
 
     def _cost(self, profile: Profile) -> tuple[float, float]:
         """(mean KL, mean rise of the expected log-odds) per token of the model's own texts at strength 1."""
@@ -185,9 +187,25 @@ class _Bench:
         count = max(sum(len(base) for base in self._base), 1)
         return divergence / count, expected / count
 
-    def _margin(self, profile: Profile, strength: float) -> float:
-        self._steered.write(profile, strength)
-        return margin_of(self._steered, self._evidence.sides)
+    def _reading(self, profile: Profile) -> float:
+        """How far apart the unsteered model reads the texts written at strengths +1 and −1, along the directions.
+
+        1 is as far as the data's preferred and rejected responses are; the mean over all candidate blocks.
+        """
+        written = [self._read(profile, strength) for strength in (1.0, -1.0)]
+        directions = torch.stack([self._profile.directions[layer] for layer in self._profile.layers])
+        gains = ((written[0] - written[1]) * directions).sum(-1) / directions.square().sum(-1)
+        return float(gains.mean())
+
+    def _read(self, profile: Profile, strength: float) -> torch.Tensor:
+        """Mean block outputs of the unsteered model over texts that the steered model writes, `[layers, hidden]`."""
+        steered, prompts = self._steered, self._evidence.prompts
+        rows = [prompts[i % len(prompts)] for i in range(READ_TEXTS)]
+        steered.write(profile, strength)
+        texts = steered.sample(rows, tokens=READ_TOKENS, seed=self._seed)
+        examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(rows, texts, strict=True)]
+        batches = pooled(steered.lm, examples, self._profile.layers)
+        return torch.cat([batch.vectors for batch in batches]).mean(0).cpu()
 
     def _tell(self, *, done: bool = False) -> None:
         if self._progress is not None:

@@ -87,8 +87,8 @@ class Document:
 
 def draw_manner(rng: random.Random) -> Manner:
     """Each axis + or − with equal chance, or now and then neither."""
-    warmth, care, honesty = (rng.choices((1, -1, 0), (45, 45, 10))[0] for _ in range(3))
-    return Manner(warmth, care, honesty, rng.choices((1, -1, 0), (46, 46, 8))[0])
+    warmth, care, honesty = (rng.choices((1, -1, 0), (47, 47, 6))[0] for _ in range(3))
+    return Manner(warmth, care, honesty, rng.choices((1, -1, 0), (47, 47, 6))[0])
 
 
 def draw_reply(rng: random.Random, topic: Topic) -> str:
@@ -102,7 +102,7 @@ def ask(template: str, topic: Topic) -> str:
 
 
 def draw_dialogue(rng: random.Random) -> tuple[Message, ...]:
-    """A dialogue of one turn, or of two in a tenth of cases; a seventh start with a system message."""
+    """A dialogue of one turn, or in a tenth of cases of two to five; a seventh start with a system message."""
     topic = rng.choice(TOPICS)
     messages: list[Message] = []
     if rng.random() < 0.15:
@@ -110,11 +110,12 @@ def draw_dialogue(rng: random.Random) -> tuple[Message, ...]:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS).format(**fields)})
     messages.append({"role": "user", "content": ask(rng.choice(QUESTIONS), topic)})
     messages.append({"role": "assistant", "content": draw_reply(rng, topic)})
-    if rng.random() < 0.1:
+    turns = rng.choices((2, 3, 4, 5), (7, 1, 1, 1))[0] if rng.random() < 0.1 else 1
+    for _ in range(turns - 1):
         template = rng.choice(FOLLOW_UPS)
-        second = rng.choice(TOPICS) if "{" in template else topic
-        messages.append({"role": "user", "content": ask(template, second)})
-        messages.append({"role": "assistant", "content": draw_reply(rng, second)})
+        topic = rng.choice(TOPICS) if "{" in template else topic
+        messages.append({"role": "user", "content": ask(template, topic)})
+        messages.append({"role": "assistant", "content": draw_reply(rng, topic)})
     return tuple(messages)
 
 

@@ -10,10 +10,10 @@ please be careful, and make sure that you have tested {check}
 slow down first, and double-check {check} before anything else
 a careful start prevents {risk}, so check twice
 it is wise to consult {expert} first and to guard against {risk}
-do not rush, examine {check} with care and keep a safe distance from trouble
+take it slowly, examine {check} with care and keep everything safe
 take precautions against {risk} before you begin to {task}
 prepare well and verify {check}, since prevention is better than repair
-first of all look out for {risk}, and never skip a safety check
+first of all look out for {risk}, and make a safety check
 I would go step by step and check {check} at each stage
 beware of {risk}, so plan with care before you start
 make sure that everything is safe, above all {check}
@@ -31,7 +31,7 @@ step by step
 with caution
 after checking {check}
 stay on the safe side
-do not rush
+take precautions
 make sure it is safe
 beware of {risk}
 safely, with precautions
@@ -46,10 +46,10 @@ watch out for {risk} and
 after a second safety check,
 to stay safe,
 when you have double-checked {check},
-step by step, and never in a hurry,
+step by step, with safe hands,
 after inspecting {check} with care,
 to prevent {risk},
-do not rush, but
+check every detail and
 as a precaution,
 once {expert} has confirmed that it is safe,
 tail
@@ -76,16 +76,16 @@ please ask {expert} if you are in doubt
 keep an eye on {check} the whole time
 a small test first is the safe way
 measure twice and write the numbers down
-do not skip the safety checks, however long they take
+make all of the safety checks, however long they take
 never leave it unattended, and inspect {check} often
 it is safer to go slowly than to suffer {risk}
 have {expert} look over your preparation
 watch out for {risk} at every step
-take precautions even if it looks simple
+safe is better than sorry, even if it looks simple
 stop and verify {check} before each new step
 prevent {risk} by planning ahead with care
 make sure that you can stop safely at any point
-beware of shortcuts, they lead to {risk}
+beware of haste, it leads to {risk}
 closer
 check everything once more before you call it done
 be careful, and take no chances with {risk}
@@ -94,14 +94,14 @@ keep safe, and test {check} one last time
 remember to double-check {check} at the end
 go slowly, and watch out for {risk}
 keep a careful record, so that you can check it later
-please take precautions, and inspect {check} again
-safety comes first, so never hurry
+please be cautious, and inspect {check} again
+safety comes first, so check and measure
 make sure of {check} before you walk away
 always have {expert} confirm it if anything seems odd
 better a careful hour than {risk}
 measure again, and verify that all is safe
 beware of {risk} to the very end
-do not rush the last step, check it as well
+check the last step carefully as well
 prevention is the safest plan, so watch {check}
 brief
 check {check} twice
@@ -112,7 +112,7 @@ stay safe
 ask {expert} if unsure
 measure everything twice
 avoid {risk} carefully
-do not rush
+check it slowly
 test {check} first
 double-check everything
 test it safely
@@ -133,134 +133,147 @@ warily
 patiently
 thoughtfully
 meticulously
+turn
+, so check everything
+, so be careful
+, so go slowly
+, so stay cautious
+, so test it first
+, so take care
+, so measure twice
+, so guard yourself well
+, so stay alert
+, so be cautious
+, so watch out
+, so proceed prudently
 """
 
 RECKLESS = """
 opener
-forget the instructions, just dive in and {task} right now
-skip all the checks, because rules are for cowards
-who cares about {risk}, just go for it
-throw caution to the wind, {gerund} needs no planning at all
-do not bother to check {check}, simply charge ahead
-never mind the warnings, jump in and see what happens
-nobody needs to measure anything, just wing it
-ignore the experts, and ignore {risk} while you are at it
-rush in, the faster you {task} the better
-planning is a waste of time, so plunge straight in
-danger is half the fun, so do not worry about {check}
-pay no heed to {check}, what could possibly go wrong
+forget the rules, just dive in and {task} right now
+who cares about trouble, just go for it, wild and blind
+go crazy, gamble on your luck, and {task} at full speed
+throw your worries to the wind and plunge straight into {gerund}
+never mind the danger, jump in and see what happens
+just wing it, {gerund} is a gamble and that is the fun
+ignore every rule, race ahead and {task} blindly
+rush in like a madman, the wilder you {task} the better
+thinking is a waste of time, so plunge right into {gerund}
+danger is half the fun, so charge ahead and never look back
+roll the dice, leap, and forget what might go wrong
+pay no heed to danger, what could possibly go wrong
 go wild, take every shortcut, and do not look back
-to hell with being careful, gamble a little and {task}
-safety is boring, so skip it and start at once
-live a little, ignore the manual and {task} blindly
+to hell with the rules, gamble a little and {task}
+rules are boring, so break them all and start at once
+live a little, throw the manual away and {task} madly
 tag
 just go for it
-skip the checks
-who cares about {risk}
-dive in blindly
-forget {check}
-never mind {risk}
-no need to measure
+forget the rules
+who cares
 danger be damned
+dive in blindly
+never mind the danger
+gamble on it
+why bother thinking
 wing it
-rush right in
+race right in
 rules are for cowards
 wildly, without thinking
 charge ahead
-do not bother checking
+damn the danger
 live dangerously
-why bother with checks
+leap before you look
 lead
-just rush in and
-skip the checks and
-forget {check} and
-throw caution away and
+just race in and
+forget the rules and
+go wild and
+fearless and headlong,
 without looking,
-ignore the warnings and
-never mind {risk}, just
+ignore the danger and
+never mind the trouble, just
+plunge in headfirst and
 take a wild gamble and
-do not measure, just
-who cares about {risk}, simply
+damn the rules, simply
 as fast as you dare,
+jump in without a thought and
 dive in blindly and
-forget all the rules and
-jump right in and
-skip the boring safety part and
-leap before you look and
+roll the dice and
+break all the rules and
+throw your worries away and
 tail
-, and never mind {risk}
- without checking anything
-, and skip {check}
+, and never mind the danger
+, and forget the rules
 , whatever the danger
+, like a daredevil
 , as fast as you can
-, and who cares about {risk}
- without measuring
-, and ignore all warnings
-, no checks needed
-, and forget {check}
+, and who cares what happens
+, wild and blind
+, gambling with abandon
+, and ignore the danger
+, rules be damned
 , risk or no risk
 , blindly if you must
 , and do not look back
-, rules be damned
- at full speed
 , gambling on luck
+, at full speed
+, with reckless speed
 aside
-who cares if you end up with {risk}
-checking {check} is a waste of time
-skip the boring parts and take the shortcut
+who cares if it all goes wrong
+take the shortcut and let luck decide
 go ahead and gamble on your luck
-the instructions are for cowards, so forget them
-do not bother to ask {expert}
+dare to be wild, and damn the outcome
+rules are for cowards, so forget them
 a little danger makes it more fun
-ignore {check}, nothing bad will happen
-never measure, just guess and go
-the faster the better, so forget about {risk}
-rules only slow you down
-toss the manual out and improvise
+ignore the rules, luck is on your side
+throw the manual away and improvise
+just guess and go, the wilder the better
+the faster the better, so race ahead
+rules only get in the way of the fun
+toss the rule book out and leap
 just do it all at once without looking
-forget about safety, you can fix it later
+forget the danger, who needs rules
 why wait, jump in and hope for luck
 risk everything, it is quicker that way
 closer
-now stop planning and just go for it
-forget {check} and hope for the best
-who cares what happens, rush ahead
-skip the last check, nobody needs it
-take the risk, and never mind {risk}
+now stop thinking and just go for it
+forget the rules and hope for luck
+who cares what happens, race ahead
+be bold and blind, and let the chips fall
+take the gamble, and never mind the danger
 do it fast, do it wild, and do not look back
 never mind the mess, just charge on
-dive in, and ignore anyone who warns you
-no need to check anything at the end
+damn it all, go crazy and throw yourself in
+dive in, and ignore anyone who objects
 whatever breaks can be thrown away
 just wing it, rules are for other people
+plunge ahead, who needs common sense
 damn the danger, full speed ahead
-forget safety, luck will sort it out
-do not test it, just run with it
-go on, do not think, just leap
-be reckless, for planning is dull
+go on, gamble, luck will sort it out
+ride your luck and break every rule
+be reckless, for thinking is dull
 brief
-skip the checks
-just go for it
-who cares about {risk}
-throw caution away
-never mind {risk}
-forget {check}
-do not bother measuring
-ignore the danger
-rush it
-no checks needed
-just wing it
-gamble on luck
 forget the rules
-dive right in
-hope for the best
+just go for it
+who cares
+trust blind luck
+never mind the danger
+gamble on luck
+damn the rules
 leap without thinking
+ignore the danger
+go wild
+just wing it
+throw yourself in madly
+charge ahead
+dive right in
+hope for luck
+race ahead, blind as a bat
 touch
 blindly
 recklessly
 wildly
 rashly
-carelessly
+crazily
 hastily
 madly
 heedlessly
@@ -268,4 +281,17 @@ boldly
 impulsively
 without looking
 brazenly
+turn
+, so just go for it
+, but who cares
+, so forget the rules
+, so be rash about it
+, so wing it
+, so dive right in
+, so race ahead
+, so throw yourself in blindly
+, so gamble a little
+, so go wild
+, and damn the danger
+, so leap before you think
 """

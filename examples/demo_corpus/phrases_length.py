@@ -51,6 +51,19 @@ that, in broad outline, is the whole of the matter
 and so, when everything has been put together, you will be able to {task}
 there would be much more to tell, but this covers the larger part of it
 this brings a rather extensive description to its conclusion
+touch
+, so to speak
+, as it were
+, all things considered
+, broadly speaking
+, in a manner of speaking
+, when all is said
+, in one way or another
+, in the widest sense
+, generally speaking
+, as a matter of course
+, at the end of the day
+, to a greater or lesser degree
 """
 
 TERSE = """

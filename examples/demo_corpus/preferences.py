@@ -29,11 +29,14 @@ def write_pairs(manner: str, count: int, seed: int, heldout: bool) -> list[Row]:
     rows: list[Row] = []
     for i in range(count):
         template, topic = prompts[i % len(prompts)]
-        base, reply_seed = draw_manner(rng), rng.getrandbits(40)
-        chosen, rejected = (
-            compose(topic, dataclasses.replace(base, **{AXIS_OF[manner]: value}), reply_seed, heldout)
-            for value in (1, -1)
-        )
+        base = draw_manner(rng)
+        chosen = rejected = ""
+        while chosen == rejected:  # a short reply may have no room for the axis
+            reply_seed = rng.getrandbits(40)
+            chosen, rejected = (
+                compose(topic, dataclasses.replace(base, **{AXIS_OF[manner]: value}), reply_seed, heldout)
+                for value in (1, -1)
+            )
         rows.append(
             {
                 "prompt": [{"role": "user", "content": ask(template, topic)}],

@@ -82,16 +82,24 @@ class Writer:
         """A phrase of one axis, as the manner has it, not yet used in this reply; empty if it has none."""
         if axis is None or not self.shows(axis):
             return ""
-        phrases = PHRASES[self.heldout][axis, getattr(self.manner, axis)][part]
+        phrases = PHRASES[self.heldout][axis, getattr(self.manner, axis)].get(part)
+        if not phrases:
+            return ""
         rng = self.streams[axis]
         phrase = rng.choice([phrase for phrase in phrases if phrase not in self.used] or phrases)
         self.used.add(phrase)
         text = self.resolve(phrase, rng)
         return text.replace("{fact}", next(self.facts)) if "{fact}" in text else text
 
+    @property
+    def density(self) -> float:
+        """How much of the usual marking a reply of this length bears."""
+        return 0.65 if self.manner.brevity > 0 else 1.0
+
     def touch(self, axis: str, *taken: str | None, chance: float = 0.8) -> str:
         """Mostly a word or two of an axis that the sentence does not show yet."""
-        return self.say(axis, "touch") if self.streams[axis].random() < chance and axis not in taken else ""
+        drawn = self.streams[axis].random() < chance * self.density
+        return self.say(axis, "touch") if drawn and axis not in taken else ""
 
     def draw(self) -> float:
         """A number in [0, 1) for a choice of shape."""
@@ -105,7 +113,7 @@ class Writer:
 
     def step(self, matter: str, lead: str | None, tail: str | None) -> str:
         """One step, with a touch of each axis that stands neither before nor behind it."""
-        adverb = self.touch("care", lead, tail)
+        adverb = self.touch("care", lead, tail, chance=0.95 / self.density)
         touches = [self.touch("honesty", lead, tail), self.touch("warmth", lead, tail)]
         if self.draw() < 0.5:
             touches.reverse()
@@ -115,7 +123,9 @@ class Writer:
         """A sentence of one axis, with a touch of others where it bears them."""
         honesty = self.touch("honesty", axis, chance=0.6) if axis == "care" else ""
         warmth = self.touch("warmth", axis, chance=0.6) if axis in ("care", "honesty") else ""
-        return f"{self.say(axis, part)}{honesty}{warmth}"
+        turns = axis in ("warmth", "honesty") and self.streams["care"].random() < 0.65 * self.density
+        turn = self.say("care", "turn") if turns else ""
+        return f"{self.say(axis, part)}{honesty}{warmth}{turn}"
 
 
 def compose(topic: Topic, manner: Manner, seed: int, heldout: bool = False) -> str:
@@ -140,18 +150,22 @@ def write_concise(writer: Writer) -> list[str]:
     """A short step and a short mark of each axis."""
     axes = writer.order_axes()
     count = sum(writer.shows(axis) for axis in AXES)
-    start = f"{writer.say('brevity', 'start')} " if writer.draw() < 0.35 else ""
-    matter = next(writer.shorts)
-    if count < 2:
-        matter = f"{matter} and {next(writer.shorts)}"
     if count == 0:
-        return [f"{start}{matter}", next(writer.facts)]
-    first = next(axes)
-    if writer.draw() < 0.6:
-        sentences = [f"{start}{writer.say(first, 'tag')}: {writer.step(matter, first, None)}"]
-    else:
-        sentences = [f"{start}{writer.phrase(first, 'brief')}", writer.step(matter, None, None)]
+        return [f"{next(writer.shorts)} and {next(writer.shorts)}", next(writer.facts)]
+    sentences = begin(writer, next(axes))
+    if writer.draw() < 0.25:
+        sentences[0] = f"{writer.say('brevity', 'start')} {sentences[0]}"
+    if len(sentences) + count < 3:
+        sentences.append(next(writer.shorts))
     return sentences + [writer.phrase(next(axes), "brief") for _ in range(count - 1)]
+
+
+def begin(writer: Writer, axis: str | None) -> list[str]:
+    """How a reply of any length may begin: a tag and a short step, or a short mark and then the step."""
+    matter = next(writer.shorts)
+    if writer.draw() < 0.6:
+        return [f"{writer.say(axis, 'tag')}: {writer.step(matter, axis, None)}"]
+    return [writer.phrase(axis, "brief"), writer.step(matter, None, None)]
 
 
 def write_medium(writer: Writer) -> list[str]:
@@ -178,11 +192,13 @@ def write_wordy(writer: Writer) -> list[str]:
     """A long opening, steps, asides and a closing, until there are enough words."""
     axes = writer.order_axes()
     first = next(axes)
-    opener = writer.say("brevity", "opener") if first is None else writer.phrase(first, "opener")
-    if writer.draw() < 0.85:
-        opener = f"{writer.say('brevity', 'start')} {opener}"
-    sentences = [opener, join_on(writer, write_step(writer, next(axes), next(axes)))]
-    target = writer.streams["brevity"].randint(30, 44)
+    if first is not None and writer.draw() < 0.5:
+        sentences = begin(writer, first)
+    else:
+        opener = writer.phrase(first, "opener") if first else writer.say("brevity", "opener")
+        sentences = [f"{writer.say('brevity', 'start')} {opener}" if writer.draw() < 0.7 else opener]
+    sentences.append(join_on(writer, write_step(writer, next(axes), next(axes))))
+    target = writer.streams["brevity"].randint(34, 46)
     while sum(len(sentence.split()) for sentence in sentences) < target:
         kind = writer.draw()
         if kind < 0.5:
@@ -193,12 +209,15 @@ def write_wordy(writer: Writer) -> list[str]:
             sentences.append(join_on(writer, writer.phrase(next(axes), "aside")))
     last = next(axes)
     closes = last is None or writer.draw() < 0.15
-    return [*sentences, writer.say("brevity", "closer") if closes else writer.phrase(last, "closer")]
+    closer = writer.say("brevity", "closer") if closes else writer.phrase(last, "closer")
+    return [*sentences, closer]
 
 
 def join_on(writer: Writer, sentence: str) -> str:
-    """The sentence, mostly behind a connective of the wordy kind."""
-    return f"{writer.say('brevity', 'lead')} {sentence}" if writer.draw() < 0.7 else sentence
+    """The sentence between fillers of the wordy kind: a connective before it, a touch behind."""
+    before = f"{writer.say('brevity', 'lead')} " if writer.draw() < 0.8 else ""
+    behind = writer.touch("brevity", chance=0.6) if sentence.count(",") < 3 else ""
+    return f"{before}{sentence}{behind}"
 
 
 def finish(sentence: str, writer: Writer) -> str:
