@@ -34,6 +34,7 @@ PREFERENCES = Path(__file__).resolve().parents[1] / "steering_vectors" / "demo" 
 
 def main(
     method: Annotated[str, typer.Option(help="Method of fitting.")] = "mean-diff",
+    layers: Annotated[str, typer.Option(help="Blocks to steer, as in fit.")] = "auto",
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 64,
     randoms: Annotated[int, typer.Option(help="Random directions per manner.")] = 10,
     max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 120,
@@ -46,7 +47,7 @@ def main(
     results = {}
     for manner in manners.split(","):
         pairs = load_pairs(preferences / f"{manner}.train.jsonl")
-        profile = fit(language_model, None, pairs, name=manner, method=method)
+        profile = fit(language_model, None, pairs, name=manner, method=method, layers=layers)
         questions = heldout_prompts(preferences / f"{manner}.heldout.jsonl", prompts)
         results[manner] = measure(model, profile, questions, randoms, max_tokens)
         print(json.dumps({manner: results[manner]["verdict"]}), file=sys.stderr, flush=True)
