@@ -28,7 +28,8 @@ def engine() -> Iterator[TorchEngine]:
 @pytest.fixture(scope="module")
 def client(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=100.0, calibration={"kl_at_1": 0.1})
+    fields = {"unit": 100.0, "calibration": {"kl_at_1": 0.1}}
+    save_profiles(directory, engine.language_model.identity, "warm", "concise", **fields)
     with live_server(engine, directory) as client:
         yield client
 
