@@ -74,11 +74,6 @@ def propensity(steered: SteeredModel, sides: Sides, *, steer: bool) -> Propensit
     return Propensity(scores[: len(sides.positives)], scores[len(sides.positives) :], sides.paired)
 
 
-def margin_of(steered: SteeredModel, sides: Sides) -> float:
-    """The margin under the mix that is written."""
-    return propensity(steered, sides, steer=True).margin
-
-
 def propensity_report(steered: SteeredModel, profile: Profile, sides: Sides) -> dict[str, Any]:
     """Margin and accuracy at strengths −1, 0 and +1; for pairs also the share whose margin falls from −1 to +1."""
     seen: dict[float, Propensity] = {}

@@ -105,14 +105,6 @@ class SlotCache(Cache):  # type: ignore[misc]
                 layer.keys[slot] = 0
                 layer.values[slot] = 0
 
-    def bytes_held(self) -> int:
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in self.layers
-            if layer.is_initialized
-            for tensor in (layer.keys, layer.values)
-        )
-
 
 def active_span() -> Span:
     if _current.span is None:
