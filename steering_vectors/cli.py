@@ -16,9 +16,10 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 
-from steering_vectors.errors import ProfileError, TrimtabError
+from steering_vectors.errors import FitError, ProfileError, TrimtabError
 
 FAILED = 2
+METHODS_HELP = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit or rahf-dual."
 
 P = ParamSpec("P")
 
@@ -48,7 +49,7 @@ def fit_command(
     name: Annotated[str, typer.Argument(help="The profile's name: it is stored as NAME.safetensors.")],
     model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
     data: Annotated[str, typer.Option(help="Preference data: a file, `hf:NAME[:split]`, or `demo:warm` and its like.")],
-    method: Annotated[str, typer.Option(help="mean-diff, pca or probe.")] = "mean-diff",
+    method: Annotated[str, typer.Option(help=METHODS_HELP)] = "mean-diff",
     layers: Annotated[str, typer.Option(help="auto, 12, 10-20 (both ends included) or 3,5,7.")] = "auto",
     tokens: Annotated[str, typer.Option(help="Read the mean over the `response`, or its `last` token.")] = "response",
     out: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
@@ -64,6 +65,9 @@ def fit_command(
     skip_long_rows: Annotated[
         bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
     ] = False,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="An option of the method, KEY=VALUE; may be repeated.")
+    ] = None,
     description: Annotated[str, typer.Option(help="A sentence to store with it.")] = "",
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Leave the unit at 1.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
@@ -72,6 +76,7 @@ def fit_command(
         "name": name, "method": method, "layers": layers, "tokens": tokens, "layering": layering, "seed": seed,
         "kl_budget": kl_budget, "heldout_fraction": heldout_fraction, "batch_tokens": batch_tokens,
         "skip_long_rows": skip_long_rows, "description": description, "calibrate": not no_calibrate,
+        "options": parse_options(option or []),
     }  # fmt: skip
     pairs = _load_data(data, columns, skip_bad_rows)
     path = _fit_and_save(model, dtype, device, pairs, out, options, quiet=as_json)
@@ -85,6 +90,19 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     _print_profile(find_profile(profile, profiles), as_json, fitted=False)
+
+
+def parse_options(options: list[str]) -> dict[str, str]:
+    """Read `KEY=VALUE` as often as it was given. Raises FitError for anything else, and for a key given twice."""
+    parsed: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise FitError(f"--option {option!r} is not KEY=VALUE")
+        if key in parsed:
+            raise FitError(f"--option {key} is given twice")
+        parsed[key] = value
+    return parsed
 
 
 def find_profile(profile: str, directory: Path) -> Path:

@@ -49,6 +49,7 @@ class Settings:
     batch_tokens: int
     calibrate: bool
     progress: Progress | None
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ def fit(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     skip_long_rows: bool = False,
     calibrate: bool = True,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Fit a profile to preference data; equal arguments give bitwise equal tensors.
@@ -86,7 +88,8 @@ def fit(
     The rows are parted by prompt: most are trained on; of the held-out ones half choose the layers (with
     `layers="auto"`, see `choose_layers`) and half calibrate the unit (see `calibrate`) and give the metrics, so what
     is reported was seen by neither. With layers given, all held-out rows calibrate. `tokens` says which of a
-    response's tokens are looked at: the mean of all, or the last. `tokenizer` may be None for a LanguageModel.
+    response's tokens are looked at: the mean of all, or the last. `options` are the method's own. `tokenizer` may be
+    None for a LanguageModel.
 
     `metrics` holds `projection_accuracy` per block, `propensity` at strengths −1, 0 and +1, `layer_choice` with the
     score of every window tried, and `notes`, sentences on what the user should know (few rows, duplicates, an
@@ -94,10 +97,10 @@ def fit(
 
     Raises FitError for what cannot be fitted, DataError for rows that are unusable with this model.
     """
-    lm = _language_model(model, tokenizer)
+    lm, found = _language_model(model, tokenizer), method_named(method)
     settings = Settings(
-        method_named(method), parse_layers(layers, lm.num_layers), _known_tokens(tokens), layering, heldout_fraction,
-        kl_budget, seed, batch_tokens, calibrate, progress,
+        found, parse_layers(layers, lm.num_layers), _known_tokens(tokens), layering, heldout_fraction,
+        kl_budget, seed, batch_tokens, calibrate, progress, found.complete(options or {}),
     )  # fmt: skip
     check_budget(kl_budget)
     blank = _blank(lm, name, description, settings)
@@ -107,7 +110,7 @@ def fit(
     statistics = _capture(lm, parts.train, settings)
     profile = replace(
         blank,
-        directions=_directions(lm, parts.train, statistics, settings),
+        directions=_directions(lm, parts.train, statistics, settings, name),
         residual_norms={layer: one.residual_norm for layer, one in statistics.items()},
         data=_provenance(corpus, parts),
     )
@@ -141,6 +144,7 @@ def _blank(lm: LanguageModel, name: str, description: str, settings: Settings) -
             "tokens": settings.tokens,
             "heldout_fraction": settings.heldout_fraction,
             "seed": settings.seed,
+            **settings.options,
         },
         chat_template_sha256=chat_template_sha256(lm.tokenizer),
     )
@@ -163,7 +167,8 @@ def _part(lm: LanguageModel, corpus: Corpus, settings: Settings, limit: int | No
 
 def _capture(lm: LanguageModel, train: Corpus, settings: Settings) -> dict[int, LayerStatistics]:
     sides = train.sides()
-    layers = candidate_layers(lm.num_layers) if settings.layers is None else settings.layers
+    looked_at = settings.method.layers or candidate_layers
+    layers = looked_at(lm.num_layers) if settings.layers is None else settings.layers
     return capture(
         lm,
         sides.positives,
@@ -179,7 +184,7 @@ def _capture(lm: LanguageModel, train: Corpus, settings: Settings) -> dict[int, 
 
 
 def _directions(
-    lm: LanguageModel, train: Corpus, statistics: Mapping[int, LayerStatistics], settings: Settings
+    lm: LanguageModel, train: Corpus, statistics: Mapping[int, LayerStatistics], settings: Settings, name: str
 ) -> Directions:
     """The method's directions that can be used. A useless one is an error where its layer was asked for."""
     texts, sides = train.pairs, train.sides()
@@ -192,8 +197,11 @@ def _directions(
             sides.positives,
             sides.negatives,
             sides.paired,
+            name,
+            settings.tokens,
             settings.seed,
-            progress=settings.progress,
+            settings.options,
+            settings.progress,
         )
     )
     faults = {layer: _fault(found[layer], statistics[layer]) for layer in found}

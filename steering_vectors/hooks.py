@@ -61,6 +61,20 @@ def record(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[
         yield seen
 
 
+@contextmanager
+def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterator[None]:
+    """Add `shift` `[hidden]` to a block's output at `where` (bool `[batch, positions]`) in the passes run inside.
+
+    Gradients flow to the shift, which the bank's buffer has none of."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = block_output(output)
+        return with_block_output(output, hidden + (where.unsqueeze(-1) * shift).to(hidden))
+
+    with registered([block.register_forward_hook(hook)]):
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Which bank rows run in this forward pass, in batch order, and where steering holds.

@@ -3,7 +3,7 @@
 Owns the list of families. Knows nothing of layers' choice, of calibration or of files.
 """
 
-from steering_vectors.methods import mean_diff, pca, probe
+from steering_vectors.methods import bipo, contrast_prompts, mean_diff, pca, probe, rahf
 from steering_vectors.methods.registry import (
     Directions,
     Method,
@@ -13,7 +13,7 @@ from steering_vectors.methods.registry import (
     register,
 )
 
-for _family in (mean_diff, pca, probe):
-    register(_family.METHOD)
+for _method in (mean_diff.METHOD, pca.METHOD, probe.METHOD, contrast_prompts.METHOD, bipo.METHOD, rahf.SCIT, rahf.DUAL):
+    register(_method)
 
 __all__ = ["Directions", "Method", "Task", "method_named", "method_names", "register"]

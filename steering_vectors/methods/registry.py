@@ -6,18 +6,19 @@ Owns what a method is given and what it must return. Knows nothing of any single
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 
-from steering_vectors.activations import LayerStatistics
+from steering_vectors.activations import LayerStatistics, Tokens
 from steering_vectors.batches import Encoded, Progress
 from steering_vectors.chat import Example
 from steering_vectors.errors import FitError
 from steering_vectors.models import LanguageModel
 
 Directions = dict[int, torch.Tensor]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +27,7 @@ class Task:
 
     `statistics` has one entry per wanted block. A method that trains finds the model and the training examples here,
     as texts and as token ids (entry i of both is the same example; with `paired`, positive i belongs to negative i).
+    `name` is the profile's; `options` are those of the method, as they were given.
     """
 
     lm: LanguageModel
@@ -35,6 +37,8 @@ class Task:
     positive_ids: Sequence[Encoded] = ()
     negative_ids: Sequence[Encoded] = ()
     paired: bool = False
+    name: str = ""
+    tokens: Tokens = "response"
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress | None = None
@@ -43,17 +47,36 @@ class Task:
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted(self.statistics))
 
+    def read_options(self, kind: type[Options]) -> Options:
+        """The options as a method's own dataclass, defaults filled in."""
+        return kind(**self.options)
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """A way to find directions: float32 `[hidden]` for each of the task's layers.
 
-    `needs_sample` says that the statistics must hold a sample of pooled vectors, not only means.
+    `needs_sample` says that the statistics must hold a sample of pooled vectors, not only means. `options` is the
+    dataclass of the method's options, each with a default. `layers` are the blocks it looks at when they are to be
+    chosen automatically, if not all candidates.
     """
 
     name: str
     find: Callable[[Task], Directions]
     needs_sample: bool = False
+    options: type[Any] | None = None
+    layers: Callable[[int], tuple[int, ...]] | None = None
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option of the method with its value; texts are read as the type of the default.
+
+        Raises FitError for an option that the method does not have, naming those it has, and for an unusable value.
+        """
+        known = {one.name: one.default for one in fields(self.options)} if self.options is not None else {}
+        for name in given:
+            if name not in known:
+                raise FitError(f"{self.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        return {name: _converted(name, given.get(name, default), default) for name, default in known.items()}
 
 
 _METHODS: dict[str, Method] = {}
@@ -84,3 +107,18 @@ def per_layer(name: str, direction: Callable[[LayerStatistics], torch.Tensor], *
         return {layer: direction(task.statistics[layer]).to(torch.float32) for layer in task.layers}
 
     return Method(name, find, needs_sample)
+
+
+def _converted(name: str, value: Any, default: Any) -> Any:
+    """A value as the type that the option's default has."""
+    kind = type(default)
+    try:
+        if isinstance(value, str) and kind is not str:
+            value = kind(value)
+        if kind is float and isinstance(value, int):
+            value = float(value)
+    except ValueError:
+        raise FitError(f"option {name} is {value!r}, which is no {kind.__name__}") from None
+    if type(value) is not kind:
+        raise FitError(f"option {name} is {value!r}, which is no {kind.__name__}")
+    return value

@@ -1,0 +1,104 @@
+"""A vector that is trained, not read: bi-directional preference optimisation. Owns its loss and its steps."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from steering_vectors.contrast import Reading, Twin, pad_id, readings
+from steering_vectors.errors import FitError
+from steering_vectors.hooks import adding
+from steering_vectors.likelihoods import response_log_likelihoods
+from steering_vectors.methods.registry import Directions, Method, Task
+from steering_vectors.methods.tuning import drawn
+from steering_vectors.models import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class BipoOptions:
+    """`step` is AdamW's learning rate in units of the residual stream's root mean square per coordinate."""
+
+    beta: float = 0.1
+    epochs: float = 4.0
+    batch: int = 4
+    step: float = 0.01
+
+
+Pair = tuple[Twin, Twin]
+
+
+def trained_vector(task: Task) -> Directions:
+    """v = argmin E over d ∈ {−1, +1} of −log σ(d·β [log π(y⁺|x; h + d·v)/π(y⁺|x) − log π(y⁻|x; h + d·v)/π(y⁻|x)])
+
+    The direct preference loss with a vector in the place of the weights, and its mirror: adding v must favour the
+    preferred response, subtracting it the rejected one. v begins at zero and is added where it will be when served,
+    from the prompt's last token on. Every block asked for has a vector of its own.
+
+    Paper: Bi-directional preference optimization (arXiv:2406.00045), there at all tokens of one middle block.
+    """
+    if not task.paired:
+        raise FitError("bipo needs pairs of a preferred and a rejected response; these rows are not paired")
+    options = task.read_options(BipoOptions)
+    if min(options.beta, options.epochs, options.step) <= 0 or options.batch < 1:
+        raise FitError("options beta, epochs, batch and step must be positive")
+    pairs = [
+        (_twin(positive), _twin(negative))
+        for positive, negative in zip(task.positive_ids, task.negative_ids, strict=True)
+    ]
+    return {layer: _train(task, options, pairs, layer) for layer in task.layers}
+
+
+def middle_block(num_layers: int) -> tuple[int, ...]:
+    """The block that the paper steers: the middle one."""
+    return ((num_layers - 1) // 2,)
+
+
+def bidirectional_loss(
+    lm: LanguageModel, layer: int, vector: torch.Tensor, pairs: Sequence[Pair], sign: int, beta: float
+) -> torch.Tensor:
+    """The loss of a batch for one sign d; gradients flow to `vector`."""
+    twins = [twin for pair in pairs for twin in pair]
+    reading, _ = readings(twins, pad_id(lm), lm.device)
+    with torch.no_grad():
+        base, _ = response_log_likelihoods(lm, reading)
+    with adding(lm.blocks[layer], sign * vector, _steered(reading)):
+        steered, _ = response_log_likelihoods(lm, reading)
+    gains = (steered - base).view(-1, 2)
+    return -logsigmoid(sign * beta * (gains[:, 0] - gains[:, 1])).mean()
+
+
+def _train(task: Task, options: BipoOptions, pairs: Sequence[Pair], layer: int) -> torch.Tensor:
+    lm, scale = task.lm, task.statistics[layer].residual_norm / math.sqrt(task.lm.hidden_size)
+    vector = torch.zeros(lm.hidden_size, device=lm.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([vector], lr=options.step * scale, weight_decay=0.0)
+    steps, draw = max(1, math.ceil(options.epochs * len(pairs) / options.batch)), random.Random(task.seed)
+    for step in range(steps):
+        batch = drawn(pairs, options.batch, step, task.seed)
+        optimizer.param_groups[0]["lr"] = options.step * scale * (1 - step / steps)
+        with torch.enable_grad():
+            loss = bidirectional_loss(lm, layer, vector, batch, draw.choice((-1, 1)), options.beta)
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        if task.progress is not None:
+            task.progress(f"train block {layer}", step + 1, steps)
+    return vector.detach().float().cpu()
+
+
+def _steered(reading: Reading) -> torch.Tensor:
+    """From the prompt's last token on, where there are tokens: bool `[rows, columns]`."""
+    columns = torch.arange(reading.ids.shape[1], device=reading.ids.device)
+    return reading.mask & (columns >= reading.start - 1)
+
+
+def _twin(encoded: tuple[Sequence[int], int]) -> Twin:
+    ids, start = encoded[0], max(1, encoded[1])  # without a prompt nothing predicts the first token
+    return Twin(tuple(ids[:start]), tuple(ids[:start]), tuple(ids[start:]))
+
+
+METHOD = Method("bipo", trained_vector, options=BipoOptions, layers=middle_block)

@@ -1,0 +1,66 @@
+"""What an instruction changes in an untuned model. Owns the options of methods that instruct; nothing of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from steering_vectors.contrast import Twin, mean_differences
+from steering_vectors.corpus import context_length
+from steering_vectors.instructions import Instructions, instructions_for
+from steering_vectors.methods.registry import Directions, Method, Task
+from steering_vectors.twins import twins_of
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionOptions:
+    """Which instructions, and how many responses are read.
+
+    `goal` picks default instructions (the profile's name, if it is one of them); `positive` and `negative` replace
+    them. `responses` of both sides together are read, at most.
+    """
+
+    goal: str = ""
+    positive: str = ""
+    negative: str = ""
+    responses: int = 512
+
+    def instructions(self, name: str) -> Instructions:
+        """The instructions of a fit whose profile has this name."""
+        return instructions_for(self.goal or name, self.positive or None, self.negative or None)
+
+
+def task_twins(task: Task, options: InstructionOptions, *, most: int | None) -> list[Twin]:
+    """The responses of both sides of the training data, each under both instructions."""
+    return twins_of(
+        task.lm.tokenizer,
+        [*task.positives, *task.negatives],
+        [*task.positive_ids, *task.negative_ids],
+        options.instructions(task.name),
+        limit=context_length(task.lm.model.config),
+        most=most,
+        seed=task.seed,
+    )
+
+
+def instruction_difference(task: Task) -> Directions:
+    """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r)
+
+    Preferred and rejected responses are read alike: what differs is only the instruction, so the labels play no part.
+    It needs a model that understands instructions.
+
+    Paper: Representation Engineering (arXiv:2310.01405); RAHF's second step (arXiv:2312.15997) without its first.
+    """
+    options = task.read_options(InstructionOptions)
+    found = mean_differences(
+        task.lm,
+        task_twins(task, options, most=options.responses),
+        task.layers,
+        tokens=task.tokens,
+        progress=task.progress,
+    )
+    return {layer: direction.to(torch.float32) for layer, direction in found.items()}
+
+
+METHOD = Method("contrast-prompts", instruction_difference, options=InstructionOptions)

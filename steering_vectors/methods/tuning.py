@@ -1,0 +1,118 @@
+"""Tuning a model on preference data, as methods with a first step need it: options, weights, batches, the cache.
+
+Owns what such methods have in common. Knows nothing of their losses or of what is read from the tuned model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from steering_vectors.contrast import Twin, pad_id, readings
+from steering_vectors.errors import FitError
+from steering_vectors.likelihoods import response_log_likelihoods
+from steering_vectors.methods.contrast_prompts import InstructionOptions, task_twins
+from steering_vectors.methods.registry import Task
+from steering_vectors.models import LanguageModel
+from steering_vectors.training import Run, Schedule, train
+from steering_vectors.tuning_cache import tuned_directory
+from steering_vectors.weights import FullWeights, LoraShape, LoraWeights, TunedWeights
+
+LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
+Sample = TypeVar("Sample")
+
+
+@dataclass(frozen=True, slots=True)
+class TuningOptions(InstructionOptions):
+    """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full."""
+
+    tuning: str = "lora"
+    epochs: float = 2.0
+    batch: int = 16
+    learning_rate: float = 0.0
+    rank: int = 16
+    targets: str = "all-linear"
+
+    def schedule(self, samples: int) -> Schedule:
+        """The run over so many samples. Raises FitError for a kind of tuning there is not."""
+        if self.tuning not in LEARNING_RATES:
+            raise FitError(f"option tuning is {self.tuning!r}, not one of {', '.join(LEARNING_RATES)}")
+        if self.batch < 1 or self.epochs <= 0:
+            raise FitError("options batch and epochs must be positive")
+        steps = max(1, math.ceil(self.epochs * samples / self.batch))
+        return Schedule(steps, self.learning_rate or LEARNING_RATES[self.tuning])
+
+
+def both_sides(task: Task, options: TuningOptions) -> tuple[list[Twin], list[Twin]]:
+    """The preferred and the rejected responses, each under both instructions."""
+    good = replace(task, negatives=(), negative_ids=())
+    bad = replace(task, positives=(), positive_ids=())
+    return task_twins(good, options, most=None), task_twins(bad, options, most=None)
+
+
+@contextmanager
+def tuned_weights(lm: LanguageModel, options: TuningOptions, names: Sequence[str], seed: int) -> Iterator[TunedWeights]:
+    """Weights of these names beside the model's own, gone when the context ends."""
+    if options.tuning == "full":
+        weights: TunedWeights = FullWeights(lm, names)
+    else:
+        shape = LoraShape(rank=options.rank, alpha=2 * options.rank, targets=options.targets)
+        weights = LoraWeights(lm, names, shape, seed)
+    try:
+        yield weights
+    finally:
+        weights.close()
+
+
+def tune(
+    task: Task,
+    weights: TunedWeights,
+    name: str,
+    options: TuningOptions,
+    samples: Sequence[Sample],
+    loss: Callable[[Sequence[Sample]], torch.Tensor],
+    twins: Sequence[Sequence[Twin]],
+) -> None:
+    """Train one set of weights on the samples, or take it from the cache, where it lies under a hash of all inputs."""
+    schedule = options.schedule(len(samples))
+    settings = {**asdict(options), "responses": 0, "goal": "", "name": name, "seed": task.seed}
+    file = tuned_directory(task.lm, twins, settings) / f"{name}.safetensors"
+    task.lm.model.train()
+    try:
+        train(
+            Run(weights, name, schedule, file, task.seed),
+            lambda step: loss(drawn(samples, options.batch, step, task.seed)),
+            progress=task.progress,
+            stage=f"tune {name}",
+        )
+    finally:
+        task.lm.model.eval()
+
+
+def drawn(samples: Sequence[Sample], batch: int, step: int, seed: int) -> list[Sample]:
+    """The samples of a step: each epoch goes through all of them in an order of its own."""
+    places = (divmod(place, len(samples)) for place in range(step * batch, (step + 1) * batch))
+    return [samples[_order(len(samples), epoch, seed)[index]] for epoch, index in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, epoch: int, seed: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def mean_log_likelihoods(lm: LanguageModel, twins: Sequence[Twin]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean log-probability of the responses' tokens under either prompt, `[twins]` each."""
+    positive, negative = (
+        sums / counts
+        for sums, counts in (response_log_likelihoods(lm, side) for side in readings(twins, pad_id(lm), lm.device))
+    )
+    return positive, negative

@@ -1,0 +1,144 @@
+"""Weights that are trained beside a model's own and put in their place: LoRA through peft, or a copy of all of them.
+
+Owns how sets of weights come and go on one model. After `close` the model is what it was. Knows nothing of losses or
+of data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from steering_vectors.errors import FitError
+from steering_vectors.models import LanguageModel
+
+States = dict[str, torch.Tensor]
+
+
+class TunedWeights(Protocol):
+    """Named sets of weights, of which one acts inside `use` and none outside."""
+
+    def use(self, name: str) -> AbstractContextManager[None]: ...
+
+    def parameters(self, name: str) -> list[torch.nn.Parameter]:
+        """What is trained of a set; valid inside `use(name)`."""
+
+    def state(self, name: str) -> States:
+        """A copy of a set, by parameter."""
+
+    def load(self, name: str, state: States) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """Rank, scale (alpha / rank) and dropout of low-rank updates. `targets` are peft's module names, comma-separated,
+    `all-linear`, or empty for peft's choice for the architecture, and all-linear where it has none."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: str = "all-linear"
+
+
+class LoraWeights:
+    """Low-rank updates (arXiv:2106.09685), one adapter per name; they begin as no change at all."""
+
+    def __init__(self, lm: LanguageModel, names: Sequence[str], shape: LoraShape, seed: int) -> None:
+        self._lm = lm
+        self._peft = attach_adapters(lm, names, shape, seed)
+        self._peft.base_model.disable_adapter_layers()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        self._peft.base_model.enable_adapter_layers()
+        self._peft.set_adapter(name)
+        try:
+            yield
+        finally:
+            self._peft.base_model.disable_adapter_layers()
+
+    def parameters(self, name: str) -> list[torch.nn.Parameter]:
+        return [p for key, p in self._lm.model.named_parameters() if f".{name}." in key and "lora_" in key]
+
+    def state(self, name: str) -> States:
+        from peft import get_peft_model_state_dict
+
+        return {key: value.detach().clone() for key, value in get_peft_model_state_dict(self._peft, None, name).items()}
+
+    def load(self, name: str, state: States) -> None:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self._peft, state, name)
+
+    def close(self) -> None:
+        self._peft.unload()
+        self._lm.model.requires_grad_(False).eval()
+
+
+def attach_adapters(lm: LanguageModel, names: Sequence[str], shape: LoraShape, seed: int) -> Any:
+    """Put adapters into a model; peft's wrapper of it. Raises FitError if the architecture has no place for them, or without
+    peft."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise FitError("tuning by LoRA needs peft: pip install 'trimtab[rahf]'") from error
+
+    targets: Any = shape.targets.split(",") if "," in shape.targets else shape.targets or None
+    config = LoraConfig(
+        r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for an attribute's old name
+        torch.manual_seed(seed)
+        try:
+            wrapped = get_peft_model(lm.model, config, adapter_name=names[0])
+            for name in names[1:]:
+                wrapped.add_adapter(name, config)
+        except ValueError as error:
+            raise FitError(f"LoRA cannot be put into {lm.identity.architecture}: {error}") from error
+    return wrapped
+
+
+class FullWeights:
+    """Copies of all the model's weights, one per name."""
+
+    def __init__(self, lm: LanguageModel, names: Sequence[str]) -> None:
+        if lm.dtype != torch.float32:
+            raise FitError("full fine-tuning needs the model in float32 (its steps round to nothing): --dtype float32")
+        self._model = lm.model
+        self._own = {key: p.data for key, p in self._model.named_parameters()}
+        self._sets = {name: {key: own.clone() for key, own in self._own.items()} for name in names}
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        self._place(self._sets[name], trained=True)
+        try:
+            yield
+        finally:
+            self._place(self._own, trained=False)
+
+    def parameters(self, name: str) -> list[torch.nn.Parameter]:
+        return list(self._model.parameters())
+
+    def state(self, name: str) -> States:
+        return {key: value.clone() for key, value in self._sets[name].items()}
+
+    def load(self, name: str, state: States) -> None:
+        for key, value in state.items():
+            self._sets[name][key].copy_(value)
+
+    def close(self) -> None:
+        self._sets.clear()
+        self._model.eval()
+
+    def _place(self, weights: States, *, trained: bool) -> None:
+        for key, p in self._model.named_parameters():
+            p.data = weights[key]
+            p.requires_grad_(trained)

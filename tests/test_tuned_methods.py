@@ -1,0 +1,151 @@
+"""Methods that instruct or train: planted directions, losses against plain references, options, the cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from steering_vectors.batches import Progress
+from steering_vectors.contrast import Twin
+from steering_vectors.errors import FitError
+from steering_vectors.methods import Task, method_named, method_names
+from steering_vectors.methods.bipo import bidirectional_loss, middle_block
+from steering_vectors.methods.rahf import contrastive_loss
+from steering_vectors.methods.tuning import TuningOptions, drawn
+from steering_vectors.profile import Profile
+from steering_vectors.steered import steerable
+from tests.planted import OPTIONS, planted_model, planted_task
+
+TUNED = ("rahf-scit", "rahf-dual")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+
+
+def alignment(method: str, task: Task, axis: torch.Tensor) -> float:
+    found = method_named(method).find(task)
+    assert list(found) == [1]
+    assert found[1].dtype == torch.float32
+    return float(torch.cosine_similarity(found[1], axis, dim=0))
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_recovers_a_planted_direction(method: str) -> None:
+    """A random direction's cosine would be 0 ± 0.13."""
+    lm, axis = planted_model()
+    before = {key: value.clone() for key, value in lm.model.state_dict().items()}
+    assert alignment(method, planted_task(lm, method), axis) > 0.45
+    after = lm.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert not lm.model.training
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_the_first_step_is_what_finds_it(method: str) -> None:
+    lm, axis = planted_model()
+    task = planted_task(lm, method)
+    untuned = replace(task, options={**task.options, "epochs": 1e-9, "learning_rate": 1e-9})
+    assert alignment(method, untuned, axis) < 0.2
+
+
+def test_full_tuning_finds_it_too() -> None:
+    lm, axis = planted_model()
+    task = planted_task(lm, "rahf-dual")
+    assert alignment("rahf-dual", replace(task, options={**task.options, "tuning": "full"}), axis) > 0.45
+
+
+def watch(task: Task, seen: list[str]) -> Task:
+    progress: Progress = lambda stage, _done, _total: seen.append(stage)  # noqa: E731
+    return replace(task, progress=progress)
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_tuned_weights_are_cached_by_their_inputs(method: str) -> None:
+    lm, _ = planted_model()
+    task, seen, again, other = planted_task(lm, method), list[str](), list[str](), list[str]()
+    first = method_named(method).find(watch(task, seen))[1]
+    second = method_named(method).find(watch(task, again))[1]
+    method_named(method).find(watch(replace(task, seed=1), other))
+    assert any(stage.startswith("tune ") for stage in seen)
+    assert not any(stage.startswith("tune ") for stage in again)
+    assert any(stage.startswith("tune ") for stage in other)
+    assert torch.equal(first, second)
+
+
+def test_scit_equals_its_equation() -> None:
+    positive, negative = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -0.5])
+    expected = 0.0
+    for match, mismatch in ((-1.0, -2.0), (-0.5, -3.0)):
+        s = math.exp(match) / (math.exp(match) + math.exp(mismatch))
+        expected += (-match - 0.8 * math.log(s) - 0.2 * math.log(1 - s)) / 2
+    found = contrastive_loss(positive, negative, torch.tensor([1.0, -1.0]), 0.2)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bipo_equals_its_equation(sign: int) -> None:
+    lm, axis = planted_model()
+    task = planted_task(lm, "bipo", rows=4)
+    pairs = [
+        tuple(Twin(tuple(ids[:start]), tuple(ids[:start]), tuple(ids[start:])) for ids, start in pair)
+        for pair in zip(task.positive_ids, task.negative_ids, strict=True)
+    ]
+    found = bidirectional_loss(lm, 1, 3.0 * axis, pairs, sign, 0.1)  # type: ignore[arg-type]
+    profile = Profile(name="v", model=lm.identity, directions={1: 3.0 * axis}, method="bipo")
+    gains = []
+    with steerable(lm) as steered:
+        for side in (task.positive_ids, task.negative_ids):
+            base, _ = steered.log_likelihoods(side, steer=False)
+            steered.write(profile, float(sign))
+            changed, _ = steered.log_likelihoods(side, steer=True)
+            gains.append(changed - base)
+    expected = -torch.nn.functional.logsigmoid(sign * 0.1 * (gains[0] - gains[1])).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_bipo_needs_pairs() -> None:
+    lm, _ = planted_model()
+    with pytest.raises(FitError, match="bipo needs pairs"):
+        method_named("bipo").find(replace(planted_task(lm, "bipo"), paired=False))
+
+
+def test_bipo_looks_at_the_middle_block() -> None:
+    assert method_named("bipo").layers is middle_block
+    assert [middle_block(count) for count in (1, 8, 32)] == [(0,), (3,), (15,)]
+
+
+def test_options_are_read_and_checked() -> None:
+    method = method_named("rahf-scit")
+    assert method.complete({})["smoothing"] == 0.2
+    assert method.complete({"epochs": "3", "rank": "8", "goal": "warm"})["epochs"] == 3.0
+    assert method_named("mean-diff").complete({}) == {}
+    with pytest.raises(FitError, match="rahf-scit has no option 'epoch'; it has goal, positive, negative"):
+        method.complete({"epoch": 3})
+    with pytest.raises(FitError, match="mean-diff has no option 'epochs'; it has none"):
+        method_named("mean-diff").complete({"epochs": 3})
+    with pytest.raises(FitError, match="option rank is 'many', which is no int"):
+        method.complete({"rank": "many"})
+    with pytest.raises(FitError, match="option tuning is 'half', not one of lora, full"):
+        TuningOptions(tuning="half").schedule(10)
+    with pytest.raises(FitError, match="options batch and epochs must be positive"):
+        TuningOptions(epochs=0.0).schedule(10)
+
+
+def test_every_epoch_goes_through_all_samples_in_another_order() -> None:
+    samples = list(range(10))
+    first = [one for step in range(2) for one in drawn(samples, 5, step, 0)]
+    second = [one for step in range(2, 4) for one in drawn(samples, 5, step, 0)]
+    assert sorted(first) == sorted(second) == samples
+    assert first != second
+    assert drawn(samples, 5, 1, 0) == drawn(samples, 5, 1, 0)
+
+
+def test_every_tuned_method_is_planted() -> None:
+    assert set(OPTIONS) <= set(method_names())
