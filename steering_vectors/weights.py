@@ -83,8 +83,10 @@ class LoraWeights:
 
 
 def attach_adapters(lm: LanguageModel, names: Sequence[str], shape: LoraShape, seed: int) -> Any:
-    """Put adapters into a model; peft's wrapper of it. Raises FitError if the architecture has no place for them, or without
-    peft."""
+    """Put adapters into a model; peft's wrapper of it.
+
+    Raises FitError if the architecture has no place for them, or without peft.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
