@@ -22,10 +22,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.controls import bootstrap, random_controls, span
 from benchmarks.manners import judge
 from benchmarks.serving import Server, serving
 from steering_vectors import Profile, fit, load_model, load_pairs, save_profile
+from steering_vectors.controls import bootstrap, random_controls, span
 
 MANNERS = ("warm", "concise", "careful", "honest")
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)

@@ -25,11 +25,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.controls import bootstrap, random_controls, span
 from benchmarks.serving import Server, serving
 from steering_vectors import Profile, fit, load_model, load_pairs, save_profile
 from steering_vectors.calibration import calibrate
 from steering_vectors.chat import encode_prompt
+from steering_vectors.controls import bootstrap, random_controls, span
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 OPENINGS = (

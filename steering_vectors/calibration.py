@@ -1,8 +1,9 @@
-"""How long a profile's step is: the unit at which strength 1 costs a given divergence from the unsteered model.
+"""How long a profile's step is, and how many steps are safe.
 
-Owns the search for the unit and what is stored about it. Knows nothing of data, of layers' choice or of files; prompts
-come as token ids. A budget per token means different things to different tokenizers, so the cost per character is
-stored beside it.
+Owns the search for the unit, at which strength 1 costs a given divergence from the unsteered model, and what is stored
+about it; the curve over strengths and the safe range come from `curve`. Knows nothing of data, of layers' choice or of
+files; prompts come as token ids. A budget per token means different things to different tokenizers, so the cost per
+character is stored beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from steering_vectors.batches import Progress
+from steering_vectors.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
 from steering_vectors.errors import FitError
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
@@ -27,6 +29,7 @@ TOLERANCE = 0.03
 EVALUATIONS = 12
 START = 0.2  # of the largest coefficient
 TINY = 1e-12
+LEAST_SAFE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +56,25 @@ def calibrate(
     prompts: Sequence[Sequence[int]],
     *,
     kl_budget: float = DEFAULT_KL_BUDGET,
+    perplexity_bound: float = PERPLEXITY_BOUND,
     tokens: int = SAMPLED_TOKENS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
-    """The profile with the unit c at which KL(steered‖base) at α = 1 is `kl_budget` nats per token.
+    """The profile with the unit c at which KL(steered‖base) at α = 1 is `kl_budget` nats per token, with its curve, and
+    with the `max_strength` up to which steered texts' perplexity is within `perplexity_bound` times that of unsteered.
 
     The mean is over the steered positions of texts that the steered model writes after the prompts (T = 1, at most
     `tokens` each, up to and with the token that ends one), over the whole vocabulary. Every candidate c is measured
     with the same random numbers. The search ends within 3 % of the budget or after 12 measurements. If even the c that
     makes the shift as long as the median residual norm at some block stays below the budget, that c is taken and
-    `unreached` stored. Raises FitError without prompts, residual norms or a positive budget.
+    `unreached` stored. The safe range is read from the curve (see `measure_curve`), a tenth at least. Raises FitError
+    without prompts, residual norms, a positive budget or a bound above 1.
     """
     if not prompts:
         raise FitError("there is no prompt to calibrate on; add rows with other prompts")
     check_budget(kl_budget)
+    check_bound(perplexity_bound)
     rows = [prompts[i % len(prompts)] for i in range(max(ROWS, len(prompts)))]
     costs: dict[float, Cost] = {}
     with steerable(lm) as steered:
@@ -79,16 +86,23 @@ def calibrate(
             return costs[coefficient].per_token
 
         found = search(kl_at, largest_coefficient(profile), kl_budget, tolerance=TOLERANCE, evaluations=EVALUATIONS)
-    if progress is not None:
-        progress("calibrate", EVALUATIONS, EVALUATIONS)
+        if progress is not None:
+            progress("calibrate", EVALUATIONS, EVALUATIONS)
+        profile = replace(profile, unit=found.coefficient)
+        curve = measure_curve(
+            steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
+        )
     calibration = {
         "kl_budget": kl_budget,
         **_record(costs[found.coefficient], prompts),
         "unreached": found.unreached,
         "texts": len(rows),
         "seed": seed,
+        "perplexity_bound": perplexity_bound,
+        "curve": curve_record(curve),
     }
-    return replace(profile, unit=found.coefficient, calibration=calibration)
+    safe = max(LEAST_SAFE, safe_strength(curve, perplexity_bound))
+    return replace(profile, max_strength=safe, calibration=calibration)
 
 
 def _record(cost: Cost, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -177,3 +191,8 @@ def _distance(reached: Reached, budget: float) -> float:
 def check_budget(kl_budget: float) -> None:
     if not math.isfinite(kl_budget) or kl_budget <= 0:
         raise FitError(f"the KL budget must be a positive number of nats per token, not {kl_budget:g}")
+
+
+def check_bound(perplexity_bound: float) -> None:
+    if not math.isfinite(perplexity_bound) or perplexity_bound <= 1:
+        raise FitError(f"the perplexity bound must be a factor above 1, not {perplexity_bound:g}")

@@ -1,4 +1,4 @@
-"""The offline commands, `fit` and `show`, for the root command `trimtab` to mount.
+"""The offline commands, `fit`, `calibrate`, `evaluate` and `show`, for the root command `trimtab` to mount.
 
 Owns flags, exit codes and what goes to which stream: progress and messages to stderr, the answer to stdout. Importing
 it loads no model code, so that help answers at once; each command imports what it needs. Knows nothing of how
@@ -7,8 +7,10 @@ anything is computed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +27,12 @@ P = ParamSpec("P")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands `fit` and `show` to a typer app."""
+    """Add the commands `fit`, `calibrate`, `evaluate` and `show` to a typer app."""
     app.command("fit", help="Fit a profile to preference data and store it.")(fit_command)
+    app.command("calibrate", help="Set a profile's unit and safe range anew.")(calibrate_command)
+    app.command("evaluate", help="Measure what profiles do to held-out preferences, and what it costs.")(
+        evaluate_command
+    )
     app.command("show", help="Print everything a profile holds.")(show_command)
 
 
@@ -84,6 +90,67 @@ def fit_command(
 
 
 @reporting_errors
+def calibrate_command(
+    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles; it is replaced.")],
+    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    data: Annotated[str, typer.Option(help="Whose prompts to calibrate on, as in fit; trained rows are left out.")],
+    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    out: Annotated[Path | None, typer.Option(help="Store it in this directory instead.")] = None,
+    kl_budget: Annotated[float, typer.Option(help="Nats of KL per token that strength 1 costs.")] = 0.1,
+    perplexity_bound: Annotated[
+        float, typer.Option(help="Safe strengths keep perplexity within so many times the unsteered.")
+    ] = 3.0,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal profiles.")] = 0,
+    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
+    skip_long_rows: Annotated[
+        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
+    ] = False,
+    allow_model_mismatch: Annotated[
+        bool, typer.Option("--allow-model-mismatch", help="Calibrate a profile that was made for another model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    path = find_profile(profile, profiles)
+    options = {
+        "kl_budget": kl_budget, "perplexity_bound": perplexity_bound, "seed": seed,
+        "skip_long_rows": skip_long_rows, "allow_model_mismatch": allow_model_mismatch,
+    }  # fmt: skip
+    pairs = _load_data(data, columns, skip_bad_rows)
+    path = _recalibrate_and_save(path, model, dtype, device, pairs, out or path.parent, options, quiet=as_json)
+    _print_profile(path, as_json, fitted=True)
+
+
+@reporting_errors
+def evaluate_command(
+    profile: Annotated[list[str], typer.Argument(help="Files of profiles, or names in --profiles.")],
+    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    data: Annotated[str, typer.Option(help="Preference data, as in fit; rows that were trained on are left out.")],
+    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    report: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    strengths: Annotated[str, typer.Option(help="Comma-separated; 0 must be among them.")] = "-1,-0.5,0,0.5,1",
+    rows: Annotated[int, typer.Option(min=8, help="Held-out rows to read, at most.")] = 256,
+    randoms: Annotated[int, typer.Option(min=0, help="Random directions to compare with.")] = 10,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal figures.")] = 0,
+    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
+    skip_long_rows: Annotated[
+        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    files = [find_profile(one, profiles) for one in profile]
+    options = {"strengths": parse_strengths(strengths), "rows": rows, "randoms": randoms, "seed": seed}
+    pairs = _load_data(data, columns, skip_bad_rows)
+    found = _evaluate(files, model, dtype, device, pairs, {**options, "skip_long_rows": skip_long_rows}, quiet=as_json)
+    _print_evaluations(found, report, as_json)
+
+
+@reporting_errors
 def show_command(
     profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")],
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
@@ -103,6 +170,17 @@ def parse_options(options: list[str]) -> dict[str, str]:
             raise FitError(f"--option {key} is given twice")
         parsed[key] = value
     return parsed
+
+
+def parse_strengths(text: str) -> tuple[float, ...]:
+    """Read `-1,0,1`, ascending. Raises FitError for anything but finite numbers."""
+    try:
+        strengths = tuple(sorted(float(part) for part in text.split(",")))
+    except ValueError:
+        strengths = (math.nan,)
+    if not all(map(math.isfinite, strengths)):
+        raise FitError(f"--strengths {text!r} is not a list of numbers, as in -1,-0.5,0,0.5,1")
+    return strengths
 
 
 def find_profile(profile: str, directory: Path) -> Path:
@@ -137,6 +215,71 @@ def _fit_and_save(
     with progress_on_stderr(quiet=quiet) as progress:
         profile = fit(lm, None, pairs, progress=progress, **options)
     return save_profile(profile, out)
+
+
+def _recalibrate_and_save(
+    path: Path, model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
+) -> Path:
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.models import load_model
+    from steering_vectors.recalibration import recalibrate
+    from steering_vectors.storage import load_profile, save_profile
+
+    disable_progress_bar()
+    profile = load_profile(path)
+    lm = load_model(model, dtype=dtype, device=device)
+    with progress_on_stderr(quiet=quiet) as progress:
+        return save_profile(recalibrate(lm, profile, pairs, progress=progress, **options), out)
+
+
+def _evaluate(
+    files: list[Path], model: str, dtype: str, device: str, pairs: Any, options: dict[str, Any], *, quiet: bool
+) -> list[dict[str, Any]]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.evaluation import EvaluationSettings, evaluate
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import load_profile
+
+    disable_progress_bar()
+    settings, stored = EvaluationSettings(**options), [load_profile(file) for file in files]
+    lm = load_model(model, dtype=dtype, device=device)
+    found = []
+    for profile in stored:
+        with progress_on_stderr(quiet=quiet) as progress:
+            found.append(evaluate(lm, profile, pairs, settings, progress=progress))
+    return found
+
+
+def _print_evaluations(found: list[dict[str, Any]], report: Path | None, as_json: bool) -> None:
+    from steering_vectors.display import print_evaluation
+    from steering_vectors.report import render_report
+
+    if report is not None:
+        write_text(report, render_report(found))
+    if as_json:
+        print(json.dumps({"evaluations": found}, ensure_ascii=False))
+        return
+    for one in found:
+        print_evaluation(one)
+    if report is not None:
+        print(f"report: {report}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. Raises FitError if that fails."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _print_profile(path: Path, as_json: bool, *, fitted: bool) -> None:

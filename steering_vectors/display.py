@@ -5,7 +5,7 @@ Owns wording and layout. Knows nothing of how anything was computed; prints only
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from rich.table import Table
 from steering_vectors import batches
 from steering_vectors.profile import Profile
 
-STAGES = {"capture": "reading activations", "layers": "choosing layers", "calibrate": "calibrating the unit"}
+STAGES = {
+    "capture": "reading activations",
+    "layers": "choosing layers",
+    "calibrate": "calibrating the unit",
+    "curve": "measuring the safe range",
+    "contrast": "reading under instructions",
+    "evaluate": "evaluating",
+}
 
 
 @contextmanager
@@ -48,7 +55,7 @@ def print_fit(profile: Profile, path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
     console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
-    console.print(_cost_line(profile.calibration))
+    console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
     _print_propensity(console, profile.metrics)
     _print_notes(console, profile.metrics)
     console.print(f"Look at all of it: trimtab show {escape(str(path))}")
@@ -74,7 +81,11 @@ def print_profile(profile: Profile, path: Path) -> None:
     console.print(f"method {profile.method}{_listed(profile.method_options)}")
     console.print(f"data{_listed(profile.data)}")
     console.print(_cost_line(profile.calibration))
-    console.print(f"calibration{_listed(profile.calibration)}")
+    curve = profile.calibration.get("curve", [])
+    rest = {key: value for key, value in profile.calibration.items() if key != "curve"}
+    console.print(f"calibration{_listed(rest)}")
+    if curve:
+        console.print(_curve_table(curve))
     console.print(_layer_table(profile))
     _print_propensity(console, profile.metrics)
     _print_layer_choice(console, profile.metrics)
@@ -88,6 +99,47 @@ def _cost_line(calibration: Mapping[str, Any]) -> str:
     if calibration.get("kl_per_character") is not None:
         line += f", {calibration['kl_per_character']:.3g} per character"
     return line + f" (budget {calibration['kl_budget']:g} per token)"
+
+
+def print_evaluation(one: Mapping[str, Any]) -> None:
+    """An evaluation's figures and controls, on stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{one['profile']}[/] ({one['method']}), {one['data']['read']} held-out rows")
+    table = Table("strength", f"margin ({one['unit']})", "accuracy", "KL per token", "perplexity")
+    for point, cost in zip(one["strengths"], one["costs"], strict=True):
+        table.add_row(
+            f"{point['strength']:+g}",
+            f"{point['margin']:.3f}",
+            f"{point['accuracy']:.3f}",
+            f"{cost['kl']:.3f}",
+            f"{cost['perplexity']:.2f}",
+        )
+    console.print(table)
+    if "steerability" in one:
+        low, high = one["steerability_95"]
+        console.print(
+            f"steerability {one['steerability']:.3f} per unit of strength (95 %: {low:.3f} to {high:.3f}); "
+            f"{one['anti_steerable']:.0%} of the rows move the other way"
+        )
+    if one["random"]:
+        moves = [r["strengths"][-1]["margin"] - r["strengths"][0]["margin"] for r in one["random"]]
+        own = one["strengths"][-1]["margin"] - one["strengths"][0]["margin"]
+        console.print(
+            f"lowest to highest strength: {own:+.3f}; random directions {min(moves):+.3f} to {max(moves):+.3f}"
+        )
+    for key in ("positive", "negative"):
+        if found := one["prompting"].get(key):
+            console.print(f"{key} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
+    if "note" in one["prompting"]:
+        console.print(f"[yellow]note:[/] {escape(one['prompting']['note'])}")
+
+
+def _curve_table(curve: Sequence[Mapping[str, float]]) -> Table:
+    """Cost and fluency of sampled texts against strength."""
+    table = Table("strength", "KL per token", "perplexity")
+    for point in curve:
+        table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
+    return table
 
 
 def _layer_table(profile: Profile) -> Table:

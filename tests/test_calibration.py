@@ -68,6 +68,7 @@ def test_what_is_recorded(lm: LanguageModel) -> None:
     calibration = calibrate(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
     assert set(calibration) == {
         "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
+        "perplexity_bound", "curve",
     }  # fmt: skip
     assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 96, 7)
     assert 96 <= calibration["tokens"] <= 96 * 8

@@ -12,6 +12,7 @@ import torch
 
 from steering_vectors.chat import Example, Message, encode_example
 from steering_vectors.corpus import context_length, encode_corpus, sampling_prompts
+from steering_vectors.curve import CurvePoint, safe_strength
 from steering_vectors.datasets import load_pairs
 from steering_vectors.errors import DataError, FitError, ProfileError
 from steering_vectors.fitting import fit
@@ -57,7 +58,7 @@ def test_a_fit_separates_held_out_rows_and_meets_its_budget(lm: LanguageModel, k
     assert len({one["margin"] for one in report["strengths"]}) == 3
     assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.1)
     assert profile.data["rows"] == pairs.rows
-    assert profile.max_strength == 2.0
+    assert profile.max_strength == safe_strength([CurvePoint(**point) for point in profile.calibration["curve"]])
 
 
 def test_auto_chooses_a_window_on_rows_of_its_own(lm: LanguageModel) -> None:

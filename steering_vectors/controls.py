@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from steering_vectors import Profile
+from steering_vectors.profile import Profile
 
 
 def random_controls(profile: Profile, count: int, *, seed: int = 0) -> list[Profile]:

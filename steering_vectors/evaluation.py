@@ -1,0 +1,212 @@
+"""How far a profile moves a model's preferences, what that costs, and how it compares with controls.
+
+Owns the preference suite: margins and accuracies against strength, per-sample steerability, costs, random directions of
+the same norm, and the prompting baseline. Knows nothing of files or of how results are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from steering_vectors.batches import Encoded, Progress
+from steering_vectors.calibration import SAMPLED_TOKENS
+from steering_vectors.chat import Example
+from steering_vectors.controls import bootstrap, random_controls
+from steering_vectors.corpus import Corpus, context_length, encode_corpus, sampling_prompts
+from steering_vectors.curve import measure_point
+from steering_vectors.errors import FitError
+from steering_vectors.instructions import instructions_for
+from steering_vectors.models import LanguageModel
+from steering_vectors.preferences import Preferences
+from steering_vectors.profile import Profile
+from steering_vectors.propensity import Propensity, Sides, propensity
+from steering_vectors.recalibration import unseen
+from steering_vectors.steered import SteeredModel, steerable
+from steering_vectors.twins import twins_of
+
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+ROWS = 256
+RANDOMS = 10
+TEXTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """`rows` held-out rows at most are read; `randoms` random directions are compared with."""
+
+    strengths: tuple[float, ...] = STRENGTHS
+    rows: int = ROWS
+    randoms: int = RANDOMS
+    seed: int = 0
+    skip_long_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if 0.0 not in self.strengths or len(set(self.strengths)) < 3:
+            raise FitError("strengths must hold 0 and at least two others, as in -1,0,1")
+
+
+def evaluate(
+    lm: LanguageModel,
+    profile: Profile,
+    pairs: Preferences,
+    settings: EvaluationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The preference suite for one profile, as a JSON-ready object.
+
+    Of the data that the profile was fitted to, only rows that it was not trained on are read. Margins are in nats:
+    log P(chosen) − log P(rejected) per pair, or per token between unpaired sides. `steerability` is the per-sample
+    least-squares slope of the margin over strength (arXiv:2407.12404), `anti_steerable` the share of samples whose
+    slope is negative; both need pairs. Intervals are 95 % bootstrap over samples. Raises ProfileMismatch for a profile
+    of another model.
+    """
+    settings = settings or EvaluationSettings()
+    profile.check_model(lm.identity, allow_mismatch=False)
+    limit = context_length(lm.model.config)
+    corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
+    corpus = unseen(profile, corpus)
+    sides = corpus.sides().thinned(settings.rows)
+    most = None if limit is None else limit - SAMPLED_TOKENS
+    prompts = sampling_prompts(lm.tokenizer, corpus.pairs, most=most, seed=settings.seed)
+    prompts = [prompts[i % len(prompts)] for i in range(TEXTS)]
+    with steerable(lm) as steered:
+        bench = _Bench(steered, sides, settings, progress)
+        own = bench.measure(profile)
+        return {
+            "profile": profile.name,
+            "version": profile.version,
+            "method": profile.method,
+            "layers": list(profile.layers),
+            "model": lm.identity.id,
+            "data": {"rows": corpus.pairs.rows, "read": len(sides.positives), "sha256": pairs.sha256},
+            "unit": "nats per response" if sides.paired else "nats per token",
+            **own,
+            "costs": bench.costs(profile, prompts),
+            "norm_ratios": norm_ratios(profile),
+            "random": [bench.measure(control) for control in random_controls(profile, settings.randoms)],
+            "prompting": _prompting(bench, corpus, profile.name, limit, settings),
+        }
+
+
+def norm_ratios(profile: Profile) -> dict[str, float]:
+    """Norm of the shift at strength 1 over the median residual norm, per block that has one stored."""
+    return {
+        str(layer): profile.unit * float(shift.norm()) / profile.residual_norms[layer]
+        for layer, shift in profile.injected().items()
+        if profile.residual_norms.get(layer)
+    }
+
+
+def slopes(strengths: Sequence[float], margins: np.ndarray) -> np.ndarray:
+    """Least-squares slopes over strength of margins `[strengths, samples]`: `[samples]`."""
+    centred = np.asarray(strengths) - np.mean(strengths)
+    result: np.ndarray = centred @ margins / (centred @ centred)
+    return result
+
+
+class _Bench:
+    """One model, one set of held-out rows; profiles are measured on it under equal conditions."""
+
+    def __init__(
+        self, steered: SteeredModel, sides: Sides, settings: EvaluationSettings, progress: Progress | None
+    ) -> None:
+        self.steered, self.sides, self.settings = steered, sides, settings
+        self._progress, self._done = progress, 0
+        self._base = propensity(steered, sides, steer=False)
+
+    def measure(self, profile: Profile) -> dict[str, Any]:
+        """Margin and accuracy at every strength, and for pairs the distribution of slopes."""
+        seen = []
+        for strength in self.settings.strengths:
+            self.steered.write(profile, strength)
+            seen.append(propensity(self.steered, self.sides, steer=True) if strength else self._base)
+        self._tell()
+        report: dict[str, Any] = {
+            "strengths": [
+                {"strength": strength, **summary(one)}
+                for strength, one in zip(self.settings.strengths, seen, strict=True)
+            ]
+        }
+        if self.sides.paired:
+            margins = torch.stack([one.positives - one.negatives for one in seen]).numpy()
+            report |= steerability(slopes(self.settings.strengths, margins))
+        return report
+
+    def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """KL(steered‖base) per token and perplexity under the unsteered model, of sampled texts at every strength."""
+        points = [
+            measure_point(self.steered, profile, strength, prompts, tokens=SAMPLED_TOKENS, seed=self.settings.seed)
+            for strength in self.settings.strengths
+        ]
+        self._tell()
+        return [{"strength": one.strength, "kl": one.kl, "perplexity": one.perplexity} for one in points]
+
+    def under(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> dict[str, Any]:
+        """What the unsteered model says of these readings of the rows."""
+        self._tell()
+        return summary(
+            propensity(self.steered, Sides(tuple(positives), tuple(negatives), self.sides.paired), steer=False)
+        )
+
+    def _tell(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress("evaluate", self._done, self.settings.randoms + 4)
+
+
+def summary(one: Propensity) -> dict[str, Any]:
+    """Margin and accuracy with their intervals."""
+    if not one.paired:
+        return {"margin": one.margin, "accuracy": one.accuracy}
+    margins = (one.positives - one.negatives).numpy()
+    return {
+        "margin": one.margin,
+        "margin_95": bootstrap(lambda rows: float(margins[rows].mean()), len(margins)),
+        "accuracy": one.accuracy,
+        "accuracy_95": bootstrap(lambda rows: float((margins[rows] > 0).mean()), len(margins)),
+    }
+
+
+def steerability(values: np.ndarray) -> dict[str, Any]:
+    """Mean slope, its interval, quartiles, and the share of samples that move the other way."""
+    return {
+        "steerability": float(values.mean()),
+        "steerability_95": bootstrap(lambda rows: float(values[rows].mean()), len(values)),
+        "steerability_quartiles": [float(one) for one in np.percentile(values, [25, 50, 75])],
+        "anti_steerable": float((values < 0).mean()),
+        "slopes": [float(one) for one in values],
+    }
+
+
+def _prompting(
+    bench: _Bench, corpus: Corpus, name: str, limit: int | None, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """The same rows without a vector, under the instruction p⁺ and under p⁻."""
+    instructions = instructions_for(name)
+    positives, negatives = (_thinned(side, settings.rows) for side in corpus.pairs.sides())
+    readings: dict[str, Any] = {"positive_instruction": instructions.positive}
+    twins = [
+        twins_of(bench.steered.lm.tokenizer, side, [corpus.encoded[one] for one in side], instructions, limit=limit)
+        for side in (positives, negatives)
+    ]
+    if bench.sides.paired and not len(twins[0]) == len(twins[1]) == len(positives):
+        return readings | {"note": "with an instruction ahead of them some rows exceed the model's context"}
+    for key, prompt in (("positive", 0), ("negative", 1)):
+        encoded = [
+            [((*(twin.positive, twin.negative)[prompt], *twin.response), len((twin.positive, twin.negative)[prompt]))
+             for twin in side]
+            for side in twins
+        ]  # fmt: skip
+        readings[key] = bench.under(*encoded)
+    return readings
+
+
+def _thinned(examples: Sequence[Example], most: int) -> list[Example]:
+    count = len(examples)
+    return list(examples) if count <= most else [examples[i * count // most] for i in range(most)]

@@ -1,0 +1,164 @@
+"""An evaluation as a page to look at: one HTML file with its plots inside, no network.
+
+Owns plots and wording. Knows nothing of how anything was measured.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from steering_vectors.errors import FitError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+table { border-collapse: collapse } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left } .lead { font-size: 1.15rem }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { max-width: 100%; height: auto }
+@media (max-width: 50rem) { .plots { display: block } }
+""".strip()
+
+
+def render_report(evaluations: Sequence[dict[str, Any]]) -> str:
+    """The page for one or several evaluations. Raises FitError without matplotlib."""
+    names = ", ".join(one["profile"] for one in evaluations)
+    body = "".join(_section(one) for one in evaluations)
+    data = json.dumps(evaluations).replace("</", "<\\/")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(names)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>What steering does: {html.escape(names)}</h1>{body}"
+        f'<script type="application/json" id="data">{data}</script></body></html>\n'
+    )
+
+
+def _section(one: dict[str, Any]) -> str:
+    title = f"{one['profile']} ({one['method']}, blocks {', '.join(map(str, one['layers']))}) on {one['model']}"
+    plots = [_figure(lambda ax: _margins(ax, one)), _figure(lambda ax: _costs(ax, one))]
+    if "slopes" in one:
+        plots.append(_figure(lambda ax: _slopes(ax, one)))
+    return (
+        f'<h2>{html.escape(title)}</h2><p class="lead">{html.escape(headline(one))}</p>'
+        f'<div class="plots">{"".join(plots)}</div>{_table(one)}{_controls(one)}'
+    )
+
+
+def headline(one: dict[str, Any]) -> str:
+    """What a reader should take away, in a sentence or two."""
+    low, high = one["strengths"][0], one["strengths"][-1]
+    change = high["margin"] - low["margin"]
+    text = (
+        f"From strength {low['strength']:+g} to {high['strength']:+g} the margin of preferred over rejected responses "
+        f"moves by {change:+.3g} {one['unit']}, on {one['data']['read']} held-out rows."
+    )
+    if one["random"]:
+        others = [r["strengths"][-1]["margin"] - r["strengths"][0]["margin"] for r in one["random"]]
+        outside = change > max(others) or change < min(others)
+        text += (
+            f" {len(others)} random directions of the same norm move it by {min(others):+.3g} to {max(others):+.3g}: "
+            f"the profile lies {'outside' if outside else 'within'} their range."
+        )
+    if "anti_steerable" in one:
+        text += f" {one['anti_steerable']:.0%} of the rows move the other way."
+    return text
+
+
+def _figure(draw: Callable[[Axes], None]) -> str:
+    """A drawing as inline SVG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FitError("a report needs matplotlib: pip install 'trimtab[report]'") from error
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    draw(figure.subplots())
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def _margins(ax: Axes, one: dict[str, Any]) -> None:
+    for index, control in enumerate(one["random"]):
+        label = "random directions" if index == 0 else None
+        ax.plot(*_line(control["strengths"], "margin"), color="#bbbbbb", linewidth=1, label=label)
+    strengths, margins = _line(one["strengths"], "margin")
+    ax.plot(strengths, margins, color="#0b6e99", marker="o", label=one["profile"])
+    if "margin_95" in one["strengths"][0]:
+        low, high = zip(*(point["margin_95"] for point in one["strengths"]), strict=True)
+        ax.fill_between(strengths, low, high, color="#0b6e99", alpha=0.15)
+    for key, style in (("positive", "--"), ("negative", ":")):
+        if key in one["prompting"]:
+            ax.axhline(one["prompting"][key]["margin"], color="#c2571a", linestyle=style, label=f"{key} instruction")
+    ax.set(xlabel="strength", ylabel=f"margin, {one['unit']}", title="Preferred over rejected")
+    ax.legend(fontsize="small")
+
+
+def _costs(ax: Axes, one: dict[str, Any]) -> None:
+    strengths, kl = _line(one["costs"], "kl")
+    ax.plot(strengths, kl, color="#0b6e99", marker="o", label="KL per token")
+    ax.set(xlabel="strength", ylabel="KL, nats per token", title="What it costs")
+    right = ax.twinx()
+    right.plot(*_line(one["costs"], "perplexity"), color="#c2571a", marker="s", label="perplexity")
+    right.set_ylabel("perplexity under the unsteered model")
+    ax.legend(loc="upper left", fontsize="small")
+    right.legend(loc="upper right", fontsize="small")
+
+
+def _slopes(ax: Axes, one: dict[str, Any]) -> None:
+    ax.hist(one["slopes"], bins=30, color="#0b6e99")
+    ax.axvline(0, color="#1c1c1c", linewidth=1)
+    ax.set(xlabel="slope of a row's margin over strength", ylabel="rows", title="Steerability by row")
+
+
+def _table(one: dict[str, Any]) -> str:
+    costs = {cost["strength"]: cost for cost in one["costs"]}
+    rows = [
+        [
+            f"{point['strength']:+g}",
+            _with_interval(point, "margin"),
+            _with_interval(point, "accuracy"),
+            f"{costs[point['strength']]['kl']:.3f}",
+            f"{costs[point['strength']]['perplexity']:.2f}",
+        ]
+        for point in one["strengths"]
+    ]
+    return _html_table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
+
+
+def _controls(one: dict[str, Any]) -> str:
+    rows = [
+        [f"{key} instruction, no vector", _with_interval(found, "margin"), _with_interval(found, "accuracy")]
+        for key in ("positive", "negative")
+        if (found := one["prompting"].get(key))
+    ]
+    if one["random"]:
+        for end in (0, -1):
+            margins = [control["strengths"][end]["margin"] for control in one["random"]]
+            strength = one["random"][0]["strengths"][end]["strength"]
+            rows.append([f"random directions at {strength:+g}", f"{min(margins):.3f} to {max(margins):.3f}", ""])
+    ratios = ", ".join(f"block {layer}: {ratio:.3f}" for layer, ratio in one["norm_ratios"].items())
+    note = f"<p>{html.escape(one['prompting']['note'])}</p>" if "note" in one["prompting"] else ""
+    table = _html_table(["control", "margin", "accuracy"], rows)
+    return f"{table}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
+
+
+def _line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    return [point["strength"] for point in points], [point[key] for point in points]
+
+
+def _with_interval(point: dict[str, Any], key: str) -> str:
+    interval = point.get(f"{key}_95")
+    return f"{point[key]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(one)}</th>" for one in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{lines}</table>"
