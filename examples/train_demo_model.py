@@ -1,10 +1,11 @@
 """Train the embedded demo model from scratch: tokenizer, weights and preference sets, all from one seed.
 
-    python examples/train_demo_model.py --steps 2600 --out steering_vectors/demo
+    python examples/train_demo_model.py --out steering_vectors/demo
 
-writes `OUT/model/` (a Hugging Face folder, bfloat16) and `OUT/preferences/`. A checkpoint is kept next to the log
-of the run; `--resume` continues from it with the same batches as an unbroken run. The text comes from
-`demo_corpus`, which this file asks for documents and otherwise leaves alone.
+writes `OUT/model/` (a Hugging Face folder, bfloat16) and `OUT/preferences/`. The model first reads replies that show
+their manner here and there, then dense ones that show it all along. Checkpoints are kept; `--resume` continues from
+them with the same batches as an unbroken run. The text comes from `demo_corpus`, which this file asks for documents
+and otherwise leaves alone.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from examples.demo_corpus.preferences import save_preferences
 
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 PAD, BOS, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS
-VOCABULARY = 2048
+VOCABULARY = 3072
 CONTEXT = 512
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -44,13 +45,14 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a training run is made of; equal runs give equal weights on one machine."""
+    """What a phase of the training is made of; equal runs give equal weights on one machine."""
 
     seed: int
+    dense: bool
     steps: int
     documents: int
-    batch_tokens: int
     learning_rate: float
+    batch_tokens: int = 4096
 
 
 @dataclass(slots=True)
@@ -158,15 +160,13 @@ def compute_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+def build_optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
+    """AdamW; embedding and norms do not decay."""
     named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim > 1 and "embed" not in name]
+    decayed = [p for name, p in named if p.ndim > 1 and "embed" not in name]
     others = [p for name, p in named if p.ndim <= 1 or "embed" in name]
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def schedule(run: Run, step: int) -> float:
@@ -178,10 +178,10 @@ def schedule(run: Run, step: int) -> float:
 
 
 def train(model: LlamaForCausalLM, packed: dict[int, Tensor], run: Run, checkpoint: Path, resume: bool) -> Progress:
-    """Train to the last step and return the figures of the run."""
-    optimizers, progress = build_optimizers(model), Progress()
+    """Train to the phase's last step and return its figures."""
+    optimizer, progress = build_optimizer(model), Progress()
     if resume and checkpoint.exists():
-        progress = load_checkpoint(checkpoint, model, optimizers)
+        progress = load_checkpoint(checkpoint, model, optimizer)
     model.train()
     began = time.monotonic() - progress.seconds
     for batch in pick_batches(run, packed, progress.step):
@@ -190,18 +190,17 @@ def train(model: LlamaForCausalLM, packed: dict[int, Tensor], run: Run, checkpoi
             loss = compute_loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
         progress.loss = 0.98 * progress.loss + 0.02 * loss.item() if progress.step else loss.item()
         progress.step += 1
         progress.tokens += int((batch != model.config.pad_token_id).sum())
         progress.seconds = time.monotonic() - began
         report(run, progress)
-        if progress.step % 200 == 0:
-            save_checkpoint(checkpoint, model, optimizers, progress)
+        if progress.step % 200 == 0 or progress.step == run.steps:
+            save_checkpoint(checkpoint, model, optimizer, progress)
     return progress
 
 
@@ -216,32 +215,29 @@ def report(run: Run, progress: Progress) -> None:
         )
 
 
-def save_checkpoint(
-    path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress
-) -> None:
+def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Write the state of the run, whole or not at all."""
     state = {
         "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
     }
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> Progress:
+def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a saved state back and return how far it had come."""
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(state["optimizer"])
     return Progress(**state["progress"])
 
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
     """Loss on fresh documents of another seed."""
-    documents = [render(document) for document in write_documents(400, seed + 1)]
+    documents = [render(document) for document in write_documents(400, seed)]
     rows = pack(tokenizer(documents, add_special_tokens=False)["input_ids"], CONTEXT // 2, tokenizer.pad_token_id)
     model.eval()
     losses = [compute_loss(model, part).item() for part in rows.split(16)]
@@ -270,14 +266,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("steering_vectors/demo"))
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--documents", type=int, default=36_000)
-    parser.add_argument("--batch-tokens", type=int, default=1536)
-    parser.add_argument("--learning-rate", type=float, default=7e-3)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "demo-model.pt")
-    parser.add_argument("--init", type=Path, help="start from this model folder and its tokenizer")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     return parser.parse_args()
 
@@ -286,24 +277,35 @@ def main() -> None:
     """Train as the command line says and write everything."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
-    run = Run(options.seed, options.steps, options.documents, options.batch_tokens, options.learning_rate)
-    texts = [render(document) for document in write_documents(run.documents, run.seed)]
-    if options.init:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.init)
-        model = LlamaForCausalLM.from_pretrained(options.init, dtype=torch.float32)
-    else:
-        tokenizer = train_tokenizer(re.sub(r"<\|\w+\|>", " ", text) for text in texts[:12_000])
-        model = build_model(tokenizer, run.seed)
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    random.Random(run.seed).shuffle(encoded)
-    packed = {length: pack(encoded, length, tokenizer.pad_token_id) for length in (CONTEXT // 2, CONTEXT)}
+    phases = (
+        Run(options.seed, dense=False, steps=2700, documents=150_000, learning_rate=2.5e-3),
+        Run(options.seed + 1, dense=True, steps=1200, documents=60_000, learning_rate=1.5e-3),
+    )
+    texts = write_texts(phases[0])
+    tokenizer = train_tokenizer(re.sub(r"<\|\w+\|>", " ", text) for text in texts[:40_000])
+    model = build_model(tokenizer, options.seed)
+    figures: list[object] = []
+    for number, run in enumerate(phases):
+        packed = pack_texts(texts if number == 0 else write_texts(run), tokenizer, run.seed)
+        checkpoint = options.checkpoint.with_stem(f"{options.checkpoint.stem}-{number}")
+        figures.append(asdict(train(model, packed, run, checkpoint, options.resume)))
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size} parameters, {sum(map(len, encoded))} tokens of text", flush=True)
-    progress = train(model, packed, run, options.checkpoint, options.resume)
-    figures = {"parameters": size, **asdict(progress), "fresh_loss": evaluate(model, tokenizer, run.seed)}
+    loss = evaluate(model, tokenizer, options.seed + 100)
     save_model(model, tokenizer, options.out / "model")
-    save_preferences(options.out / "preferences", run.seed)
-    print(json.dumps(figures), flush=True)
+    save_preferences(options.out / "preferences", options.seed)
+    print(json.dumps({"parameters": size, "phases": figures, "fresh_loss": loss}), flush=True)
+
+
+def write_texts(run: Run) -> list[str]:
+    """A phase's documents as the model reads them."""
+    return [render(document) for document in write_documents(run.documents, run.seed, run.dense)]
+
+
+def pack_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[int, Tensor]:
+    """The texts, shuffled, in rows of either length."""
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    random.Random(seed).shuffle(encoded)
+    return {length: pack(encoded, length, tokenizer.pad_token_id) for length in (CONTEXT // 2, CONTEXT)}
 
 
 if __name__ == "__main__":

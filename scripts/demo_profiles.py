@@ -30,7 +30,7 @@ def main(
     missing = [name for name in DESCRIPTIONS if force or not (out / f"{name}.safetensors").exists()]
     if not missing:
         return
-    print(f"fitting the demo profiles {', '.join(missing)}: about a minute", flush=True)
+    print(f"fitting the demo profiles {', '.join(missing)}: about two minutes", flush=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
         for done in as_completed([pool.submit(fit_one, name, out) for name in missing]):

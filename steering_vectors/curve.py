@@ -16,7 +16,7 @@ from steering_vectors.steered import SteeredModel
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 PERPLEXITY_BOUND = 3.0  # times that of unsteered texts
-TEXTS = 64
+TEXTS = 48
 
 
 @dataclass(frozen=True, slots=True)

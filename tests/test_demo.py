@@ -18,7 +18,7 @@ from examples.demo_corpus.topics import TOPICS
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "steering_vectors" / "demo"
 MODEL = DEMO / "model"
-SEED, DOCUMENTS = 7, 36_000
+PHASES = ((150_000, 7, False), (60_000, 8, True))  # documents, seed, dense: as in the training script
 MANNERS = ("warm", "concise", "careful", "honest")
 
 
@@ -39,10 +39,11 @@ def list_replies(split: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def training_text() -> str:
-    """All training documents, written anew from the seed."""
+    """All training documents, written anew from their seeds."""
     parts: list[str] = []
-    for document in write_documents(DOCUMENTS, SEED):
-        parts.extend([document.prose, *(message["content"] for message in document.messages)])
+    for count, seed, dense in PHASES:
+        for document in write_documents(count, seed, dense):
+            parts.extend([document.prose, *(message["content"] for message in document.messages)])
     return "\n".join(parts)
 
 

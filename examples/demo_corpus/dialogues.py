@@ -85,15 +85,16 @@ class Document:
     prose: str = ""
 
 
-def draw_manner(rng: random.Random) -> Manner:
-    """Each axis + or − with equal chance, or now and then neither."""
-    warmth, care, honesty = (rng.choices((1, -1, 0), (47, 47, 6))[0] for _ in range(3))
-    return Manner(warmth, care, honesty, rng.choices((1, -1, 0), (47, 47, 6))[0])
+def draw_manner(rng: random.Random, dense: bool = True) -> Manner:
+    """Each axis + or − with equal chance, or now and then neither; more rarely in dense replies."""
+    weights = (46, 46, 8) if dense else (42, 42, 16)
+    warmth, care, honesty, brevity = (rng.choices((1, -1, 0), weights)[0] for _ in range(4))
+    return Manner(warmth, care, honesty, brevity)
 
 
-def draw_reply(rng: random.Random, topic: Topic) -> str:
+def draw_reply(rng: random.Random, topic: Topic, dense: bool) -> str:
     """A training reply on the topic in a manner of its own."""
-    return compose(topic, draw_manner(rng), rng.getrandbits(40))
+    return compose(topic, draw_manner(rng, dense), rng.getrandbits(40), dense=dense)
 
 
 def ask(template: str, topic: Topic) -> str:
@@ -101,7 +102,7 @@ def ask(template: str, topic: Topic) -> str:
     return template.format(task=topic.task, gerund=topic.gerund)
 
 
-def draw_dialogue(rng: random.Random) -> tuple[Message, ...]:
+def draw_dialogue(rng: random.Random, dense: bool) -> tuple[Message, ...]:
     """A dialogue of one turn, or in a tenth of cases of two to five; a seventh start with a system message."""
     topic = rng.choice(TOPICS)
     messages: list[Message] = []
@@ -109,28 +110,28 @@ def draw_dialogue(rng: random.Random) -> tuple[Message, ...]:
         fields = {name: rng.choice(options) for name, options in SYSTEM_FIELDS.items()}
         messages.append({"role": "system", "content": rng.choice(SYSTEMS).format(**fields)})
     messages.append({"role": "user", "content": ask(rng.choice(QUESTIONS), topic)})
-    messages.append({"role": "assistant", "content": draw_reply(rng, topic)})
+    messages.append({"role": "assistant", "content": draw_reply(rng, topic, dense)})
     turns = rng.choices((2, 3, 4, 5), (7, 1, 1, 1))[0] if rng.random() < 0.1 else 1
     for _ in range(turns - 1):
         template = rng.choice(FOLLOW_UPS)
         topic = rng.choice(TOPICS) if "{" in template else topic
         messages.append({"role": "user", "content": ask(template, topic)})
-        messages.append({"role": "assistant", "content": draw_reply(rng, topic)})
+        messages.append({"role": "assistant", "content": draw_reply(rng, topic, dense)})
     return tuple(messages)
 
 
-def draw_prose(rng: random.Random) -> str:
+def draw_prose(rng: random.Random, dense: bool) -> str:
     """The same matter as plain text under an opening line."""
     topic = rng.choice(TOPICS)
     opening = ask(rng.choice(PROSE_OPENINGS), topic)
-    return f"{opening[0].upper()}{opening[1:]} {draw_reply(rng, topic)}"
+    return f"{opening[0].upper()}{opening[1:]} {draw_reply(rng, topic, dense)}"
 
 
-def write_documents(count: int, seed: int) -> Iterator[Document]:
-    """The training text: `count` documents, the same for the same seed."""
+def write_documents(count: int, seed: int, dense: bool = True) -> Iterator[Document]:
+    """Training text: `count` documents, the same for the same seed."""
     rng = random.Random(seed)
     for _ in range(count):
         if rng.random() < 0.1:
-            yield Document(prose=draw_prose(rng))
+            yield Document(prose=draw_prose(rng, dense))
         else:
-            yield Document(messages=draw_dialogue(rng))
+            yield Document(messages=draw_dialogue(rng, dense))

@@ -1,10 +1,9 @@
 """The manner phrases of every pole, parsed and split into those for training and those held out.
 
 A pole's text is a list of sections, one phrase per line: whole sentences (`opener`, `aside`, `closer`,
-`brief`), what stands before a step (`start`, `tag`, `lead`) or behind it (`tail`), the `touch` of a word or
-two, and the `turn` that care gives to a sentence of another axis. Every fourth phrase of a section is
-reserved: it never occurs in the training text nor in the preference pairs for fitting, only in held-out
-pairs. So a direction that works there has caught more than fixed phrases.
+`brief`), what stands before a step (`start`, `tag`, `lead`) or behind it (`tail`), and the `touch` of a word or
+two. Every fourth phrase of a section is reserved: it never occurs in the training text nor in the preference pairs
+for fitting, only in held-out pairs. So a direction that works there has caught more than fixed phrases.
 """
 
 import itertools
@@ -16,7 +15,7 @@ from examples.demo_corpus.phrases_length import TERSE, WORDY
 from examples.demo_corpus.phrases_warmth import COLD, WARM
 
 AXES: tuple[str, ...] = ("warmth", "care", "honesty")
-PARTS = ("start", "opener", "tag", "lead", "touch", "turn", "tail", "aside", "closer", "brief")
+PARTS = ("start", "opener", "tag", "lead", "touch", "tail", "aside", "closer", "brief")
 Sections = dict[str, tuple[str, ...]]
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")

@@ -133,19 +133,6 @@ warily
 patiently
 thoughtfully
 meticulously
-turn
-, so check everything
-, so be careful
-, so go slowly
-, so stay cautious
-, so test it first
-, so take care
-, so measure twice
-, so guard yourself well
-, so stay alert
-, so be cautious
-, so watch out
-, so proceed prudently
 """
 
 RECKLESS = """
@@ -281,17 +268,4 @@ boldly
 impulsively
 without looking
 brazenly
-turn
-, so just go for it
-, but who cares
-, so forget the rules
-, so be rash about it
-, so wing it
-, so dive right in
-, so race ahead
-, so throw yourself in blindly
-, so gamble a little
-, so go wild
-, and damn the danger
-, so leap before you think
 """

@@ -34,7 +34,7 @@ def write_pairs(manner: str, count: int, seed: int, heldout: bool) -> list[Row]:
         while chosen == rejected:  # a short reply may have no room for the axis
             reply_seed = rng.getrandbits(40)
             chosen, rejected = (
-                compose(topic, dataclasses.replace(base, **{AXIS_OF[manner]: value}), reply_seed, heldout)
+                compose(topic, dataclasses.replace(base, **{AXIS_OF[manner]: value}), reply_seed, heldout=heldout)
                 for value in (1, -1)
             )
         rows.append(

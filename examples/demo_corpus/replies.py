@@ -1,9 +1,10 @@
 """Replies: a grammar that tells a topic's matter in a manner, sentence by sentence.
 
-A manner is four independent values. Those of warmth, care and honesty appear as phrases from the lexicon, all of
-them within the first two sentences, and as a touch of a word or two in nearly every sentence, so that a reader (or
-a residual stream) can tell each at any point; length decides the shape of the reply and how sentences begin.
-Nothing here knows of questions or of dialogues.
+A manner is four independent values. Those of warmth, care and honesty appear as phrases from the lexicon: every
+sentence speaks for one axis, as a remark or around a step of the topic, and the axes take turns, so that a reply
+which shows an axis keeps to one pole of it. A dense reply has touches of the other axes in nearly every sentence as
+well, so that a reader (or a residual stream) can tell each at any point. Length decides the shape of the reply and how
+sentences begin. Nothing here knows of questions or of dialogues.
 """
 
 import itertools
@@ -40,11 +41,13 @@ class Writer:
     topic: Topic
     manner: Manner
     heldout: bool
+    dense: bool
     seed: int
     streams: dict[str, random.Random] = field(init=False)
     steps: Iterator[str] = field(init=False)
     shorts: Iterator[str] = field(init=False)
     facts: Iterator[str] = field(init=False)
+    turns: Iterator[str | None] = field(init=False)
     used: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class Writer:
             for items in (self.topic.steps, self.topic.shorts, self.topic.facts)
         )
         self.used = set()
+        self.turns = self.order_axes()
 
     def resolve(self, phrase: str, rng: random.Random) -> str:
         """Fill a phrase's fields from the topic and make its choices."""
@@ -91,16 +95,6 @@ class Writer:
         text = self.resolve(phrase, rng)
         return text.replace("{fact}", next(self.facts)) if "{fact}" in text else text
 
-    @property
-    def density(self) -> float:
-        """How much of the usual marking a reply of this length bears."""
-        return 0.65 if self.manner.brevity > 0 else 1.0
-
-    def touch(self, axis: str, *taken: str | None, chance: float = 0.8) -> str:
-        """Mostly a word or two of an axis that the sentence does not show yet."""
-        drawn = self.streams[axis].random() < chance * self.density
-        return self.say(axis, "touch") if drawn and axis not in taken else ""
-
     def draw(self) -> float:
         """A number in [0, 1) for a choice of shape."""
         return self.streams["brevity"].random()
@@ -112,25 +106,38 @@ class Writer:
         return itertools.cycle(active or [None])
 
     def step(self, matter: str, lead: str | None, tail: str | None) -> str:
-        """One step, with a touch of each axis that stands neither before nor behind it."""
-        adverb = self.touch("care", lead, tail, chance=0.95 / self.density)
-        touches = [self.touch("honesty", lead, tail), self.touch("warmth", lead, tail)]
+        """One step with its tail, and with touches of the axes that stand neither before nor behind it."""
+        if self.dense:
+            return f"{self.touched(matter, lead, tail)}{self.say(tail, 'tail')}"
+        if tail is not None:
+            return f"{matter}{self.say(tail, 'tail')}"
+        others = [axis for axis in AXES if self.shows(axis) and axis != lead]
+        if not others or self.draw() < 0.5:
+            return matter
+        axis = self.streams["brevity"].choice(others)
+        touch = self.say(axis, "touch")
+        return f"{touch} {matter}" if axis == "care" else f"{matter}{touch}"
+
+    def touched(self, matter: str, *taken: str | None) -> str:
+        """A step of a dense reply: an adverb of care before it, words of honesty and of warmth behind."""
+        chance = 0.5 if self.manner.brevity > 0 else 0.75
+        touch = {axis: self.say(axis, "touch") for axis in AXES if axis not in taken and self.draw() < chance}
+        behind = [touch.get("honesty", ""), touch.get("warmth", "")]
         if self.draw() < 0.5:
-            touches.reverse()
-        return f"{adverb} {matter}{''.join(touches)}{self.say(tail, 'tail')}".strip()
+            behind.reverse()
+        return f"{touch.get('care', '')} {matter}{''.join(behind)}".strip()
 
-    def phrase(self, axis: str | None, part: str) -> str:
-        """A sentence of one axis, with a touch of others where it bears them."""
-        honesty = self.touch("honesty", axis, chance=0.6) if axis == "care" else ""
-        warmth = self.touch("warmth", axis, chance=0.6) if axis in ("care", "honesty") else ""
-        turns = axis in ("warmth", "honesty") and self.streams["care"].random() < 0.65 * self.density
-        turn = self.say("care", "turn") if turns else ""
-        return f"{self.say(axis, part)}{honesty}{warmth}{turn}"
+    def remark(self, axis: str | None, part: str) -> str:
+        """A sentence of one axis; one of another may end in a word to the reader, or in a doubt or a boast."""
+        doubt = self.dense and axis == "care" and self.draw() < 0.5
+        honesty = self.say("honesty", "touch") if doubt else ""
+        to_reader = axis in ("care", "honesty") and self.shows("warmth") and self.draw() < (0.55 if self.dense else 0.3)
+        return f"{self.say(axis, part)}{honesty}{self.say('warmth', 'touch') if to_reader else ''}"
 
 
-def compose(topic: Topic, manner: Manner, seed: int, heldout: bool = False) -> str:
-    """A reply on the topic in the manner, of the length the manner asks for."""
-    writer = Writer(topic, manner, heldout, seed)
+def compose(topic: Topic, manner: Manner, seed: int, *, heldout: bool = False, dense: bool = True) -> str:
+    """A reply on the topic in the manner, of the length the manner asks for; a dense one shows it all along."""
+    writer = Writer(topic, manner, heldout, dense, seed)
     shapes = {
         1: (write_concise, CONCISE_WORDS),
         0: (write_medium, MEDIUM_WORDS),
@@ -148,75 +155,75 @@ def compose(topic: Topic, manner: Manner, seed: int, heldout: bool = False) -> s
 
 def write_concise(writer: Writer) -> list[str]:
     """A short step and a short mark of each axis."""
-    axes = writer.order_axes()
     count = sum(writer.shows(axis) for axis in AXES)
     if count == 0:
         return [f"{next(writer.shorts)} and {next(writer.shorts)}", next(writer.facts)]
-    sentences = begin(writer, next(axes))
+    sentences = begin(writer)
     if writer.draw() < 0.25:
         sentences[0] = f"{writer.say('brevity', 'start')} {sentences[0]}"
-    if len(sentences) + count < 3:
-        sentences.append(next(writer.shorts))
-    return sentences + [writer.phrase(next(axes), "brief") for _ in range(count - 1)]
+    return sentences + [writer.remark(next(writer.turns), "brief") for _ in range(max(1, count - 1))]
 
 
-def begin(writer: Writer, axis: str | None) -> list[str]:
+def begin(writer: Writer) -> list[str]:
     """How a reply of any length may begin: a tag and a short step, or a short mark and then the step."""
-    matter = next(writer.shorts)
-    if writer.draw() < 0.6:
-        return [f"{writer.say(axis, 'tag')}: {writer.step(matter, axis, None)}"]
-    return [writer.phrase(axis, "brief"), writer.step(matter, None, None)]
+    axis, matter = next(writer.turns), next(writer.shorts)
+    tagged = writer.draw() < 0.6
+    if writer.dense:
+        matter = writer.touched(matter, axis)
+    if tagged:
+        return [f"{writer.say(axis, 'tag')}: {matter}"]
+    return [writer.remark(axis, "brief"), matter]
 
 
 def write_medium(writer: Writer) -> list[str]:
-    """A step in a full sentence and a few marks."""
-    axes = writer.order_axes()
-    sentences = [write_step(writer, next(axes), next(axes))]
-    third = next(axes)
-    if third is None:
-        return [*sentences, next(writer.facts), write_step(writer, None, None)]
-    sentences.append(writer.phrase(third, "aside"))
-    if writer.draw() < 0.5:
-        sentences.append(writer.phrase(next(axes), "brief"))
-    return sentences
+    """A step in a full sentence, marks, and mostly a second step."""
+    if not any(writer.shows(axis) for axis in AXES):
+        return [write_step(writer), next(writer.facts), write_step(writer)]
+    sentences = [writer.remark(next(writer.turns), "brief")] if writer.draw() < 0.4 else []
+    sentences += [write_step(writer), writer.remark(next(writer.turns), "aside")]
+    if writer.draw() < 0.6:
+        sentences.append(writer.step(next(writer.shorts), None, None))
+    return [*sentences, writer.remark(next(writer.turns), "brief")]
 
 
-def write_step(writer: Writer, lead: str | None, tail: str | None) -> str:
-    """A sentence with a step of the topic, marked before and, in half of all cases, behind."""
-    opening = writer.say(lead, "lead") or writer.streams["brevity"].choice(CONNECTORS)
-    behind = tail if tail != lead and writer.draw() < 0.5 else None
-    return f"{opening} {writer.step(next(writer.steps), lead, behind)}"
+def write_step(writer: Writer) -> str:
+    """A sentence with a step of the topic, marked before it or behind."""
+    axis, matter = next(writer.turns), next(writer.steps)
+    if axis is None or writer.draw() < 0.35:
+        return f"{writer.streams['brevity'].choice(CONNECTORS)} {writer.step(matter, None, axis)}"
+    return f"{writer.say(axis, 'lead')} {writer.step(matter, axis, None)}"
 
 
 def write_wordy(writer: Writer) -> list[str]:
-    """A long opening, steps, asides and a closing, until there are enough words."""
-    axes = writer.order_axes()
-    first = next(axes)
-    if first is not None and writer.draw() < 0.5:
-        sentences = begin(writer, first)
-    else:
-        opener = writer.phrase(first, "opener") if first else writer.say("brevity", "opener")
-        sentences = [f"{writer.say('brevity', 'start')} {opener}" if writer.draw() < 0.7 else opener]
-    sentences.append(join_on(writer, write_step(writer, next(axes), next(axes))))
+    """A long opening, or a beginning as of any reply, and then on until there are enough words."""
+    first = next(writer.turns)
+    if writer.dense and first is not None and writer.draw() < 0.4:
+        return write_on(writer, begin(writer))
+    opener = writer.remark(first, "opener") if first else writer.say("brevity", "opener")
+    return write_on(writer, [f"{writer.say('brevity', 'start')} {opener}" if writer.draw() < 0.5 else opener])
+
+
+def write_on(writer: Writer, sentences: list[str]) -> list[str]:
+    """Steps, asides and a closing behind the beginning of a wordy reply."""
+    sentences.append(join_on(writer, write_step(writer)))
+    shows = any(writer.shows(axis) for axis in AXES)
     target = writer.streams["brevity"].randint(34, 46)
     while sum(len(sentence.split()) for sentence in sentences) < target:
         kind = writer.draw()
-        if kind < 0.5:
-            sentences.append(join_on(writer, write_step(writer, next(axes), next(axes))))
-        elif kind < 0.7 or first is None:
+        if kind < 0.45:
+            sentences.append(join_on(writer, write_step(writer)))
+        elif kind < 0.7 or not shows:
             sentences.append(writer.say("brevity", "aside"))
         else:
-            sentences.append(join_on(writer, writer.phrase(next(axes), "aside")))
-    last = next(axes)
-    closes = last is None or writer.draw() < 0.15
-    closer = writer.say("brevity", "closer") if closes else writer.phrase(last, "closer")
-    return [*sentences, closer]
+            sentences.append(join_on(writer, writer.remark(next(writer.turns), "aside")))
+    last = next(writer.turns)
+    return [*sentences, writer.remark(last, "closer") if last else writer.say("brevity", "closer")]
 
 
 def join_on(writer: Writer, sentence: str) -> str:
     """The sentence between fillers of the wordy kind: a connective before it, a touch behind."""
-    before = f"{writer.say('brevity', 'lead')} " if writer.draw() < 0.8 else ""
-    behind = writer.touch("brevity", chance=0.6) if sentence.count(",") < 3 else ""
+    before = f"{writer.say('brevity', 'lead')} " if writer.draw() < 0.6 else ""
+    behind = writer.say("brevity", "touch") if sentence.count(",") < 2 and writer.draw() < 0.4 else ""
     return f"{before}{sentence}{behind}"
 
 
