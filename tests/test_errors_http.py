@@ -179,9 +179,9 @@ def test_chat_refuses(client: httpx.Client, change: dict[str, Any], status: int,
             "field 'prompt': it must be a string or a list of token ids, or a list of either, and not empty",
         ),
         (
-            {"prompt": [2048]},
+            {"prompt": [3072]},
             "prompt",
-            "the prompt has a token id outside of the vocabulary, 0 to 2047",
+            "the prompt has a token id outside of the vocabulary, 0 to 3071",
         ),
         (
             {"prompt": [5] * 64},
