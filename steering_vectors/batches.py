@@ -6,16 +6,21 @@ nothing of models, of texts or of what is computed on a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 Encoded = tuple[Sequence[int], int]
 """Token ids of a prompt with its response, and the index of the response's first token."""
 
-Progress = Callable[[str, int, int], None]
-"""Told the stage of long work, and how much is done of how much."""
+
+class Progress(Protocol):
+    """Told the stage of long work, how much is done of how much, and what there is to say of it."""
+
+    def __call__(self, stage: str, done: int, total: int, /, detail: str = "") -> None: ...
+
 
 DEFAULT_BATCH_TOKENS = 4096
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from steering_vectors import batches
@@ -34,14 +34,22 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[batches.Progress | None]:
     if quiet:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
     bars, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
         if stage not in tasks:
             bars.start()  # only now, so that an early error stays the only line
-            tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total)
-        bars.update(tasks[stage], completed=done, total=total)
+            tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total, detail="")
+        bars.update(tasks[stage], completed=done, total=total, detail=detail)
 
     try:
         yield progress

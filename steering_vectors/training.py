@@ -23,6 +23,7 @@ from steering_vectors.weights import States, TunedWeights
 
 SAVE_SECONDS = 30.0
 BETAS = (0.9, 0.999)
+SMOOTHING = 0.9  # of the loss that progress tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +103,13 @@ def train(
             run.weights.parameters(run.name), betas=BETAS, weight_decay=run.schedule.weight_decay
         )
         run.restore(optimizer)
-        saved = time.monotonic()
+        saved, smooth = time.monotonic(), None
         try:
             while run.step < run.schedule.steps:
-                _step(run, optimizer, loss_of)
+                loss = _step(run, optimizer, loss_of)
+                smooth = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
                 if progress is not None:
-                    progress(stage, run.step, run.schedule.steps)
+                    progress(stage, run.step, run.schedule.steps, detail=f"loss {smooth:.3f}")
                 if time.monotonic() - saved > SAVE_SECONDS:
                     run.save(optimizer)
                     saved = time.monotonic()
@@ -117,7 +119,8 @@ def train(
         run.save(optimizer)
 
 
-def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], torch.Tensor]) -> None:
+def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], torch.Tensor]) -> float:
+    """Take one step and return its loss."""
     for group in optimizer.param_groups:
         group["lr"] = run.schedule.rate(run.step)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -130,6 +133,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], t
     optimizer.step()
     optimizer.zero_grad()
     run.step += 1
+    return value
 
 
 def _part(tensors: States, prefix: str) -> States:

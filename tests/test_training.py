@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from steering_vectors import training
+from steering_vectors.batches import Progress
 from steering_vectors.contrast import Twin, pad_id, readings
 from steering_vectors.errors import FitError
 from steering_vectors.likelihoods import response_log_likelihoods
@@ -53,6 +55,14 @@ def loss_on(lm: LanguageModel, *, stop_at: int = -1) -> Callable[[int], torch.Te
         return -(sums / counts).mean()
 
     return loss
+
+
+def counting(steps: list[int]) -> Progress:
+    def progress(_stage: str, done: int, _total: int, /, detail: str = "") -> None:
+        assert re.fullmatch(r"loss \d+\.\d{3}", detail)
+        steps.append(done)
+
+    return progress
 
 
 def logits(lm: LanguageModel) -> torch.Tensor:
@@ -100,8 +110,8 @@ def test_a_run_that_was_interrupted_goes_on_as_if_unbroken(lm: LanguageModel, ma
     with pytest.raises(KeyboardInterrupt):
         train(Run(weights, "one", Schedule(6, 0.01), file, 3), loss_on(lm, stop_at=4))
     weights.close()
-    weights, steps = make(lm), []
-    train(Run(weights, "one", Schedule(6, 0.01), file, 3), loss_on(lm), progress=lambda _, done, __: steps.append(done))
+    weights, steps = make(lm), list[int]()
+    train(Run(weights, "one", Schedule(6, 0.01), file, 3), loss_on(lm), progress=counting(steps))
     assert steps == [5, 6]
     found = weights.state("one")
     weights.close()
@@ -113,7 +123,7 @@ def test_a_finished_run_takes_no_step(lm: LanguageModel, tmp_path: Path) -> None
         weights = lora(lm)
         run = Run(weights, "one", Schedule(3, 0.01), tmp_path / "one.safetensors", 0)
         steps: list[int] = []
-        train(run, loss_on(lm), progress=lambda _, done, __, steps=steps: steps.append(done))  # type: ignore[misc]
+        train(run, loss_on(lm), progress=counting(steps))
         state = weights.state("one")
         weights.close()
     assert steps == []
@@ -164,7 +174,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(lm: LanguageModel, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == written
     steps: list[int] = []
-    train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss_on(lm), progress=lambda _, done, __: steps.append(done))
+    train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss_on(lm), progress=counting(steps))
     assert steps == [3, 4, 5, 6]
     weights.close()
 

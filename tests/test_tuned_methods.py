@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from steering_vectors.batches import Progress
 from steering_vectors.contrast import Twin
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named, method_names
@@ -62,7 +61,9 @@ def test_full_tuning_finds_it_too() -> None:
 
 
 def watch(task: Task, seen: list[str]) -> Task:
-    progress: Progress = lambda stage, _done, _total: seen.append(stage)  # noqa: E731
+    def progress(stage: str, _done: int, _total: int, /, detail: str = "") -> None:
+        seen.append(stage)
+
     return replace(task, progress=progress)
 
 
