@@ -107,8 +107,8 @@ def _costs(ax: Axes, one: dict[str, Any]) -> None:
     right = ax.twinx()
     right.plot(*_line(one["costs"], "perplexity"), color="#c2571a", marker="s", label="perplexity")
     right.set_ylabel("perplexity under the unsteered model")
-    ax.legend(loc="upper left", fontsize="small")
-    right.legend(loc="upper right", fontsize="small")
+    lines = [*ax.lines, *right.lines]
+    ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
 
 
 def _slopes(ax: Axes, one: dict[str, Any]) -> None:
