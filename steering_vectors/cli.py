@@ -1,4 +1,4 @@
-"""The offline commands, `fit`, `calibrate`, `evaluate` and `show`, for the root command `trimtab` to mount.
+"""The offline commands, `fit`, `calibrate`, `evaluate`, `distill` and `show`, for the root command `trimtab` to mount.
 
 Owns flags, exit codes and what goes to which stream: progress and messages to stderr, the answer to stdout. Importing
 it loads no model code, so that help answers at once; each command imports what it needs. Knows nothing of how
@@ -27,12 +27,13 @@ P = ParamSpec("P")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands `fit`, `calibrate`, `evaluate` and `show` to a typer app."""
+    """Add the commands `fit`, `calibrate`, `evaluate`, `distill` and `show` to a typer app."""
     app.command("fit", help="Fit a profile to preference data and store it.")(fit_command)
     app.command("calibrate", help="Set a profile's unit and safe range anew.")(calibrate_command)
     app.command("evaluate", help="Measure what profiles do to held-out preferences, and what it costs.")(
         evaluate_command
     )
+    app.command("distill", help="Turn a profile into a LoRA, or (--bake) into the model's weights.")(distill_command)
     app.command("show", help="Print everything a profile holds.")(show_command)
 
 
@@ -151,6 +152,49 @@ def evaluate_command(
 
 
 @reporting_errors
+def distill_command(
+    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")],
+    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: an adapter, or with --bake a model.")],
+    data: Annotated[str, typer.Option(help="Whose responses the LoRA is fitted on, as in fit.")] = "",
+    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    strength: Annotated[float, typer.Option(help="The strength to turn into weights.")] = 1.0,
+    bake: Annotated[bool, typer.Option("--bake", help="Fold the shift into the weights as biases, exactly.")] = False,
+    steps: Annotated[int, typer.Option(help="Of the LoRA's tuning.")] = 450,
+    batch: Annotated[int, typer.Option(help="Responses per step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 3e-4,
+    rank: Annotated[int, typer.Option(help="Of the LoRA; its alpha is twice that.")] = 8,
+    targets: Annotated[
+        str, typer.Option(help="Its modules, comma-separated, or all-linear; peft's choice if empty.")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal adapters.")] = 0,
+    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
+    skip_long_rows: Annotated[
+        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    path = find_profile(profile, profiles)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise FitError(f"{out} exists and is not empty: name a new folder")
+    if bake == bool(data):
+        raise FitError("give --data to fit a LoRA on its responses, or --bake, which needs none")
+    if bake:
+        _print_made(_bake(path, model, dtype, device, strength, out), as_json)
+        return
+    options = {
+        "steps": steps, "batch": batch, "learning_rate": learning_rate, "rank": rank, "alpha": 2 * rank,
+        "targets": targets, "seed": seed,
+    }  # fmt: skip
+    pairs = _load_data(data, columns, skip_bad_rows)
+    rest = {"strength": strength, "skip_long_rows": skip_long_rows}
+    _print_made(_distill(path, model, dtype, device, pairs, out, options, rest, quiet=as_json), as_json)
+
+
+@reporting_errors
 def show_command(
     profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")],
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
@@ -232,6 +276,60 @@ def _recalibrate_and_save(
     lm = load_model(model, dtype=dtype, device=device)
     with progress_on_stderr(quiet=quiet) as progress:
         return save_profile(recalibrate(lm, profile, pairs, progress=progress, **options), out)
+
+
+def _bake(path: Path, model: str, dtype: str, device: str, strength: float, out: Path) -> dict[str, Any]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.baking import bake
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import load_profile
+
+    disable_progress_bar()
+    profile, lm = load_profile(path), load_model(model, dtype=dtype, device=device)
+    baked = bake(lm, profile, strength)
+    try:
+        baked.save_pretrained(out)
+        lm.tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise FitError(f"the model cannot be written to {out}: {error}") from error
+    return {"model": str(out), "profile": profile.name, "version": profile.version, "strength": strength}
+
+
+def _distill(
+    path: Path,
+    model: str,
+    dtype: str,
+    device: str,
+    pairs: Any,
+    out: Path,
+    options: dict[str, Any],
+    rest: dict[str, Any],
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.distillation import DistillSettings, distill
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import load_profile
+
+    disable_progress_bar()
+    settings, profile = DistillSettings(**options), load_profile(path)
+    lm = load_model(model, dtype=dtype, device=device)
+    with progress_on_stderr(quiet=quiet) as progress:
+        found = distill(lm, profile, pairs, out, settings=settings, progress=progress, **rest)
+    figures = {"distance_before": found.before, "distance_after": found.after, "ratio": found.ratio, "rows": found.rows}
+    return {"adapter": str(out), "profile": profile.name, "version": profile.version, **figures}
+
+
+def _print_made(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures, ensure_ascii=False))
+        return
+    for key, value in figures.items():
+        print(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
 
 
 def _evaluate(

@@ -10,9 +10,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from transformers.pytorch_utils import Conv1D
 
 from steering_vectors.errors import FitError
 from steering_vectors.models import LanguageModel
@@ -39,12 +42,13 @@ class TunedWeights(Protocol):
 @dataclass(frozen=True, slots=True)
 class LoraShape:
     """Rank, scale (alpha / rank) and dropout of low-rank updates. `targets` are peft's module names, comma-separated,
-    `all-linear`, or empty for peft's choice for the architecture, and all-linear where it has none."""
+    `all-linear`, or empty for peft's choice for the architecture; `last_block` is the highest that gets updates."""
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
     targets: str = "all-linear"
+    last_block: int | None = None
 
 
 class LoraWeights:
@@ -63,6 +67,22 @@ class LoraWeights:
             yield
         finally:
             self._peft.base_model.disable_adapter_layers()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The model's own weights alone, inside `use`."""
+        self._peft.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._peft.base_model.enable_adapter_layers()
+
+    def save(self, folder: Path) -> None:
+        """Write the adapters in peft's format. Raises FitError if that fails."""
+        try:
+            self._peft.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise FitError(f"the adapter cannot be written to {folder}: {error}") from error
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
         return [p for key, p in self._lm.model.named_parameters() if f".{name}." in key and "lora_" in key]
@@ -92,20 +112,33 @@ def attach_adapters(lm: LanguageModel, names: Sequence[str], shape: LoraShape, s
     except ImportError as error:
         raise FitError("tuning by LoRA needs peft: pip install 'trimtab[rahf]'") from error
 
-    targets: Any = shape.targets.split(",") if "," in shape.targets else shape.targets or None
-    config = LoraConfig(
-        r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for an attribute's old name
         torch.manual_seed(seed)
         try:
+            config = LoraConfig(
+                r=shape.rank,
+                lora_alpha=shape.alpha,
+                lora_dropout=shape.dropout,
+                target_modules=_targets(lm, shape),
+                layers_to_transform=None if shape.last_block is None else list(range(shape.last_block + 1)),
+                task_type="CAUSAL_LM",
+            )
             wrapped = get_peft_model(lm.model, config, adapter_name=names[0])
             for name in names[1:]:
                 wrapped.add_adapter(name, config)
         except ValueError as error:
             raise FitError(f"LoRA cannot be put into {lm.identity.architecture}: {error}") from error
     return wrapped
+
+
+def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
+    """Module names as peft takes them; it has no `all-linear` for some blocks only, so these are listed."""
+    if shape.targets != "all-linear" or shape.last_block is None:
+        return shape.targets if shape.targets == "all-linear" else shape.targets.split(",") if shape.targets else None
+    linear = (torch.nn.Linear, Conv1D)
+    names = (name for block in lm.blocks for name, module in block.named_modules() if isinstance(module, linear))
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 class FullWeights:

@@ -1,0 +1,158 @@
+"""A profile as weights: biases that equal steering, and a LoRA that comes near its target; what peft makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from steering_vectors.baking import bake
+from steering_vectors.chat import Example, encode_example
+from steering_vectors.cli import register
+from steering_vectors.distillation import DistillSettings, distill
+from steering_vectors.errors import FitError, ProfileMismatch, SteeringError
+from steering_vectors.hooks import record
+from steering_vectors.models import LanguageModel, load_model, wrap_model
+from steering_vectors.preferences import Preferences
+from steering_vectors.profile import Profile
+from steering_vectors.steering import steer
+from steering_vectors.storage import save_profile
+from tests.tiny import tiny_model
+from tests.tiny_profiles import tiny_profile
+from tests.tiny_tokenizers import tiny_tokenizer
+
+IDS = torch.arange(3, 12).unsqueeze(0)
+BAKED = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "phi", "granite", "starcoder2", "codegen", "smollm3")
+FAST = DistillSettings(steps=60, batch=8, learning_rate=0.02, rank=8, targets="all-linear", dropout=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer())
+
+
+def pairs() -> Preferences:
+    names = [f"Ask {row}" for row in range(24)]
+    return Preferences(
+        "preference",
+        tuple(Example(name, f" please, kindly {name}") for name in names),
+        tuple(Example(name, f" three apples {name}") for name in names),
+    )
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("architecture", BAKED)
+def test_a_baked_model_is_the_steered_model(architecture: str) -> None:
+    lm = wrap_model(tiny_model(architecture), tiny_tokenizer())
+    profile = tiny_profile(lm.model, layers=(0, 1))
+    with steer(lm.model, profile, 0.7, apply_to="all"):
+        wanted = logits(lm.model)
+    before = logits(lm.model)
+    torch.testing.assert_close(logits(bake(lm, profile, 0.7)), wanted, atol=2e-5, rtol=1e-5)
+    assert torch.equal(logits(lm.model), before)
+    assert not torch.allclose(before, wanted, atol=0.1)
+
+
+def test_a_baked_model_is_saved_and_loaded(lm: LanguageModel, tmp_path: Path) -> None:
+    profile = tiny_profile(lm.model, layers=(0, 2))
+    baked = bake(lm, profile, -1.0)
+    baked.save_pretrained(tmp_path / "baked")
+    lm.tokenizer.save_pretrained(tmp_path / "baked")
+    loaded = load_model(str(tmp_path / "baked"))
+    torch.testing.assert_close(logits(loaded.model), logits(baked))
+    assert loaded.identity.fingerprint != lm.identity.fingerprint
+
+
+def test_what_cannot_be_baked(lm: LanguageModel) -> None:
+    unbiased = wrap_model(tiny_model("mistral"), tiny_tokenizer())
+    with pytest.raises(FitError, match="MistralForCausalLM has no bias that writes into the residual stream"):
+        bake(unbiased, tiny_profile(unbiased.model), 1.0)
+    with pytest.raises(FitError, match="ablates, which no constant bias can do"):
+        bake(lm, tiny_profile(lm.model, operator="ablate"), 1.0)
+    with pytest.raises(SteeringError, match="beyond its safe range"):
+        bake(lm, tiny_profile(lm.model), 9.0)
+    with pytest.raises(ProfileMismatch):
+        bake(lm, tiny_profile(tiny_model("gpt2")), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+def test_a_lora_comes_near_its_target_and_peft_loads_it(lm: LanguageModel, tmp_path: Path) -> None:
+    profile = tiny_profile(lm.model, layers=(1,))
+    before = logits(lm.model)
+    found = distill(lm, profile, pairs(), tmp_path / "adapter", settings=FAST)
+    assert found.before == pytest.approx(float(profile.unit * profile.directions[1].norm()))
+    assert found.ratio < 0.5
+    assert torch.equal(logits(lm.model), before)
+    ids, start = encode_example(lm.tokenizer, Example("Ask 100", " please, kindly Ask"))
+    outputs = []
+    for model in (lm.model, PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter").base_model.model):
+        with torch.no_grad(), record(wrap_model(model, lm.tokenizer).blocks, [1]) as seen:
+            model(input_ids=torch.tensor([ids]))
+        outputs.append(seen[1][0, start:])
+    moved = (outputs[1] - outputs[0]).mean(0)
+    assert float(torch.cosine_similarity(moved, profile.directions[1], dim=0)) > 0.8
+
+
+def test_the_loss_is_the_mean_distance(lm: LanguageModel, tmp_path: Path) -> None:
+    """Before any step a LoRA changes nothing, so its distance is the shift's norm, as the first loss shows."""
+    profile, told = tiny_profile(lm.model, layers=(0, 2)), list[str]()
+
+    def progress(_stage: str, _done: int, _total: int, /, detail: str = "") -> None:
+        told.append(detail)
+
+    settings = DistillSettings(steps=1, batch=4, targets="all-linear", dropout=0.0)
+    distill(lm, profile, pairs(), tmp_path / "adapter", settings=settings, progress=progress)
+    norm = sum(float(profile.unit * profile.directions[layer].norm()) for layer in (0, 2)) / 2
+    assert told == [f"loss {norm:.3f}"]
+
+
+def test_nothing_to_distil(lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="at strength 0 there is nothing to distil"):
+        distill(lm, tiny_profile(lm.model), pairs(), tmp_path / "adapter", strength=0.0)
+    with pytest.raises(FitError, match="must be positive"):
+        DistillSettings(steps=0)
+
+
+def test_the_command(lm: LanguageModel, tmp_path: Path) -> None:
+    app = typer.Typer()
+    register(app)
+    model, data = tmp_path / "model", tmp_path / "data.jsonl"
+    lm.model.save_pretrained(model)
+    lm.tokenizer.save_pretrained(model)
+    rows = [{"prompt": a.prompt, "chosen": a.completion, "rejected": b.completion} for a, b in pairs().pairs()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored: Profile = tiny_profile(load_model(str(model)).identity, layers=(1,))
+    save_profile(stored, tmp_path)
+    fixed = ["distill", "warm", "--profiles", str(tmp_path), "--model", str(model)]
+
+    def run(*more: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, [*fixed, *more])
+        return result.exit_code, result.stdout, result.stderr
+
+    code, _, error = run("--out", str(tmp_path / "a"))
+    assert (code, error) == (2, "error: give --data to fit a LoRA on its responses, or --bake, which needs none\n")
+    code, out, _ = run("--out", str(tmp_path / "baked"), "--bake", "--json")
+    assert code == 0
+    assert json.loads(out)["strength"] == 1.0
+    load_model(str(tmp_path / "baked"))
+    code, out, error = run("--out", str(tmp_path / "lora"), "--data", str(data), "--steps", "2", "--batch", "4")
+    assert code == 0, error
+    assert "ratio: " in out
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    code, _, error = run("--out", str(tmp_path / "lora"), "--bake")
+    assert code == 2
+    assert "exists and is not empty" in error
