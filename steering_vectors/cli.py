@@ -1,23 +1,31 @@
 """The offline commands, `fit`, `calibrate`, `evaluate`, `distill` and `show`, for the root command `trimtab` to mount.
 
 Owns flags, exit codes and what goes to which stream: progress and messages to stderr, the answer to stdout. Importing
-it loads no model code, so that help answers at once; each command imports what it needs. Knows nothing of how
-anything is computed.
+it loads no model code, so that help answers at once. What the commands do is in `commands`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 
+from steering_vectors.commands import (
+    bake_and_save,
+    distill_and_save,
+    evaluate_all,
+    fit_and_save,
+    load_data,
+    print_evaluations,
+    print_made,
+    print_profile_file,
+    recalibrate_and_save,
+)
 from steering_vectors.errors import FitError, ProfileError, TrimtabError
 
 FAILED = 2
@@ -85,9 +93,9 @@ def fit_command(
         "skip_long_rows": skip_long_rows, "description": description, "calibrate": not no_calibrate,
         "options": parse_options(option or []),
     }  # fmt: skip
-    pairs = _load_data(data, columns, skip_bad_rows)
-    path = _fit_and_save(model, dtype, device, pairs, out, options, quiet=as_json)
-    _print_profile(path, as_json, fitted=True)
+    pairs = load_data(data, columns, skip_bad_rows)
+    path = fit_and_save(model, dtype, device, pairs, out, options, quiet=as_json)
+    print_profile_file(path, as_json, fitted=True)
 
 
 @reporting_errors
@@ -119,9 +127,9 @@ def calibrate_command(
         "kl_budget": kl_budget, "perplexity_bound": perplexity_bound, "seed": seed,
         "skip_long_rows": skip_long_rows, "allow_model_mismatch": allow_model_mismatch,
     }  # fmt: skip
-    pairs = _load_data(data, columns, skip_bad_rows)
-    path = _recalibrate_and_save(path, model, dtype, device, pairs, out or path.parent, options, quiet=as_json)
-    _print_profile(path, as_json, fitted=True)
+    pairs = load_data(data, columns, skip_bad_rows)
+    path = recalibrate_and_save(path, model, dtype, device, pairs, out or path.parent, options, quiet=as_json)
+    print_profile_file(path, as_json, fitted=True)
 
 
 @reporting_errors
@@ -146,9 +154,11 @@ def evaluate_command(
 ) -> None:
     files = [find_profile(one, profiles) for one in profile]
     options = {"strengths": parse_strengths(strengths), "rows": rows, "randoms": randoms, "seed": seed}
-    pairs = _load_data(data, columns, skip_bad_rows)
-    found = _evaluate(files, model, dtype, device, pairs, {**options, "skip_long_rows": skip_long_rows}, quiet=as_json)
-    _print_evaluations(found, report, as_json)
+    pairs = load_data(data, columns, skip_bad_rows)
+    found = evaluate_all(
+        files, model, dtype, device, pairs, {**options, "skip_long_rows": skip_long_rows}, quiet=as_json
+    )
+    print_evaluations(found, report, as_json)
 
 
 @reporting_errors
@@ -183,15 +193,15 @@ def distill_command(
     if bake == bool(data):
         raise FitError("give --data to fit a LoRA on its responses, or --bake, which needs none")
     if bake:
-        _print_made(_bake(path, model, dtype, device, strength, out), as_json)
+        print_made(bake_and_save(path, model, dtype, device, strength, out), as_json)
         return
     options = {
         "steps": steps, "batch": batch, "learning_rate": learning_rate, "rank": rank, "alpha": 2 * rank,
         "targets": targets, "seed": seed,
     }  # fmt: skip
-    pairs = _load_data(data, columns, skip_bad_rows)
+    pairs = load_data(data, columns, skip_bad_rows)
     rest = {"strength": strength, "skip_long_rows": skip_long_rows}
-    _print_made(_distill(path, model, dtype, device, pairs, out, options, rest, quiet=as_json), as_json)
+    print_made(distill_and_save(path, model, dtype, device, pairs, out, options, rest, quiet=as_json), as_json)
 
 
 @reporting_errors
@@ -200,7 +210,7 @@ def show_command(
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    _print_profile(find_profile(profile, profiles), as_json, fitted=False)
+    print_profile_file(find_profile(profile, profiles), as_json, fitted=False)
 
 
 def parse_options(options: list[str]) -> dict[str, str]:
@@ -235,159 +245,3 @@ def find_profile(profile: str, directory: Path) -> Path:
             return path
     names = ", ".join(sorted(path.stem for path in directory.glob("[!.]*.safetensors"))) or "none"
     raise ProfileError(f"there is no profile {profile!r}: neither that file nor {named} exists (there: {names})")
-
-
-def _load_data(data: str, columns: str, skip_bad_rows: bool) -> Any:
-    from steering_vectors.datasets import load_pairs, parse_columns
-
-    renames = parse_columns(columns) if columns else None
-    return load_pairs(data, columns=renames, skip_bad_rows=skip_bad_rows)
-
-
-def _fit_and_save(
-    model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
-) -> Path:
-    from transformers.utils.logging import disable_progress_bar
-
-    from steering_vectors.display import progress_on_stderr
-    from steering_vectors.fitting import fit
-    from steering_vectors.models import load_model
-    from steering_vectors.storage import save_profile
-
-    disable_progress_bar()
-    lm = load_model(model, dtype=dtype, device=device)
-    with progress_on_stderr(quiet=quiet) as progress:
-        profile = fit(lm, None, pairs, progress=progress, **options)
-    return save_profile(profile, out)
-
-
-def _recalibrate_and_save(
-    path: Path, model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
-) -> Path:
-    from transformers.utils.logging import disable_progress_bar
-
-    from steering_vectors.display import progress_on_stderr
-    from steering_vectors.models import load_model
-    from steering_vectors.recalibration import recalibrate
-    from steering_vectors.storage import load_profile, save_profile
-
-    disable_progress_bar()
-    profile = load_profile(path)
-    lm = load_model(model, dtype=dtype, device=device)
-    with progress_on_stderr(quiet=quiet) as progress:
-        return save_profile(recalibrate(lm, profile, pairs, progress=progress, **options), out)
-
-
-def _bake(path: Path, model: str, dtype: str, device: str, strength: float, out: Path) -> dict[str, Any]:
-    from transformers.utils.logging import disable_progress_bar
-
-    from steering_vectors.baking import bake
-    from steering_vectors.models import load_model
-    from steering_vectors.storage import load_profile
-
-    disable_progress_bar()
-    profile, lm = load_profile(path), load_model(model, dtype=dtype, device=device)
-    baked = bake(lm, profile, strength)
-    try:
-        baked.save_pretrained(out)
-        lm.tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise FitError(f"the model cannot be written to {out}: {error}") from error
-    return {"model": str(out), "profile": profile.name, "version": profile.version, "strength": strength}
-
-
-def _distill(
-    path: Path,
-    model: str,
-    dtype: str,
-    device: str,
-    pairs: Any,
-    out: Path,
-    options: dict[str, Any],
-    rest: dict[str, Any],
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
-    from transformers.utils.logging import disable_progress_bar
-
-    from steering_vectors.display import progress_on_stderr
-    from steering_vectors.distillation import DistillSettings, distill
-    from steering_vectors.models import load_model
-    from steering_vectors.storage import load_profile
-
-    disable_progress_bar()
-    settings, profile = DistillSettings(**options), load_profile(path)
-    lm = load_model(model, dtype=dtype, device=device)
-    with progress_on_stderr(quiet=quiet) as progress:
-        found = distill(lm, profile, pairs, out, settings=settings, progress=progress, **rest)
-    figures = {"distance_before": found.before, "distance_after": found.after, "ratio": found.ratio, "rows": found.rows}
-    return {"adapter": str(out), "profile": profile.name, "version": profile.version, **figures}
-
-
-def _print_made(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures, ensure_ascii=False))
-        return
-    for key, value in figures.items():
-        print(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-
-
-def _evaluate(
-    files: list[Path], model: str, dtype: str, device: str, pairs: Any, options: dict[str, Any], *, quiet: bool
-) -> list[dict[str, Any]]:
-    from transformers.utils.logging import disable_progress_bar
-
-    from steering_vectors.display import progress_on_stderr
-    from steering_vectors.evaluation import EvaluationSettings, evaluate
-    from steering_vectors.models import load_model
-    from steering_vectors.storage import load_profile
-
-    disable_progress_bar()
-    settings, stored = EvaluationSettings(**options), [load_profile(file) for file in files]
-    lm = load_model(model, dtype=dtype, device=device)
-    found = []
-    for profile in stored:
-        with progress_on_stderr(quiet=quiet) as progress:
-            found.append(evaluate(lm, profile, pairs, settings, progress=progress))
-    return found
-
-
-def _print_evaluations(found: list[dict[str, Any]], report: Path | None, as_json: bool) -> None:
-    from steering_vectors.display import print_evaluation
-    from steering_vectors.report import render_report
-
-    if report is not None:
-        write_text(report, render_report(found))
-    if as_json:
-        print(json.dumps({"evaluations": found}, ensure_ascii=False))
-        return
-    for one in found:
-        print_evaluation(one)
-    if report is not None:
-        print(f"report: {report}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all. Raises FitError if that fails."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _print_profile(path: Path, as_json: bool, *, fitted: bool) -> None:
-    from steering_vectors.display import print_fit, print_profile
-    from steering_vectors.storage import load_profile, profile_summary
-
-    profile = load_profile(path)
-    if as_json:
-        print(json.dumps({"path": str(path), **profile_summary(profile)}, ensure_ascii=False))
-    elif fitted:
-        print_fit(profile, path)
-    else:
-        print_profile(profile, path)

@@ -1,0 +1,179 @@
+"""What each offline command does, once its flags are read.
+
+Owns loading, saving and printing for the commands. Importing it loads no model code; each function imports what it
+needs. Knows nothing of flags or exit codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from steering_vectors.errors import FitError
+
+
+def load_data(data: str, columns: str, skip_bad_rows: bool) -> Any:
+    """Preference data from wherever `--data` says."""
+    from steering_vectors.datasets import load_pairs, parse_columns
+
+    renames = parse_columns(columns) if columns else None
+    return load_pairs(data, columns=renames, skip_bad_rows=skip_bad_rows)
+
+
+def fit_and_save(
+    model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
+) -> Path:
+    """`trimtab fit`: the file that holds the new profile."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.fitting import fit
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import save_profile
+
+    disable_progress_bar()
+    lm = load_model(model, dtype=dtype, device=device)
+    with progress_on_stderr(quiet=quiet) as progress:
+        profile = fit(lm, None, pairs, progress=progress, **options)
+    return save_profile(profile, out)
+
+
+def recalibrate_and_save(
+    path: Path, model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
+) -> Path:
+    """`trimtab calibrate`: the file that holds the profile."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.models import load_model
+    from steering_vectors.recalibration import recalibrate
+    from steering_vectors.storage import load_profile, save_profile
+
+    disable_progress_bar()
+    profile = load_profile(path)
+    lm = load_model(model, dtype=dtype, device=device)
+    with progress_on_stderr(quiet=quiet) as progress:
+        return save_profile(recalibrate(lm, profile, pairs, progress=progress, **options), out)
+
+
+def bake_and_save(path: Path, model: str, dtype: str, device: str, strength: float, out: Path) -> dict[str, Any]:
+    """`trimtab distill --bake`: what was written where."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.baking import bake
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import load_profile
+
+    disable_progress_bar()
+    profile, lm = load_profile(path), load_model(model, dtype=dtype, device=device)
+    baked = bake(lm, profile, strength)
+    try:
+        baked.save_pretrained(out)
+        lm.tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise FitError(f"the model cannot be written to {out}: {error}") from error
+    return {"model": str(out), "profile": profile.name, "version": profile.version, "strength": strength}
+
+
+def distill_and_save(
+    path: Path,
+    model: str,
+    dtype: str,
+    device: str,
+    pairs: Any,
+    out: Path,
+    options: dict[str, Any],
+    rest: dict[str, Any],
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """`trimtab distill`: what was written where, and how near it comes."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.distillation import DistillSettings, distill
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import load_profile
+
+    disable_progress_bar()
+    settings, profile = DistillSettings(**options), load_profile(path)
+    lm = load_model(model, dtype=dtype, device=device)
+    with progress_on_stderr(quiet=quiet) as progress:
+        found = distill(lm, profile, pairs, out, settings=settings, progress=progress, **rest)
+    figures = {"distance_before": found.before, "distance_after": found.after, "ratio": found.ratio, "rows": found.rows}
+    return {"adapter": str(out), "profile": profile.name, "version": profile.version, **figures}
+
+
+def evaluate_all(
+    files: list[Path], model: str, dtype: str, device: str, pairs: Any, options: dict[str, Any], *, quiet: bool
+) -> list[dict[str, Any]]:
+    """`trimtab evaluate`: one object per profile."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from steering_vectors.display import progress_on_stderr
+    from steering_vectors.evaluation import EvaluationSettings, evaluate
+    from steering_vectors.models import load_model
+    from steering_vectors.storage import load_profile
+
+    disable_progress_bar()
+    settings, stored = EvaluationSettings(**options), [load_profile(file) for file in files]
+    lm = load_model(model, dtype=dtype, device=device)
+    found = []
+    for profile in stored:
+        with progress_on_stderr(quiet=quiet) as progress:
+            found.append(evaluate(lm, profile, pairs, settings, progress=progress))
+    return found
+
+
+def print_made(figures: dict[str, Any], as_json: bool) -> None:
+    """What distill made, a line per figure."""
+    if as_json:
+        print(json.dumps(figures, ensure_ascii=False))
+        return
+    for key, value in figures.items():
+        print(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def print_evaluations(found: list[dict[str, Any]], report: Path | None, as_json: bool) -> None:
+    """Tables on stdout, or one JSON object; the page, if one is wanted."""
+    from steering_vectors.display import print_evaluation
+    from steering_vectors.report import render_report
+
+    if report is not None:
+        _write_text(report, render_report(found))
+    if as_json:
+        print(json.dumps({"evaluations": found}, ensure_ascii=False))
+        return
+    for one in found:
+        print_evaluation(one)
+    if report is not None:
+        print(f"report: {report}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. Raises FitError if that fails."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def print_profile_file(path: Path, as_json: bool, *, fitted: bool) -> None:
+    """What a file holds, as `fit` or as `show` tells it."""
+    from steering_vectors.display import print_fit, print_profile
+    from steering_vectors.storage import load_profile, profile_summary
+
+    profile = load_profile(path)
+    if as_json:
+        print(json.dumps({"path": str(path), **profile_summary(profile)}, ensure_ascii=False))
+    elif fitted:
+        print_fit(profile, path)
+    else:
+        print_profile(profile, path)
