@@ -64,6 +64,7 @@ def root(
 def serve(
     invocation: typer.Context,
     model: Annotated[str | None, flag("model")] = None,
+    adapter: Annotated[Path | None, flag("adapter")] = None,
     profiles: Annotated[Path | None, flag("profiles")] = None,
     host: Annotated[str | None, flag("host")] = None,
     port: Annotated[int | None, flag("port")] = None,

@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="The number format of the weights; auto is the checkpoint's."
     )
+    adapter: Path | None = Field(None, description="A LoRA in peft's format, merged into the model at start.")
     device: str = Field("cpu", pattern=r"^[a-z]+(:\d+)?$", description="Where the model runs, as torch names it.")
     served_model_name: str | None = Field(
         None, pattern=SINGLE_WORD, description="The name of the model in /v1; else its hub id or directory."

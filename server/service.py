@@ -105,7 +105,7 @@ def build_engine(settings: Settings) -> Engine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     _check_device(settings.device)
-    language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter)
     return TorchEngine(
         language_model,
         slots=settings.slots,

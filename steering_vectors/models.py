@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from steering_vectors.adapters import merge_adapter
 from steering_vectors.errors import ModelError
 from steering_vectors.fingerprint import fingerprint_checkpoint, fingerprint_parameters
 from steering_vectors.hooks import Call, trace_calls
@@ -59,10 +60,11 @@ class LanguageModel:
         return int(self.model.config.get_text_config().vocab_size)
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "cpu") -> LanguageModel:
+def load_model(model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None) -> LanguageModel:
     """Load `demo`, a directory or a hub id; only safetensors weights, no remote code.
 
-    `dtype` is auto (the checkpoint's), float32, bfloat16 or float16. Raises ModelError with the remedy.
+    `dtype` is auto (the checkpoint's), float32, bfloat16 or float16. An `adapter` is a folder in peft's format, merged
+    into the weights: the result is another model, whose profiles are its own. Raises ModelError with the remedy.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -70,6 +72,8 @@ def load_model(model: str, *, dtype: str = "auto", device: str = "cpu") -> Langu
     _check_source(source)
     tokenizer = _load_tokenizer(source)
     network = _load_network(source, DTYPES.get(dtype, "auto"), device)
+    if adapter is not None:
+        network = merge_adapter(network, adapter)
     return wrap_model(network, tokenizer, name=_served_name(model))
 
 

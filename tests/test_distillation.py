@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import typer
 from peft import PeftModel
 from typer.testing import CliRunner
 
+from server.config import Settings
+from server.service import build_engine
 from steering_vectors.baking import bake
 from steering_vectors.chat import Example, encode_example
 from steering_vectors.cli import register
 from steering_vectors.distillation import DistillSettings, distill
-from steering_vectors.errors import FitError, ProfileMismatch, SteeringError
+from steering_vectors.errors import FitError, ModelError, ProfileMismatch, SteeringError
 from steering_vectors.hooks import record
 from steering_vectors.models import LanguageModel, load_model, wrap_model
 from steering_vectors.preferences import Preferences
@@ -105,6 +108,29 @@ def test_a_lora_comes_near_its_target_and_peft_loads_it(lm: LanguageModel, tmp_p
         outputs.append(seen[1][0, start:])
     moved = (outputs[1] - outputs[0]).mean(0)
     assert float(torch.cosine_similarity(moved, profile.directions[1], dim=0)) > 0.8
+
+
+def test_a_merged_adapter_is_a_model_of_its_own(lm: LanguageModel, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    plain = load_model(str(folder))
+    profile = tiny_profile(plain.identity, layers=(1,))
+    distill(plain, profile, pairs(), tmp_path / "adapter", settings=FAST)
+    merged = load_model(str(folder), adapter=tmp_path / "adapter")
+    assert not torch.allclose(logits(merged.model), logits(plain.model), atol=1e-2)
+    assert merged.identity.fingerprint != plain.identity.fingerprint
+    assert merged.identity == load_model(str(folder), adapter=tmp_path / "adapter").identity
+    engine = build_engine(Settings(model=str(folder), adapter=tmp_path / "adapter"))
+    assert engine.language_model.identity == merged.identity
+    asyncio.run(engine.close())
+    with pytest.raises(ModelError, match=r"holds no adapter_config\.json: it is not an adapter in peft's format"):
+        load_model(str(folder), adapter=folder)
+    other = tmp_path / "other"
+    tiny_model("gpt2").save_pretrained(other)
+    lm.tokenizer.save_pretrained(other)
+    with pytest.raises(ModelError, match="cannot be put into this model"):
+        load_model(str(other), adapter=tmp_path / "adapter")
 
 
 def test_the_loss_is_the_mean_distance(lm: LanguageModel, tmp_path: Path) -> None:
