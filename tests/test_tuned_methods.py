@@ -13,7 +13,7 @@ from steering_vectors.contrast import Twin
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named, method_names
 from steering_vectors.methods.bipo import bidirectional_loss, middle_block
-from steering_vectors.methods.rahf import contrastive_loss
+from steering_vectors.methods.rahf import DualOptions, contrastive_loss
 from steering_vectors.methods.tuning import TuningOptions, drawn
 from steering_vectors.profile import Profile
 from steering_vectors.steered import steerable
@@ -135,8 +135,15 @@ def test_options_are_read_and_checked() -> None:
         method.complete({"rank": "many"})
     with pytest.raises(FitError, match="option tuning is 'half', not one of lora, full"):
         TuningOptions(tuning="half").schedule(10)
-    with pytest.raises(FitError, match="options batch and epochs must be positive"):
-        TuningOptions(epochs=0.0).schedule(10)
+    with pytest.raises(FitError, match="option batch must be positive"):
+        TuningOptions(epochs=-1.0).schedule(10)
+
+
+def test_small_data_is_gone_through_more_often() -> None:
+    assert TuningOptions().schedule(100).steps == 300
+    assert TuningOptions().schedule(8000).steps == 1000
+    assert DualOptions().schedule(8000).steps == 1500
+    assert TuningOptions(epochs=1.0).schedule(100).steps == 7
 
 
 def test_every_epoch_goes_through_all_samples_in_another_order() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -28,9 +29,9 @@ class ScitOptions(TuningOptions):
 
 @dataclass(frozen=True, slots=True)
 class DualOptions(TuningOptions):
-    """Three epochs, as in the paper."""
+    """The paper has three epochs."""
 
-    epochs: float = 3.0
+    paper_epochs: ClassVar[float] = 3.0
 
 
 def scit_difference(task: Task) -> Directions:

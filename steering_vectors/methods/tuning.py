@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -26,15 +26,19 @@ from steering_vectors.tuning_cache import tuned_directory
 from steering_vectors.weights import FullWeights, LoraShape, LoraWeights, TunedWeights
 
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
+LEAST_STEPS = 300
 Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True, slots=True)
 class TuningOptions(InstructionOptions):
-    """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full."""
+    """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full;
+    `epochs` of 0 are the paper's, or as many as make 300 steps if the data is small."""
+
+    paper_epochs: ClassVar[float] = 2.0
 
     tuning: str = "lora"
-    epochs: float = 2.0
+    epochs: float = 0.0
     batch: int = 16
     learning_rate: float = 0.0
     rank: int = 16
@@ -44,10 +48,12 @@ class TuningOptions(InstructionOptions):
         """The run over so many samples. Raises FitError for a kind of tuning there is not."""
         if self.tuning not in LEARNING_RATES:
             raise FitError(f"option tuning is {self.tuning!r}, not one of {', '.join(LEARNING_RATES)}")
-        if self.batch < 1 or self.epochs <= 0:
-            raise FitError("options batch and epochs must be positive")
-        steps = max(1, math.ceil(self.epochs * samples / self.batch))
-        return Schedule(steps, self.learning_rate or LEARNING_RATES[self.tuning])
+        if self.batch < 1 or self.epochs < 0:
+            raise FitError("option batch must be positive, and epochs must not be negative")
+        steps = math.ceil((self.epochs or self.paper_epochs) * samples / self.batch)
+        return Schedule(
+            max(steps, 1 if self.epochs else LEAST_STEPS), self.learning_rate or LEARNING_RATES[self.tuning]
+        )
 
 
 def both_sides(task: Task, options: TuningOptions) -> tuple[list[Twin], list[Twin]]:
