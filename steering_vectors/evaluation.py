@@ -15,7 +15,6 @@ import torch
 
 from steering_vectors.batches import Encoded, Progress
 from steering_vectors.calibration import SAMPLED_TOKENS
-from steering_vectors.chat import Example
 from steering_vectors.controls import bootstrap, random_controls
 from steering_vectors.corpus import Corpus, context_length, encode_corpus, sampling_prompts
 from steering_vectors.curve import measure_point
@@ -24,7 +23,7 @@ from steering_vectors.instructions import instructions_for
 from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Profile
-from steering_vectors.propensity import Propensity, Sides, propensity
+from steering_vectors.propensity import Propensity, Sides, propensity, spread
 from steering_vectors.recalibration import unseen
 from steering_vectors.steered import SteeredModel, steerable
 from steering_vectors.twins import twins_of
@@ -189,7 +188,7 @@ def _prompting(
 ) -> dict[str, Any]:
     """The same rows without a vector, under the instruction p⁺ and under p⁻."""
     instructions = instructions_for(name)
-    positives, negatives = (_thinned(side, settings.rows) for side in corpus.pairs.sides())
+    positives, negatives = (spread(side, settings.rows) for side in corpus.pairs.sides())
     readings: dict[str, Any] = {"positive_instruction": instructions.positive}
     twins = [
         twins_of(bench.steered.lm.tokenizer, side, [corpus.encoded[one] for one in side], instructions, limit=limit)
@@ -205,8 +204,3 @@ def _prompting(
         ]  # fmt: skip
         readings[key] = bench.under(*encoded)
     return readings
-
-
-def _thinned(examples: Sequence[Example], most: int) -> list[Example]:
-    count = len(examples)
-    return list(examples) if count <= most else [examples[i * count // most] for i in range(most)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from steering_vectors.profile import Profile
 from steering_vectors.steered import SteeredModel
 
 STRENGTHS = (-1.0, 0.0, 1.0)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Sides:
 
     def thinned(self, most: int) -> Sides:
         """At most so many examples a side, evenly spread over them."""
-        return Sides(_spread(self.positives, most), _spread(self.negatives, most), self.paired)
+        return Sides(spread(self.positives, most), spread(self.negatives, most), self.paired)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +124,7 @@ def _token_counts(examples: Sequence[Encoded], vocab_size: int) -> torch.Tensor:
     return torch.bincount(tokens, minlength=vocab_size).double()
 
 
-def _spread(examples: Sequence[Encoded], most: int) -> tuple[Encoded, ...]:
+def spread(examples: Sequence[Item], most: int) -> tuple[Item, ...]:
+    """At most so many of the examples, evenly spread over them."""
     count = len(examples)
     return tuple(examples) if count <= most else tuple(examples[i * count // most] for i in range(most))
