@@ -38,6 +38,12 @@ class Twin:
         return self.prompt_length + len(self.response)
 
 
+def plain_twin(ids: Sequence[int], start: int) -> Twin:
+    """A response that begins at `start`, after one and the same prompt on both sides."""
+    prompt = tuple(ids[:start])
+    return Twin(prompt, prompt, tuple(ids[start:]))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
     """A batch of one side: responses begin at column `start` in every row, whatever the prompts' lengths.
@@ -108,10 +114,10 @@ def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tup
 
 
 def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Tensor:
-    """Block outputs at the response's columns, `[layers, rows, response, hidden]` in the model's dtype."""
-    with torch.no_grad(), record(lm.blocks, layers) as outputs:
+    """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`; gradients flow."""
+    with record(lm.blocks, layers) as outputs:
         lm.model(**forward_arguments(lm, reading), use_cache=False)
-    return torch.stack([outputs[layer][:, reading.start :] for layer in layers])
+    return torch.stack([outputs[layer][:, reading.start :].float() for layer in layers])
 
 
 def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:
@@ -132,8 +138,8 @@ def _group_difference(
     sides = readings(group, pad_id(lm), lm.device)
     outputs = []
     for index, side in enumerate(sides):
-        with weights(index):
-            outputs.append(read(lm, side, layers).float())
+        with weights(index), torch.no_grad():
+            outputs.append(read(lm, side, layers))
     response = sides[0].response  # [rows, response]
     if tokens == "last":
         response = response & (response.cumsum(1) == response.sum(1, keepdim=True))

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from steering_vectors.batches import Encoded
 from steering_vectors.chat import Example, encode_example, encode_prompt
 from steering_vectors.errors import DataError, RequestError
+from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 from steering_vectors.propensity import Sides
 
@@ -89,6 +90,12 @@ def sampling_prompts(
             path=pairs.source or None,
         )
     return random.Random(seed).sample(short, min(PROMPTS, len(short)))
+
+
+def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed: int) -> list[list[int]]:
+    """`sampling_prompts` after which the model's context has room for so many tokens."""
+    limit = context_length(lm.model.config)
+    return sampling_prompts(lm.tokenizer, pairs, most=None if limit is None else limit - room, seed=seed)
 
 
 def _encode_side(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], side: str) -> dict[Example, Encoded]:

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 
 from steering_vectors.batches import Progress
-from steering_vectors.contrast import Reading, Twin, forward_arguments, pad_id, readings
+from steering_vectors.contrast import Reading, Twin, pad_id, plain_twin, read, readings
 from steering_vectors.corpus import Corpus, context_length, encode_corpus
 from steering_vectors.errors import FitError
-from steering_vectors.hooks import record
-from steering_vectors.methods.tuning import drawn
+from steering_vectors.methods.tuning import train_on
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Profile
-from steering_vectors.training import Run, Schedule, train
+from steering_vectors.training import Run, Schedule
 from steering_vectors.tuning_cache import tuned_directory
 from steering_vectors.weights import LoraShape, LoraWeights
 
@@ -116,8 +115,8 @@ class _Goal:
         """Mean distance over blocks, responses and their tokens; inside `weights.use`."""
         reading, _ = readings(twins, pad_id(self.lm), self.lm.device)
         with self.weights.aside(), torch.no_grad():
-            target = self._read(reading) + self._shift[:, None, None]
-        return self._mean(self._read(reading) - target, reading)
+            target = read(self.lm, reading, self._layers) + self._shift[:, None, None]
+        return self._mean(read(self.lm, reading, self._layers) - target, reading)
 
     def distance(self, twins: Sequence[Twin], *, tuned: bool) -> float:
         """The same over many responses, without gradients; untuned it is the shift's own norm."""
@@ -129,12 +128,6 @@ class _Goal:
                 part = twins[start : start + 16]
                 total += float(self.loss(part)) * len(part)
         return total / len(twins)
-
-    def _read(self, reading: Reading) -> torch.Tensor:
-        """Block outputs at the response's columns, float32 `[blocks, rows, columns, hidden]`."""
-        with record(self.lm.blocks, self._layers) as outputs:
-            self.lm.model(**forward_arguments(self.lm, reading), use_cache=False)
-        return torch.stack([outputs[layer][:, reading.start :].float() for layer in self._layers])
 
     def _mean(self, difference: torch.Tensor, reading: Reading) -> torch.Tensor:
         response = reading.response  # [rows, columns]
@@ -153,22 +146,11 @@ def _tune(
 ) -> None:
     inputs = {**asdict(settings), "profile": profile.version or profile.name, "strength": strength}
     file = tuned_directory(goal.lm, [twins], inputs) / "distilled.safetensors"
-    goal.lm.model.train()
-    try:
-        train(
-            Run(goal.weights, NAME, Schedule(settings.steps, settings.learning_rate), file, settings.seed),
-            lambda step: goal.loss(drawn(twins, settings.batch, step, settings.seed)),
-            progress=progress,
-            stage="distil",
-        )
-    finally:
-        goal.lm.model.eval()
+    run = Run(goal.weights, NAME, Schedule(settings.steps, settings.learning_rate), file, settings.seed)
+    train_on(goal.lm, run, twins, settings.batch, goal.loss, progress=progress, stage="distil")
 
 
 def _twins(corpus: Corpus) -> list[Twin]:
     """The responses of both sides after their plain prompts."""
     sides = corpus.sides()
-    return [
-        Twin(tuple(ids[:start]), tuple(ids[:start]), tuple(ids[start:]))
-        for ids, start in (*sides.positives, *sides.negatives)
-    ]
+    return [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]

@@ -16,8 +16,8 @@ import torch
 from steering_vectors.batches import Encoded, Progress
 from steering_vectors.calibration import SAMPLED_TOKENS
 from steering_vectors.controls import bootstrap, random_controls
-from steering_vectors.corpus import Corpus, context_length, encode_corpus, sampling_prompts
-from steering_vectors.curve import measure_point
+from steering_vectors.corpus import Corpus, context_length, encode_corpus, prompts_with_room
+from steering_vectors.curve import curve_record, measure_point
 from steering_vectors.errors import FitError
 from steering_vectors.instructions import instructions_for
 from steering_vectors.models import LanguageModel
@@ -71,8 +71,7 @@ def evaluate(
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
     corpus = unseen(profile, corpus)
     sides = corpus.sides().thinned(settings.rows)
-    most = None if limit is None else limit - SAMPLED_TOKENS
-    prompts = sampling_prompts(lm.tokenizer, corpus.pairs, most=most, seed=settings.seed)
+    prompts = prompts_with_room(lm, corpus.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
     prompts = [prompts[i % len(prompts)] for i in range(TEXTS)]
     with steerable(lm) as steered:
         bench = _Bench(steered, sides, settings, progress)
@@ -137,14 +136,14 @@ class _Bench:
             report |= steerability(slopes(self.settings.strengths, margins))
         return report
 
-    def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
         """KL(steered‖base) per token and perplexity under the unsteered model, of sampled texts at every strength."""
         points = [
             measure_point(self.steered, profile, strength, prompts, tokens=SAMPLED_TOKENS, seed=self.settings.seed)
             for strength in self.settings.strengths
         ]
         self._tell()
-        return [{"strength": one.strength, "kl": one.kl, "perplexity": one.perplexity} for one in points]
+        return curve_record(points)
 
     def under(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> dict[str, Any]:
         """What the unsteered model says of these readings of the rows."""

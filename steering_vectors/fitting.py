@@ -19,7 +19,7 @@ from steering_vectors.activations import SAMPLE_ROWS, LayerStatistics, Tokens, c
 from steering_vectors.batches import DEFAULT_BATCH_TOKENS, Progress
 from steering_vectors.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, check_budget
 from steering_vectors.chat import chat_template_sha256
-from steering_vectors.corpus import Corpus, context_length, encode_corpus, sampling_prompts
+from steering_vectors.corpus import Corpus, context_length, encode_corpus, prompts_with_room
 from steering_vectors.errors import FitError
 from steering_vectors.layers import AUTO, Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
 from steering_vectors.methods import Directions, Method, Task, method_named
@@ -27,11 +27,9 @@ from steering_vectors.models import LanguageModel, wrap_model
 from steering_vectors.notes import data_notes, effect_notes
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Layering, Profile
-from steering_vectors.propensity import projection_accuracies, propensity_report, token_log_odds
+from steering_vectors.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.steered import steerable
 
-CHOICE_ROWS = 24  # examples a side that layers are chosen on
-REPORT_ROWS = 256  # examples a side that margins are reported on
 NEGLIGIBLE = 1e-6  # a direction this short against the residual stream is rounding error
 
 
@@ -106,7 +104,7 @@ def fit(
     blank = _blank(lm, name, description, settings)
     limit = context_length(lm.model.config)
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows)
-    parts = _part(lm, corpus, settings, limit)
+    parts = _part(lm, corpus, settings)
     statistics = _capture(lm, parts.train, settings)
     profile = replace(
         blank,
@@ -150,17 +148,16 @@ def _blank(lm: LanguageModel, name: str, description: str, settings: Settings) -
     )
 
 
-def _part(lm: LanguageModel, corpus: Corpus, settings: Settings, limit: int | None) -> Parts:
+def _part(lm: LanguageModel, corpus: Corpus, settings: Settings) -> Parts:
     train, heldout = corpus.split(settings.heldout_fraction, settings.seed, min_side=4)
     choosing = None
     if settings.layers is None:
         heldout, choosing = heldout.split(0.5, settings.seed, min_side=1)
-    most = None if limit is None else limit - SAMPLED_TOKENS
 
     def prompts_of(part: Corpus | None) -> tuple[tuple[int, ...], ...]:
         if part is None:
             return ()
-        return tuple(map(tuple, sampling_prompts(lm.tokenizer, part.pairs, most=most, seed=settings.seed)))
+        return tuple(map(tuple, prompts_with_room(lm, part.pairs, room=SAMPLED_TOKENS, seed=settings.seed)))
 
     return Parts(train, choosing, heldout, prompts_of(heldout if settings.calibrate else None), prompts_of(choosing))
 

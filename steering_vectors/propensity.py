@@ -19,6 +19,7 @@ from steering_vectors.profile import Profile
 from steering_vectors.steered import SteeredModel
 
 STRENGTHS = (-1.0, 0.0, 1.0)
+REPORT_ROWS = 256  # examples a side that margins are reported on
 Item = TypeVar("Item")
 
 

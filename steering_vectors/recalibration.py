@@ -9,15 +9,13 @@ from dataclasses import replace
 
 from steering_vectors.batches import Progress
 from steering_vectors.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate
-from steering_vectors.corpus import Corpus, context_length, encode_corpus, sampling_prompts
+from steering_vectors.corpus import Corpus, context_length, encode_corpus, prompts_with_room
 from steering_vectors.curve import PERPLEXITY_BOUND
 from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Profile
-from steering_vectors.propensity import propensity_report
+from steering_vectors.propensity import REPORT_ROWS, propensity_report
 from steering_vectors.steered import steerable
-
-REPORT_ROWS = 256
 
 
 def recalibrate(
@@ -40,8 +38,7 @@ def recalibrate(
     profile.check_model(lm.identity, allow_mismatch=allow_model_mismatch)
     limit = context_length(lm.model.config)
     corpus = unseen(profile, encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows))
-    most = None if limit is None else limit - SAMPLED_TOKENS
-    prompts = sampling_prompts(lm.tokenizer, corpus.pairs, most=most, seed=seed)
+    prompts = prompts_with_room(lm, corpus.pairs, room=SAMPLED_TOKENS, seed=seed)
     fresh = calibrate(
         lm, profile, prompts, kl_budget=kl_budget, perplexity_bound=perplexity_bound, seed=seed, progress=progress
     )

@@ -95,14 +95,13 @@ def train(
     Dropout draws from (seed, step), so a resumed run takes the same steps as an unbroken one. Raises FitError if the
     loss is not finite.
     """
-    run.restore(None)
-    if run.step >= run.schedule.steps:
-        return
     with run.weights.use(run.name):
         optimizer = torch.optim.AdamW(
             run.weights.parameters(run.name), betas=BETAS, weight_decay=run.schedule.weight_decay
         )
         run.restore(optimizer)
+        if run.step >= run.schedule.steps:
+            return
         saved, smooth = time.monotonic(), None
         try:
             while run.step < run.schedule.steps:

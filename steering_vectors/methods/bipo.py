@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from steering_vectors.contrast import Reading, Twin, pad_id, readings
+from steering_vectors.contrast import Reading, Twin, pad_id, plain_twin, readings
 from steering_vectors.errors import FitError
 from steering_vectors.hooks import adding
 from steering_vectors.likelihoods import response_log_likelihoods
@@ -97,8 +97,8 @@ def _steered(reading: Reading) -> torch.Tensor:
 
 
 def _twin(encoded: tuple[Sequence[int], int]) -> Twin:
-    ids, start = encoded[0], max(1, encoded[1])  # without a prompt nothing predicts the first token
-    return Twin(tuple(ids[:start]), tuple(ids[:start]), tuple(ids[start:]))
+    ids, start = encoded
+    return plain_twin(ids, max(1, start))  # without a prompt nothing predicts the first token
 
 
 METHOD = Method("bipo", trained_vector, options=BipoOptions, layers=middle_block)

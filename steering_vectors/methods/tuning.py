@@ -15,6 +15,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from steering_vectors.batches import Progress
 from steering_vectors.contrast import Twin, pad_id, readings
 from steering_vectors.errors import FitError
 from steering_vectors.likelihoods import response_log_likelihoods
@@ -90,16 +91,26 @@ def tune(
     schedule = options.schedule(len(samples))
     settings = {**asdict(options), "responses": 0, "goal": "", "name": name, "seed": task.seed}
     file = tuned_directory(task.lm, twins, settings) / f"{name}.safetensors"
-    task.lm.model.train()
+    run = Run(weights, name, schedule, file, task.seed)
+    train_on(task.lm, run, samples, options.batch, loss, progress=task.progress, stage=f"tune {name}")
+
+
+def train_on(
+    lm: LanguageModel,
+    run: Run,
+    samples: Sequence[Sample],
+    batch: int,
+    loss: Callable[[Sequence[Sample]], torch.Tensor],
+    *,
+    progress: Progress | None,
+    stage: str,
+) -> None:
+    """Bring a run to its end on batches of the samples, with the model's dropout on."""
+    lm.model.train()
     try:
-        train(
-            Run(weights, name, schedule, file, task.seed),
-            lambda step: loss(drawn(samples, options.batch, step, task.seed)),
-            progress=task.progress,
-            stage=f"tune {name}",
-        )
+        train(run, lambda step: loss(drawn(samples, batch, step, run.seed)), progress=progress, stage=stage)
     finally:
-        task.lm.model.eval()
+        lm.model.eval()
 
 
 def drawn(samples: Sequence[Sample], batch: int, step: int, seed: int) -> list[Sample]:
