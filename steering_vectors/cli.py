@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
@@ -163,16 +163,26 @@ def evaluate_command(
 
 @reporting_errors
 def distill_command(
-    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")],
     model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The folder to write: an adapter, or with --bake a model.")],
+    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")] = "",
+    method: Annotated[
+        str, typer.Option(help="Instead of a profile: rahf-scit or rahf-dual, whose difference each token learns.")
+    ] = "",
     data: Annotated[str, typer.Option(help="Whose responses the LoRA is fitted on, as in fit.")] = "",
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
-    strength: Annotated[float, typer.Option(help="The strength to turn into weights.")] = 1.0,
+    strength: Annotated[
+        float | None, typer.Option(help="The strength to turn into weights: 1 for a profile, 5 for a method.")
+    ] = None,
     bake: Annotated[bool, typer.Option("--bake", help="Fold the shift into the weights as biases, exactly.")] = False,
-    steps: Annotated[int, typer.Option(help="Of the LoRA's tuning.")] = 450,
-    batch: Annotated[int, typer.Option(help="Responses per step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 3e-4,
+    goal: Annotated[str, typer.Option(help="With --method: whose default instructions, as a profile's name.")] = "",
+    layers: Annotated[str, typer.Option(help="With --method: blocks to read, as in fit; the middle if empty.")] = "",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="With --method: KEY=VALUE of its first step, as in fit.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the LoRA's tuning; the paper's if left out.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Responses per step; the paper's if left out.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW; the paper's if left out.")] = None,
     rank: Annotated[int, typer.Option(help="Of the LoRA; its alpha is twice that.")] = 8,
     targets: Annotated[
         str, typer.Option(help="Its modules, comma-separated, or all-linear; peft's choice if empty.")
@@ -187,21 +197,34 @@ def distill_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    path = find_profile(profile, profiles)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise FitError(f"{out} exists and is not empty: name a new folder")
-    if bake == bool(data):
-        raise FitError("give --data to fit a LoRA on its responses, or --bake, which needs none")
+    if bool(profile) == bool(method):
+        raise FitError("name a profile, or give --method")
+    if bake == bool(data) or (bake and method):
+        raise FitError("give --data to fit a LoRA on its responses, or --bake for a profile, which needs none")
+    if not method and (goal or layers or option):
+        raise FitError("--goal, --layers and --option belong to --method; a profile has its own")
     if bake:
-        print_made(bake_and_save(path, model, dtype, device, strength, out), as_json)
+        path = find_profile(profile, profiles)
+        print_made(bake_and_save(path, model, dtype, device, 1.0 if strength is None else strength, out), as_json)
         return
-    options = {
-        "steps": steps, "batch": batch, "learning_rate": learning_rate, "rank": rank, "alpha": 2 * rank,
-        "targets": targets, "seed": seed,
+    given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+    settings = {
+        **{key: value for key, value in given.items() if value is not None},
+        "rank": rank, "alpha": 2 * rank, "targets": targets, "seed": seed,
     }  # fmt: skip
+    rest: dict[str, Any] = {"skip_long_rows": skip_long_rows}
     pairs = load_data(data, columns, skip_bad_rows)
-    rest = {"strength": strength, "skip_long_rows": skip_long_rows}
-    print_made(distill_and_save(path, model, dtype, device, pairs, out, options, rest, quiet=as_json), as_json)
+    if method:
+        source: Path | dict[str, Any] = {
+            "method": method, "name": goal, "options": parse_options(option or []), "layers": layers,
+            **({} if strength is None else {"strength": strength}),
+        }  # fmt: skip
+    else:
+        source = find_profile(profile, profiles)
+        rest["strength"] = 1.0 if strength is None else strength
+    print_made(distill_and_save(source, model, dtype, device, pairs, out, settings, rest, quiet=as_json), as_json)
 
 
 @reporting_errors

@@ -78,32 +78,42 @@ def bake_and_save(path: Path, model: str, dtype: str, device: str, strength: flo
 
 
 def distill_and_save(
-    path: Path,
+    source: Path | dict[str, Any],
     model: str,
     dtype: str,
     device: str,
     pairs: Any,
     out: Path,
-    options: dict[str, Any],
+    settings: dict[str, Any],
     rest: dict[str, Any],
     *,
     quiet: bool,
 ) -> dict[str, Any]:
-    """`trimtab distill`: what was written where, and how near it comes."""
+    """`trimtab distill` of a profile's file, or of a method as `MethodTarget` has it: what was written where, and how
+    near it comes."""
     from transformers.utils.logging import disable_progress_bar
 
     from steering_vectors.display import progress_on_stderr
-    from steering_vectors.distillation import DistillSettings, distill
+    from steering_vectors.distillation import PAPER_SETTINGS, DistillSettings, MethodTarget, distill, distill_method
+    from steering_vectors.layers import parse_layers
     from steering_vectors.models import load_model
     from steering_vectors.storage import load_profile
 
     disable_progress_bar()
-    settings, profile = DistillSettings(**options), load_profile(path)
     lm = load_model(model, dtype=dtype, device=device)
     with progress_on_stderr(quiet=quiet) as progress:
-        found = distill(lm, profile, pairs, out, settings=settings, progress=progress, **rest)
+        if isinstance(source, Path):
+            profile = load_profile(source)
+            found = distill(lm, profile, pairs, out, settings=DistillSettings(**settings), progress=progress, **rest)
+            what = {"profile": profile.name, "version": profile.version}
+        else:
+            layers = parse_layers(source["layers"], lm.num_layers) if source["layers"] else ()
+            target = MethodTarget(**{**source, "layers": layers})
+            paper = DistillSettings(**{**PAPER_SETTINGS[target.method], **settings})
+            found = distill_method(lm, target, pairs, out, settings=paper, progress=progress, **rest)
+            what = {"method": target.method}
     figures = {"distance_before": found.before, "distance_after": found.after, "ratio": found.ratio, "rows": found.rows}
-    return {"adapter": str(out), "profile": profile.name, "version": profile.version, **figures}
+    return {"adapter": str(out), **what, "layers": list(found.layers), **figures}
 
 
 def evaluate_all(

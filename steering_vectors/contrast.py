@@ -23,11 +23,15 @@ from steering_vectors.models import LanguageModel
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """A response's token ids after either of two prompts; neither response begins with a second BOS."""
+    """A response's token ids after either of two prompts; neither response begins with a second BOS.
+
+    `plain` is the prompt that both were made from, where there is one.
+    """
 
     positive: tuple[int, ...]
     negative: tuple[int, ...]
     response: tuple[int, ...]
+    plain: tuple[int, ...] = ()
 
     @property
     def prompt_length(self) -> int:
@@ -41,7 +45,7 @@ class Twin:
 def plain_twin(ids: Sequence[int], start: int) -> Twin:
     """A response that begins at `start`, after one and the same prompt on both sides."""
     prompt = tuple(ids[:start])
-    return Twin(prompt, prompt, tuple(ids[start:]))
+    return Twin(prompt, prompt, tuple(ids[start:]), prompt)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +119,9 @@ def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tup
 
 def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Tensor:
     """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`; gradients flow."""
+    head = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
     with record(lm.blocks, layers) as outputs:
-        lm.model(**forward_arguments(lm, reading), use_cache=False)
+        lm.model(**forward_arguments(lm, reading), **head, use_cache=False)
     return torch.stack([outputs[layer][:, reading.start :].float() for layer in layers])
 
 

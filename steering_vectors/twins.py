@@ -53,4 +53,4 @@ def _twin(tokenizer: PreTrainedTokenizerBase, example: Example, encoded: Encoded
         encode_prompt(tokenizer, instructed(tokenizer, example.prompt, text) or "")
         for text in (instructions.positive, instructions.negative)
     ]
-    return Twin(tuple(sides[0]), tuple(sides[1]), tuple(ids[start:]))
+    return Twin(tuple(sides[0]), tuple(sides[1]), tuple(ids[start:]), tuple(ids[:start]))

@@ -7,7 +7,7 @@ of data.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,33 +54,43 @@ class LoraShape:
 class LoraWeights:
     """Low-rank updates (arXiv:2106.09685), one adapter per name; they begin as no change at all."""
 
-    def __init__(self, lm: LanguageModel, names: Sequence[str], shape: LoraShape, seed: int) -> None:
+    def __init__(self, lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: int) -> None:
         self._lm = lm
-        self._peft = attach_adapters(lm, names, shape, seed)
-        self._peft.base_model.disable_adapter_layers()
+        self._peft = attach_adapters(lm, shapes, seed)
+        self._activate(None)
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        self._peft.base_model.enable_adapter_layers()
-        self._peft.set_adapter(name)
-        try:
+        with self._acting(name):
             yield
-        finally:
-            self._peft.base_model.disable_adapter_layers()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """The model's own weights alone, inside `use`."""
-        self._peft.base_model.disable_adapter_layers()
+        with self._acting(None):
+            yield
+
+    @contextmanager
+    def _acting(self, name: str | None) -> Iterator[None]:
+        before = self._active
+        self._activate(name)
         try:
             yield
         finally:
-            self._peft.base_model.enable_adapter_layers()
+            self._activate(before)
 
-    def save(self, folder: Path) -> None:
-        """Write the adapters in peft's format. Raises FitError if that fails."""
+    def _activate(self, name: str | None) -> None:
+        self._active = name
+        if name is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(name)
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write one adapter in peft's format. Raises FitError if that fails."""
         try:
-            self._peft.save_pretrained(folder)
+            self._peft.save_pretrained(folder, selected_adapters=[name])
         except (OSError, SafetensorError) as error:
             raise FitError(f"the adapter cannot be written to {folder}: {error}") from error
 
@@ -102,7 +112,7 @@ class LoraWeights:
         self._lm.model.requires_grad_(False).eval()
 
 
-def attach_adapters(lm: LanguageModel, names: Sequence[str], shape: LoraShape, seed: int) -> Any:
+def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: int) -> Any:
     """Put adapters into a model; peft's wrapper of it.
 
     Raises FitError if the architecture has no place for them, or without peft.
@@ -116,20 +126,24 @@ def attach_adapters(lm: LanguageModel, names: Sequence[str], shape: LoraShape, s
         warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for an attribute's old name
         torch.manual_seed(seed)
         try:
-            config = LoraConfig(
-                r=shape.rank,
-                lora_alpha=shape.alpha,
-                lora_dropout=shape.dropout,
-                target_modules=_targets(lm, shape),
-                layers_to_transform=None if shape.last_block is None else list(range(shape.last_block + 1)),
-                task_type="CAUSAL_LM",
-            )
-            wrapped = get_peft_model(lm.model, config, adapter_name=names[0])
-            for name in names[1:]:
-                wrapped.add_adapter(name, config)
+            (first, shape), *others = shapes.items()
+            wrapped = get_peft_model(lm.model, LoraConfig(**_config(lm, shape)), adapter_name=first)
+            for name, shape in others:
+                wrapped.add_adapter(name, LoraConfig(**_config(lm, shape)))
         except ValueError as error:
             raise FitError(f"LoRA cannot be put into {lm.identity.architecture}: {error}") from error
     return wrapped
+
+
+def _config(lm: LanguageModel, shape: LoraShape) -> dict[str, Any]:
+    return {
+        "r": shape.rank,
+        "lora_alpha": shape.alpha,
+        "lora_dropout": shape.dropout,
+        "target_modules": _targets(lm, shape),
+        "layers_to_transform": None if shape.last_block is None else list(range(shape.last_block + 1)),
+        "task_type": "CAUSAL_LM",
+    }
 
 
 def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
@@ -142,13 +156,16 @@ def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
 
 
 class FullWeights:
-    """Copies of all the model's weights, one per name."""
+    """Copies of the model's weights, one set per name: of all, or of the blocks up to `last_block`."""
 
-    def __init__(self, lm: LanguageModel, names: Sequence[str]) -> None:
+    def __init__(self, lm: LanguageModel, names: Sequence[str], last_block: int | None = None) -> None:
         if lm.dtype != torch.float32:
             raise FitError("full fine-tuning needs the model in float32 (its steps round to nothing): --dtype float32")
         self._model = lm.model
-        self._own = {key: p.data for key, p in self._model.named_parameters()}
+        blocks = None if last_block is None else lm.blocks[: last_block + 1]
+        inside = None if blocks is None else {id(p) for block in blocks for p in block.parameters()}
+        self._trained = {key: p for key, p in lm.model.named_parameters() if inside is None or id(p) in inside}
+        self._own = {key: p.data for key, p in self._trained.items()}
         self._sets = {name: {key: own.clone() for key, own in self._own.items()} for name in names}
 
     @contextmanager
@@ -160,7 +177,7 @@ class FullWeights:
             self._place(self._own, trained=False)
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
-        return list(self._model.parameters())
+        return list(self._trained.values())
 
     def state(self, name: str) -> States:
         return {key: value.clone() for key, value in self._sets[name].items()}
@@ -174,6 +191,6 @@ class FullWeights:
         self._model.eval()
 
     def _place(self, weights: States, *, trained: bool) -> None:
-        for key, p in self._model.named_parameters():
+        for key, p in self._trained.items():
             p.data = weights[key]
             p.requires_grad_(trained)

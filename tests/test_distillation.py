@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,17 @@ from server.service import build_engine
 from steering_vectors.baking import bake
 from steering_vectors.chat import Example, encode_example
 from steering_vectors.cli import register
-from steering_vectors.distillation import DistillSettings, distill
+from steering_vectors.distillation import DistillSettings, MethodTarget, distill, distill_method, paper_blocks
 from steering_vectors.errors import FitError, ModelError, ProfileMismatch, SteeringError
 from steering_vectors.hooks import record
+from steering_vectors.methods.rahf import scit_tuned
 from steering_vectors.models import LanguageModel, load_model, wrap_model
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Profile
 from steering_vectors.steering import steer
 from steering_vectors.storage import save_profile
+from steering_vectors.targets import TokenDifferences
+from tests.planted import OPTIONS, planted_model, planted_task
 from tests.tiny import tiny_model
 from tests.tiny_profiles import tiny_profile
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -146,11 +150,60 @@ def test_the_loss_is_the_mean_distance(lm: LanguageModel, tmp_path: Path) -> Non
     assert told == [f"loss {norm:.3f}"]
 
 
+def planted_pairs(lm: LanguageModel) -> Preferences:
+    task = planted_task(lm, "mean-diff")
+    return Preferences("preference", tuple(task.positives), tuple(task.negatives))
+
+
+@pytest.mark.parametrize("method", ["rahf-scit", "rahf-dual"])
+def test_rahfs_second_step_as_a_lora(method: str, tmp_path: Path) -> None:
+    """On responses that it never saw it comes near the tuned models' difference."""
+    lm, _ = planted_model()
+    before = logits(lm.model)
+    target = MethodTarget(method, options=OPTIONS[method], layers=(1,), strength=2.0)
+    settings = DistillSettings(steps=120, batch=16, learning_rate=0.02, targets="all-linear", dropout=0.0)
+    found = distill_method(lm, target, planted_pairs(lm), tmp_path / "adapter", settings=settings)
+    assert found.ratio < 0.5
+    assert found.layers == (1,)
+    assert torch.equal(logits(lm.model), before)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_target_is_the_difference_of_each_token() -> None:
+    """Against passes of one row each, without padding."""
+    lm, _ = planted_model()
+    task = replace(planted_task(lm, "rahf-scit"), wanted=(0, 1), statistics={})
+    with scit_tuned(task) as first:
+        twins = [*[twin for twin in first.twins if len(twin.response) == 4][:2], first.twins[0]]
+        found = TokenDifferences(lm, first, (0, 1), 3.0).shift(twins)
+        for row, twin in enumerate(twins):
+            sides = []
+            for prompt in (twin.positive, twin.negative):
+                with first.weights.use("scit"), torch.no_grad(), record(lm.blocks, [0, 1]) as seen:
+                    lm.model(input_ids=torch.tensor([[*prompt, *twin.response]]))
+                sides.append(torch.stack([seen[layer][0, len(prompt) :] for layer in (0, 1)]))
+            torch.testing.assert_close(
+                found[:, row, : len(twin.response)], 3.0 * (sides[0] - sides[1]), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_the_papers_blocks_are_the_middle_ones() -> None:
+    assert paper_blocks(32) == (9, 11, 13, 15, 17)  # hidden_states 10, 12, …, 18
+    assert paper_blocks(8) == (2, 3, 4)
+
+
 def test_nothing_to_distil(lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(FitError, match="at strength 0 there is nothing to distil"):
         distill(lm, tiny_profile(lm.model), pairs(), tmp_path / "adapter", strength=0.0)
     with pytest.raises(FitError, match="must be positive"):
         DistillSettings(steps=0)
+    with pytest.raises(FitError, match="'pca' leaves no difference per token; rahf-scit, rahf-dual do"):
+        MethodTarget("pca")
+    with pytest.raises(FitError, match="at strength 0 there is nothing to distil"):
+        MethodTarget("rahf-scit", strength=0.0)
+    full = MethodTarget("rahf-scit", options={"tuning": "full"})
+    with pytest.raises(FitError, match="use option tuning=lora"):
+        distill_method(lm, full, pairs(), tmp_path / "adapter")
 
 
 def test_the_command(lm: LanguageModel, tmp_path: Path) -> None:
@@ -163,14 +216,17 @@ def test_the_command(lm: LanguageModel, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stored: Profile = tiny_profile(load_model(str(model)).identity, layers=(1,))
     save_profile(stored, tmp_path)
-    fixed = ["distill", "warm", "--profiles", str(tmp_path), "--model", str(model)]
+    fixed = ["--profiles", str(tmp_path), "--model", str(model)]
 
-    def run(*more: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, [*fixed, *more])
+    def run(*more: str, what: tuple[str, ...] = ("warm",)) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, ["distill", *what, *fixed, *more])
         return result.exit_code, result.stdout, result.stderr
 
     code, _, error = run("--out", str(tmp_path / "a"))
-    assert (code, error) == (2, "error: give --data to fit a LoRA on its responses, or --bake, which needs none\n")
+    assert (code, error) == (
+        2,
+        "error: give --data to fit a LoRA on its responses, or --bake for a profile, which needs none\n",
+    )
     code, out, _ = run("--out", str(tmp_path / "baked"), "--bake", "--json")
     assert code == 0
     assert json.loads(out)["strength"] == 1.0
@@ -182,3 +238,14 @@ def test_the_command(lm: LanguageModel, tmp_path: Path) -> None:
     code, _, error = run("--out", str(tmp_path / "lora"), "--bake")
     assert code == 2
     assert "exists and is not empty" in error
+    code, _, error = run("--out", str(tmp_path / "b"), "--data", str(data), what=())
+    assert (code, error) == (2, "error: name a profile, or give --method\n")
+    code, _, error = run("--out", str(tmp_path / "b"), "--data", str(data), "--goal", "warm")
+    assert code == 2
+    assert "--goal, --layers and --option belong to --method" in error
+    method = ("--method", "rahf-dual", "--goal", "warm", "--layers", "1", "-o", "epochs=0.5", "-o", "positive=a")
+    few = ("--data", str(data), "--steps", "2", "--batch", "4", "--json")
+    code, out, error = run("--out", str(tmp_path / "rahf"), *few, "-o", "negative=b", what=method)
+    assert code == 0, error
+    assert json.loads(out)["layers"] == [1]
+    assert (tmp_path / "rahf" / "adapter_model.safetensors").exists()

@@ -31,7 +31,7 @@ Make = Callable[[LanguageModel], TunedWeights]
 
 
 def lora(lm: LanguageModel) -> TunedWeights:
-    return LoraWeights(lm, ["one", "two"], LoraShape(rank=4, alpha=8, dropout=0.2), seed=0)
+    return LoraWeights(lm, dict.fromkeys(("one", "two"), LoraShape(rank=4, alpha=8, dropout=0.2)), seed=0)
 
 
 def full(lm: LanguageModel) -> TunedWeights:
@@ -205,7 +205,7 @@ def test_full_tuning_refuses_narrow_weights() -> None:
 
 def test_adapters_need_a_place(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="LoRA cannot be put into LlamaForCausalLM"):
-        LoraWeights(lm, ["one"], LoraShape(targets="nowhere"), seed=0)
+        LoraWeights(lm, {"one": LoraShape(targets="nowhere")}, seed=0)
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:

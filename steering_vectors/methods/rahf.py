@@ -6,9 +6,11 @@ checkpoints or of alignment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -17,7 +19,9 @@ from steering_vectors.contrast import Twin, mean_differences, pad_id, readings
 from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.methods.registry import Directions, Method, Task
 from steering_vectors.methods.tuning import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
-from steering_vectors.weights import TunedWeights
+from steering_vectors.weights import LoraShape, TunedWeights
+
+NONE_BESIDE: Mapping[str, LoraShape] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +38,32 @@ class DualOptions(TuningOptions):
     paper_epochs: ClassVar[float] = 3.0
 
 
-def scit_difference(task: Task) -> Directions:
-    """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r), in the tuned model
+@dataclass(frozen=True, slots=True, eq=False)
+class FirstStep:
+    """What the first step leaves: weights, the names that p⁺ and p⁻ are read with, and the responses under both."""
 
-    First step (single contrastive instruction tuning): each preferred response belongs to p⁺ and each rejected one to
-    p⁻; with P = exp(mean token log-probability of r) and s = P_match / (P_match + P_mismatch),
+    weights: TunedWeights
+    names: tuple[str, str]
+    twins: tuple[Twin, ...]
+
+    def side(self, index: int) -> AbstractContextManager[None]:
+        """The weights that side 0 (p⁺) or 1 (p⁻) is read with."""
+        return self.weights.use(self.names[index])
+
+
+Beside = Mapping[str, LoraShape]
+
+
+@contextmanager
+def scit_tuned(task: Task, beside: Beside = NONE_BESIDE) -> Iterator[FirstStep]:
+    """Single contrastive instruction tuning: each preferred response belongs to p⁺ and each rejected one to p⁻; with
+    P = exp(mean token log-probability of r) and s = P_match / (P_match + P_mismatch),
 
         L = −log P_match + (1−ε)(−log s) + ε(−log(1−s)),   ε = 0.2
 
     Paper: RAHF-SCIT (arXiv:2312.15997, §3), with the token shift and the response mask that its code lacks.
     """
-    options = task.read_options(ScitOptions)
-    good, bad = both_sides(task, options)
+    options, (good, bad) = task.read_options(ScitOptions), scit_sides(task)
     samples = [(twin, 1.0) for twin in good] + [(twin, -1.0) for twin in bad]
 
     def loss(batch: Sequence[tuple[Twin, float]]) -> torch.Tensor:
@@ -53,31 +71,80 @@ def scit_difference(task: Task) -> Directions:
         positive, negative = mean_log_likelihoods(task.lm, [twin for twin, _ in batch])
         return contrastive_loss(positive, negative, labels, options.smoothing)
 
-    with tuned_weights(task.lm, options, ["scit"], task.seed) as weights:
+    with tuned_weights(task, options, ["scit"], beside) as weights:
         tune(task, weights, "scit", options, samples, loss, (good, bad))
-        return _read(task, [*good, *bad], options.responses, weights, ("scit", "scit"))
+        yield FirstStep(weights, ("scit", "scit"), (*good, *bad))
 
 
-def dual_difference(task: Task) -> Directions:
-    """d = mean over responses r, and their tokens t, of h_t^good(p⁺, q, r) − h_t^bad(p⁺, q, r)
-
-    First step: two models from one base, each supervised on one side of the data under p⁺ (L = −mean log-probability of
-    a response's tokens). The second reads the same text with either's weights.
+@contextmanager
+def dual_tuned(task: Task, beside: Beside = NONE_BESIDE) -> Iterator[FirstStep]:
+    """Two models from one base, each supervised on one side of the data under p⁺: L = −mean log-probability of a
+    response's tokens. Both read a text under p⁺.
 
     Paper: RAHF-Dual (arXiv:2312.15997, §3).
     """
-    options = task.read_options(DualOptions)
-    good, bad = ([replace(twin, negative=twin.positive) for twin in side] for side in both_sides(task, options))
+    options, (good, bad) = task.read_options(DualOptions), dual_sides(task)
 
     def loss(batch: Sequence[Twin]) -> torch.Tensor:
         reading, _ = readings(batch, pad_id(task.lm), task.lm.device)
         sums, counts = response_log_likelihoods(task.lm, reading)
         return -(sums / counts).mean()
 
-    with tuned_weights(task.lm, options, ["good", "bad"], task.seed) as weights:
+    with tuned_weights(task, options, ["good", "bad"], beside) as weights:
         for name, side in (("good", good), ("bad", bad)):
             tune(task, weights, name, options, side, loss, (side,))
-        return _read(task, [*good, *bad], options.responses, weights, ("good", "bad"))
+        yield FirstStep(weights, ("good", "bad"), (*good, *bad))
+
+
+def scit_sides(task: Task) -> tuple[list[Twin], list[Twin]]:
+    """The preferred and the rejected responses, each under p⁺ and p⁻."""
+    return both_sides(task, task.read_options(ScitOptions))
+
+
+def dual_sides(task: Task) -> tuple[list[Twin], list[Twin]]:
+    """The preferred and the rejected responses, each under p⁺ alone."""
+    good, bad = (
+        [replace(twin, negative=twin.positive) for twin in side]
+        for side in both_sides(task, task.read_options(DualOptions))
+    )
+    return good, bad
+
+
+class Tuned(Protocol):
+    def __call__(self, task: Task, beside: Beside = ..., /) -> AbstractContextManager[FirstStep]: ...
+
+
+class FirstStepKind(NamedTuple):
+    """How a variant tunes, and which responses it reads."""
+
+    tuned: Tuned
+    sides: Callable[[Task], tuple[list[Twin], list[Twin]]]
+
+
+FIRST_STEPS = {
+    "rahf-scit": FirstStepKind(scit_tuned, scit_sides),
+    "rahf-dual": FirstStepKind(dual_tuned, dual_sides),
+}
+
+
+def scit_difference(task: Task) -> Directions:
+    """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r), in the model of `scit_tuned`."""
+    with scit_tuned(task) as first:
+        return _read(task, first, task.read_options(ScitOptions).responses)
+
+
+def dual_difference(task: Task) -> Directions:
+    """d = mean over responses r, and their tokens t, of h_t^good(p⁺, q, r) − h_t^bad(p⁺, q, r), by `dual_tuned`."""
+    with dual_tuned(task) as first:
+        return _read(task, first, task.read_options(DualOptions).responses)
+
+
+def target_blocks(num_layers: int) -> tuple[int, ...]:
+    """The block that is read unless layers are given: the middle one, as in the paper, where upper blocks hurt.
+
+    The paper reads every second block from .28 to .53 of the depth, in a model of 32.
+    """
+    return ((num_layers - 1) // 2,)
 
 
 def contrastive_loss(
@@ -90,19 +157,18 @@ def contrastive_loss(
     return (contrast - match).mean()
 
 
-def _read(task: Task, twins: Sequence[Twin], most: int, weights: TunedWeights, names: tuple[str, str]) -> Directions:
-    """The second step: mean differences between two readings, with the weights of either name."""
-    thinned = twins[:: -(-len(twins) // most)]
+def _read(task: Task, first: FirstStep, most: int) -> Directions:
+    """The second step as vectors: mean differences between the two readings of responses from both sides."""
     found = mean_differences(
         task.lm,
-        thinned,
+        first.twins[:: -(-len(first.twins) // most)],
         task.layers,
         tokens=task.tokens,
-        weights=lambda side: weights.use(names[side]),
+        weights=first.side,
         progress=task.progress,
     )
     return {layer: direction.to(torch.float32) for layer, direction in found.items()}
 
 
-SCIT = Method("rahf-scit", scit_difference, options=ScitOptions)
-DUAL = Method("rahf-dual", dual_difference, options=DualOptions)
+SCIT = Method("rahf-scit", scit_difference, options=ScitOptions, layers=target_blocks)
+DUAL = Method("rahf-dual", dual_difference, options=DualOptions, layers=target_blocks)

@@ -25,7 +25,8 @@ Options = TypeVar("Options")
 class Task:
     """What a method may work on.
 
-    `statistics` has one entry per wanted block. A method that trains finds the model and the training examples here,
+    `statistics` has one entry per wanted block; a first step on its own needs none, and `wanted` names the blocks.
+    A method that trains finds the model and the training examples here,
     as texts and as token ids (entry i of both is the same example; with `paired`, positive i belongs to negative i).
     `name` is the profile's; `options` are those of the method, as they were given.
     """
@@ -42,10 +43,11 @@ class Task:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress | None = None
+    wanted: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(sorted(self.statistics))
+        return self.wanted or tuple(sorted(self.statistics))
 
     def read_options(self, kind: type[Options]) -> Options:
         """The options as a method's own dataclass, defaults filled in."""

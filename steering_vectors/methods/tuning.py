@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, TypeVar
@@ -27,6 +27,7 @@ from steering_vectors.tuning_cache import tuned_directory
 from steering_vectors.weights import FullWeights, LoraShape, LoraWeights, TunedWeights
 
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
+BLOCKS = ("lower", "all")
 LEAST_STEPS = 300
 Sample = TypeVar("Sample")
 
@@ -34,7 +35,11 @@ Sample = TypeVar("Sample")
 @dataclass(frozen=True, slots=True)
 class TuningOptions(InstructionOptions):
     """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full;
-    `epochs` of 0 are the paper's, or as many as make 300 steps if the data is small."""
+    `epochs` of 0 are the paper's, or as many as make 300 steps if the data is small.
+
+    `blocks` is lower, up to the highest that is read, or all. With lower the blocks above are the untuned model's, so
+    the tuned ones must say what they mean in a way that these already understand: such a difference steers.
+    """
 
     paper_epochs: ClassVar[float] = 2.0
 
@@ -44,17 +49,23 @@ class TuningOptions(InstructionOptions):
     learning_rate: float = 0.0
     rank: int = 16
     targets: str = "all-linear"
+    blocks: str = "lower"
 
     def schedule(self, samples: int) -> Schedule:
-        """The run over so many samples. Raises FitError for a kind of tuning there is not."""
-        if self.tuning not in LEARNING_RATES:
-            raise FitError(f"option tuning is {self.tuning!r}, not one of {', '.join(LEARNING_RATES)}")
+        """The run over so many samples. Raises FitError for options that make none."""
+        for name, value, known in (("tuning", self.tuning, LEARNING_RATES), ("blocks", self.blocks, BLOCKS)):
+            if value not in known:
+                raise FitError(f"option {name} is {value!r}, not one of {', '.join(known)}")
         if self.batch < 1 or self.epochs < 0:
             raise FitError("option batch must be positive, and epochs must not be negative")
         steps = math.ceil((self.epochs or self.paper_epochs) * samples / self.batch)
         return Schedule(
             max(steps, 1 if self.epochs else LEAST_STEPS), self.learning_rate or LEARNING_RATES[self.tuning]
         )
+
+    def last_block(self, layers: Sequence[int]) -> int | None:
+        """The highest block that is tuned when these are read; None for all."""
+        return max(layers) if self.blocks == "lower" else None
 
 
 def both_sides(task: Task, options: TuningOptions) -> tuple[list[Twin], list[Twin]]:
@@ -65,13 +76,19 @@ def both_sides(task: Task, options: TuningOptions) -> tuple[list[Twin], list[Twi
 
 
 @contextmanager
-def tuned_weights(lm: LanguageModel, options: TuningOptions, names: Sequence[str], seed: int) -> Iterator[TunedWeights]:
-    """Weights of these names beside the model's own, gone when the context ends."""
+def tuned_weights(
+    task: Task, options: TuningOptions, names: Sequence[str], beside: Mapping[str, LoraShape]
+) -> Iterator[TunedWeights]:
+    """Weights of these names beside the model's own, gone when the context ends; and adapters of other shapes
+    `beside` them, which full tuning has no place for (FitError)."""
+    last = options.last_block(task.layers)
     if options.tuning == "full":
-        weights: TunedWeights = FullWeights(lm, names)
+        if beside:
+            raise FitError("a LoRA cannot be fitted to a fully tuned model; use option tuning=lora")
+        weights: TunedWeights = FullWeights(task.lm, names, last)
     else:
-        shape = LoraShape(rank=options.rank, alpha=2 * options.rank, targets=options.targets)
-        weights = LoraWeights(lm, names, shape, seed)
+        shape = LoraShape(rank=options.rank, alpha=2 * options.rank, targets=options.targets, last_block=last)
+        weights = LoraWeights(task.lm, {**dict.fromkeys(names, shape), **beside}, task.seed)
     try:
         yield weights
     finally:
@@ -90,6 +107,7 @@ def tune(
     """Train one set of weights on the samples, or take it from the cache, where it lies under a hash of all inputs."""
     schedule = options.schedule(len(samples))
     settings = {**asdict(options), "responses": 0, "goal": "", "name": name, "seed": task.seed}
+    settings["last_block"] = options.last_block(task.layers)
     file = tuned_directory(task.lm, twins, settings) / f"{name}.safetensors"
     run = Run(weights, name, schedule, file, task.seed)
     train_on(task.lm, run, samples, options.batch, loss, progress=task.progress, stage=f"tune {name}")
