@@ -38,14 +38,14 @@ from steering_vectors.recalibration import recalibrate
 from steering_vectors.steered import steerable
 
 PROMPTS = 64
-SAMPLES = 2  # replies per prompt
+SAMPLES = 1  # replies per prompt
 TOKENS = 100
 HELDOUT = 0.2  # of the training file, as in fit: what chooses blocks and calibrates
 UNTUNED = ("contrast-prompts", "mean-diff", "pca", "probe")
 VECTORS = ("random", *UNTUNED, "bipo", "rahf-scit", "rahf-dual")
 BASELINES = ("sft", "dpo")
 ADAPTERS = ("rahf-scit-lora", "rahf-dual-lora")
-SECOND_STEP = {"steps": 150, "batch": 16, "learning_rate": 1e-3}
+SECOND_STEP = {"steps": 100, "batch": 16, "learning_rate": 1e-3}
 BLOCKS, STRENGTH = (3,), 1.0
 METHODS = ("base", "prompting", *VECTORS, *BASELINES, *ADAPTERS)
 
@@ -186,10 +186,9 @@ def adapter(setting: Setting, method: str, folder: Path) -> Made:
     """RAHF's own end product: the LoRA that its second step fits."""
     from steering_vectors.distillation import DistillSettings, MethodTarget, distill_method
 
-    train, _ = setting.pairs.split(HELDOUT, setting.seed)
     settings = DistillSettings(**SECOND_STEP, seed=setting.seed)
     target = MethodTarget(method, setting.manner, layers=BLOCKS, strength=STRENGTH)
-    found = distill_method(setting.lm, target, train, folder / "adapter", settings=settings)
+    found = distill_method(setting.lm, target, setting.pairs, folder / "adapter", settings=settings)
     return adapted(folder / "adapter", {"distance_ratio": found.ratio, "layers": list(found.layers)})
 
 

@@ -20,7 +20,7 @@ from steering_vectors.chat import Example
 from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 
-STEPS = 200
+STEPS = {"sft": 150, "dpo": 100}
 BATCH = 16
 RANK = 16
 LEARNING_RATES = {"sft": 1e-3, "dpo": 5e-4}
@@ -51,11 +51,11 @@ def row(kind: str, good: Example, bad: Example) -> dict[str, Any]:
 def settings(kind: str, folder: Path, seed: int) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "run"),
-        "max_steps": STEPS,
+        "max_steps": STEPS[kind],
         "per_device_train_batch_size": BATCH,
         "learning_rate": LEARNING_RATES[kind],
         "lr_scheduler_type": "cosine",
-        "warmup_steps": STEPS // 10,
+        "warmup_steps": STEPS[kind] // 10,
         "seed": seed,
         "use_cpu": True,
         "bf16": False,
