@@ -129,6 +129,12 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tupl
     return before + completion, len(before)
 
 
+def decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
+    """The text that token ids add to a prompt, special tokens skipped, its leading space kept."""
+    whole, start = _decode(tokenizer, before + ids), _decode(tokenizer, before)
+    return whole[len(start) :]
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not tokenizer.chat_template:
         return None
@@ -176,15 +182,10 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: s
     get two; if leaving it out decodes to the text itself, that is what the model would have generated.
     """
     ids = _tokenize(tokenizer, text, False)
-    if not text.startswith(" ") or _decoded_after(tokenizer, before, ids) == text:
+    if not text.startswith(" ") or decoded_after(tokenizer, before, ids) == text:
         return ids
     shorter = _tokenize(tokenizer, text[1:], False)
-    return shorter if _decoded_after(tokenizer, before, shorter) == text else ids
-
-
-def _decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    whole, start = _decode(tokenizer, before + ids), _decode(tokenizer, before)
-    return whole[len(start) :]
+    return shorter if decoded_after(tokenizer, before, shorter) == text else ids
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

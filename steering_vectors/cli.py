@@ -31,6 +31,11 @@ from steering_vectors.errors import FitError, ProfileError, TrimtabError
 FAILED = 2
 METHODS_HELP = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit or rahf-dual."
 
+SUITE_OPTIONS = {
+    "preference": ("data", "rows", "randoms", "columns", "skip_bad_rows", "skip_long_rows"),
+    "trust": ("trust_data", "verticals", "toxicity", "trust_rows", "trust_randoms"),
+}
+
 P = ParamSpec("P")
 
 
@@ -38,7 +43,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands `fit`, `calibrate`, `evaluate`, `distill` and `show` to a typer app."""
     app.command("fit", help="Fit a profile to preference data and store it.")(fit_command)
     app.command("calibrate", help="Set a profile's unit and safe range anew.")(calibrate_command)
-    app.command("evaluate", help="Measure what profiles do to held-out preferences, and what it costs.")(
+    app.command("evaluate", help="Measure what profiles do to held-out preferences and to trust, and what it costs.")(
         evaluate_command
     )
     app.command("distill", help="Turn a profile into a LoRA, or (--bake) into the model's weights.")(distill_command)
@@ -134,9 +139,23 @@ def calibrate_command(
 
 @reporting_errors
 def evaluate_command(
+    context: typer.Context,
     profile: Annotated[list[str], typer.Argument(help="Files of profiles, or names in --profiles.")],
     model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
-    data: Annotated[str, typer.Option(help="Preference data, as in fit; rows that were trained on are left out.")],
+    data: Annotated[str, typer.Option(help="Preference data, as in fit; rows that were trained on are left out.")] = "",
+    suite: Annotated[str, typer.Option(help="preference, trust or all.")] = "preference",
+    trust_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with rtp/*.jsonl, crows-pairs/*.csv, ethics/*.csv and truthfulqa/*.json."),
+    ] = None,
+    verticals: Annotated[
+        str, typer.Option(help="Which of trust to measure, comma-separated.")
+    ] = "toxicity,bias,ethics,truthfulness,privacy",
+    toxicity: Annotated[
+        str, typer.Option(help="Scorer: `rtp` (fitted to that file), a classifier's directory, or module:callable.")
+    ] = "rtp",
+    trust_rows: Annotated[int, typer.Option(min=8, help="Rows to read of each vertical, at most.")] = 200,
+    trust_randoms: Annotated[int, typer.Option(min=0, help="Random directions to compare trust with.")] = 5,
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
     report: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     strengths: Annotated[str, typer.Option(help="Comma-separated; 0 must be among them.")] = "-1,-0.5,0,0.5,1",
@@ -152,11 +171,17 @@ def evaluate_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
+    check_suite(context, suite)
     files = [find_profile(one, profiles) for one in profile]
-    options = {"strengths": parse_strengths(strengths), "rows": rows, "randoms": randoms, "seed": seed}
-    pairs = load_data(data, columns, skip_bad_rows)
+    shared = {"strengths": parse_strengths(strengths), "seed": seed}
+    options = {**shared, "rows": rows, "randoms": randoms, "skip_long_rows": skip_long_rows}
+    trust = {
+        **shared, "folder": trust_data, "verticals": tuple(one.strip() for one in verticals.split(",")),
+        "toxicity": toxicity, "rows": trust_rows, "randoms": trust_randoms,
+    }  # fmt: skip
+    pairs = load_data(data, columns, skip_bad_rows) if suite != "trust" else None
     found = evaluate_all(
-        files, model, dtype, device, pairs, {**options, "skip_long_rows": skip_long_rows}, quiet=as_json
+        files, model, dtype, device, pairs, options, trust if suite != "preference" else None, quiet=as_json
     )
     print_evaluations(found, report, as_json)
 
@@ -234,6 +259,19 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     print_profile_file(find_profile(profile, profiles), as_json, fitted=False)
+
+
+def check_suite(context: typer.Context, suite: str) -> None:
+    """Raise FitError for an unknown suite, for one without its data, and for options of one that is not run."""
+    if suite not in ("preference", "trust", "all"):
+        raise FitError(f"--suite {suite!r} is not one of preference, trust, all")
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    for other, options in SUITE_OPTIONS.items():
+        if suite not in (other, "all") and (unused := sorted(given.intersection(options))):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise FitError(f"--suite {suite} does not read {names}: leave it out, or ask for --suite {other} or all")
+    if suite != "trust" and "data" not in given:
+        raise FitError(f"--suite {suite} reads preferences: name them by --data (--suite trust needs none)")
 
 
 def parse_options(options: list[str]) -> dict[str, str]:

@@ -117,23 +117,38 @@ def distill_and_save(
 
 
 def evaluate_all(
-    files: list[Path], model: str, dtype: str, device: str, pairs: Any, options: dict[str, Any], *, quiet: bool
+    files: list[Path],
+    model: str,
+    dtype: str,
+    device: str,
+    pairs: Any,
+    options: dict[str, Any],
+    trust: dict[str, Any] | None,
+    *,
+    quiet: bool,
 ) -> list[dict[str, Any]]:
-    """`trimtab evaluate`: one object per profile."""
+    """`trimtab evaluate`: one object per profile, of the suites whose `pairs` or `trust` is given."""
     from transformers.utils.logging import disable_progress_bar
 
     from steering_vectors.display import progress_on_stderr
     from steering_vectors.evaluation import EvaluationSettings, evaluate
     from steering_vectors.models import load_model
     from steering_vectors.storage import load_profile
+    from steering_vectors.trust.suite import TrustSettings, evaluate_trust, prepare
 
     disable_progress_bar()
-    settings, stored = EvaluationSettings(**options), [load_profile(file) for file in files]
+    settings = EvaluationSettings(**options) if pairs is not None else None
+    trust_settings = TrustSettings(**trust) if trust is not None else None
+    stored = [load_profile(file) for file in files]
     lm = load_model(model, dtype=dtype, device=device)
+    verticals = prepare(lm, trust_settings) if trust_settings is not None else []
     found = []
     for profile in stored:
         with progress_on_stderr(quiet=quiet) as progress:
-            found.append(evaluate(lm, profile, pairs, settings, progress=progress))
+            one = evaluate(lm, profile, pairs, settings, progress=progress) if settings is not None else {}
+            if trust_settings is not None:
+                one |= evaluate_trust(lm, profile, verticals, trust_settings, progress=progress)
+        found.append(one)
     return found
 
 

@@ -39,8 +39,18 @@ def bootstrap(
     statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """95 % percentile interval of `statistic(indices)` over resampled row indices."""
+    return interval(resample(statistic, rows, draws=draws, seed=seed))
+
+
+def resample(statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """`statistic(indices)` of resampled row indices: `[draws]`. Equal seeds draw equal indices, so that differences of
+    two statistics' draws are paired."""
     generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(0, rows, rows)) for _ in range(draws)]
+    return np.array([statistic(generator.integers(0, rows, rows)) for _ in range(draws)])
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Where the middle 95 % of the values lie."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

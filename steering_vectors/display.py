@@ -17,6 +17,7 @@ from rich.table import Table
 
 from steering_vectors import batches
 from steering_vectors.profile import Profile
+from steering_vectors.report_trust import print_trust
 
 STAGES = {
     "capture": "reading activations",
@@ -25,6 +26,7 @@ STAGES = {
     "curve": "measuring the safe range",
     "contrast": "reading under instructions",
     "evaluate": "evaluating",
+    "trust": "measuring trust",
 }
 
 
@@ -110,8 +112,15 @@ def _cost_line(calibration: Mapping[str, Any]) -> str:
 
 
 def print_evaluation(one: Mapping[str, Any]) -> None:
-    """An evaluation's figures and controls, on stdout."""
+    """An evaluation's figures and controls, on stdout: of the suites that it holds."""
     console = Console(highlight=False, soft_wrap=True)
+    if "strengths" in one:
+        _print_preferences(console, one)
+    if "trust" in one:
+        print_trust(console, one)
+
+
+def _print_preferences(console: Console, one: Mapping[str, Any]) -> None:
     console.print(f"[bold]{one['profile']}[/] ({one['method']}), {one['data']['read']} held-out rows")
     table = Table("strength", f"margin ({one['unit']})", "accuracy", "KL per token", "perplexity")
     for point, cost in zip(one["strengths"], one["costs"], strict=True):

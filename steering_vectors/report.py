@@ -6,24 +6,15 @@ Owns plots and wording. Knows nothing of how anything was measured.
 from __future__ import annotations
 
 import html
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from steering_vectors.errors import FitError
+from steering_vectors.page import STYLE, figure, html_table, line
+from steering_vectors.report_trust import trust_section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-table { border-collapse: collapse } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } .lead { font-size: 1.15rem }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { max-width: 100%; height: auto }
-@media (max-width: 50rem) { .plots { display: block } }
-""".strip()
 
 
 def render_report(evaluations: Sequence[dict[str, Any]]) -> str:
@@ -41,11 +32,17 @@ def render_report(evaluations: Sequence[dict[str, Any]]) -> str:
 
 def _section(one: dict[str, Any]) -> str:
     title = f"{one['profile']} ({one['method']}, blocks {', '.join(map(str, one['layers']))}) on {one['model']}"
-    plots = [_figure(lambda ax: _margins(ax, one)), _figure(lambda ax: _costs(ax, one))]
+    parts = [_preferences(one)] if "strengths" in one else []
+    parts += [trust_section(one)] if "trust" in one else []
+    return f"<h2>{html.escape(title)}</h2>{''.join(parts)}"
+
+
+def _preferences(one: dict[str, Any]) -> str:
+    plots = [figure(lambda ax: _margins(ax, one)), figure(lambda ax: _costs(ax, one))]
     if "slopes" in one:
-        plots.append(_figure(lambda ax: _slopes(ax, one)))
+        plots.append(figure(lambda ax: _slopes(ax, one)))
     return (
-        f'<h2>{html.escape(title)}</h2><p class="lead">{html.escape(headline(one))}</p>'
+        f'<p class="lead">{html.escape(headline(one))}</p>'
         f'<div class="plots">{"".join(plots)}</div>{_table(one)}{_controls(one)}'
     )
 
@@ -70,25 +67,11 @@ def headline(one: dict[str, Any]) -> str:
     return text
 
 
-def _figure(draw: Callable[[Axes], None]) -> str:
-    """A drawing as inline SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FitError("a report needs matplotlib: pip install 'trimtab[report]'") from error
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    draw(figure.subplots())
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
-
-
 def _margins(ax: Axes, one: dict[str, Any]) -> None:
     for index, control in enumerate(one["random"]):
         label = "random directions" if index == 0 else None
-        ax.plot(*_line(control["strengths"], "margin"), color="#bbbbbb", linewidth=1, label=label)
-    strengths, margins = _line(one["strengths"], "margin")
+        ax.plot(*line(control["strengths"], "margin"), color="#bbbbbb", linewidth=1, label=label)
+    strengths, margins = line(one["strengths"], "margin")
     ax.plot(strengths, margins, color="#0b6e99", marker="o", label=one["profile"])
     if "margin_95" in one["strengths"][0]:
         low, high = zip(*(point["margin_95"] for point in one["strengths"]), strict=True)
@@ -101,11 +84,11 @@ def _margins(ax: Axes, one: dict[str, Any]) -> None:
 
 
 def _costs(ax: Axes, one: dict[str, Any]) -> None:
-    strengths, kl = _line(one["costs"], "kl")
+    strengths, kl = line(one["costs"], "kl")
     ax.plot(strengths, kl, color="#0b6e99", marker="o", label="KL per token")
     ax.set(xlabel="strength", ylabel="KL, nats per token", title="What it costs")
     right = ax.twinx()
-    right.plot(*_line(one["costs"], "perplexity"), color="#c2571a", marker="s", label="perplexity")
+    right.plot(*line(one["costs"], "perplexity"), color="#c2571a", marker="s", label="perplexity")
     right.set_ylabel("perplexity under the unsteered model")
     lines = [*ax.lines, *right.lines]
     ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
@@ -129,7 +112,7 @@ def _table(one: dict[str, Any]) -> str:
         ]
         for point in one["strengths"]
     ]
-    return _html_table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
+    return html_table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
 
 
 def _controls(one: dict[str, Any]) -> str:
@@ -145,20 +128,10 @@ def _controls(one: dict[str, Any]) -> str:
             rows.append([f"random directions at {strength:+g}", f"{min(margins):.3f} to {max(margins):.3f}", ""])
     ratios = ", ".join(f"block {layer}: {ratio:.3f}" for layer, ratio in one["norm_ratios"].items())
     note = f"<p>{html.escape(one['prompting']['note'])}</p>" if "note" in one["prompting"] else ""
-    table = _html_table(["control", "margin", "accuracy"], rows)
+    table = html_table(["control", "margin", "accuracy"], rows)
     return f"{table}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
-
-
-def _line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    return [point["strength"] for point in points], [point[key] for point in points]
 
 
 def _with_interval(point: dict[str, Any], key: str) -> str:
     interval = point.get(f"{key}_95")
     return f"{point[key]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(one)}</th>" for one in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"

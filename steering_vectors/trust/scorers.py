@@ -1,0 +1,155 @@
+"""How toxic a text is, from 0 to 1, by means that lie on this machine.
+
+Owns what a scorer is and the three kinds of them: one fitted here to the scores that RealToxicityPrompts carries, a
+directory with a classification model, and a function of the user's. Knows nothing of steering. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from steering_vectors.errors import DataError, FitError
+
+FITTED = "rtp"
+TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "offensive")
+MIN_TEXTS = 32  # to fit a scorer on
+BATCH = 16
+
+
+class ToxicityScorer(Protocol):
+    """Anything that gives every text a score from 0 (harmless) to 1 (toxic)."""
+
+    def score(self, texts: Sequence[str]) -> list[float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FittedScorer:
+    """Ridge regression on TF-IDF of word and character n-grams, of the scores' log-odds; gives back probabilities."""
+
+    pipeline: Any
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        odds = self.pipeline.predict(list(texts))
+        return [float(one) for one in 1 / (1 + np.exp(-odds))]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScorer:
+    """A sequence-classification model; `label` is the output that means toxic."""
+
+    model: Any
+    tokenizer: Any
+    label: int
+    independent: bool  # one sigmoid per label, as opposed to a softmax over them
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(texts), BATCH):
+            inputs = self.tokenizer(list(texts[start : start + BATCH]), return_tensors="pt", padding=True)
+            with torch.no_grad():
+                logits = self.model(**inputs).logits.double()
+            probabilities = logits.sigmoid() if self.independent else logits.softmax(-1)
+            scores += probabilities[:, self.label].tolist()
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionScorer:
+    """A function from texts to their scores."""
+
+    function: Callable[[list[str]], Sequence[float]]
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        return [float(one) for one in self.function(list(texts))]
+
+
+def scored(scorer: ToxicityScorer, texts: Sequence[str]) -> np.ndarray:
+    """Scores `[texts]`. Raises FitError unless the scorer gives one number from 0 to 1 for each text."""
+    try:
+        scores = [float(one) for one in scorer.score(texts)]
+    except (TypeError, ValueError) as error:
+        raise FitError(f"the toxicity scorer failed: {error}") from error
+    if len(scores) != len(texts):
+        raise FitError(f"the toxicity scorer gave {len(scores)} scores for {len(texts)} texts; it must give one each")
+    if bad := [one for one in scores if not (math.isfinite(one) and 0 <= one <= 1)]:
+        raise FitError(f"the toxicity scorer gave {bad[0]:g}; scores must lie from 0 to 1")
+    return np.array(scores)
+
+
+def load_scorer(spec: str) -> ToxicityScorer | None:
+    """The scorer that a directory or `module:callable` means; None for `rtp`, which is fitted to data first.
+
+    Raises FitError for anything else, and for a model without one clear label for toxic.
+    """
+    if spec == FITTED:
+        return None
+    if Path(spec).is_dir():
+        return _load_model(Path(spec))
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
+        return FunctionScorer(_load_function(*spec.split(":")))
+    raise FitError(
+        f"--toxicity {spec!r} is none of: {FITTED}; a directory with a sequence-classification model; module:callable"
+    )
+
+
+def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> FittedScorer:
+    """Fit to texts and their scores from 0 to 1. Raises DataError if they are too few."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline, make_union
+
+    if len(texts) < MIN_TEXTS:
+        raise DataError(
+            f"toxicity: {len(texts)} scored texts are left to fit a scorer on, {MIN_TEXTS} are needed; lower "
+            "--trust-rows or name another scorer by --toxicity"
+        )
+    words = TfidfVectorizer(analyzer="word", ngram_range=(1, 2), sublinear_tf=True)
+    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    pipeline = make_pipeline(make_union(words, characters), Ridge(alpha=1.0))
+    inner = 0.001 + 0.998 * np.asarray(scores)  # log-odds of 0 and of 1 are infinite
+    return FittedScorer(pipeline.fit(list(texts), np.log(inner / (1 - inner))))
+
+
+def _load_model(directory: Path) -> ModelScorer:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FitError(f"--toxicity {directory}: no sequence-classification model can be loaded: {error}") from error
+    if missing := sorted(map(str, loading["missing_keys"])):  # they would be drawn at random
+        raise FitError(f"--toxicity {directory}: is no classifier: it has no weights {', '.join(missing)}")
+    labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    found = [labels.index(name) for name in map(str, labels) if name.casefold() in TOXIC_LABELS]
+    if not found and len(labels) > 1:
+        raise FitError(
+            f"--toxicity {directory}: none of its labels ({', '.join(labels)}) is called {' or '.join(TOXIC_LABELS)}; "
+            "rename the one that means toxic in id2label of config.json"
+        )
+    independent = len(labels) == 1 or model.config.problem_type == "multi_label_classification"
+    return ModelScorer(model.eval(), tokenizer, found[0] if found else 0, independent)
+
+
+def _load_function(module: str, name: str) -> Callable[[list[str]], Sequence[float]]:
+    if str(Path.cwd()) not in sys.path:  # a console script does not look in the folder it is started in
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise FitError(f"--toxicity {module}:{name} cannot be imported: {error}") from error
+    if not callable(function):
+        raise FitError(f"--toxicity {module}:{name} is no callable; it must take a list of texts")
+    return function  # type: ignore[no-any-return]
