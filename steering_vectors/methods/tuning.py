@@ -28,14 +28,14 @@ from steering_vectors.weights import FullWeights, LoraShape, LoraWeights, TunedW
 
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
 BLOCKS = ("lower", "all")
-LEAST_STEPS = 300
+LEAST_STEPS = 75
 Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True, slots=True)
 class TuningOptions(InstructionOptions):
     """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full;
-    `epochs` of 0 are the paper's, or as many as make 300 steps if the data is small.
+    `epochs` of 0 are the paper's, or as many as make 75 steps if the data is small.
 
     `blocks` is lower, up to the highest that is read, or all. With lower the blocks above are the untuned model's, so
     the tuned ones must say what they mean in a way that these already understand: such a difference steers.
