@@ -22,9 +22,10 @@ from steering_vectors.commands import (
     fit_and_save,
     load_data,
     print_evaluations,
+    print_fitted,
     print_made,
-    print_profile_file,
     recalibrate_and_save,
+    show_profiles,
 )
 from steering_vectors.errors import FitError, ProfileError, TrimtabError
 
@@ -42,7 +43,7 @@ def register(app: typer.Typer) -> None:
         evaluate_command
     )
     app.command("distill", help="Turn a profile into a LoRA, or (--bake) into the model's weights.")(distill_command)
-    app.command("show", help="Print everything a profile holds.")(show_command)
+    app.command("show", help="Print or draw everything that profiles hold.")(show_command)
 
 
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -95,7 +96,7 @@ def fit_command(
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
     path = fit_and_save(model, dtype, device, pairs, out, options, quiet=as_json)
-    print_profile_file(path, as_json, fitted=True)
+    print_fitted(path, as_json)
 
 
 @reporting_errors
@@ -129,7 +130,7 @@ def calibrate_command(
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
     path = recalibrate_and_save(path, model, dtype, device, pairs, out or path.parent, options, quiet=as_json)
-    print_profile_file(path, as_json, fitted=True)
+    print_fitted(path, as_json)
 
 
 @reporting_errors
@@ -206,11 +207,12 @@ def distill_command(
 
 @reporting_errors
 def show_command(
-    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")],
+    profile: Annotated[list[str], typer.Argument(help="Files of profiles, or names in --profiles.")],
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Draw them in a page here instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list of several.")] = False,
 ) -> None:
-    print_profile_file(find_profile(profile, profiles), as_json, fitted=False)
+    show_profiles([find_profile(one, profiles) for one in profile], html, as_json)
 
 
 def parse_options(options: list[str]) -> dict[str, str]:

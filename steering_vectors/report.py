@@ -6,48 +6,27 @@ Owns plots and wording. Knows nothing of how anything was measured.
 from __future__ import annotations
 
 import html
-import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from steering_vectors.errors import FitError
+from steering_vectors.page import document, lead, plots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-table { border-collapse: collapse } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } .lead { font-size: 1.15rem }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { max-width: 100%; height: auto }
-@media (max-width: 50rem) { .plots { display: block } }
-""".strip()
 
 
 def render_report(evaluations: Sequence[dict[str, Any]]) -> str:
     """The page for one or several evaluations. Raises FitError without matplotlib."""
     names = ", ".join(one["profile"] for one in evaluations)
-    body = "".join(_section(one) for one in evaluations)
-    data = json.dumps(evaluations).replace("</", "<\\/")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(names)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>What steering does: {html.escape(names)}</h1>{body}"
-        f'<script type="application/json" id="data">{data}</script></body></html>\n'
-    )
+    return document(names, f"What steering does: {names}", "".join(map(_section, evaluations)), list(evaluations))
 
 
 def _section(one: dict[str, Any]) -> str:
     title = f"{one['profile']} ({one['method']}, blocks {', '.join(map(str, one['layers']))}) on {one['model']}"
-    plots = [_figure(lambda ax: _margins(ax, one)), _figure(lambda ax: _costs(ax, one))]
+    drawings = [lambda ax: _margins(ax, one), lambda ax: _costs(ax, one)]
     if "slopes" in one:
-        plots.append(_figure(lambda ax: _slopes(ax, one)))
-    return (
-        f'<h2>{html.escape(title)}</h2><p class="lead">{html.escape(headline(one))}</p>'
-        f'<div class="plots">{"".join(plots)}</div>{_table(one)}{_controls(one)}'
-    )
+        drawings.append(lambda ax: _slopes(ax, one))
+    return f"<h2>{html.escape(title)}</h2>{lead(headline(one))}{plots(drawings)}{_table(one)}{_controls(one)}"
 
 
 def headline(one: dict[str, Any]) -> str:
@@ -68,20 +47,6 @@ def headline(one: dict[str, Any]) -> str:
     if "anti_steerable" in one:
         text += f" {one['anti_steerable']:.0%} of the rows move the other way."
     return text
-
-
-def _figure(draw: Callable[[Axes], None]) -> str:
-    """A drawing as inline SVG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FitError("a report needs matplotlib: pip install 'trimtab[report]'") from error
-    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-    draw(figure.subplots())
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
 
 
 def _margins(ax: Axes, one: dict[str, Any]) -> None:
@@ -129,7 +94,7 @@ def _table(one: dict[str, Any]) -> str:
         ]
         for point in one["strengths"]
     ]
-    return _html_table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
+    return table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
 
 
 def _controls(one: dict[str, Any]) -> str:
@@ -145,8 +110,8 @@ def _controls(one: dict[str, Any]) -> str:
             rows.append([f"random directions at {strength:+g}", f"{min(margins):.3f} to {max(margins):.3f}", ""])
     ratios = ", ".join(f"block {layer}: {ratio:.3f}" for layer, ratio in one["norm_ratios"].items())
     note = f"<p>{html.escape(one['prompting']['note'])}</p>" if "note" in one["prompting"] else ""
-    table = _html_table(["control", "margin", "accuracy"], rows)
-    return f"{table}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
+    found = table(["control", "margin", "accuracy"], rows)
+    return f"{found}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
 
 
 def _line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -156,9 +121,3 @@ def _line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list
 def _with_interval(point: dict[str, Any], key: str) -> str:
     interval = point.get(f"{key}_95")
     return f"{point[key]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(one)}</th>" for one in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
