@@ -143,6 +143,9 @@ def evaluate_command(
     strengths: Annotated[str, typer.Option(help="Comma-separated; 0 must be among them.")] = "-1,-0.5,0,0.5,1",
     rows: Annotated[int, typer.Option(min=8, help="Held-out rows to read, at most.")] = 256,
     randoms: Annotated[int, typer.Option(min=0, help="Random directions to compare with.")] = 10,
+    reward_samples: Annotated[
+        int, typer.Option(min=0, help="Texts per prompt for the optimum of reward against KL; 0 leaves it out.")
+    ] = 64,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal figures.")] = 0,
@@ -154,7 +157,10 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     files = [find_profile(one, profiles) for one in profile]
-    options = {"strengths": parse_strengths(strengths), "rows": rows, "randoms": randoms, "seed": seed}
+    options = {
+        "strengths": parse_strengths(strengths), "rows": rows, "randoms": randoms, "reward_samples": reward_samples,
+        "seed": seed,
+    }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
     found = evaluate_all(
         files, model, dtype, device, pairs, {**options, "skip_long_rows": skip_long_rows}, quiet=as_json

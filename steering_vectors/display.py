@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from steering_vectors import batches
+from steering_vectors.frontier_plot import frontier_sentence
 from steering_vectors.profile import Profile
 
 STAGES = {
@@ -25,6 +26,7 @@ STAGES = {
     "curve": "measuring the safe range",
     "contrast": "reading under instructions",
     "evaluate": "evaluating",
+    "reward": "sampling for reward",
 }
 
 
@@ -140,6 +142,7 @@ def print_evaluation(one: Mapping[str, Any]) -> None:
             console.print(f"{key} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
     if "note" in one["prompting"]:
         console.print(f"[yellow]note:[/] {escape(one['prompting']['note'])}")
+    console.print(escape(frontier_sentence(one["reward"])))
 
 
 def _curve_table(curve: Sequence[Mapping[str, float]]) -> Table:

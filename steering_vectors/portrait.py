@@ -111,7 +111,8 @@ def _drawings(profile: Profile) -> Iterator[Callable[[Axes], None]]:
 
 def _norms(ax: Axes, profile: Profile) -> None:
     shifts = {layer: profile.unit * float(shift.norm()) for layer, shift in profile.injected().items()}
-    ax.bar([str(layer) for layer in shifts], list(shifts.values()), color=BLUE, label="norm")
+    ax.bar([str(layer) for layer in shifts], list(shifts.values()), color=BLUE, width=0.6)
+    ax.margins(x=max(0.05, 0.5 - 0.1 * len(shifts)))
     ax.set(xlabel="block", ylabel="norm", title="Shift at strength 1")
     ratios = {layer: shifts[layer] / norm for layer in shifts if (norm := profile.residual_norms.get(layer))}
     if not ratios:
@@ -135,7 +136,7 @@ def _curve(ax: Axes, profile: Profile) -> None:
     right = ax.twinx()
     perplexities = [point["perplexity"] for point in points]
     right.plot(strengths, perplexities, color=ORANGE, marker="s", label="perplexity")
-    right.set(ylabel="perplexity under the unsteered model", yscale="log")
+    right.set_ylabel("perplexity under the unsteered model")
     lines = [line for line in (*ax.lines, *right.lines) if not str(line.get_label()).startswith("_")]
     ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
 

@@ -9,6 +9,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from steering_vectors.frontier_plot import draw_frontier, frontier_sentence
 from steering_vectors.page import document, lead, plots, table
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def _section(one: dict[str, Any]) -> str:
     drawings = [lambda ax: _margins(ax, one), lambda ax: _costs(ax, one)]
     if "slopes" in one:
         drawings.append(lambda ax: _slopes(ax, one))
-    return f"<h2>{html.escape(title)}</h2>{lead(headline(one))}{plots(drawings)}{_table(one)}{_controls(one)}"
+    if "optimum" in one["reward"]:
+        drawings.append(lambda ax: draw_frontier(ax, one["profile"], one["reward"]))
+    return (
+        f"<h2>{html.escape(title)}</h2>{lead(headline(one))}<p>{html.escape(frontier_sentence(one['reward']))}</p>"
+        f"{plots(drawings)}{_table(one)}{_controls(one)}"
+    )
 
 
 def headline(one: dict[str, Any]) -> str:

@@ -34,7 +34,13 @@ METRICS = {
 
 def profile(name: str = "warm", layers: tuple[int, ...] = (0, 1), seed: int = 0, **fields: Any) -> Profile:
     draw = torch.Generator().manual_seed(seed)
-    known = {"model": MODEL, "calibration": CALIBRATION, "metrics": METRICS, "max_strength": 1.7, "residual_norms": {0: 2.0, 1: 3.0}}
+    known = {
+        "model": MODEL,
+        "calibration": CALIBRATION,
+        "metrics": METRICS,
+        "max_strength": 1.7,
+        "residual_norms": {0: 2.0, 1: 3.0},
+    }
     directions = {layer: torch.randn(4, generator=draw) for layer in layers}
     return Profile(name=name, directions=directions, method="mean-diff", **{**known, **fields})
 
