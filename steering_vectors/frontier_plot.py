@@ -29,9 +29,8 @@ def frontier_sentence(reward: Mapping[str, Any]) -> str:
     else:
         told[0] += f"; what the optimum gains there, {reward['samples_per_prompt']} samples per prompt do not show."
     trust = "." if scorer["auc"] >= NEAR_CHANCE else ": hardly better than chance, so read little into it."
-    told.append(
-        f"It is in {scorer['unit']}; on {scorer['tested_texts']} held-out responses its AUC is {scorer['auc']:.2f}{trust}"
-    )
+    tested = f"on {scorer['tested_texts']} held-out responses its AUC is {scorer['auc']:.2f}"
+    told.append(f"It is in {scorer['unit']}; {tested}{trust}")
     return " ".join(told)
 
 
