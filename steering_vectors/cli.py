@@ -29,7 +29,8 @@ from steering_vectors.commands import (
 )
 from steering_vectors.errors import FitError, ProfileError, TrimtabError
 
-FAILED = 2
+FAILED, INTERRUPTED = 2, 130
+STOPPED = "interrupted: nothing was stored; the same command begins anew, and tuning goes on from its last checkpoint"
 METHODS_HELP = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit or rahf-dual."
 
 P = ParamSpec("P")
@@ -47,7 +48,7 @@ def register(app: typer.Typer) -> None:
 
 
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn an error raised on purpose into one line on stderr and exit code 2."""
+    """Turn an error raised on purpose into one line on stderr and exit code 2, a Ctrl-C into one and 130."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -56,6 +57,9 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         except TrimtabError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as stop:
+            print(STOPPED, file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from stop
 
     return run
 

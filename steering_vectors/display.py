@@ -56,7 +56,7 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[batches.Progress | None]:
     try:
         yield progress
     finally:
-        if tasks:
+        if bars.live.is_started:
             bars.stop()
 
 
