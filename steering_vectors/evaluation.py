@@ -94,7 +94,9 @@ def evaluate(
             **own,
             "costs": bench.costs(profile, repeated),
             "norm_ratios": norm_ratios(profile),
-            "random": [bench.measure(control) for control in random_controls(profile, settings.randoms)],
+            "random": [
+                bench.measure(control) for control in random_controls(profile, settings.randoms, seed=settings.seed)
+            ],
             "prompting": _prompting(bench, corpus, profile.name, limit, settings),
             "reward": bench.rewards(profile, prompts, reward, trained, corpus),
         }
@@ -135,13 +137,13 @@ class _Bench:
         self._tell()
         report: dict[str, Any] = {
             "strengths": [
-                {"strength": strength, **summary(one)}
+                {"strength": strength, **summary(one, self.settings.seed)}
                 for strength, one in zip(self.settings.strengths, seen, strict=True)
             ]
         }
         if self.sides.paired:
             margins = torch.stack([one.positives - one.negatives for one in seen]).numpy()
-            report |= steerability(slopes(self.settings.strengths, margins))
+            report |= steerability(slopes(self.settings.strengths, margins), self.settings.seed)
         return report
 
     def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -177,9 +179,8 @@ class _Bench:
     def under(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> dict[str, Any]:
         """What the unsteered model says of these readings of the rows."""
         self._tell()
-        return summary(
-            propensity(self.steered, Sides(tuple(positives), tuple(negatives), self.sides.paired), steer=False)
-        )
+        sides = Sides(tuple(positives), tuple(negatives), self.sides.paired)
+        return summary(propensity(self.steered, sides, steer=False), self.settings.seed)
 
     def _tell(self) -> None:
         self._done += 1
@@ -187,24 +188,24 @@ class _Bench:
             self._progress("evaluate", self._done, self.settings.randoms + 4)
 
 
-def summary(one: Propensity) -> dict[str, Any]:
+def summary(one: Propensity, seed: int = 0) -> dict[str, Any]:
     """Margin and accuracy with their intervals."""
     if not one.paired:
         return {"margin": one.margin, "accuracy": one.accuracy}
     margins = (one.positives - one.negatives).numpy()
     return {
         "margin": one.margin,
-        "margin_95": bootstrap(lambda rows: float(margins[rows].mean()), len(margins)),
+        "margin_95": bootstrap(lambda rows: float(margins[rows].mean()), len(margins), seed=seed),
         "accuracy": one.accuracy,
-        "accuracy_95": bootstrap(lambda rows: float((margins[rows] > 0).mean()), len(margins)),
+        "accuracy_95": bootstrap(lambda rows: float((margins[rows] > 0).mean()), len(margins), seed=seed),
     }
 
 
-def steerability(values: np.ndarray) -> dict[str, Any]:
+def steerability(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Mean slope, its interval, quartiles, and the share of samples that move the other way."""
     return {
         "steerability": float(values.mean()),
-        "steerability_95": bootstrap(lambda rows: float(values[rows].mean()), len(values)),
+        "steerability_95": bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=seed),
         "steerability_quartiles": [float(one) for one in np.percentile(values, [25, 50, 75])],
         "anti_steerable": float((values < 0).mean()),
         "slopes": [float(one) for one in values],

@@ -166,6 +166,17 @@ def test_reward_may_be_left_out(lm: LanguageModel, pairs: Preferences, profile: 
     assert "Reward against KL was not measured: it was not asked for." in page
 
 
+def test_the_seed_reaches_controls_and_intervals(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:
+    first, again, other = (
+        evaluate(lm, profile, pairs, EvaluationSettings(strengths=STRENGTHS, randoms=1, reward_samples=4, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["strengths"][0]["margin"] == other["strengths"][0]["margin"]
+    assert first["strengths"][0]["margin_95"] != other["strengths"][0]["margin_95"]
+    assert first["random"] != other["random"]
+
+
 def test_another_model_is_refused(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:
     other = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
     with pytest.raises(ProfileMismatch):
