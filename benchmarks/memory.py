@@ -3,9 +3,10 @@
 Every fit is a process of its own (`trimtab fit` on the demo model); its peak resident set is what the kernel counted.
 The rows are those of the embedded set or of a file, and when these are used up the same again with a number in the
 prompt. What a process needs to hold the rows alone is measured too (`load_pairs` and nothing else): that part may grow.
-The choice of blocks and the calibration sample equally many texts whatever the rows, so they are left out by default.
+Few rows do not fill a batch, so growth is told between the last two numbers. The choice of blocks and the calibration
+sample equally many texts whatever the rows, so they are left out by default.
 
-    python benchmarks/memory.py [--rows 200,2000] [--methods mean-diff,probe] [--data FILE] [--json memory.json]
+    python benchmarks/memory.py [--rows 200,1000,2000] [--methods mean-diff,probe] [--data FILE] [--json memory.json]
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LOADING = "import sys, torch, transformers; from steering_vectors import load_pa
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Numbers of pairs, comma-separated.")] = "200,2000",
+    rows: Annotated[str, typer.Option(help="Numbers of pairs, comma-separated.")] = "200,1000,2000",
     methods: Annotated[str, typer.Option(help="Methods of fitting, comma-separated.")] = METHODS,
     data: Annotated[str, typer.Option(help="Preference pairs, as in fit; bad rows are skipped.")] = "demo:warm",
     model: Annotated[str, typer.Option(help="The model, as in fit.")] = "demo",
@@ -101,10 +102,10 @@ def peak(words: list[str], directory: Path) -> float:
 
 def show(found: dict[str, dict[int, float]], counts: list[int]) -> None:
     table = Table(title="Peak resident set, MiB")
-    for column in ("method", *(f"{count} pairs" for count in counts), "growth"):
+    for column in ("method", *(f"{count} pairs" for count in counts), "last growth"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, peaks in found.items():
-        growth = peaks[counts[-1]] - peaks[counts[0]]
+        growth = peaks[counts[-1]] - peaks[counts[-2]] if len(counts) > 1 else 0.0
         table.add_row(method, *(f"{peaks[count]:.0f}" for count in counts), f"{growth:+.0f}")
     Console(width=120).print(table)
 
