@@ -20,13 +20,11 @@ import typer
 
 from server.config import PREFIX, Settings, load_settings
 from server.listener import Server, listen, url_of
-from steering_vectors.cli import register
+from steering_vectors.cli import FAILED, INTERRUPTED, register
 from steering_vectors.errors import TrimtabError
 
 if TYPE_CHECKING:
     from server.service import Service
-
-FAILED = 2
 
 app = typer.Typer(
     name="trimtab",
@@ -94,12 +92,15 @@ register(app)
 
 
 def main() -> None:
-    """The console command: errors raised on purpose are one line and exit code 2."""
+    """The console command: errors raised on purpose are one line and exit code 2, a Ctrl-C is one and 130."""
     try:
         app()
     except TrimtabError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(FAILED)
+    except KeyboardInterrupt:  # before a command has begun; each answers for itself afterwards
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:

@@ -22,17 +22,19 @@ from steering_vectors.commands import (
     fit_and_save,
     load_data,
     print_evaluations,
+    print_fitted,
     print_made,
-    print_profile_file,
     recalibrate_and_save,
+    show_profiles,
 )
 from steering_vectors.errors import FitError, ProfileError, TrimtabError
 
-FAILED = 2
+FAILED, INTERRUPTED = 2, 130
+STOPPED = "interrupted: nothing was stored; the same command begins anew, and tuning goes on from its last checkpoint"
 METHODS_HELP = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit or rahf-dual."
 
 SUITE_OPTIONS = {
-    "preference": ("data", "rows", "randoms", "columns", "skip_bad_rows", "skip_long_rows"),
+    "preference": ("data", "rows", "randoms", "reward_samples", "columns", "skip_bad_rows", "skip_long_rows"),
     "trust": ("trust_data", "verticals", "toxicity", "trust_rows", "trust_randoms"),
 }
 
@@ -47,11 +49,11 @@ def register(app: typer.Typer) -> None:
         evaluate_command
     )
     app.command("distill", help="Turn a profile into a LoRA, or (--bake) into the model's weights.")(distill_command)
-    app.command("show", help="Print everything a profile holds.")(show_command)
+    app.command("show", help="Print or draw everything that profiles hold.")(show_command)
 
 
 def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn an error raised on purpose into one line on stderr and exit code 2."""
+    """Turn an error raised on purpose into one line on stderr and exit code 2, a Ctrl-C into one and 130."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -60,6 +62,9 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
         except TrimtabError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as stop:
+            print(STOPPED, file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from stop
 
     return run
 
@@ -100,7 +105,7 @@ def fit_command(
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
     path = fit_and_save(model, dtype, device, pairs, out, options, quiet=as_json)
-    print_profile_file(path, as_json, fitted=True)
+    print_fitted(path, as_json)
 
 
 @reporting_errors
@@ -134,7 +139,7 @@ def calibrate_command(
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
     path = recalibrate_and_save(path, model, dtype, device, pairs, out or path.parent, options, quiet=as_json)
-    print_profile_file(path, as_json, fitted=True)
+    print_fitted(path, as_json)
 
 
 @reporting_errors
@@ -161,6 +166,9 @@ def evaluate_command(
     strengths: Annotated[str, typer.Option(help="Comma-separated; 0 must be among them.")] = "-1,-0.5,0,0.5,1",
     rows: Annotated[int, typer.Option(min=8, help="Held-out rows to read, at most.")] = 256,
     randoms: Annotated[int, typer.Option(min=0, help="Random directions to compare with.")] = 10,
+    reward_samples: Annotated[
+        int, typer.Option(min=0, help="Texts per prompt for the optimum of reward against KL; 0 leaves it out.")
+    ] = 64,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal figures.")] = 0,
@@ -174,7 +182,8 @@ def evaluate_command(
     check_suite(context, suite)
     files = [find_profile(one, profiles) for one in profile]
     shared = {"strengths": parse_strengths(strengths), "seed": seed}
-    options = {**shared, "rows": rows, "randoms": randoms, "skip_long_rows": skip_long_rows}
+    options = {**shared, "rows": rows, "randoms": randoms, "reward_samples": reward_samples}
+    options["skip_long_rows"] = skip_long_rows
     trust = {
         **shared, "folder": trust_data, "verticals": tuple(one.strip() for one in verticals.split(",")),
         "toxicity": toxicity, "rows": trust_rows, "randoms": trust_randoms,
@@ -254,11 +263,12 @@ def distill_command(
 
 @reporting_errors
 def show_command(
-    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")],
+    profile: Annotated[list[str], typer.Argument(help="Files of profiles, or names in --profiles.")],
     profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Draw them in a page here instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list of several.")] = False,
 ) -> None:
-    print_profile_file(find_profile(profile, profiles), as_json, fitted=False)
+    show_profiles([find_profile(one, profiles) for one in profile], html, as_json)
 
 
 def check_suite(context: typer.Context, suite: str) -> None:

@@ -190,15 +190,34 @@ def _write_text(path: Path, text: str) -> None:
         raise FitError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def print_profile_file(path: Path, as_json: bool, *, fitted: bool) -> None:
-    """What a file holds, as `fit` or as `show` tells it."""
-    from steering_vectors.display import print_fit, print_profile
+def print_fitted(path: Path, as_json: bool) -> None:
+    """What `fit` and `calibrate` tell of the file they wrote."""
+    from steering_vectors.display import print_fit
     from steering_vectors.storage import load_profile, profile_summary
 
     profile = load_profile(path)
     if as_json:
         print(json.dumps({"path": str(path), **profile_summary(profile)}, ensure_ascii=False))
-    elif fitted:
-        print_fit(profile, path)
     else:
-        print_profile(profile, path)
+        print_fit(profile, path)
+
+
+def show_profiles(paths: list[Path], page: Path | None, as_json: bool) -> None:
+    """Everything that files hold: a page if one is wanted, else text; or JSON, a list if they are several."""
+    from steering_vectors.display import print_profile
+    from steering_vectors.portrait import render_portraits
+    from steering_vectors.storage import load_profile, profile_summary
+
+    profiles = [load_profile(path) for path in paths]
+    if page is not None:
+        _write_text(page, render_portraits(profiles))
+    if as_json:
+        found = [{"path": str(path), **profile_summary(one)} for path, one in zip(paths, profiles, strict=True)]
+        print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
+    elif page is not None:
+        print(f"page: {page}")
+    else:
+        for number, (path, profile) in enumerate(zip(paths, profiles, strict=True)):
+            if number:
+                print()
+            print_profile(profile, path)

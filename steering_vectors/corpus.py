@@ -54,7 +54,8 @@ def context_length(config: PretrainedConfig) -> int | None:
 def encode_corpus(
     tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, limit: int | None, skip_long_rows: bool = False
 ) -> Corpus:
-    """Encode every row. One with more than `limit` tokens raises DataError, or is left out if `skip_long_rows`.
+    """Encode every row. One with more than `limit` tokens raises DataError, or is left out if `skip_long_rows`; then
+    enough rows must remain.
 
     Nothing is ever cut: half a response would be another preference.
     """
@@ -66,8 +67,7 @@ def encode_corpus(
     if not skip_long_rows:
         raise _too_long(pairs, encoded, long, limit or 0)
     kept = _without(pairs, long)
-    if not kept.positives or not kept.negatives:
-        raise DataError(f"no row of each side fits the model's context of {limit} tokens", path=pairs.source or None)
+    kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")
     return Corpus(kept, encoded, pairs.rows - kept.rows)
 
 

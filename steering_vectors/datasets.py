@@ -15,8 +15,6 @@ from steering_vectors.preferences import Kind, Preferences
 from steering_vectors.records import COLUMNS, PROMPT, Record, read_record
 from steering_vectors.tables import BadRow, Row, Table, read_table
 
-MIN_ROWS = 16
-MIN_PER_LABEL = 8
 SHOWN_SKIPS = 5
 REMEDY = "correct the row, or skip such rows with --skip-bad-rows"
 DEMO = "demo:"
@@ -52,7 +50,7 @@ def load_pairs(
         skip_messages=tuple(error.message for error in errors[:SHOWN_SKIPS]),
         ignored_columns=_ignored(table, kind, renames),
     )
-    _check_enough(preferences)
+    preferences.check()
     return preferences
 
 
@@ -160,20 +158,3 @@ def _ignored(table: Table, kind: Kind, renames: Mapping[str, str]) -> tuple[str,
     used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
     cells = (row.cells for row in table.rows if not isinstance(row.cells, BadRow))
     return tuple(dict.fromkeys(str(column) for row in cells for column in row if column not in used))
-
-
-def _check_enough(preferences: Preferences) -> None:
-    skipped = f" ({preferences.skipped} bad ones were skipped)" if preferences.skipped else ""
-    if preferences.rows < MIN_ROWS:
-        raise DataError(
-            f"it has {preferences.rows} usable rows{skipped}; at least {MIN_ROWS} are needed",
-            path=preferences.source,
-        )
-    if preferences.paired:
-        return
-    for label, side in (("true", preferences.positives), ("false", preferences.negatives)):
-        if len(side) < MIN_PER_LABEL:
-            raise DataError(
-                f"it has {len(side)} usable rows with label {label}{skipped}; at least {MIN_PER_LABEL} are needed",
-                path=preferences.source,
-            )

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from steering_vectors import batches
+from steering_vectors.frontier_plot import frontier_sentence
 from steering_vectors.profile import Profile
 from steering_vectors.report_trust import print_trust
 
@@ -27,6 +28,7 @@ STAGES = {
     "contrast": "reading under instructions",
     "evaluate": "evaluating",
     "trust": "measuring trust",
+    "reward": "sampling for reward",
 }
 
 
@@ -56,7 +58,7 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[batches.Progress | None]:
     try:
         yield progress
     finally:
-        if tasks:
+        if bars.live.is_started:
             bars.stop()
 
 
@@ -149,6 +151,7 @@ def _print_preferences(console: Console, one: Mapping[str, Any]) -> None:
             console.print(f"{key} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
     if "note" in one["prompting"]:
         console.print(f"[yellow]note:[/] {escape(one['prompting']['note'])}")
+    console.print(escape(frontier_sentence(one["reward"])))
 
 
 def _curve_table(curve: Sequence[Mapping[str, float]]) -> Table:

@@ -18,13 +18,15 @@ from steering_vectors.calibration import SAMPLED_TOKENS
 from steering_vectors.controls import bootstrap, random_controls
 from steering_vectors.corpus import Corpus, context_length, encode_corpus, prompts_with_room
 from steering_vectors.curve import curve_record, measure_point
-from steering_vectors.errors import FitError
+from steering_vectors.errors import DataError, FitError
+from steering_vectors.frontier import reward_report
 from steering_vectors.instructions import instructions_for
 from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 from steering_vectors.profile import Profile
 from steering_vectors.propensity import Propensity, Sides, propensity, spread
-from steering_vectors.recalibration import unseen
+from steering_vectors.recalibration import parted
+from steering_vectors.reward import Reward, judged
 from steering_vectors.steered import SteeredModel, steerable
 from steering_vectors.twins import twins_of
 
@@ -32,15 +34,18 @@ STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 ROWS = 256
 RANDOMS = 10
 TEXTS = 64
+REWARD_SAMPLES = 64  # unsteered texts per prompt, for the optimum
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """`rows` held-out rows at most are read; `randoms` random directions are compared with."""
+    """`rows` held-out rows at most are read; `randoms` random directions are compared with; `reward_samples` texts per
+    prompt show the optimum of reward against KL (0: not measured)."""
 
     strengths: tuple[float, ...] = STRENGTHS
     rows: int = ROWS
     randoms: int = RANDOMS
+    reward_samples: int = REWARD_SAMPLES
     seed: int = 0
     skip_long_rows: bool = False
 
@@ -55,6 +60,7 @@ def evaluate(
     pairs: Preferences,
     settings: EvaluationSettings | None = None,
     *,
+    reward: Reward | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The preference suite for one profile, as a JSON-ready object.
@@ -62,17 +68,18 @@ def evaluate(
     Of the data that the profile was fitted to, only rows that it was not trained on are read. Margins are in nats:
     log P(chosen) − log P(rejected) per pair, or per token between unpaired sides. `steerability` is the per-sample
     least-squares slope of the margin over strength (arXiv:2407.12404), `anti_steerable` the share of samples whose
-    slope is negative; both need pairs. Intervals are 95 % bootstrap over samples. Raises ProfileMismatch for a profile
-    of another model.
+    slope is negative; both need pairs. Intervals are 95 % bootstrap over samples. `reward` scores sampled texts against
+    their KL (see `reward_report`); without one it is fitted to rows that are not tested on (see `judged`). Raises
+    ProfileMismatch for a profile of another model.
     """
     settings = settings or EvaluationSettings()
     profile.check_model(lm.identity, allow_mismatch=False)
     limit = context_length(lm.model.config)
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
-    corpus = unseen(profile, corpus)
+    trained, corpus = parted(profile, corpus)
     sides = corpus.sides().thinned(settings.rows)
     prompts = prompts_with_room(lm, corpus.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
-    prompts = [prompts[i % len(prompts)] for i in range(TEXTS)]
+    repeated = [prompts[i % len(prompts)] for i in range(TEXTS)]
     with steerable(lm) as steered:
         bench = _Bench(steered, sides, settings, progress)
         own = bench.measure(profile)
@@ -85,10 +92,13 @@ def evaluate(
             "data": {"rows": corpus.pairs.rows, "read": len(sides.positives), "sha256": pairs.sha256},
             "unit": "nats per response" if sides.paired else "nats per token",
             **own,
-            "costs": bench.costs(profile, prompts),
+            "costs": bench.costs(profile, repeated),
             "norm_ratios": norm_ratios(profile),
-            "random": [bench.measure(control) for control in random_controls(profile, settings.randoms)],
+            "random": [
+                bench.measure(control) for control in random_controls(profile, settings.randoms, seed=settings.seed)
+            ],
             "prompting": _prompting(bench, corpus, profile.name, limit, settings),
+            "reward": bench.rewards(profile, prompts, reward, trained, corpus),
         }
 
 
@@ -127,13 +137,13 @@ class _Bench:
         self._tell()
         report: dict[str, Any] = {
             "strengths": [
-                {"strength": strength, **summary(one)}
+                {"strength": strength, **summary(one, self.settings.seed)}
                 for strength, one in zip(self.settings.strengths, seen, strict=True)
             ]
         }
         if self.sides.paired:
             margins = torch.stack([one.positives - one.negatives for one in seen]).numpy()
-            report |= steerability(slopes(self.settings.strengths, margins))
+            report |= steerability(slopes(self.settings.strengths, margins), self.settings.seed)
         return report
 
     def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -145,12 +155,32 @@ class _Bench:
         self._tell()
         return curve_record(points)
 
+    def rewards(
+        self,
+        profile: Profile,
+        prompts: Sequence[Sequence[int]],
+        reward: Reward | None,
+        trained: Corpus | None,
+        fresh: Corpus,
+    ) -> dict[str, Any]:
+        """Reward against KL at every strength beside the optimum, or a note on why there is none."""
+        settings, tokenizer = self.settings, self.steered.lm.tokenizer
+        if not settings.reward_samples:
+            return {"note": "it was not asked for"}
+        try:
+            found = judged(reward, trained, fresh, tokenizer, most=SAMPLED_TOKENS, seed=settings.seed)
+        except DataError as error:
+            return {"note": error.message}
+        return {"scorer": found.quality} | reward_report(
+            self.steered, profile, found.reward, prompts, settings.strengths,
+            samples=settings.reward_samples, tokens=SAMPLED_TOKENS, seed=settings.seed, progress=self._progress,
+        )  # fmt: skip
+
     def under(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> dict[str, Any]:
         """What the unsteered model says of these readings of the rows."""
         self._tell()
-        return summary(
-            propensity(self.steered, Sides(tuple(positives), tuple(negatives), self.sides.paired), steer=False)
-        )
+        sides = Sides(tuple(positives), tuple(negatives), self.sides.paired)
+        return summary(propensity(self.steered, sides, steer=False), self.settings.seed)
 
     def _tell(self) -> None:
         self._done += 1
@@ -158,24 +188,24 @@ class _Bench:
             self._progress("evaluate", self._done, self.settings.randoms + 4)
 
 
-def summary(one: Propensity) -> dict[str, Any]:
+def summary(one: Propensity, seed: int = 0) -> dict[str, Any]:
     """Margin and accuracy with their intervals."""
     if not one.paired:
         return {"margin": one.margin, "accuracy": one.accuracy}
     margins = (one.positives - one.negatives).numpy()
     return {
         "margin": one.margin,
-        "margin_95": bootstrap(lambda rows: float(margins[rows].mean()), len(margins)),
+        "margin_95": bootstrap(lambda rows: float(margins[rows].mean()), len(margins), seed=seed),
         "accuracy": one.accuracy,
-        "accuracy_95": bootstrap(lambda rows: float((margins[rows] > 0).mean()), len(margins)),
+        "accuracy_95": bootstrap(lambda rows: float((margins[rows] > 0).mean()), len(margins), seed=seed),
     }
 
 
-def steerability(values: np.ndarray) -> dict[str, Any]:
+def steerability(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Mean slope, its interval, quartiles, and the share of samples that move the other way."""
     return {
         "steerability": float(values.mean()),
-        "steerability_95": bootstrap(lambda rows: float(values[rows].mean()), len(values)),
+        "steerability_95": bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=seed),
         "steerability_quartiles": [float(one) for one in np.percentile(values, [25, 50, 75])],
         "anti_steerable": float((values < 0).mean()),
         "slopes": [float(one) for one in values],

@@ -102,6 +102,7 @@ def fit(
     )  # fmt: skip
     check_budget(kl_budget)
     blank = _blank(lm, name, description, settings)
+    pairs.check()
     limit = context_length(lm.model.config)
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows)
     parts = _part(lm, corpus, settings)

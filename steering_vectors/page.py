@@ -1,12 +1,13 @@
-"""The pieces of a page that stands alone: its style, drawings inside it, tables.
+"""A page to look at: one HTML file with its plots and its data inside, no network.
 
-Knows nothing of what is shown.
+Owns the frame, the style, and how a drawing or a table becomes HTML. Knows nothing of what is shown.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,22 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 table { border-collapse: collapse } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
 td:first-child, th:first-child { text-align: left } .lead { font-size: 1.15rem }
+.facts { margin-top: 1.5rem } .facts td { overflow-wrap: anywhere; text-align: left; vertical-align: top }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { max-width: 100%; height: auto }
 @media (max-width: 50rem) { .plots { display: block } table { display: block; overflow-x: auto } }
 .better { background: #dcefe3 } .worse { background: #f7dfd6 } .side { background: #f3ecd2 } small { color: #555 }
 """.strip()
+
+
+def document(title: str, heading: str, body: str, data: Any) -> str:
+    """The whole file: `body` is HTML, `title` and `heading` are text, `data` is stored as JSON for machines."""
+    stored = json.dumps(data).replace("</", "<\\/")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{html.escape(heading)}</h1>{body}"
+        f'<script type="application/json" id="data">{stored}</script></body></html>\n'
+    )
 
 
 def figure(draw: Callable[[Axes], None]) -> str:
@@ -31,20 +44,32 @@ def figure(draw: Callable[[Axes], None]) -> str:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FitError("a report needs matplotlib: pip install 'trimtab[report]'") from error
-    drawing = Figure(figsize=(5.2, 3.6), layout="constrained")
-    draw(drawing.subplots())
+        raise FitError("a page with plots needs matplotlib: pip install 'trimtab[report]'") from error
+    canvas = Figure(figsize=(5.2, 3.6), layout="constrained")
+    draw(canvas.subplots())
     buffer = io.StringIO()
-    drawing.savefig(buffer, format="svg", metadata={"Date": None})
+    canvas.savefig(buffer, format="svg", metadata={"Date": None})
     drawn = buffer.getvalue()
     return drawn[drawn.index("<svg") :]
 
 
-def line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    return [point["strength"] for point in points], [point[key] for point in points]
+def plots(drawings: Sequence[Callable[[Axes], None]]) -> str:
+    """Drawings side by side."""
+    return f'<div class="plots">{"".join(map(figure, drawings))}</div>'
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:
+    """A table of text cells; `style` is a class of the page's style sheet."""
     cells = "".join(f"<th>{html.escape(one)}</th>" for one in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
+    return f"<table{f' class={style}' if style else ''}>{f'<tr>{cells}</tr>' if head else ''}{lines}</table>"
+
+
+def lead(sentence: str) -> str:
+    """What a reader should see first."""
+    return f'<p class="lead">{html.escape(sentence)}</p>'
+
+
+def line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Strengths and values of points, as a plot takes them."""
+    return [point["strength"] for point in points], [point[key] for point in points]

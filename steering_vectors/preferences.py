@@ -17,6 +17,8 @@ from steering_vectors.errors import DataError
 
 Kind = Literal["preference", "unpaired", "contrast"]
 MIN_SIDE = 4
+MIN_ROWS = 16
+MIN_PER_LABEL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,25 @@ class Preferences:
         """How many rows repeat an earlier one."""
         items = self._items()
         return len(items) - len(set(items))
+
+    def check(self, *, left_out: str = "") -> None:
+        """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if no row prefers anything.
+
+        `left_out` says in words which rows are not among them.
+        """
+        left_out = left_out or (f"{self.skipped} bad ones were skipped" if self.skipped else "")
+        without = f" ({left_out})" if left_out else ""
+        path = self.source or None
+        if self.rows < MIN_ROWS:
+            raise DataError(f"it has {self.rows} usable rows{without}; at least {MIN_ROWS} are needed", path=path)
+        for label, side in (("true", self.positives), ("false", self.negatives)):
+            if len(side) < MIN_PER_LABEL:
+                raise DataError(
+                    f"it has {len(side)} usable rows with label {label}{without}; at least {MIN_PER_LABEL} are needed",
+                    path=path,
+                )
+        if self.paired and self.positives == self.negatives:
+            raise DataError("in every row both sides are the same text, so nothing is preferred", path=path)
 
     def sides(self) -> tuple[list[Example], list[Example]]:
         """The positive and the negative examples; aligned if `paired`."""

@@ -49,8 +49,12 @@ def recalibrate(
 
 def unseen(profile: Profile, corpus: Corpus) -> Corpus:
     """The rows that a profile was not trained on: all of other data, the held-out ones of its own."""
+    return parted(profile, corpus)[1]
+
+
+def parted(profile: Profile, corpus: Corpus) -> tuple[Corpus | None, Corpus]:
+    """(the rows that a profile was trained on, the others); None of other data than its own."""
     options = profile.method_options
     if corpus.pairs.sha256 != profile.data.get("sha256") or "heldout_fraction" not in options:
-        return corpus
-    _, heldout = corpus.split(options["heldout_fraction"], options["seed"], min_side=4)
-    return heldout
+        return None, corpus
+    return corpus.split(options["heldout_fraction"], options["seed"], min_side=4)

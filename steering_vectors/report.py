@@ -6,11 +6,11 @@ Owns plots and wording. Knows nothing of how anything was measured.
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from steering_vectors.page import STYLE, figure, html_table, line
+from steering_vectors.frontier_plot import draw_frontier, frontier_sentence
+from steering_vectors.page import document, lead, line, plots, table
 from steering_vectors.report_trust import trust_section
 
 if TYPE_CHECKING:
@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 def render_report(evaluations: Sequence[dict[str, Any]]) -> str:
     """The page for one or several evaluations. Raises FitError without matplotlib."""
     names = ", ".join(one["profile"] for one in evaluations)
-    body = "".join(_section(one) for one in evaluations)
-    data = json.dumps(evaluations).replace("</", "<\\/")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(names)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>What steering does: {html.escape(names)}</h1>{body}"
-        f'<script type="application/json" id="data">{data}</script></body></html>\n'
-    )
+    return document(names, f"What steering does: {names}", "".join(map(_section, evaluations)), list(evaluations))
 
 
 def _section(one: dict[str, Any]) -> str:
@@ -38,12 +31,14 @@ def _section(one: dict[str, Any]) -> str:
 
 
 def _preferences(one: dict[str, Any]) -> str:
-    plots = [figure(lambda ax: _margins(ax, one)), figure(lambda ax: _costs(ax, one))]
+    drawings = [lambda ax: _margins(ax, one), lambda ax: _costs(ax, one)]
     if "slopes" in one:
-        plots.append(figure(lambda ax: _slopes(ax, one)))
+        drawings.append(lambda ax: _slopes(ax, one))
+    if "optimum" in one["reward"]:
+        drawings.append(lambda ax: draw_frontier(ax, one["profile"], one["reward"]))
     return (
-        f'<p class="lead">{html.escape(headline(one))}</p>'
-        f'<div class="plots">{"".join(plots)}</div>{_table(one)}{_controls(one)}'
+        f"{lead(headline(one))}<p>{html.escape(frontier_sentence(one['reward']))}</p>"
+        f"{plots(drawings)}{_table(one)}{_controls(one)}"
     )
 
 
@@ -112,7 +107,7 @@ def _table(one: dict[str, Any]) -> str:
         ]
         for point in one["strengths"]
     ]
-    return html_table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
+    return table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
 
 
 def _controls(one: dict[str, Any]) -> str:
@@ -128,8 +123,8 @@ def _controls(one: dict[str, Any]) -> str:
             rows.append([f"random directions at {strength:+g}", f"{min(margins):.3f} to {max(margins):.3f}", ""])
     ratios = ", ".join(f"block {layer}: {ratio:.3f}" for layer, ratio in one["norm_ratios"].items())
     note = f"<p>{html.escape(one['prompting']['note'])}</p>" if "note" in one["prompting"] else ""
-    table = html_table(["control", "margin", "accuracy"], rows)
-    return f"{table}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
+    found = table(["control", "margin", "accuracy"], rows)
+    return f"{found}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
 
 
 def _with_interval(point: dict[str, Any], key: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steering_vectors.page import figure, html_table
+from steering_vectors.page import lead, plots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,9 +27,9 @@ LINES = 3  # parts that a plot still has room for
 def trust_section(one: Mapping[str, Any]) -> str:
     """Headline, a plot per vertical, the changes of every figure, and the same by group of rows."""
     verticals = one["trust"]
-    plots = "".join(figure(_plot(name, found)) for name, found in verticals.items())
+    drawn = plots([_plot(name, found) for name, found in verticals.items()])
     return (
-        f'<h3>Trust</h3><p class="lead">{html.escape(trust_headline(one))}</p><div class="plots">{plots}</div>'
+        f"<h3>Trust</h3>{lead(trust_headline(one))}{drawn}"
         f"{_changes(verticals)}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{_notes(verticals)}"
     )
 
@@ -213,4 +213,4 @@ def _notes(verticals: Mapping[str, Any]) -> str:
         [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
         for name, found in verticals.items()
     ]
-    return html_table(["vertical", "rows", "left out", "how it is measured"], rows)
+    return table(["vertical", "rows", "left out", "how it is measured"], rows)

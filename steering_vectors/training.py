@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,14 +74,16 @@ class Run:
             _set_moments(optimizer, tensors, self.step)
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write the run as it is, whole or not at all. Raises FitError if it cannot be written."""
+        """Write the run as it is, whole or not at all; a Ctrl-C waits. Raises FitError if it cannot be written."""
         moments = {} if self.step >= self.schedule.steps else _moments(optimizer)
         tensors = {f"weights.{key}": value for key, value in self.weights.state(self.name).items()} | moments
         partial = self.file.with_suffix(f".{os.getpid()}.part")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(self.step)})
-            partial.replace(self.file)
+            with uninterrupted():
+                whole = {key: value.contiguous() for key, value in tensors.items()}
+                save_file(whole, partial, {"step": str(self.step)})
+                partial.replace(self.file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise FitError(
@@ -115,7 +120,25 @@ def train(
         except KeyboardInterrupt:
             run.save(optimizer)
             raise
+        finally:
+            optimizer.zero_grad()  # gradients of a broken step would be added to those of the next run
         run.save(optimizer)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the context ends; in other threads than the main one, where none arrives, do nothing."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], torch.Tensor]) -> float:
@@ -129,9 +152,10 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], t
             raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate, or use float32")
         loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
+    with uninterrupted():  # weights, moments and the count of steps move together, or a checkpoint would lie
+        optimizer.step()
+        run.step += 1
     optimizer.zero_grad()
-    run.step += 1
     return value
 
 

@@ -20,6 +20,7 @@ from steering_vectors.controls import bootstrap, random_controls
 from steering_vectors.errors import FitError, ProfileMismatch
 from steering_vectors.evaluation import EvaluationSettings, evaluate, norm_ratios, slopes
 from steering_vectors.fitting import fit
+from steering_vectors.frontier_plot import frontier_sentence
 from steering_vectors.instructions import DEFAULTS
 from steering_vectors.models import LanguageModel, wrap_model
 from steering_vectors.preferences import Preferences
@@ -149,6 +150,33 @@ def test_unpaired_rows_have_no_slopes(lm: LanguageModel, profile: Profile) -> No
     assert "anti_steerable" not in one
 
 
+def test_rewards_are_fitted_to_the_rows_that_the_profile_was_trained_on(found: dict[str, Any]) -> None:
+    reward = found["reward"]
+    assert (reward["scorer"]["fitted_rows"], reward["scorer"]["tested_texts"]) == (32, 16)
+    assert reward["scorer"]["auc"] == 1
+    assert [one["strength"] for one in reward["strengths"]] == list(STRENGTHS)
+    assert "its AUC is 1.00." in frontier_sentence(reward)
+
+
+def test_reward_may_be_left_out(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:
+    one = evaluate(lm, profile, pairs, EvaluationSettings(strengths=STRENGTHS, randoms=0, reward_samples=0))
+    assert one["reward"] == {"note": "it was not asked for"}
+    page = render_report([one])
+    assert page.count("<svg") == 3
+    assert "Reward against KL was not measured: it was not asked for." in page
+
+
+def test_the_seed_reaches_controls_and_intervals(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:
+    first, again, other = (
+        evaluate(lm, profile, pairs, EvaluationSettings(strengths=STRENGTHS, randoms=1, reward_samples=4, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first["strengths"][0]["margin"] == other["strengths"][0]["margin"]
+    assert first["strengths"][0]["margin_95"] != other["strengths"][0]["margin_95"]
+    assert first["random"] != other["random"]
+
+
 def test_another_model_is_refused(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:
     other = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
     with pytest.raises(ProfileMismatch):
@@ -165,10 +193,11 @@ def test_strengths_are_checked() -> None:
 
 def test_the_page_stands_alone(found: dict[str, Any]) -> None:
     page = render_report([found])
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert not re.search(r'(?:src|href)="(?!#)', page)
     assert "<script src" not in page
     assert headline(found) in page.replace("&#x27;", "'")
+    assert frontier_sentence(found["reward"]) in page.replace("&#x27;", "'")
     stored = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert stored is not None
     assert json.loads(stored[1]) == json.loads(json.dumps([found]))
@@ -186,7 +215,7 @@ def test_the_command_prints_and_writes(lm: LanguageModel, pairs: Preferences, pr
     saved = wrap_model(type(lm.model).from_pretrained(model), lm.tokenizer).identity
     save_profile(replace(profile, model=saved), tmp_path)
     fixed = ["evaluate", "warm", "--profiles", str(tmp_path), "--model", str(model), "--data", str(data)]
-    command = [*fixed, "--strengths", "-1,0,1", "--randoms", "2", "--rows", "16"]
+    command = [*fixed, "--strengths", "-1,0,1", "--randoms", "2", "--rows", "16", "--reward-samples", "4"]
     result = CliRunner().invoke(app, [*command, "--report", str(page)])
     assert result.exit_code == 0, result.output
     assert "margin (nats per response)" in result.stdout
@@ -195,6 +224,7 @@ def test_the_command_prints_and_writes(lm: LanguageModel, pairs: Preferences, pr
     printed = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["evaluations"]
     assert [one["profile"] for one in printed] == ["warm"]
     assert printed[0]["data"]["read"] == 16
+    assert printed[0]["reward"]["samples_per_prompt"] == 4
     blocked = CliRunner().invoke(app, [*command, "--report", str(data / "report.html")])
     assert blocked.exit_code == 2
     assert "cannot be written" in blocked.stderr

@@ -135,10 +135,12 @@ def test_long_rows_are_refused_or_left_out_never_cut() -> None:
 
 def test_identical_sides_have_no_direction(lm: LanguageModel) -> None:
     pairs = preferences()
+    with pytest.raises(DataError, match="in every row both sides are the same text, so nothing is preferred"):
+        fit(lm, None, replace(pairs, negatives=pairs.positives), layers="1")
     with pytest.raises(
         FitError, match="layer 1: the direction is zero: preferred and rejected responses look the same"
     ):
-        fit(lm, None, replace(pairs, negatives=pairs.positives), layers="1")
+        fit(lm, None, replace(pairs, kind="unpaired", negatives=pairs.positives), layers="1")
 
 
 def test_an_unreached_budget_is_noted(lm: LanguageModel) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from steering_vectors.errors import FitError
 from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.models import LanguageModel, wrap_model
 from steering_vectors.steered import steerable
-from steering_vectors.training import Run, Schedule, train
+from steering_vectors.training import Run, Schedule, train, uninterrupted
 from steering_vectors.weights import FullWeights, LoraShape, LoraWeights, TunedWeights
+from tests.full_disk import full_disk
 from tests.tiny import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -118,6 +118,50 @@ def test_a_run_that_was_interrupted_goes_on_as_if_unbroken(lm: LanguageModel, ma
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+class InterruptedStep(torch.optim.AdamW):
+    """Ctrl-C comes while a step is being taken, once some of the weights have moved."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        hidden = self.param_groups[0]["params"][1:]
+        held, self.param_groups[0]["params"] = self.param_groups[0]["params"], self.param_groups[0]["params"][:1]
+        super().step()
+        os.kill(os.getpid(), signal.SIGINT)
+        self.param_groups[0]["params"] = hidden
+        super().step()
+        self.param_groups[0]["params"] = held
+
+
+@KINDS
+def test_a_ctrl_c_in_mid_step_waits_for_the_step(
+    lm: LanguageModel, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = make(lm)
+    train(Run(unbroken, "one", Schedule(3, 0.01), tmp_path / "whole.safetensors", 3), loss_on(lm))
+    wanted = unbroken.state("one")
+    unbroken.close()
+    file, weights = tmp_path / "broken.safetensors", make(lm)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim, "AdamW", InterruptedStep)
+        with pytest.raises(KeyboardInterrupt):
+            train(Run(weights, "one", Schedule(3, 0.01), file, 3), loss_on(lm))
+    weights.close()
+    weights, steps = make(lm), list[int]()
+    train(Run(weights, "one", Schedule(3, 0.01), file, 3), loss_on(lm), progress=counting(steps))
+    assert steps == [2, 3]
+    found = weights.state("one")
+    weights.close()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_ctrl_c_is_held_back_not_lost() -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_finished_run_takes_no_step(lm: LanguageModel, tmp_path: Path) -> None:
     for _ in range(2):
         weights = lora(lm)
@@ -146,19 +190,6 @@ def test_checkpoints_are_written_on_the_way(lm: LanguageModel, tmp_path: Path, m
     run.restore(None)
     weights.close()
     assert run.step == 3
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Files cannot grow beyond `size` bytes, as on a disk without room."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(lm: LanguageModel, tmp_path: Path) -> None:
