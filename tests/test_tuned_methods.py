@@ -14,7 +14,7 @@ from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named, method_names
 from steering_vectors.methods.bipo import bidirectional_loss, middle_block
 from steering_vectors.methods.rahf import DualOptions, contrastive_loss
-from steering_vectors.methods.tuning import TuningOptions, drawn
+from steering_vectors.methods.tuning import TuningOptions, drawn, tuned_weights
 from steering_vectors.profile import Profile
 from steering_vectors.steered import steerable
 from tests.planted import OPTIONS, planted_model, planted_task
@@ -52,6 +52,28 @@ def test_the_first_step_is_what_finds_it(method: str) -> None:
     task = planted_task(lm, method)
     untuned = replace(task, options={**task.options, "epochs": 1e-9, "learning_rate": 1e-9})
     assert alignment(method, untuned, axis) < 0.2
+
+
+def test_the_instructions_own_trace_is_taken_off() -> None:
+    """Exactly what contrast-prompts finds in the untuned model; with it left in, SCIT is the paper's."""
+    lm, _ = planted_model()
+    task = planted_task(lm, "rahf-scit")
+    instructions = {key: task.options[key] for key in ("positive", "negative")}
+    untuned = replace(task, options=method_named("contrast-prompts").complete(instructions))
+    published = method_named("rahf-scit").find(replace(task, options={**task.options, "baseline": "none"}))
+    wanted = published[1] - method_named("contrast-prompts").find(untuned)[1]
+    torch.testing.assert_close(method_named("rahf-scit").find(task)[1], wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_only_blocks_up_to_the_one_that_is_read_are_tuned(tuning: str) -> None:
+    lm, _ = planted_model()
+    task = planted_task(lm, "rahf-dual")
+    for blocks, changed in (("lower", [True, True, False]), ("all", [True, True, True])):
+        options = DualOptions(**{**task.options, "tuning": tuning, "blocks": blocks})
+        with tuned_weights(task, options, ["good"], {}) as weights, weights.use("good"):
+            inside = {id(p) for p in weights.parameters("good")}
+            assert [any(id(p) in inside for p in block.parameters()) for block in lm.blocks[:3]] == changed
 
 
 def test_full_tuning_finds_it_too() -> None:
@@ -135,12 +157,17 @@ def test_options_are_read_and_checked() -> None:
         method.complete({"rank": "many"})
     with pytest.raises(FitError, match="option tuning is 'half', not one of lora, full"):
         TuningOptions(tuning="half").schedule(10)
+    with pytest.raises(FitError, match="option blocks is 'upper', not one of lower, all"):
+        TuningOptions(blocks="upper").schedule(10)
+    task = planted_task(planted_model()[0], "rahf-scit")
+    with pytest.raises(FitError, match="option baseline is 'tuned', not one of untuned, none"):
+        method_named("rahf-scit").find(replace(task, options={**task.options, "baseline": "tuned"}))
     with pytest.raises(FitError, match="option batch must be positive"):
         TuningOptions(epochs=-1.0).schedule(10)
 
 
 def test_small_data_is_gone_through_more_often() -> None:
-    assert TuningOptions().schedule(100).steps == 300
+    assert TuningOptions().schedule(100).steps == 75
     assert TuningOptions().schedule(8000).steps == 1000
     assert DualOptions().schedule(8000).steps == 1500
     assert TuningOptions(epochs=1.0).schedule(100).steps == 7

@@ -7,7 +7,7 @@ checkpoints or of alignment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
@@ -15,20 +15,24 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch.nn.functional import logsigmoid
 
-from steering_vectors.contrast import Twin, mean_differences, pad_id, readings
+from steering_vectors.contrast import Twin, Weights, mean_differences, pad_id, readings
+from steering_vectors.errors import FitError
 from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.methods.registry import Directions, Method, Task
 from steering_vectors.methods.tuning import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
 from steering_vectors.weights import LoraShape, TunedWeights
 
 NONE_BESIDE: Mapping[str, LoraShape] = MappingProxyType({})
+BASELINES = ("untuned", "none")
 
 
 @dataclass(frozen=True, slots=True)
 class ScitOptions(TuningOptions):
-    """`smoothing` is ε of the contrastive term."""
+    """`smoothing` is ε of the contrastive term. `baseline` is untuned or none: whether what the instructions change in
+    the untuned model is taken off the difference."""
 
     smoothing: float = 0.2
+    baseline: str = "untuned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +132,26 @@ FIRST_STEPS = {
 
 
 def scit_difference(task: Task) -> Directions:
-    """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r), in the model of `scit_tuned`."""
+    """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r), in the model of `scit_tuned`
+
+    With baseline=untuned the same difference in the untuned model is taken off: the trace of the instructions' own
+    words, which a model that does not follow them carries as well. The paper has none.
+    """
+    options = task.read_options(ScitOptions)
+    if options.baseline not in BASELINES:
+        raise FitError(f"option baseline is {options.baseline!r}, not one of {', '.join(BASELINES)}")
     with scit_tuned(task) as first:
-        return _read(task, first, task.read_options(ScitOptions).responses)
+        found = _read(task, first.twins, options.responses, first.side)
+        if options.baseline == "untuned":
+            plain = _read(task, first.twins, options.responses, lambda _side: nullcontext())
+            found = {layer: direction - plain[layer] for layer, direction in found.items()}
+    return found
 
 
 def dual_difference(task: Task) -> Directions:
     """d = mean over responses r, and their tokens t, of h_t^good(p⁺, q, r) − h_t^bad(p⁺, q, r), by `dual_tuned`."""
     with dual_tuned(task) as first:
-        return _read(task, first, task.read_options(DualOptions).responses)
+        return _read(task, first.twins, task.read_options(DualOptions).responses, first.side)
 
 
 def target_blocks(num_layers: int) -> tuple[int, ...]:
@@ -157,14 +172,14 @@ def contrastive_loss(
     return (contrast - match).mean()
 
 
-def _read(task: Task, first: FirstStep, most: int) -> Directions:
+def _read(task: Task, twins: Sequence[Twin], most: int, weights: Weights) -> Directions:
     """The second step as vectors: mean differences between the two readings of responses from both sides."""
     found = mean_differences(
         task.lm,
-        first.twins[:: -(-len(first.twins) // most)],
+        twins[:: -(-len(twins) // most)],
         task.layers,
         tokens=task.tokens,
-        weights=first.side,
+        weights=weights,
         progress=task.progress,
     )
     return {layer: direction.to(torch.float32) for layer, direction in found.items()}

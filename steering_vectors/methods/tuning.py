@@ -106,7 +106,7 @@ def tune(
 ) -> None:
     """Train one set of weights on the samples, or take it from the cache, where it lies under a hash of all inputs."""
     schedule = options.schedule(len(samples))
-    settings = {**asdict(options), "responses": 0, "goal": "", "name": name, "seed": task.seed}
+    settings = {**asdict(options), "responses": 0, "baseline": "", "goal": "", "name": name, "seed": task.seed}
     settings["last_block"] = options.last_block(task.layers)
     file = tuned_directory(task.lm, twins, settings) / f"{name}.safetensors"
     run = Run(weights, name, schedule, file, task.seed)
