@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from steering_vectors.batches import Encoded
+from steering_vectors.calibration import SAMPLED_TOKENS
 from steering_vectors.profile import Profile
 from steering_vectors.propensity import Sides, propensity
 from steering_vectors.steered import SteeredModel, kl_divergence
@@ -106,16 +107,20 @@ def measure(
     tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The wanted-manner share of replies, their cost, and the accuracy on held-out pairs."""
+    """The wanted-manner share of replies, their cost, and the accuracy on held-out pairs.
+
+    KL is over as many tokens of a reply as calibration samples; later ones cost more, as texts drift apart.
+    """
     replies = condition.write(prompts, tokens=tokens, seed=seed)
     examples: list[Encoded] = [([*prompt, *reply], len(prompt)) for prompt, reply in zip(prompts, replies, strict=True)]
+    calibrated: list[Encoded] = [(ids[: start + SAMPLED_TOKENS], start) for ids, start in examples]
     texts = plain.lm.tokenizer.batch_decode(replies, skip_special_tokens=True)
     sums, counts = plain.log_likelihoods(examples, steer=False)
     marks = [bool(judge(text)) for text in texts]
     return {
         "share": sum(marks) / len(marks),
         "marks": "".join("01"[mark] for mark in marks),
-        "kl": condition.divergence(examples),
+        "kl": condition.divergence(calibrated),
         "perplexity": math.exp(-float(sums.sum() / counts.sum())),
         "accuracy": condition.accuracy(sides),
         "samples": texts[:3],

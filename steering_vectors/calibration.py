@@ -24,7 +24,7 @@ from steering_vectors.steered import SteeredModel, steerable
 
 DEFAULT_KL_BUDGET = 0.1  # nats per token
 SAMPLED_TOKENS = 48
-ROWS = 96  # texts per measurement; fewer prompts are sampled several times each
+ROWS = 192  # texts per measurement; fewer prompts are sampled several times each
 TOLERANCE = 0.03
 EVALUATIONS = 12
 START = 0.2  # of the largest coefficient

@@ -19,7 +19,7 @@ from steering_vectors.models import LanguageModel
 from steering_vectors.preferences import Preferences
 from steering_vectors.propensity import Sides
 
-PROMPTS = 32  # to calibrate on
+PROMPTS = 96  # to calibrate on
 WORDS = 5  # of a completion, where the data has no prompts
 
 
@@ -74,7 +74,7 @@ def encode_corpus(
 def sampling_prompts(
     tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, most: int | None, seed: int
 ) -> list[list[int]]:
-    """Up to 32 distinct prompts of at most `most` tokens, drawn from `seed`; the first five words of completions if the
+    """Up to 96 distinct prompts of at most `most` tokens, drawn from `seed`; the first five words of completions if the
     rows have no prompts. Raises DataError if none is short enough.
     """
     examples = [*pairs.positives, *pairs.negatives]

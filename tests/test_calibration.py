@@ -70,8 +70,8 @@ def test_what_is_recorded(lm: LanguageModel) -> None:
         "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
         "perplexity_bound", "curve",
     }  # fmt: skip
-    assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 96, 7)
-    assert 96 <= calibration["tokens"] <= 96 * 8
+    assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 192, 7)
+    assert 192 <= calibration["tokens"] <= 192 * 8
     assert calibration["kl_per_character"] > 0
 
 

@@ -102,7 +102,8 @@ def test_the_parts_share_no_prompt(lm: LanguageModel) -> None:
 def test_sampling_prompts(lm: LanguageModel) -> None:
     with_prompts, without = preferences(), preferences(kind="contrast", prompts=False)
     drawn = sampling_prompts(lm.tokenizer, with_prompts, most=None, seed=0)
-    assert len(drawn) == 32
+    assert len(drawn) == 60
+    assert len({tuple(prompt) for prompt in drawn}) == 60
     assert drawn == sampling_prompts(lm.tokenizer, with_prompts, most=None, seed=0)
     words = {" ".join(one.completion.split()[:5]) for one in (*without.positives, *without.negatives)}
     starts = [encode_example(lm.tokenizer, Example(None, text))[0] for text in words]
