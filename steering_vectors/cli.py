@@ -16,6 +16,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from steering_vectors.commands import (
+    ModelSource,
     bake_and_save,
     distill_and_save,
     evaluate_all,
@@ -28,6 +29,20 @@ from steering_vectors.commands import (
     show_profiles,
 )
 from steering_vectors.errors import FitError, ProfileError, TrimtabError
+from steering_vectors.flags import (
+    AsJson,
+    Columns,
+    Device,
+    Dtype,
+    KlBudget,
+    Model,
+    ProfileName,
+    ProfileNames,
+    Profiles,
+    Seed,
+    SkipBadRows,
+    SkipLongRows,
+)
 
 FAILED, INTERRUPTED = 2, 130
 STOPPED = "interrupted: nothing was stored; the same command begins anew, and tuning goes on from its last checkpoint"
@@ -72,30 +87,28 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
 @reporting_errors
 def fit_command(
     name: Annotated[str, typer.Argument(help="The profile's name: it is stored as NAME.safetensors.")],
-    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="Preference data: a file, `hf:NAME[:split]`, or `demo:warm` and its like.")],
     method: Annotated[str, typer.Option(help=METHODS_HELP)] = "mean-diff",
     layers: Annotated[str, typer.Option(help="auto, 12, 10-20 (both ends included) or 3,5,7.")] = "auto",
     tokens: Annotated[str, typer.Option(help="Read the mean over the `response`, or its `last` token.")] = "response",
-    out: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    out: Profiles = Path("profiles"),
     layering: Annotated[str, typer.Option(help="independent or incremental.")] = "independent",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    kl_budget: Annotated[float, typer.Option(help="Nats of KL per token that strength 1 costs.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal profiles.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    kl_budget: KlBudget = 0.1,
+    seed: Seed = 0,
     heldout_fraction: Annotated[float, typer.Option(help="Share of the rows that is not trained on.")] = 0.2,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 4096,
-    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
-    skip_long_rows: Annotated[
-        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
-    ] = False,
+    columns: Columns = "",
+    skip_bad_rows: SkipBadRows = False,
+    skip_long_rows: SkipLongRows = False,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="An option of the method, KEY=VALUE; may be repeated.")
     ] = None,
     description: Annotated[str, typer.Option(help="A sentence to store with it.")] = "",
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Leave the unit at 1.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     options = {
         "name": name, "method": method, "layers": layers, "tokens": tokens, "layering": layering, "seed": seed,
@@ -104,33 +117,31 @@ def fit_command(
         "options": parse_options(option or []),
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
-    path = fit_and_save(model, dtype, device, pairs, out, options, quiet=as_json)
+    path = fit_and_save(ModelSource(model, dtype, device), pairs, out, options, quiet=as_json)
     print_fitted(path, as_json)
 
 
 @reporting_errors
 def calibrate_command(
     profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles; it is replaced.")],
-    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    model: Model,
     data: Annotated[str, typer.Option(help="Whose prompts to calibrate on, as in fit; trained rows are left out.")],
-    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    profiles: Profiles = Path("profiles"),
     out: Annotated[Path | None, typer.Option(help="Store it in this directory instead.")] = None,
-    kl_budget: Annotated[float, typer.Option(help="Nats of KL per token that strength 1 costs.")] = 0.1,
+    kl_budget: KlBudget = 0.1,
     perplexity_bound: Annotated[
         float, typer.Option(help="Safe strengths keep perplexity within so many times the unsteered.")
     ] = 3.0,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal profiles.")] = 0,
-    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
-    skip_long_rows: Annotated[
-        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
-    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    columns: Columns = "",
+    skip_bad_rows: SkipBadRows = False,
+    skip_long_rows: SkipLongRows = False,
     allow_model_mismatch: Annotated[
         bool, typer.Option("--allow-model-mismatch", help="Calibrate a profile that was made for another model.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     path = find_profile(profile, profiles)
     options = {
@@ -138,15 +149,17 @@ def calibrate_command(
         "skip_long_rows": skip_long_rows, "allow_model_mismatch": allow_model_mismatch,
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
-    path = recalibrate_and_save(path, model, dtype, device, pairs, out or path.parent, options, quiet=as_json)
+    path = recalibrate_and_save(
+        path, ModelSource(model, dtype, device), pairs, out or path.parent, options, quiet=as_json
+    )
     print_fitted(path, as_json)
 
 
 @reporting_errors
 def evaluate_command(
     context: typer.Context,
-    profile: Annotated[list[str], typer.Argument(help="Files of profiles, or names in --profiles.")],
-    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    profile: ProfileNames,
+    model: Model,
     data: Annotated[str, typer.Option(help="Preference data, as in fit; rows that were trained on are left out.")] = "",
     suite: Annotated[str, typer.Option(help="preference, trust or all.")] = "preference",
     trust_data: Annotated[
@@ -161,7 +174,7 @@ def evaluate_command(
     ] = "rtp",
     trust_rows: Annotated[int, typer.Option(min=8, help="Rows to read of each vertical, at most.")] = 200,
     trust_randoms: Annotated[int, typer.Option(min=0, help="Random directions to compare trust with.")] = 5,
-    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    profiles: Profiles = Path("profiles"),
     report: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     strengths: Annotated[str, typer.Option(help="Comma-separated; 0 must be among them.")] = "-1,-0.5,0,0.5,1",
     rows: Annotated[int, typer.Option(min=8, help="Held-out rows to read, at most.")] = 256,
@@ -169,15 +182,13 @@ def evaluate_command(
     reward_samples: Annotated[
         int, typer.Option(min=0, help="Texts per prompt for the optimum of reward against KL; 0 leaves it out.")
     ] = 64,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal figures.")] = 0,
-    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
-    skip_long_rows: Annotated[
-        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    columns: Columns = "",
+    skip_bad_rows: SkipBadRows = False,
+    skip_long_rows: SkipLongRows = False,
+    as_json: AsJson = False,
 ) -> None:
     check_suite(context, suite)
     files = [find_profile(one, profiles) for one in profile]
@@ -190,21 +201,26 @@ def evaluate_command(
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows) if suite != "trust" else None
     found = evaluate_all(
-        files, model, dtype, device, pairs, options, trust if suite != "preference" else None, quiet=as_json
+        files,
+        ModelSource(model, dtype, device),
+        pairs,
+        options,
+        trust if suite != "preference" else None,
+        quiet=as_json,
     )
     print_evaluations(found, report, as_json)
 
 
 @reporting_errors
 def distill_command(
-    model: Annotated[str, typer.Option(help="`demo`, a directory, or a hub id.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="The folder to write: an adapter, or with --bake a model.")],
-    profile: Annotated[str, typer.Argument(help="A profile's file, or its name in --profiles.")] = "",
+    profile: ProfileName = "",
     method: Annotated[
         str, typer.Option(help="Instead of a profile: rahf-scit or rahf-dual, whose difference each token learns.")
     ] = "",
     data: Annotated[str, typer.Option(help="Whose responses the LoRA is fitted on, as in fit.")] = "",
-    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    profiles: Profiles = Path("profiles"),
     strength: Annotated[
         float | None, typer.Option(help="The strength to turn into weights: 1 for a profile, 5 for a method.")
     ] = None,
@@ -221,15 +237,13 @@ def distill_command(
     targets: Annotated[
         str, typer.Option(help="Its modules, comma-separated, or all-linear; peft's choice if empty.")
     ] = "",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal adapters.")] = 0,
-    columns: Annotated[str, typer.Option(help="Rename columns: prompt=question,chosen=matching.")] = "",
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unusable rows.")] = False,
-    skip_long_rows: Annotated[
-        bool, typer.Option("--skip-long-rows", help="Leave out rows longer than the model's context.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    seed: Seed = 0,
+    columns: Columns = "",
+    skip_bad_rows: SkipBadRows = False,
+    skip_long_rows: SkipLongRows = False,
+    as_json: AsJson = False,
 ) -> None:
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise FitError(f"{out} exists and is not empty: name a new folder")
@@ -239,9 +253,10 @@ def distill_command(
         raise FitError("give --data to fit a LoRA on its responses, or --bake for a profile, which needs none")
     if not method and (goal or layers or option):
         raise FitError("--goal, --layers and --option belong to --method; a profile has its own")
+    source = ModelSource(model, dtype, device)
     if bake:
         path = find_profile(profile, profiles)
-        print_made(bake_and_save(path, model, dtype, device, 1.0 if strength is None else strength, out), as_json)
+        print_made(bake_and_save(path, source, 1.0 if strength is None else strength, out), as_json)
         return
     given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
     settings = {
@@ -251,22 +266,22 @@ def distill_command(
     rest: dict[str, Any] = {"skip_long_rows": skip_long_rows}
     pairs = load_data(data, columns, skip_bad_rows)
     if method:
-        source: Path | dict[str, Any] = {
+        aim: Path | dict[str, Any] = {
             "method": method, "name": goal, "options": parse_options(option or []), "layers": layers,
             **({} if strength is None else {"strength": strength}),
         }  # fmt: skip
     else:
-        source = find_profile(profile, profiles)
+        aim = find_profile(profile, profiles)
         rest["strength"] = 1.0 if strength is None else strength
-    print_made(distill_and_save(source, model, dtype, device, pairs, out, settings, rest, quiet=as_json), as_json)
+    print_made(distill_and_save(aim, source, pairs, out, settings, rest, quiet=as_json), as_json)
 
 
 @reporting_errors
 def show_command(
-    profile: Annotated[list[str], typer.Argument(help="Files of profiles, or names in --profiles.")],
-    profiles: Annotated[Path, typer.Option(help="Where profiles are kept.")] = Path("profiles"),
+    profile: ProfileNames,
+    profiles: Profiles = Path("profiles"),
     html: Annotated[Path | None, typer.Option(help="Draw them in a page here instead.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object, or a list of several.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     show_profiles([find_profile(one, profiles) for one in profile], html, as_json)
 

@@ -8,10 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steering_vectors.errors import FitError
+
+if TYPE_CHECKING:
+    from steering_vectors.models import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model as the flags name it."""
+
+    model: str
+    dtype: str
+    device: str
+
+    def load(self) -> LanguageModel:
+        from transformers.utils.logging import disable_progress_bar
+
+        from steering_vectors.models import load_model
+
+        disable_progress_bar()
+        return load_model(self.model, dtype=self.dtype, device=self.device)
 
 
 def load_data(data: str, columns: str, skip_bad_rows: bool) -> Any:
@@ -22,52 +43,38 @@ def load_data(data: str, columns: str, skip_bad_rows: bool) -> Any:
     return load_pairs(data, columns=renames, skip_bad_rows=skip_bad_rows)
 
 
-def fit_and_save(
-    model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
-) -> Path:
+def fit_and_save(source: ModelSource, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool) -> Path:
     """`trimtab fit`: the file that holds the new profile."""
-    from transformers.utils.logging import disable_progress_bar
-
     from steering_vectors.display import progress_on_stderr
     from steering_vectors.fitting import fit
-    from steering_vectors.models import load_model
     from steering_vectors.storage import save_profile
 
-    disable_progress_bar()
-    lm = load_model(model, dtype=dtype, device=device)
+    lm = source.load()
     with progress_on_stderr(quiet=quiet) as progress:
         profile = fit(lm, None, pairs, progress=progress, **options)
     return save_profile(profile, out)
 
 
 def recalibrate_and_save(
-    path: Path, model: str, dtype: str, device: str, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
+    path: Path, source: ModelSource, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool
 ) -> Path:
     """`trimtab calibrate`: the file that holds the profile."""
-    from transformers.utils.logging import disable_progress_bar
-
     from steering_vectors.display import progress_on_stderr
-    from steering_vectors.models import load_model
     from steering_vectors.recalibration import recalibrate
     from steering_vectors.storage import load_profile, save_profile
 
-    disable_progress_bar()
     profile = load_profile(path)
-    lm = load_model(model, dtype=dtype, device=device)
+    lm = source.load()
     with progress_on_stderr(quiet=quiet) as progress:
         return save_profile(recalibrate(lm, profile, pairs, progress=progress, **options), out)
 
 
-def bake_and_save(path: Path, model: str, dtype: str, device: str, strength: float, out: Path) -> dict[str, Any]:
+def bake_and_save(path: Path, source: ModelSource, strength: float, out: Path) -> dict[str, Any]:
     """`trimtab distill --bake`: what was written where."""
-    from transformers.utils.logging import disable_progress_bar
-
     from steering_vectors.baking import bake
-    from steering_vectors.models import load_model
     from steering_vectors.storage import load_profile
 
-    disable_progress_bar()
-    profile, lm = load_profile(path), load_model(model, dtype=dtype, device=device)
+    profile, lm = load_profile(path), source.load()
     baked = bake(lm, profile, strength)
     try:
         baked.save_pretrained(out)
@@ -78,10 +85,8 @@ def bake_and_save(path: Path, model: str, dtype: str, device: str, strength: flo
 
 
 def distill_and_save(
-    source: Path | dict[str, Any],
-    model: str,
-    dtype: str,
-    device: str,
+    aim: Path | dict[str, Any],
+    source: ModelSource,
     pairs: Any,
     out: Path,
     settings: dict[str, Any],
@@ -91,24 +96,20 @@ def distill_and_save(
 ) -> dict[str, Any]:
     """`trimtab distill` of a profile's file, or of a method as `MethodTarget` has it: what was written where, and how
     near it comes."""
-    from transformers.utils.logging import disable_progress_bar
-
     from steering_vectors.display import progress_on_stderr
     from steering_vectors.distillation import PAPER_SETTINGS, DistillSettings, MethodTarget, distill, distill_method
     from steering_vectors.layers import parse_layers
-    from steering_vectors.models import load_model
     from steering_vectors.storage import load_profile
 
-    disable_progress_bar()
-    lm = load_model(model, dtype=dtype, device=device)
+    lm = source.load()
     with progress_on_stderr(quiet=quiet) as progress:
-        if isinstance(source, Path):
-            profile = load_profile(source)
+        if isinstance(aim, Path):
+            profile = load_profile(aim)
             found = distill(lm, profile, pairs, out, settings=DistillSettings(**settings), progress=progress, **rest)
             what = {"profile": profile.name, "version": profile.version}
         else:
-            layers = parse_layers(source["layers"], lm.num_layers) if source["layers"] else ()
-            target = MethodTarget(**{**source, "layers": layers})
+            layers = parse_layers(aim["layers"], lm.num_layers) if aim["layers"] else ()
+            target = MethodTarget(**{**aim, "layers": layers})
             paper = DistillSettings(**{**PAPER_SETTINGS[target.method], **settings})
             found = distill_method(lm, target, pairs, out, settings=paper, progress=progress, **rest)
             what = {"method": target.method}
@@ -118,9 +119,7 @@ def distill_and_save(
 
 def evaluate_all(
     files: list[Path],
-    model: str,
-    dtype: str,
-    device: str,
+    source: ModelSource,
     pairs: Any,
     options: dict[str, Any],
     trust: dict[str, Any] | None,
@@ -128,19 +127,15 @@ def evaluate_all(
     quiet: bool,
 ) -> list[dict[str, Any]]:
     """`trimtab evaluate`: one object per profile, of the suites whose `pairs` or `trust` is given."""
-    from transformers.utils.logging import disable_progress_bar
-
     from steering_vectors.display import progress_on_stderr
     from steering_vectors.evaluation import EvaluationSettings, evaluate
-    from steering_vectors.models import load_model
     from steering_vectors.storage import load_profile
     from steering_vectors.trust.suite import TrustSettings, evaluate_trust, prepare
 
-    disable_progress_bar()
     settings = EvaluationSettings(**options) if pairs is not None else None
     trust_settings = TrustSettings(**trust) if trust is not None else None
     stored = [load_profile(file) for file in files]
-    lm = load_model(model, dtype=dtype, device=device)
+    lm = source.load()
     verticals = prepare(lm, trust_settings) if trust_settings is not None else []
     found = []
     for profile in stored:

@@ -65,7 +65,7 @@ def test_fit_writes_a_profile_and_says_so(model: Path, data: Path, tmp_path: Pat
     text = result.stdout
     assert f"kind → {tmp_path}/kind.safetensors" in text
     assert "method mean-diff, layers 1, unit " in text
-    assert "strength 1 costs 0.1" in text
+    assert f"strength 1 costs {profile.calibration['kl_at_1']:.3g} nats of KL per token" in text
     assert "note: only 40 rows" in text
     assert f"trimtab show {tmp_path}/kind.safetensors" in text
     for strength in ("-1", "+0", "+1"):
