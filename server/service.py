@@ -16,7 +16,7 @@ from server.config import Settings
 from server.engine.engine import TorchEngine
 from server.engine.protocol import Engine
 from server.profiles import ProfileRegistry
-from steering_vectors.errors import ModelError, TrimtabError, Unavailable
+from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
 from steering_vectors.models import load_model
 
 logger = logging.getLogger(__name__)
@@ -120,5 +120,5 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error

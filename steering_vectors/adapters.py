@@ -11,7 +11,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from steering_vectors.errors import ModelError
+from steering_vectors.errors import ModelError, first_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -32,7 +32,6 @@ def merge_adapter(network: PreTrainedModel, folder: Path) -> PreTrainedModel:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             merged = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
     except Exception as error:  # a stranger's files: anything can be wrong in them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"adapter {folder} cannot be put into this model: {reason}") from error
+        raise ModelError(f"adapter {folder} cannot be put into this model: {first_line(error)}") from error
     merged.config.name_or_path = ""
     return cast(PreTrainedModel, merged.eval().requires_grad_(False))

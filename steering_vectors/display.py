@@ -18,6 +18,7 @@ from rich.table import Table
 from steering_vectors import batches
 from steering_vectors.frontier_plot import frontier_sentence
 from steering_vectors.profile import Profile
+from steering_vectors.report import margin_change
 from steering_vectors.report_trust import print_trust
 
 STAGES = {
@@ -141,8 +142,8 @@ def _print_preferences(console: Console, one: Mapping[str, Any]) -> None:
             f"{one['anti_steerable']:.0%} of the rows move the other way"
         )
     if one["random"]:
-        moves = [r["strengths"][-1]["margin"] - r["strengths"][0]["margin"] for r in one["random"]]
-        own = one["strengths"][-1]["margin"] - one["strengths"][0]["margin"]
+        moves = [margin_change(control["strengths"]) for control in one["random"]]
+        own = margin_change(one["strengths"])
         console.print(
             f"lowest to highest strength: {own:+.3f}; random directions {min(moves):+.3f} to {max(moves):+.3f}"
         )

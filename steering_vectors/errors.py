@@ -93,3 +93,8 @@ class Overloaded(RequestError):
 
 class Unavailable(RequestError):
     code = "unavailable"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's text, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

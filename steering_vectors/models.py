@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from steering_vectors.adapters import merge_adapter
-from steering_vectors.errors import ModelError
+from steering_vectors.errors import ModelError, first_line
 from steering_vectors.fingerprint import fingerprint_checkpoint, fingerprint_parameters
 from steering_vectors.hooks import Call, trace_calls
 from steering_vectors.profile import ModelIdentity
@@ -146,7 +146,7 @@ def _dry_run(model: PreTrainedModel) -> None:
             model(input_ids=ids, use_cache=False)
     except Exception as error:  # an architecture's own code: it may raise anything
         raise ModelError(
-            f"{type(model).__name__} cannot run on token ids alone, so its blocks cannot be found: {_brief(error)}"
+            f"{type(model).__name__} cannot run on token ids alone, so its blocks cannot be found: {first_line(error)}"
         ) from error
 
 
@@ -178,7 +178,7 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a stranger's files: anything can be wrong in them
-        raise ModelError(f"the tokenizer of {source!r} cannot be loaded: {_brief(error)}") from error
+        raise ModelError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"the tokenizer of {source!r} is not a transformers tokenizer")
     return tokenizer
@@ -191,18 +191,13 @@ def _load_network(source: str, dtype: torch.dtype | str, device: str) -> PreTrai
         )
         network = network.to(device).eval().requires_grad_(False)
     except Exception as error:  # a stranger's files: anything can be wrong in them
-        raise ModelError(f"model {source!r} cannot be loaded: {_brief(error)}") from error
+        raise ModelError(f"model {source!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"model {source!r} lacks weights for {len(missing)} of its parameters, {missing[0]!r} among them: "
             "the checkpoint is incomplete, or it is not one of a causal language model"
         )
     return cast(PreTrainedModel, network)
-
-
-def _brief(error: Exception) -> str:
-    """The first line of a foreign error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _served_name(model: str) -> str:

@@ -44,14 +44,13 @@ def _preferences(one: dict[str, Any]) -> str:
 
 def headline(one: dict[str, Any]) -> str:
     """What a reader should take away, in a sentence or two."""
-    low, high = one["strengths"][0], one["strengths"][-1]
-    change = high["margin"] - low["margin"]
+    low, high, change = one["strengths"][0], one["strengths"][-1], margin_change(one["strengths"])
     text = (
         f"From strength {low['strength']:+g} to {high['strength']:+g} the margin of preferred over rejected responses "
         f"moves by {change:+.3g} {one['unit']}, on {one['data']['read']} held-out rows."
     )
     if one["random"]:
-        others = [r["strengths"][-1]["margin"] - r["strengths"][0]["margin"] for r in one["random"]]
+        others = [margin_change(control["strengths"]) for control in one["random"]]
         outside = change > max(others) or change < min(others)
         text += (
             f" {len(others)} random directions of the same norm move it by {min(others):+.3g} to {max(others):+.3g}: "
@@ -60,6 +59,12 @@ def headline(one: dict[str, Any]) -> str:
     if "anti_steerable" in one:
         text += f" {one['anti_steerable']:.0%} of the rows move the other way."
     return text
+
+
+def margin_change(points: Sequence[dict[str, Any]]) -> float:
+    """How far the margin moves from the lowest strength to the highest."""
+    change: float = points[-1]["margin"] - points[0]["margin"]
+    return change
 
 
 def _margins(ax: Axes, one: dict[str, Any]) -> None:
