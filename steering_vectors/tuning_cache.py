@@ -29,11 +29,9 @@ def cache_directory() -> Path:
 
 def tuned_directory(lm: LanguageModel, twins: Sequence[Sequence[Twin]], settings: Mapping[str, Any]) -> Path:
     """The directory of the weights that come of this model, these examples and these settings."""
-    inputs = {
-        "model": asdict(lm.identity),
-        "dtype": str(lm.dtype),
-        "twins": [[(twin.positive, twin.negative, twin.response) for twin in side] for side in twins],
-        "settings": dict(settings),
-    }
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    return cache_directory() / "tuned" / key[:32]
+    inputs = {"model": asdict(lm.identity), "dtype": str(lm.dtype), "settings": dict(settings)}
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+    for number, side in enumerate(twins):
+        for twin in side:  # one by one, since all of them as one text take several times their memory
+            key.update(json.dumps([number, twin.positive, twin.negative, twin.response]).encode())
+    return cache_directory() / "tuned" / key.hexdigest()[:32]
