@@ -22,6 +22,7 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 table { border-collapse: collapse } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
 td:first-child, th:first-child { text-align: left } .lead { font-size: 1.15rem }
 .facts { margin-top: 1.5rem } .facts td { overflow-wrap: anywhere; text-align: left; vertical-align: top }
+.facts td:first-child { white-space: nowrap }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { max-width: 100%; height: auto }
 @media (max-width: 50rem) { .plots { display: block } table { display: block; overflow-x: auto } }
 .better { background: #dcefe3 } .worse { background: #f7dfd6 } .side { background: #f3ecd2 } small { color: #555 }
