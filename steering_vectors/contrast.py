@@ -136,19 +136,27 @@ def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Te
     return arguments
 
 
-def _group_difference(
-    lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], tokens: Tokens, weights: Weights
-) -> torch.Tensor:
-    """Σ over the group's responses, float64 `[layers, hidden]`."""
+def differences(
+    lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h⁺ − h⁻ at the response's columns, float32 `[layers, rows, response, hidden]` without gradients, and which of
+    these columns hold a response: bool `[rows, response]`."""
     sides = readings(group, pad_id(lm), lm.device)
     outputs = []
     for index, side in enumerate(sides):
         with weights(index), torch.no_grad():
             outputs.append(read(lm, side, layers))
-    response = sides[0].response  # [rows, response]
+    return outputs[0] - outputs[1], sides[0].response
+
+
+def _group_difference(
+    lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], tokens: Tokens, weights: Weights
+) -> torch.Tensor:
+    """Σ over the group's responses, float64 `[layers, hidden]`."""
+    difference, response = differences(lm, group, layers, weights)
     if tokens == "last":
         response = response & (response.cumsum(1) == response.sum(1, keepdim=True))
-    difference = (outputs[0] - outputs[1]).masked_fill(~response[None, :, :, None], 0)
+    difference = difference.masked_fill(~response[None, :, :, None], 0)
     means = difference.sum(2) / response.sum(1)[None, :, None]
     return means.sum(1).double().cpu()
 

@@ -1,14 +1,27 @@
-"""Random directions as controls, and the statistics that compare with them."""
+"""Random directions as controls, the statistics that compare with them, and the head of every measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
+
+
+def measured_profile(lm: LanguageModel, profile: Profile) -> dict[str, Any]:
+    """What every measurement says of the profile and the model it is about, ready for JSON."""
+    return {
+        "profile": profile.name,
+        "version": profile.version,
+        "method": profile.method,
+        "layers": list(profile.layers),
+        "model": lm.identity.id,
+    }
 
 
 def random_controls(profile: Profile, count: int, *, seed: int = 0) -> list[Profile]:

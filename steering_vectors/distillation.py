@@ -202,7 +202,9 @@ class _Student:
 
     def loss(self, twins: Sequence[Twin]) -> torch.Tensor:
         """Mean distance over blocks, responses and their tokens; inside `weights.use`."""
-        reading, base, shift = self._goal(twins)
+        return self._distance(*self._goal(twins))
+
+    def _distance(self, reading: Reading, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return _mean(read(self.lm, reading, self.target.layers) - base - shift, reading)
 
     def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:
@@ -219,7 +221,7 @@ class _Student:
             with self.weights.use(NAME), torch.no_grad():
                 reading, base, shift = self._goal(part)
                 before += float(_mean(shift.expand_as(base), reading)) * len(part)
-                after += float(self.loss(part)) * len(part)
+                after += float(self._distance(reading, base, shift)) * len(part)
         return before / len(twins), after / len(twins)
 
     def _cut(self, twins: Sequence[Twin]) -> list[Twin]:

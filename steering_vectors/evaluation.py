@@ -15,7 +15,7 @@ import torch
 
 from steering_vectors.batches import Encoded, Progress
 from steering_vectors.calibration import SAMPLED_TOKENS
-from steering_vectors.controls import bootstrap, random_controls
+from steering_vectors.controls import bootstrap, measured_profile, random_controls
 from steering_vectors.corpus import Corpus, context_length, encode_corpus, prompts_with_room
 from steering_vectors.curve import curve_record, measure_point
 from steering_vectors.errors import DataError, FitError
@@ -84,11 +84,7 @@ def evaluate(
         bench = _Bench(steered, sides, settings, progress)
         own = bench.measure(profile)
         return {
-            "profile": profile.name,
-            "version": profile.version,
-            "method": profile.method,
-            "layers": list(profile.layers),
-            "model": lm.identity.id,
+            **measured_profile(lm, profile),
             "data": {"rows": corpus.pairs.rows, "read": len(sides.positives), "sha256": pairs.sha256},
             "unit": "nats per response" if sides.paired else "nats per token",
             **own,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from steering_vectors.contrast import Twin, pad_id, read, readings
+from steering_vectors.contrast import Twin, differences
 from steering_vectors.methods.rahf import FirstStep
 from steering_vectors.models import LanguageModel
 
@@ -51,8 +51,4 @@ class TokenDifferences:
     strength: float
 
     def shift(self, twins: Sequence[Twin]) -> torch.Tensor:
-        outputs = []
-        for index, side in enumerate(readings(twins, pad_id(self.lm), self.lm.device)):
-            with self.first.side(index), torch.no_grad():
-                outputs.append(read(self.lm, side, self.layers))
-        return self.strength * (outputs[0] - outputs[1])
+        return self.strength * differences(self.lm, twins, self.layers, self.first.side)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from steering_vectors.batches import Progress
-from steering_vectors.controls import random_controls
+from steering_vectors.controls import measured_profile, random_controls
 from steering_vectors.errors import FitError
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
@@ -104,11 +104,7 @@ def evaluate_trust(
                     progress("trust", done, total, vertical.name)
             found[vertical.name] = bench.report(seen[0], seen[1:])
     return {
-        "profile": profile.name,
-        "version": profile.version,
-        "method": profile.method,
-        "layers": list(profile.layers),
-        "model": lm.identity.id,
+        **measured_profile(lm, profile),
         "trust": found,
     }
 
