@@ -41,6 +41,15 @@ class Twin:
     def length(self) -> int:
         return self.prompt_length + len(self.response)
 
+    @property
+    def shared(self) -> tuple[int, int]:
+        """How many tokens both prompts begin and end with, none counted twice."""
+        most = min(len(self.positive), len(self.negative))
+        if self.positive == self.negative:
+            return most, 0
+        ends = _common(self.positive[::-1], self.negative[::-1], most)
+        return _common(self.positive, self.negative, most - ends), ends
+
 
 def plain_twin(ids: Sequence[int], start: int) -> Twin:
     """A response that begins at `start`, after one and the same prompt on both sides."""
@@ -56,11 +65,12 @@ class Reading:
     there is a response.
     """
 
+    start: int
     ids: torch.Tensor  # [rows, columns]
     mask: torch.Tensor  # [rows, columns] bool
     positions: torch.Tensor  # [rows, columns]
     response: torch.Tensor  # [rows, columns - start] bool
-    start: int
+    instruction: torch.Tensor  # [rows, columns] bool: where the prompts of both sides differ
 
 
 Weights = Callable[[int], AbstractContextManager[object]]
@@ -112,8 +122,8 @@ def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tup
     start = max(twin.prompt_length for twin in group)
     begins = torch.tensor([start - twin.prompt_length for twin in group])
     return (
-        _reading([(twin.positive, twin.response) for twin in group], start, begins, pad, device),
-        _reading([(twin.negative, twin.response) for twin in group], start, begins, pad, device),
+        _reading([(twin.positive, twin) for twin in group], start, begins, pad, device),
+        _reading([(twin.negative, twin) for twin in group], start, begins, pad, device),
     )
 
 
@@ -162,21 +172,29 @@ def _group_difference(
 
 
 def _reading(
-    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    rows: Sequence[tuple[tuple[int, ...], Twin]],
     start: int,
     begins: torch.Tensor,
     pad: int,
     device: torch.device | str,
 ) -> Reading:
-    width = max(len(response) for _, response in rows)
+    width = max(len(twin.response) for _, twin in rows)
     ids = torch.full((len(rows), start + width), pad)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(rows):
-        first, end = start - len(prompt), start + len(response)
-        ids[row, first:end] = torch.tensor([*prompt, *response])
+    mask, instruction = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, twin) in enumerate(rows):
+        first, end = start - len(prompt), start + len(twin.response)
+        ids[row, first:end] = torch.tensor([*prompt, *twin.response])
         mask[row, first:end] = True
+        heads, tails = twin.shared
+        instruction[row, first + heads : start - tails] = True
     positions = (torch.arange(ids.shape[1]) - begins.unsqueeze(1)).clamp_min(0)
-    return Reading(ids.to(device), mask.to(device), positions.to(device), mask[:, start:].to(device), start)
+    placed = [tensor.to(device) for tensor in (ids, mask, positions, mask[:, start:], instruction)]
+    return Reading(start, *placed)
+
+
+def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+    """How many tokens both begin with, at most so many."""
+    return next((place for place in range(most) if one[place] != other[place]), most)
 
 
 def _width(group: Sequence[Twin]) -> int:

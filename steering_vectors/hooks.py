@@ -6,6 +6,7 @@ given mixes, and each step is told which rows it runs and at which positions ste
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from steering_vectors.errors import SteeringError
+from steering_vectors.errors import FitError, SteeringError
+from steering_vectors.masks import hide
 from steering_vectors.mixture import Mixture
 
 Rows = slice | torch.Tensor
@@ -72,6 +74,22 @@ def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterat
         return with_block_output(output, hidden + (where.unsqueeze(-1) * shift).to(hidden))
 
     with registered([block.register_forward_hook(hook)]):
+        yield
+
+
+@contextmanager
+def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]:
+    """Make these blocks attend to `columns` (bool `[batch, positions]`) from these columns alone, in the passes run
+    inside. Raises FitError in a pass, if a block takes no attention mask or one of another form."""
+
+    def hook(block: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = inspect.signature(block.forward).bind(*args, **kwargs)
+        if "attention_mask" not in call.signature.parameters:
+            raise FitError(f"{type(block).__name__} takes no attention mask, so no token can be hidden from it")
+        call.arguments["attention_mask"] = hide(call.arguments.get("attention_mask"), columns)
+        return call.args, call.kwargs
+
+    with registered([block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]):
         yield
 
 

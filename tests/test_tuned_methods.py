@@ -162,6 +162,8 @@ def test_options_are_read_and_checked() -> None:
     task = planted_task(planted_model()[0], "rahf-scit")
     with pytest.raises(FitError, match="option baseline is 'tuned', not one of untuned, none"):
         method_named("rahf-scit").find(replace(task, options={**task.options, "baseline": "tuned"}))
+    with pytest.raises(FitError, match="option instruction is 'upper', not one of lower, all"):
+        method_named("rahf-scit").find(replace(task, options={**task.options, "instruction": "upper"}))
     with pytest.raises(FitError, match="option batch must be positive"):
         TuningOptions(epochs=-1.0).schedule(10)
 

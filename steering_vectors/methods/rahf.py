@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from steering_vectors.contrast import Twin, Weights, mean_differences, pad_id, readings
 from steering_vectors.errors import FitError
+from steering_vectors.hiding import check_hiding
 from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.methods.registry import Directions, Method, Task
 from steering_vectors.methods.tuning import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
@@ -24,15 +25,36 @@ from steering_vectors.weights import LoraShape, TunedWeights
 
 NONE_BESIDE: Mapping[str, LoraShape] = MappingProxyType({})
 BASELINES = ("untuned", "none")
+SIGHTS = ("lower", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class ScitOptions(TuningOptions):
     """`smoothing` is ε of the contrastive term. `baseline` is untuned or none: whether what the instructions change in
-    the untuned model is taken off the difference."""
+    the untuned model is taken off the difference.
+
+    `instruction` tells which blocks the instruction is seen by: lower, up to the highest that is read, or all. Blocks
+    above that see it can read the manner off its own tokens, and then the response's tokens, whose difference is read,
+    need not carry it.
+    """
 
     smoothing: float = 0.2
     baseline: str = "untuned"
+    instruction: str = "lower"
+
+    def check(self) -> None:
+        """Raise FitError for a value that there is not."""
+        for name, value, known in (("baseline", self.baseline, BASELINES), ("instruction", self.instruction, SIGHTS)):
+            if value not in known:
+                raise FitError(f"option {name} is {value!r}, not one of {', '.join(known)}")
+
+    def unseeing(self, task: Task) -> Sequence[torch.nn.Module]:
+        """The blocks that the instruction is hidden from. Raises FitError if it cannot be."""
+        first = max(task.layers) + 1
+        if self.instruction == "all" or first == len(task.lm.blocks):
+            return ()
+        check_hiding(task.lm, first)
+        return task.lm.blocks[first:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +87,17 @@ def scit_tuned(task: Task, beside: Beside = NONE_BESIDE) -> Iterator[FirstStep]:
 
         L = −log P_match + (1−ε)(−log s) + ε(−log(1−s)),   ε = 0.2
 
-    Paper: RAHF-SCIT (arXiv:2312.15997, §3), with the token shift and the response mask that its code lacks.
+    Paper: RAHF-SCIT (arXiv:2312.15997, §3), with the token shift and the response mask that its code lacks. There every
+    block sees the instruction (`instruction=all`).
     """
     options, (good, bad) = task.read_options(ScitOptions), scit_sides(task)
+    options.check()
+    unseeing = options.unseeing(task)
     samples = [(twin, 1.0) for twin in good] + [(twin, -1.0) for twin in bad]
 
     def loss(batch: Sequence[tuple[Twin, float]]) -> torch.Tensor:
         labels = torch.tensor([label for _, label in batch], device=task.lm.device)
-        positive, negative = mean_log_likelihoods(task.lm, [twin for twin, _ in batch])
+        positive, negative = mean_log_likelihoods(task.lm, [twin for twin, _ in batch], unseeing)
         return contrastive_loss(positive, negative, labels, options.smoothing)
 
     with tuned_weights(task, options, ["scit"], beside) as weights:
@@ -138,8 +163,6 @@ def scit_difference(task: Task) -> Directions:
     words, which a model that does not follow them carries as well. The paper has none.
     """
     options = task.read_options(ScitOptions)
-    if options.baseline not in BASELINES:
-        raise FitError(f"option baseline is {options.baseline!r}, not one of {', '.join(BASELINES)}")
     with scit_tuned(task) as first:
         found = _read(task, first.twins, options.responses, first.side)
         if options.baseline == "untuned":

@@ -18,6 +18,7 @@ import torch
 from steering_vectors.batches import Progress
 from steering_vectors.contrast import Twin, pad_id, readings
 from steering_vectors.errors import FitError
+from steering_vectors.hooks import hiding
 from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.methods.contrast_prompts import InstructionOptions, task_twins
 from steering_vectors.methods.registry import Task
@@ -144,10 +145,16 @@ def _order(count: int, epoch: int, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def mean_log_likelihoods(lm: LanguageModel, twins: Sequence[Twin]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability of the responses' tokens under either prompt, `[twins]` each."""
-    positive, negative = (
-        sums / counts
-        for sums, counts in (response_log_likelihoods(lm, side) for side in readings(twins, pad_id(lm), lm.device))
-    )
-    return positive, negative
+def mean_log_likelihoods(
+    lm: LanguageModel, twins: Sequence[Twin], unseeing: Sequence[torch.nn.Module] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean log-probability of the responses' tokens under either prompt, `[twins]` each.
+
+    The `unseeing` blocks do not attend from the rest of the text to where both prompts differ.
+    """
+    means = []
+    for side in readings(twins, pad_id(lm), lm.device):
+        with hiding(unseeing, side.instruction):
+            sums, counts = response_log_likelihoods(lm, side)
+        means.append(sums / counts)
+    return means[0], means[1]
