@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from steering_vectors.batches import Progress
+from steering_vectors.batches import Encoded, Progress
 from steering_vectors.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
 from steering_vectors.errors import FitError
 from steering_vectors.models import LanguageModel
@@ -24,10 +24,14 @@ from steering_vectors.steered import SteeredModel, steerable
 
 DEFAULT_KL_BUDGET = 0.1  # nats per token
 SAMPLED_TOKENS = 48
-ROWS = 192  # texts per measurement; fewer prompts are sampled several times each
-TOLERANCE = 0.03
-EVALUATIONS = 12
+ROWS = 384  # texts; fewer prompts are sampled several times each
+ROUGH_ROWS = 96  # of them, that the first search looks at
+TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
+EVALUATIONS, ROUGH_EVALUATIONS = 6, 10
+ROUNDS = 3  # of writing texts and searching on them
+NEAR = 0.05  # texts written at c stand for those written at c·exp(±NEAR)
 START = 0.2  # of the largest coefficient
+LEAST_MOVE = 1.03  # by which the search moves until there is a bracket
 TINY = 1e-12
 LEAST_SAFE = 0.1
 
@@ -65,36 +69,29 @@ def calibrate(
     with the `max_strength` up to which steered texts' perplexity is within `perplexity_bound` times that of unsteered.
 
     The mean is over the steered positions of texts that the steered model writes after the prompts (T = 1, at most
-    `tokens` each, up to and with the token that ends one), over the whole vocabulary. Every candidate c is measured
-    with the same random numbers. The search ends within 3 % of the budget or after 12 measurements. If even the c that
-    makes the shift as long as the median residual norm at some block stays below the budget, that c is taken and
-    `unreached` stored. The safe range is read from the curve (see `measure_curve`), a tenth at least. Raises FitError
-    without prompts, residual norms, a positive budget or a bound above 1.
+    `tokens` each, up to and with the token that ends one), over the whole vocabulary. A search comes near on 96 texts,
+    written anew for every candidate c with the same random numbers. From there 384 texts are written, and a second
+    search reads these alone, since the KL of texts written anew jumps from one c to the next; it ends within 3 % of the
+    budget, and is repeated, at most three times, if it moved c by over 5 %. If even the c that makes the shift as long
+    as the median residual norm at some block stays below the budget, that c is taken and `unreached` stored. The safe
+    range is read from the curve (see `measure_curve`), a tenth at least. Raises FitError without prompts, residual
+    norms, a positive budget or a bound above 1.
     """
     if not prompts:
         raise FitError("there is no prompt to calibrate on; add rows with other prompts")
     check_budget(kl_budget)
     check_bound(perplexity_bound)
     rows = [prompts[i % len(prompts)] for i in range(max(ROWS, len(prompts)))]
-    costs: dict[float, Cost] = {}
     with steerable(lm) as steered:
-
-        def kl_at(coefficient: float) -> float:
-            costs[coefficient] = cost_at(steered, replace(profile, unit=coefficient), rows, tokens=tokens, seed=seed)
-            if progress is not None:
-                progress("calibrate", len(costs), EVALUATIONS)
-            return costs[coefficient].per_token
-
-        found = search(kl_at, largest_coefficient(profile), kl_budget, tolerance=TOLERANCE, evaluations=EVALUATIONS)
-        if progress is not None:
-            progress("calibrate", EVALUATIONS, EVALUATIONS)
+        bench = _Bench(steered, profile, rows, tokens, seed, progress)
+        found, cost = bench.find_unit(kl_budget)
         profile = replace(profile, unit=found.coefficient)
         curve = measure_curve(
             steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
         )
     calibration = {
         "kl_budget": kl_budget,
-        **_record(costs[found.coefficient], prompts),
+        **_record(cost, prompts),
         "unreached": found.unreached,
         "texts": len(rows),
         "seed": seed,
@@ -115,18 +112,73 @@ def _record(cost: Cost, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def cost_at(
-    steered: SteeredModel, profile: Profile, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int
-) -> Cost:
-    """What a profile costs at strength 1, over texts that the steered model writes. Raises FitError if not finite."""
+class _Bench:
+    """What a profile costs at one coefficient or another, and the one at which it costs the budget."""
+
+    def __init__(
+        self,
+        steered: SteeredModel,
+        profile: Profile,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self._steered, self._profile, self._prompts = steered, profile, prompts
+        self._tokens, self._seed, self._progress = tokens, seed, progress
+        self._done = 0
+
+    def find_unit(self, budget: float) -> tuple[Reached, Cost]:
+        """Where the budget is met, and what texts cost there."""
+        largest = largest_coefficient(self._profile)
+        few = self._prompts[:ROUGH_ROWS]
+        found = search(
+            lambda c: self._cost(c, self._texts(c, few)).per_token, largest, budget,
+            start=START * largest, tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
+        )  # fmt: skip
+        for _ in range(ROUNDS):
+            written = found.coefficient
+            found, cost = self._find_on(self._texts(written, self._prompts), largest, budget, written)
+            if abs(math.log(found.coefficient / written)) <= NEAR:
+                break
+        self._tell(last=True)
+        return found, cost
+
+    def _find_on(self, texts: Sequence[Encoded], largest: float, budget: float, start: float) -> tuple[Reached, Cost]:
+        costs: dict[float, Cost] = {}
+
+        def kl_at(coefficient: float) -> float:
+            costs[coefficient] = self._cost(coefficient, texts)
+            return costs[coefficient].per_token
+
+        found = search(kl_at, largest, budget, start=start, tolerance=TOLERANCE, evaluations=EVALUATIONS)
+        return found, costs[found.coefficient]
+
+    def _texts(self, coefficient: float, prompts: Sequence[Sequence[int]]) -> list[Encoded]:
+        self._steered.write(replace(self._profile, unit=coefficient), 1.0)
+        texts = self._steered.sample(prompts, tokens=self._tokens, seed=self._seed)
+        return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+
+    def _cost(self, coefficient: float, texts: Sequence[Encoded]) -> Cost:
+        self._tell()
+        return cost_of(self._steered, replace(self._profile, unit=coefficient), texts)
+
+    def _tell(self, *, last: bool = False) -> None:
+        expected = ROUGH_EVALUATIONS + EVALUATIONS
+        self._done += 1
+        if self._progress is not None:
+            self._progress("calibrate", expected if last else min(self._done, expected - 1), expected)
+
+
+def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded]) -> Cost:
+    """What a profile costs at strength 1 over given texts. Raises FitError if that is not finite."""
     steered.write(profile, 1.0)
-    texts = steered.sample(prompts, tokens=tokens, seed=seed)
-    examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
-    sums, counts = steered.divergences(examples)
+    sums, counts = steered.divergences(texts)
     total, count = float(sums.sum()), int(counts.sum())
     if not math.isfinite(total):
         raise FitError("the steered model's logits are not finite: load the model with --dtype float32")
-    characters = sum(len(text) for text in steered.lm.tokenizer.batch_decode(texts, skip_special_tokens=True))
+    written = [list(ids[start:]) for ids, start in texts]
+    characters = sum(len(text) for text in steered.lm.tokenizer.batch_decode(written, skip_special_tokens=True))
     return Cost(total / max(count, 1), total / characters if characters else None, count)
 
 
@@ -143,17 +195,23 @@ def largest_coefficient(profile: Profile) -> float:
 
 
 def search(
-    kl_at: Callable[[float], float], largest: float, budget: float, *, tolerance: float, evaluations: int
+    kl_at: Callable[[float], float],
+    largest: float,
+    budget: float,
+    *,
+    start: float,
+    tolerance: float,
+    evaluations: int,
 ) -> Reached:
     """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by bisection on log c.
 
-    KL grows about as c² while it is small, so the search begins at a fifth of the largest c and goes where that law
-    points until the budget is bracketed; then each step tries the point that a straight line in log-log through the
+    KL grows about as c² while it is small, so the search goes from `start` where that law points until the budget is
+    bracketed; then each step tries the point that a straight line in log-log through the
     bracket's ends predicts, and halves the bracket where that falls outside its middle 90 %.
     """
     low: Reached | None = None
     high: Reached | None = None
-    best, guess = Reached(largest, math.inf), START * largest
+    best, guess = Reached(largest, math.inf), start
     for _ in range(evaluations):
         tried = Reached(guess, kl_at(guess))
         if _distance(tried, budget) < _distance(best, budget):
@@ -173,7 +231,7 @@ def _next(low: Reached | None, high: Reached | None, largest: float, budget: flo
     end = low or high
     assert end is not None
     factor = math.sqrt(budget / max(end.kl, TINY))
-    factor = min(max(factor, 1.1), 10.0) if low else max(min(factor, 0.9), 0.1)
+    factor = min(max(factor, LEAST_MOVE), 10.0) if low else max(min(factor, 1 / LEAST_MOVE), 0.1)
     return min(end.coefficient * factor, largest)
 
 

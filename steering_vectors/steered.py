@@ -23,7 +23,8 @@ from steering_vectors.profile import Profile
 
 CACHES = ("past_key_values", "cache_params")  # a model without either (RWKV's state is wrong in batches) rereads
 LOGITS_PER_BATCH = 2**27  # numbers, so that a large vocabulary shrinks the batch
-SPREAD = 32  # prompts that are sampled together differ by at most so many tokens in length
+SPREAD = 32  # prompts that are sampled together differ by at most so many tokens in length,
+SAMPLED_TOGETHER = 2**15  # and with what is written to them are so many tokens, which bounds the cache's memory
 
 
 class SteeredModel:
@@ -82,7 +83,7 @@ class SteeredModel:
         """
         uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
         texts: dict[int, list[int]] = {}
-        for group in _similar([len(prompt) for prompt in prompts]):
+        for group in _similar([len(prompt) for prompt in prompts], tokens):
             rows = self._sample_group([prompts[index] for index in group], uniforms[group].to(self.lm.device))
             texts.update(zip(group, rows, strict=True))
         return [texts[index] for index in range(len(prompts))]
@@ -177,11 +178,12 @@ def _accepts(lm: LanguageModel, argument: str) -> bool:
     return argument in inspect.signature(lm.model.forward).parameters
 
 
-def _similar(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups, by length, none spread further than SPREAD."""
+def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in groups, by length, none spread further than SPREAD or, with `tokens` more a row, too large."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        if groups and lengths[index] - lengths[groups[-1][0]] <= SPREAD:
+        room = (lengths[index] + tokens) * (len(groups[-1]) + 1) <= SAMPLED_TOGETHER if groups else False
+        if room and lengths[index] - lengths[groups[-1][0]] <= SPREAD:
             groups[-1].append(index)
         else:
             groups.append([index])

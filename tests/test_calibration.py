@@ -70,8 +70,8 @@ def test_what_is_recorded(lm: LanguageModel) -> None:
         "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
         "perplexity_bound", "curve",
     }  # fmt: skip
-    assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 192, 7)
-    assert 192 <= calibration["tokens"] <= 192 * 8
+    assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 384, 7)
+    assert 384 <= calibration["tokens"] <= 384 * 8
     assert calibration["kl_per_character"] > 0
 
 
@@ -118,7 +118,7 @@ def test_the_search_finds_the_root_of_any_power(power: float, root: float) -> No
         calls.append(coefficient)
         return 0.1 * (coefficient / root) ** power
 
-    found = search(kl_at, 10.0, 0.1, tolerance=0.03, evaluations=12)
+    found = search(kl_at, 10.0, 0.1, start=2.0, tolerance=0.03, evaluations=12)
     assert found.kl == pytest.approx(0.1, rel=0.03)
     assert len(calls) <= 12
     assert not found.unreached
