@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.engine.protocol import Finished, GenerationRequest
+from server.engine.protocol import Delta, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generations import Result
+from server.logprobs import CompletionLogprobs, chat_logprobs
+from server.token_texts import TokenTexts
 from steering_vectors.mixture import Mixture
 
 Json = dict[str, Any]
@@ -45,9 +47,11 @@ class OpenAIAnswer(ABC):
     """
 
     model: str
+    fingerprint: str
     mixture: Mixture
     requests: Sequence[GenerationRequest]
     id: str
+    texts: TokenTexts
     n: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -56,7 +60,7 @@ class OpenAIAnswer(ABC):
         choices = [
             {
                 "index": index,
-                **self._text(result.text),
+                **self._whole(index, result),
                 **self._ending(result.finished),
                 "generation_id": self.requests[index].id,
             }
@@ -67,14 +71,17 @@ class OpenAIAnswer(ABC):
 
     def opening(self, index: int) -> Json:
         """The first chunk of a choice."""
-        return self._chunk(index, {**self._first(), "finish_reason": None, "generation_id": self.requests[index].id})
+        head = {"logprobs": None, "finish_reason": None, "generation_id": self.requests[index].id}
+        return self._chunk(index, {**self._first(index), **head})
 
-    def piece(self, index: int, text: str) -> Json:
-        return self._chunk(index, {**self._delta(text), "finish_reason": None})
+    def piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None:
+        """The chunk of an event; None if it tells nothing yet."""
+        told = self._piece(index, event)
+        return None if told is None else self._chunk(index, {**told, "finish_reason": None})
 
     def closing(self, index: int, finished: Finished) -> Json:
         """The last chunk of a choice."""
-        return self._chunk(index, {**self._last(), **self._ending(finished)})
+        return self._chunk(index, {**self._last(), "logprobs": None, **self._ending(finished)})
 
     def usage_chunk(self, finished: Sequence[Finished]) -> Json:
         """The chunk after the last choice, for clients that asked for it."""
@@ -88,13 +95,18 @@ class OpenAIAnswer(ABC):
         return {**self._head(self._chunk_kind), "choices": [{"index": index, **choice}]}
 
     def _head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
     def _ending(self, finished: Finished) -> Json:
         return {
             "finish_reason": finished.reason,
             "stop_reason": finished.matched_stop,
-            "logprobs": None,
             "steering": receipt(self.mixture, [finished]),
         }
 
@@ -107,13 +119,13 @@ class OpenAIAnswer(ABC):
     def _chunk_kind(self) -> str: ...
 
     @abstractmethod
-    def _text(self, text: str) -> Json: ...
+    def _whole(self, index: int, result: Result) -> Json: ...
 
     @abstractmethod
-    def _first(self) -> Json: ...
+    def _first(self, index: int) -> Json: ...
 
     @abstractmethod
-    def _delta(self, text: str) -> Json: ...
+    def _piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None: ...
 
     @abstractmethod
     def _last(self) -> Json: ...
@@ -126,34 +138,57 @@ class ChatAnswer(OpenAIAnswer):
     _kind = "chat.completion"
     _chunk_kind = "chat.completion.chunk"
 
-    def _text(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text}}
+    def _whole(self, index: int, result: Result) -> Json:
+        message = {"role": "assistant", "content": result.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(index, result.logprobs)}
 
-    def _first(self) -> Json:
+    def _first(self, index: int) -> Json:
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def _delta(self, text: str) -> Json:
-        return {"delta": {"content": text}}
+    def _piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None:
+        if isinstance(event, PromptLogprobs) or not (event.text or event.logprobs):
+            return None
+        return {"delta": {"content": event.text}, "logprobs": self._logprobs(index, event.logprobs)}
 
     def _last(self) -> Json:
         return {"delta": {}}
 
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Json | None:
+        return chat_logprobs(self.texts, tokens) if self.requests[index].logprobs is not None else None
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionAnswer(OpenAIAnswer):
-    """A text completion; its chunks have the form of the whole."""
+    """A text completion; its chunks have the form of the whole. With `echoed`, the prompts' texts, each choice begins
+    with its prompt."""
 
     _kind = "text_completion"
     _chunk_kind = "text_completion"
 
-    def _text(self, text: str) -> Json:
-        return {"text": text}
+    echoed: Sequence[str] | None = None
+    _told: dict[int, CompletionLogprobs] = field(default_factory=dict)
 
-    def _first(self) -> Json:
-        return {"text": ""}
+    def _whole(self, index: int, result: Result) -> Json:
+        request = self.requests[index]
+        tokens = [*result.prompt_logprobs, *result.logprobs]
+        first = request.prompt_ids[0] if request.prompt_logprobs is not None else None
+        logprobs = None if request.logprobs is None else CompletionLogprobs(self.texts).of(tokens, first=first)
+        return {"text": self._prompt(index) + result.text, "logprobs": logprobs}
 
-    def _delta(self, text: str) -> Json:
-        return {"text": text}
+    def _first(self, index: int) -> Json:
+        return {"text": self._prompt(index) if self.requests[index].prompt_logprobs is None else ""}
+
+    def _piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None:
+        request = self.requests[index]
+        told = self._told.setdefault(index, CompletionLogprobs(self.texts))
+        if isinstance(event, PromptLogprobs):
+            return {"text": self._prompt(index), "logprobs": told.of(event.tokens, first=request.prompt_ids[0])}
+        if not (event.text or event.logprobs):
+            return None
+        return {"text": event.text, "logprobs": None if request.logprobs is None else told.of(event.logprobs)}
 
     def _last(self) -> Json:
         return {"text": ""}
+
+    def _prompt(self, index: int) -> str:
+        return "" if self.echoed is None else self.echoed[index // self.n]

@@ -17,7 +17,9 @@ from server.engine.protocol import (
     EventStream,
     Finished,
     GenerationRequest,
+    PromptLogprobs,
     SamplingParameters,
+    TokenLogprob,
 )
 from steering_vectors.errors import RequestError, TrimtabError, Unavailable
 from steering_vectors.mixture import Mixture
@@ -31,10 +33,12 @@ class GenerationFailed(TrimtabError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A choice that has ended: its whole text, and its last event."""
+    """A choice that has ended: its whole text, its last event, and the log-probabilities that were asked for."""
 
     text: str
     finished: Finished
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Generations:
@@ -58,6 +62,8 @@ class Generations:
         *,
         n: int = 1,
         most: int,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Generations:
         """Hand all choices to the engine; if it refuses one, none runs. Raises RequestError and its kinds.
 
@@ -69,7 +75,9 @@ class Generations:
                 param="n",
             )
         requests = [
-            GenerationRequest(new_id("gen"), ids, sampling, mixture, choice) for ids in prompts for choice in range(n)
+            GenerationRequest(new_id("gen"), ids, sampling, mixture, choice, logprobs, prompt_logprobs)
+            for ids in prompts
+            for choice in range(n)
         ]
         streams: list[EventStream] = []
         try:
@@ -99,23 +107,30 @@ class Generations:
 
     async def results(self) -> list[Result]:
         """Wait for all choices. Raises as `events` does, and closes the rest."""
-        texts: list[list[str]] = [[] for _ in self.requests]
-        ends: dict[int, Finished] = {}
+        received: list[list[Event]] = [[] for _ in self.requests]
         try:
             async for index, event in self.events():
-                if isinstance(event, Delta):
-                    texts[index].append(event.text)
-                else:
-                    ends[index] = event
+                received[index].append(event)
         finally:
             await self.close()
-        return [Result("".join(texts[index]), ends[index]) for index in range(len(self))]
+        return [_result(events) for events in received]
 
     async def close(self) -> None:
         """Cancel what still runs. Never waits, so it also works in a task that is being cancelled."""
         for pump in self._pumps:
             pump.cancel()
         await _close(self._streams)
+
+
+def _result(events: Sequence[Event]) -> Result:
+    deltas = [event for event in events if isinstance(event, Delta)]
+    (finished,) = (event for event in events if isinstance(event, Finished))
+    return Result(
+        "".join(delta.text for delta in deltas),
+        finished,
+        tuple(one for delta in deltas for one in delta.logprobs),
+        tuple(one for event in events if isinstance(event, PromptLogprobs) for one in event.tokens),
+    )
 
 
 def new_id(prefix: str) -> str:

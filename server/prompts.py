@@ -10,6 +10,7 @@ import asyncio
 
 from transformers import PreTrainedTokenizerBase
 
+from server.engine.detokenizer import decode_text
 from server.schemas.prompts import EncodingBody
 from steering_vectors.chat import Message, encode_prompt
 
@@ -32,6 +33,11 @@ async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: E
         return tuple(ids)
 
     return await asyncio.to_thread(work) if _length(prompt) > LONG_TEXT else work()
+
+
+def echo(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> str:
+    """The text of a prompt, as it begins an answer that repeats it."""
+    return prompt if isinstance(prompt, str) else decode_text(tokenizer, (), prompt)
 
 
 def _length(prompt: str | tuple[Message, ...]) -> int:

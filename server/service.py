@@ -7,8 +7,10 @@ closing. Knows nothing of routes.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
+from functools import cached_property
 
 import torch
 
@@ -16,8 +18,10 @@ from server.config import Settings
 from server.engine.engine import TorchEngine
 from server.engine.protocol import Engine
 from server.profiles import ProfileRegistry
+from server.token_texts import TokenTexts
 from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
 from steering_vectors.models import load_model
+from steering_vectors.storage import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,17 @@ class Service:
     def model_name(self) -> str:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.language_model.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells one model, dtype and version of this server from another, as OpenAI's `system_fingerprint`."""
+        lm = self.engine.language_model
+        described = f"{lm.identity.fingerprint}/{lm.dtype}/{installed_version()}"
+        return f"fp_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.engine.language_model.tokenizer)
 
     @property
     def most_generations(self) -> int:

@@ -119,7 +119,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
             "field 'messages[0].content': a content part of type 'image_url' is not supported, only text",
         ),
         ({"max_tokens": True}, 400, "max_tokens", "field 'max_tokens': it should be a valid integer, not true"),
-        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1; 0 is for completions with echo"),
         (
             {"max_completion_tokens": 2},
             400,
@@ -137,7 +137,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ),
         ({"stop": ["x"] * 17}, 400, "stop", "field 'stop': list should have at most 16 items after validation, not 17"),
         ({"stop": ""}, 400, "stop", "a stop string must not be empty"),
-        ({"logprobs": True}, 400, "logprobs", "field 'logprobs' is not supported: leave it out or set it to false"),
+        ({"top_logprobs": 2}, 400, "top_logprobs", "top_logprobs needs logprobs: set logprobs to true"),
+        ({"echo": True}, 400, "echo", "field 'echo' is not supported: leave it out or set it to false"),
         ({"tools": [{}]}, 400, "tools", "field 'tools' is not supported: leave it out or set it to []"),
         (
             {"response_format": {"type": "json_object"}},
@@ -188,7 +189,11 @@ def test_chat_refuses(client: httpx.Client, change: dict[str, Any], status: int,
             "prompt",
             "the prompt has 64 tokens; the context holds 64, prompt and completion together: shorten the prompt",
         ),
-        ({"echo": True}, "echo", "field 'echo' is not supported: leave it out or set it to false"),
+        (
+            {"top_logprobs": 2},
+            "top_logprobs",
+            "field 'top_logprobs' is not supported: leave it out or set it to 0",
+        ),
         ({"best_of": 2}, "best_of", "field 'best_of' is not supported: leave it out or set it to 1"),
         ({"suffix": "x"}, "suffix", "field 'suffix' is not supported: leave it out or set it to \"\""),
         (

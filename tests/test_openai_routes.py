@@ -63,7 +63,8 @@ def test_a_chat_completion(client: httpx.Client, engine: TorchEngine) -> None:
     (choice,) = whole["choices"]
     assert whole["id"].startswith("chatcmpl-")
     assert (whole["object"], whole["model"], whole["steering"]) == ("chat.completion", "demo", [])
-    assert choice["message"] == {"role": "assistant", "content": choice["message"]["content"]}
+    assert choice["message"] == {"role": "assistant", "content": choice["message"]["content"], "refusal": None}
+    assert whole["system_fingerprint"].startswith("fp_")
     assert choice["generation_id"].startswith("gen-")
     assert (choice["index"], choice["finish_reason"]) == (0, "length")
     prompt = encode_prompt(engine.language_model.tokenizer, [Message("user", MESSAGES[0]["content"])])

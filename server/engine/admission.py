@@ -13,15 +13,16 @@ from steering_vectors.models import LanguageModel
 DEFAULT_CONTEXT = 4096
 
 
-def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context: int) -> None:
-    """Raise RequestError if a prompt is empty, has an id outside of the vocabulary, or leaves no room for a token."""
+def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context: int, writes: bool) -> None:
+    """Raise RequestError if a prompt is empty, has an id outside of the vocabulary, or does not fit the context, with
+    room for a token if any is to be written."""
     reject(not prompt_ids, "the prompt is empty", "prompt")
     reject(
         any(not 0 <= token < vocabulary for token in prompt_ids),
         f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
         "prompt",
     )
-    if len(prompt_ids) >= context:
+    if len(prompt_ids) > context - writes:
         raise RequestError(
             f"the prompt has {len(prompt_ids)} tokens; the context holds {context}, prompt and completion together: "
             "shorten the prompt",

@@ -39,6 +39,11 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], c
     return _after(_decode(tokenizer, prompt_ids), _decode(tokenizer, [*prompt_ids, *completion_ids]))
 
 
+def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens are bytes, written in the alphabet of byte-level tokenizers."""
+    return _reading(tokenizer).byte_level
+
+
 class Detokenizer:
     """The text of one completion while its tokens arrive, up to a stop string.
 

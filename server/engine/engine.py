@@ -8,16 +8,18 @@ the scheduler's, what a token becomes is the sampler's and the detokenizer's.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from server.engine.admission import check_prompt, checked_context, eos_ids
 from server.engine.detokenizer import Detokenizer
+from server.engine.likelihoods import token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.protocol import (
     Delta,
@@ -26,6 +28,8 @@ from server.engine.protocol import (
     Finished,
     FinishReason,
     GenerationRequest,
+    PromptLogprobs,
+    TokenLogprob,
 )
 from server.engine.runner import Work
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
@@ -41,6 +45,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SLOTS = 16
 DEFAULT_QUEUE = 1024
 DEFAULT_CHUNK = 256
+NOT_FINITE = "the model's logits are not finite; the strength may be too high"
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +56,7 @@ class Row:
     sampler: RowSampler
     detokenizer: Detokenizer
     mailbox: Mailbox
+    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
 
 
 class TorchEngine:
@@ -167,7 +173,8 @@ class TorchEngine:
             raise Unavailable("the engine is shut down")
         if request.id in self._live:
             raise Conflict(f"a generation with id {request.id!r} is running already", param="id")
-        check_prompt(request.prompt_ids, vocabulary=self._language_model.vocab_size, context=self._context)
+        vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
+        check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
         for term in request.mixture.terms:
             self.load_profile(term.profile)
@@ -204,15 +211,36 @@ class TorchEngine:
         for sequence in self._scheduler.admit():
             self._bank.write(sequence.slot, sequence.request.mixture)
         for batch in self._scheduler.schedule():
-            if batch:
-                self._compute(batch)
+            for scores in (True, False):
+                if part := [chunk for chunk in batch if chunk.scores is scores]:
+                    self._compute(part, self._score(part) if scores else self._runner.forward(_works(part)))
 
-    def _compute(self, batch: list[Chunk]) -> None:
-        logits = self._runner.forward([_work(chunk) for chunk in batch])
+    def _score(self, batch: list[Chunk]) -> torch.Tensor:
+        """Note the log-probabilities of prompts' tokens; the logits of each chunk's last token."""
+        found = self._runner.forward_all(_works(batch))
+        for chunk, logits in zip(batch, found, strict=True):
+            row, request = self._row(chunk), chunk.sequence.request
+            targets = request.prompt_ids[chunk.start + 1 : chunk.end + 1]
+            tops = [request.prompt_logprobs or 0] * len(targets)
+            scores = token_logprobs(logits[: len(targets)], targets, tops)
+            row.scores += scores
+            if any(math.isnan(one.logprob) for one in scores):
+                self._finish(row, "error", NOT_FINITE)
+            elif chunk.end == chunk.sequence.prompt_length:
+                self._outbox.put(row.mailbox, PromptLogprobs(tuple(row.scores)))
+                row.scores = []
+        return torch.stack([logits[-1] for logits in found])
+
+    def _compute(self, batch: list[Chunk], logits: torch.Tensor) -> None:
+        """Go on from the logits of each chunk's last token."""
         for chunk in batch:
+            if chunk.sequence.finish is not None:
+                continue
             self._count(chunk)
             self._scheduler.advance(chunk)
-        drawing = [index for index, chunk in enumerate(batch) if chunk.samples]
+            if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
+                self._finish(self._row(chunk), "length")
+        drawing = [index for index, chunk in enumerate(batch) if chunk.samples and chunk.sequence.finish is None]
         if drawing:
             logits = logits if len(drawing) == len(batch) else logits[drawing]
             self._draw([self._row(batch[index]) for index in drawing], logits)
@@ -222,15 +250,16 @@ class TorchEngine:
             tokens = sample(logits, [row.sampler for row in rows])
         except NonFiniteLogits as failure:
             for index in failure.rows:
-                self._finish(rows[index], "error", "the model's logits are not finite; the strength may be too high")
+                self._finish(rows[index], "error", NOT_FINITE)
             sound = [index for index in range(len(rows)) if index not in failure.rows]
             if sound:
                 self._draw([rows[index] for index in sound], logits[sound])
             return
-        for row, token in zip(rows, tokens, strict=True):
-            self._accept(row, token)
+        chances = _chances(rows, logits, tokens)
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            self._accept(row, token, chances.get(place, ()))
 
-    def _accept(self, row: Row, token: int) -> None:
+    def _accept(self, row: Row, token: int, chances: tuple[TokenLogprob, ...]) -> None:
         """Append a drawn token to its row, send its text, end the row if it was the last."""
         sequence, sampling = row.sequence, row.sequence.request.sampling
         sequence.ids.append(token)
@@ -241,7 +270,7 @@ class TorchEngine:
         elif token in self._eos_ids and not sampling.ignore_eos:
             self._finish(row, "stop")
         else:
-            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,)))
+            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,), chances))
             if row.detokenizer.matched_stop is not None:
                 self._finish(row, "stop", matched=row.detokenizer.matched_stop)
             elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
@@ -312,5 +341,15 @@ class TorchEngine:
                 return
 
 
-def _work(chunk: Chunk) -> Work:
-    return Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from)
+def _works(batch: list[Chunk]) -> list[Work]:
+    return [Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from) for chunk in batch]
+
+
+def _chances(rows: list[Row], logits: torch.Tensor, tokens: list[int]) -> dict[int, tuple[TokenLogprob]]:
+    """Log-probabilities of the tokens just drawn, by place among the rows, where they are wanted."""
+    wanted = {place: top for place, row in enumerate(rows) if (top := row.sequence.request.logprobs) is not None}
+    if not wanted:
+        return {}
+    places = list(wanted)
+    found = token_logprobs(logits[places], [tokens[place] for place in places], list(wanted.values()))
+    return {place: (one,) for place, one in zip(places, found, strict=True)}

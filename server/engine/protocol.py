@@ -23,8 +23,8 @@ class SamplingParameters:
     """How the next token is drawn. Temperature 0 is greedy. `max_tokens` None means up to the context's end.
 
     Order: penalties and logit_bias on the logits, then temperature, then top_k, top_p, min_p. `repetition_penalty`
-    looks at prompt and completion (Keskar et al. 2019), presence and frequency at the completion (OpenAI). Raises
-    RequestError that names the field.
+    looks at prompt and completion (Keskar et al. 2019), presence and frequency at the completion (OpenAI). With
+    `max_tokens` 0 the prompt is computed and nothing is written. Raises RequestError that names the field.
     """
 
     temperature: float = 1.0
@@ -55,7 +55,7 @@ class SamplingParameters:
         reject(not 0 < self.top_p <= 1, f"top_p must lie above 0 and up to 1, not {self.top_p!r}", "top_p")
         reject(self.top_k < 0, f"top_k must be 0 (all) or more, not {self.top_k}", "top_k")
         limit = self.max_tokens
-        reject(limit is not None and limit < 1, f"max_tokens must be at least 1, not {limit}", "max_tokens")
+        reject(limit is not None and limit < 0, f"max_tokens must be 0 or more, not {limit}", "max_tokens")
         reject(self.min_tokens < 0, f"min_tokens must be 0 or more, not {self.min_tokens}", "min_tokens")
         reject(
             limit is not None and self.min_tokens > limit,
@@ -69,7 +69,10 @@ class SamplingParameters:
 class GenerationRequest:
     """One row's worth of work: a tokenised prompt, how to sample, how to steer.
 
-    `id` is unique among live requests. `choice` is the index i among `n` choices: it draws from (seed, i).
+    `id` is unique among live requests. `choice` is the index i among `n` choices: it draws from (seed, i). `logprobs`
+    and `prompt_logprobs` ask for the log-probability of each token written, and of each of the prompt, with so many of
+    the likeliest beside it. `given` says that the last so many of `prompt_ids` are a completion to be scored: steering
+    of what is generated begins before them.
     """
 
     id: str
@@ -77,14 +80,36 @@ class GenerationRequest:
     sampling: SamplingParameters = SamplingParameters()
     mixture: Mixture = Mixture()
     choice: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    given: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """log P of a token in nats, by the model as it was steered, before penalties, bias and temperature; and the
+    likeliest tokens at its place, as (id, log P) in descending order."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Sent before the first Delta where `prompt_logprobs` asked for it: one for each prompt token but the first."""
+
+    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Newly stable text of a generation, and the ids that completed it (their texts may come later)."""
+    """Newly stable text of a generation, and the ids that completed it (their texts may come later), with their
+    log-probabilities where `logprobs` asked for them."""
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +130,7 @@ class Finished:
     matched_stop: str | int | None = None
 
 
-Event = Delta | Finished
+Event = PromptLogprobs | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)

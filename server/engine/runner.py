@@ -42,7 +42,7 @@ class Work:
 
 
 class Runner(ABC):
-    """Computes logits of each row's last token, `[rows, vocabulary]`, and keeps what later steps need."""
+    """Computes logits and keeps what later steps need."""
 
     path: ClassVar[str]
     chunked: bool = True  # whether a prompt may be computed in pieces
@@ -54,7 +54,12 @@ class Runner(ABC):
         self.device = language_model.device
 
     @abstractmethod
-    def forward(self, batch: Items[Work]) -> torch.Tensor: ...
+    def forward(self, batch: Items[Work]) -> torch.Tensor:
+        """Logits of each row's last token, `[rows, vocabulary]`."""
+
+    @abstractmethod
+    def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
+        """Logits of all of each row's tokens, `[tokens, vocabulary]` a row."""
 
     def release(self, slot: int) -> None:  # noqa: B027 (optional)
         """Forget a slot's state."""
@@ -86,13 +91,25 @@ class BatchedRunner(Runner):
     def forward(self, batch: Items[Work]) -> torch.Tensor:
         width = max(len(work.ids) for work in batch)
         rows, padded = self._rows(batch, width)
-        span, ids, last = self._inputs(padded, rows, width)
-        where = self._where(padded, width)
-        positions = {"position_ids": span.positions} if self._takes_positions else {}
-        with self.cache.spanning(span), self.bank.step(rows, where), self._selector.select(last):
-            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions)
-        logits: torch.Tensor = output.logits[:, 0]
+        logits = self._logits(rows, padded, width, self._tensor([[len(work.ids) - 1] for work in padded]))[:, 0]
         return logits if len(padded) == len(batch) else logits[[work.slot - padded[0].slot for work in batch]]
+
+    def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
+        width = max(len(work.ids) for work in batch)
+        rows, padded = self._rows(batch, width)
+        logits = self._logits(rows, padded, width, self._tensor([list(range(width))] * len(padded)))
+        places = {work.slot: place for place, work in enumerate(padded)}
+        return [logits[places[work.slot], : len(work.ids)] for work in batch]
+
+    def _logits(self, rows: Rows, batch: list[Work], width: int, wanted: torch.Tensor) -> torch.Tensor:
+        """`[rows, k, vocabulary]` at the wanted places `[rows, k]` among each row's tokens."""
+        span, ids = self._inputs(batch, rows, width)
+        where = self._where(batch, width)
+        positions = {"position_ids": span.positions} if self._takes_positions else {}
+        with self.cache.spanning(span), self.bank.step(rows, where), self._selector.select(wanted):
+            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions)
+        logits: torch.Tensor = output.logits
+        return logits
 
     def scrub(self, slot: int) -> None:
         self.cache.zero(slot)
@@ -114,7 +131,7 @@ class BatchedRunner(Runner):
             return slice(first, end), idle
         return torch.tensor([work.slot for work in batch], device=self.device), list(batch)
 
-    def _inputs(self, batch: Items[Work], rows: Rows, width: int) -> tuple[Span, torch.Tensor, torch.Tensor]:
+    def _inputs(self, batch: Items[Work], rows: Rows, width: int) -> tuple[Span, torch.Tensor]:
         ids, positions, columns = [], [], []
         for work in batch:
             padding = width - len(work.ids)
@@ -128,8 +145,7 @@ class BatchedRunner(Runner):
         length = min(self.context, -(-longest // BUCKET) * BUCKET)
         tensor = self._tensor
         index = tensor([work.slot for work in batch]).unsqueeze(1)
-        last = tensor([len(work.ids) - 1 for work in batch]).unsqueeze(1)
-        return Span(rows, index, tensor(positions), tensor(columns), length), tensor(ids), last
+        return Span(rows, index, tensor(positions), tensor(columns), length), tensor(ids)
 
     def _where(self, batch: Items[Work], width: int) -> torch.Tensor | None:
         """None, the fast case, if every position of every steered row is steered."""
@@ -160,7 +176,10 @@ class RowRunner(Runner):
         self._states: dict[int, Any] = {}
 
     def forward(self, batch: Items[Work]) -> torch.Tensor:
-        return torch.cat([self._row(work) for work in batch])
+        return torch.stack([logits[-1] for logits in self.forward_all(batch)])
+
+    def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
+        return [self._row(work) for work in batch]
 
     def release(self, slot: int) -> None:
         self._states.pop(slot, None)
@@ -176,7 +195,7 @@ class RowRunner(Runner):
         with self.bank.step(slice(work.slot, work.slot + 1), where):
             output = self.model(**inputs)
         self._states[work.slot] = output[self._state_name]
-        return last_logits(output)
+        return last_logits(output, len(work.ids))
 
 
 class RecomputingRunner(Runner):
@@ -189,7 +208,10 @@ class RecomputingRunner(Runner):
         self._ids: dict[int, list[int]] = {}
 
     def forward(self, batch: Items[Work]) -> torch.Tensor:
-        return torch.cat([self._row(work) for work in batch])
+        return torch.stack([logits[-1] for logits in self.forward_all(batch)])
+
+    def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
+        return [self._row(work) for work in batch]
 
     def release(self, slot: int) -> None:
         self._ids.pop(slot, None)
@@ -200,10 +222,10 @@ class RecomputingRunner(Runner):
         ids = torch.tensor([whole.ids], device=self.device)
         where = torch.tensor([whole.steered()], device=self.device)
         with self.bank.step(slice(work.slot, work.slot + 1), where):
-            return last_logits(self.model(input_ids=ids, use_cache=False))
+            return last_logits(self.model(input_ids=ids, use_cache=False), len(work.ids))
 
 
-def last_logits(output: Any) -> torch.Tensor:
-    """Logits of the last position, `[rows, vocabulary]`, in what a model returned."""
+def last_logits(output: Any, count: int = 1) -> torch.Tensor:
+    """Logits of the last positions `[count, vocabulary]` in what a model returned for one row."""
     logits: torch.Tensor = output.logits
-    return logits[:, -1]
+    return logits[0, -count:]

@@ -46,7 +46,7 @@ class Sequence:
         mixture = self.request.mixture
         if mixture.is_neutral:
             return None
-        return 0 if mixture.apply_to == "all" else self.prompt_length - 1
+        return 0 if mixture.apply_to == "all" else self.prompt_length - self.request.given - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +69,11 @@ class Chunk:
     def samples(self) -> bool:
         """Whether the chunk reaches the sequence's last token, so that the next one can be drawn."""
         return self.end == len(self.sequence.ids)
+
+    @property
+    def scores(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted, and this is of the prompt."""
+        return self.sequence.request.prompt_logprobs is not None and self.start < self.sequence.prompt_length
 
     @property
     def steered_positions(self) -> int:

@@ -10,20 +10,17 @@ from fastapi.responses import JSONResponse
 
 from server.answers import ChatAnswer, CompletionAnswer, OpenAIAnswer
 from server.dependencies import EngineDep, ModelNameDep, RegistryDep, ReporterDep, ServiceDep
-from server.engine.protocol import Delta, Finished
+from server.engine.protocol import Finished
 from server.errors import ErrorReporter
 from server.generations import Generations, new_id
 from server.json_bodies import StrictRoute
-from server.profiles import ProfileRegistry
-from server.prompts import Prompt, encode
+from server.prompts import Prompt, echo, encode
 from server.schemas.openai import ChatBody, CompletionBody, OpenAIBody
 from server.schemas.prompts import messages_of
 from server.service import Service
-from server.steering import WantedSteering, parse_steering, split_model
 from server.streams import DONE, EventStreamResponse, frame, while_connected
 from steering_vectors.chat import chat_template_source
-from steering_vectors.errors import SteeringError, UnknownModel
-from steering_vectors.mixture import Mixture
+from steering_vectors.errors import UnknownModel
 from steering_vectors.profile import Profile
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
@@ -33,14 +30,17 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
 async def chat_completions(body: ChatBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
     """Write the next turn of a conversation, steered as asked."""
     prompts = [messages_of(body.messages)]
-    answer, generations = await _start(ChatAnswer, new_id("chatcmpl"), body, prompts, service)
+    generations, described = await _start(body, prompts, service)
+    answer = ChatAnswer(id=new_id("chatcmpl"), **described)
     return await _respond(answer, generations, body, request, reporter)
 
 
 @router.post("/completions")
 async def completions(body: CompletionBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
     """Continue one text or several, steered as asked."""
-    answer, generations = await _start(CompletionAnswer, new_id("cmpl"), body, body.prompt, service)
+    generations, described = await _start(body, body.prompt, service)
+    echoed = [echo(service.engine.language_model.tokenizer, one) for one in body.prompt] if body.echo else None
+    answer = CompletionAnswer(id=new_id("cmpl"), **described, echoed=echoed)
     return await _respond(answer, generations, body, request, reporter)
 
 
@@ -70,32 +70,26 @@ def _origin(base: str, profile: Profile) -> dict[str, str]:
     return {"parent": base, "profile": profile.name, "version": profile.version}
 
 
-def mixture_of(body: OpenAIBody, base: str, registry: ProfileRegistry) -> Mixture:
-    """What the model's alias or the steering field asks for. Raises RequestError and its kinds."""
-    alias = split_model(body.model, base)
-    if alias is None:
-        wanted = body.steering.wanted() if body.steering is not None else WantedSteering()
-    elif body.steering is None:
-        wanted = WantedSteering(parse_steering(alias))
-    else:
-        raise SteeringError(
-            f"both the model's alias {body.model!r} and the field steering steer: use only one of them",
-            param="steering",
-        )
-    return wanted.resolve(registry.find)
-
-
-async def _start(
-    kind: type[OpenAIAnswer], answer_id: str, body: OpenAIBody, prompts: Sequence[Prompt], service: Service
-) -> tuple[OpenAIAnswer, Generations]:
-    """Hand every choice to the engine, so that what is wrong with a request is said before the answer begins."""
-    engine = service.engine
-    mixture = mixture_of(body, service.model_name, service.registry)
-    sampling = body.sampling()
+async def _start(body: OpenAIBody, prompts: Sequence[Prompt], service: Service) -> tuple[Generations, dict[str, Any]]:
+    """Hand every choice to the engine, so that what is wrong with a request is said before the answer begins; and
+    what all answers are made of."""
+    engine, most = service.engine, service.most_generations
+    mixture = body.wanted_steering(service.model_name).resolve(service.registry.find)
+    sampling, logprobs = body.sampling(), body.most_likely
     body.check_stream_options()
     ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
-    generations = await Generations.start(engine, ids, sampling, mixture, n=body.n, most=service.most_generations)
-    return kind(body.model, mixture, generations.requests, answer_id, body.n), generations
+    scored = logprobs if body.echoes else None
+    generations = await Generations.start(
+        engine, ids, sampling, mixture, n=body.n, most=most, logprobs=logprobs, prompt_logprobs=scored
+    )
+    return generations, {
+        "model": body.model,
+        "fingerprint": service.fingerprint,
+        "mixture": mixture,
+        "requests": generations.requests,
+        "texts": service.token_texts,
+        "n": body.n,
+    }
 
 
 async def _respond(
@@ -130,10 +124,10 @@ async def _chunks(
         if isinstance(event, Finished):
             ends[index] = event
             last = len(ends) == len(generations) and not include_usage
-            chunk = answer.closing(index, event)
-            yield answer.with_receipt(chunk, list(ends.values())) if last else chunk
-        elif isinstance(event, Delta) and event.text:
-            yield answer.piece(index, event.text)
+            closing = answer.closing(index, event)
+            yield answer.with_receipt(closing, list(ends.values())) if last else closing
+        elif (chunk := answer.piece(index, event)) is not None:
+            yield chunk
     if include_usage:
         finished = [ends[index] for index in range(len(generations))]
         yield answer.with_receipt(answer.usage_chunk(finished), finished)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import NoOps
-from server.schemas.openai import COMPLETION_TOKENS
+from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
 from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, messages_of
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
@@ -21,7 +21,9 @@ from steering_vectors.errors import RequestError, SteeringError
 class GenerateBody(SamplingBody, EncodingBody):
     """One prompt, or one conversation; one answer."""
 
-    no_ops: ClassVar[NoOps] = {**NO_OPS, "n": (1,), "stream_options": ()}
+    no_ops: ClassVar[NoOps] = {
+        **NO_OPS, "n": (1,), "stream_options": (), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,)
+    }  # fmt: skip
 
     prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
     messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")
@@ -31,7 +33,7 @@ class GenerateBody(SamplingBody, EncodingBody):
     stream: bool = Field(False, description="Answer with server-sent events.")
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
-        return super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens)
+        return refuse_no_tokens(super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens))
 
     def wanted_steering(self) -> WantedSteering:
         """Raises SteeringError where the three steering fields contradict each other."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import Body, NoOps
@@ -12,10 +12,21 @@ from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS, STREAM_NO_OPS
-from steering_vectors.errors import RequestError
+from server.steering import WantedSteering, parse_steering, split_model
+from steering_vectors.errors import RequestError, SteeringError
+from steering_vectors.profile import ApplyTo
 
 MOST_CHOICES = 128
+MOST_LOGPROBS = 20
 COMPLETION_TOKENS = 16
+
+
+def _not_false(value: Any) -> Any:
+    """`false` asks for nothing, as null does; `true` is a chat's way of asking."""
+    return None if value is False else value
+
+
+Logprobs = Annotated[Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None, BeforeValidator(_not_false)]
 
 
 class StreamOptions(Body):
@@ -40,8 +51,38 @@ class OpenAIBody(SamplingBody, EncodingBody):
     metadata: dict[str, str] | None = Field(None, description="Accepted for OpenAI's sake, and not used.")
 
     @property
+    def most_likely(self) -> int | None:
+        """How many of the likeliest tokens are told at each place; None if no log-probabilities are wanted."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def wanted_steering(self, base: str) -> WantedSteering:
+        """What the model's alias or the steering field asks for, `base` being the served model. An echoed prompt is
+        steered as a whole. Raises UnknownModel, or SteeringError where the two fields contradict each other."""
+        alias = split_model(self.model, base)
+        where: ApplyTo = "all" if self.echoes else "generated"
+        if alias is not None and self.steering is not None:
+            raise SteeringError(
+                f"both the model's alias {self.model!r} and the field steering steer: use only one of them",
+                param="steering",
+            )
+        if alias is not None:
+            return WantedSteering(parse_steering(alias), where)
+        wanted = WantedSteering() if self.steering is None else self.steering.wanted(where)
+        if self.echoes and wanted.terms and wanted.apply_to == "generated":
+            raise SteeringError(
+                "with echo the prompt's tokens are scored, so they are steered: leave apply_to out or set it to all",
+                param="steering.apply_to",
+            )
+        return wanted
 
     def check_stream_options(self) -> None:
         """Raises RequestError for options of a stream where none is asked for."""
@@ -52,8 +93,18 @@ class OpenAIBody(SamplingBody, EncodingBody):
 class ChatBody(OpenAIBody):
     """POST /v1/chat/completions. Without a limit a reply may be as long as the context."""
 
+    no_ops: ClassVar[NoOps] = {**NO_OPS, "echo": (False,)}
+
     messages: list[MessageBody] = Field(description="The conversation; the model writes the next turn.")
     max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    logprobs: bool = Field(False, description="Tell the log-probability of each token.")
+    top_logprobs: int = Field(
+        0, ge=0, le=MOST_LOGPROBS, description="With logprobs: so many of the likeliest tokens at each place."
+    )
+
+    @property
+    def most_likely(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         newer, older = self.max_completion_tokens, self.max_tokens
@@ -61,13 +112,39 @@ class ChatBody(OpenAIBody):
             raise RequestError(
                 "max_tokens and max_completion_tokens differ: set only one of them", param="max_completion_tokens"
             )
-        return super().sampling(newer)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: set logprobs to true", param="top_logprobs")
+        return refuse_no_tokens(super().sampling(newer))
 
 
 class CompletionBody(OpenAIBody):
     """POST /v1/completions."""
 
+    no_ops: ClassVar[NoOps] = {**NO_OPS, "top_logprobs": (0,)}
+
     prompt: ManyPrompts = Field(description="One prompt or several, each a text or token ids.")
+    echo: bool = Field(
+        False, description="Begin with the prompt, and tell its log-probabilities too. It steers the whole prompt."
+    )
+    logprobs: Logprobs | None = Field(
+        None, description="Tell the log-probability of each token, and so many of the likeliest at each place."
+    )
+
+    @property
+    def most_likely(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
 
     def sampling(self, default_max_tokens: int | None = COMPLETION_TOKENS) -> SamplingParameters:
-        return super().sampling(default_max_tokens)
+        found = super().sampling(default_max_tokens)
+        return found if self.echo else refuse_no_tokens(found)
+
+
+def refuse_no_tokens(parameters: SamplingParameters) -> SamplingParameters:
+    """Raises RequestError for `max_tokens` 0, which makes sense only where the prompt is part of the answer."""
+    if parameters.max_tokens == 0:
+        raise RequestError("max_tokens must be at least 1; 0 is for completions with echo", param="max_tokens")
+    return parameters

@@ -29,12 +29,14 @@ class SteeringBody(Body):
     preserve_norm: bool = Field(False, description="Keep the norm of each steered residual.")
     allow_beyond_safe: bool = Field(False, description="Allow strengths beyond the profiles' safe range.")
 
-    def wanted(self) -> WantedSteering:
+    def wanted(self, default: ApplyTo = "generated") -> WantedSteering:
+        """What is asked for; `default` says where it applies if that is left open."""
+        apply_to = self.apply_to if "apply_to" in self.model_fields_set else default
         terms = (
             WantedTerm(term.name, term.strength, None if term.layers is None else tuple(term.layers))
             for term in self.profiles
         )
-        return WantedSteering(tuple(terms), self.apply_to, self.preserve_norm, self.allow_beyond_safe)
+        return WantedSteering(tuple(terms), apply_to, self.preserve_norm, self.allow_beyond_safe)
 
 
 def _read_string(value: Any) -> Any:

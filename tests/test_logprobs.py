@@ -1,0 +1,216 @@
+"""Log-probabilities over HTTP: equal to a plain forward pass, whole and streamed, of what is written and of prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from server.engine.engine import TorchEngine
+from server.engine.protocol import TokenLogprob
+from server.logprobs import CompletionLogprobs, chat_logprobs
+from server.token_texts import TokenTexts
+from steering_vectors.chat import Message, encode_prompt
+from steering_vectors.models import load_model
+from steering_vectors.storage import load_profile
+from tests.by_hand import shifted
+from tests.serving import demo_engine, live_server, save_profiles
+from tests.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
+
+MESSAGES: list[Any] = [{"role": "user", "content": "How do I bake bread?"}]
+TEXT = "Bread is baked in an oven — ça va, 麦 🍞."
+LM = load_model("demo", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TorchEngine]:
+    with demo_engine(slots=4, prefill_chunk=16) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("profiles")
+    save_profiles(directory, engine.language_model.identity, "warm", unit=10.0, calibration={"kl_at_1": 0.1})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
+    with live_server(engine, profiles) as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(client: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+
+
+def reference(ids: Sequence[int], shifts: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """log P of each token but the first, by a plain forward pass: `[tokens - 1, vocabulary]`."""
+    with torch.no_grad(), shifted(LM, shifts or {}, 0):
+        logits = LM.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, :-1]
+    return logits.double().log_softmax(-1)
+
+
+def written_ids(tokens: Sequence[Any]) -> list[int]:
+    """Ids of tokens by their bytes: the demo's tokens are all different."""
+    by_bytes = {TokenTexts(LM.tokenizer).bytes_of(one): one for one in range(LM.vocab_size)}
+    return [by_bytes[bytes(token.bytes)] for token in tokens]
+
+
+def test_greedy_logprobs_equal_a_plain_forward_pass(sdk: openai.OpenAI) -> None:
+    whole = sdk.chat.completions.create(
+        model="demo", messages=MESSAGES, temperature=0, max_tokens=12, logprobs=True, top_logprobs=3
+    )
+    choice = whole.choices[0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    tokens = choice.logprobs.content
+    prompt = encode_prompt(LM.tokenizer, [Message("user", MESSAGES[0]["content"])])
+    ids = written_ids(tokens)
+    expected = reference([*prompt, *ids])[len(prompt) - 1 :]
+    assert len(tokens) == whole.usage.completion_tokens == 12  # type: ignore[union-attr]
+    for token, token_id, row in zip(tokens, ids, expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
+        values, best = row.topk(3)
+        assert [one.logprob for one in token.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+        assert written_ids(token.top_logprobs) == best.tolist()
+    assert b"".join(bytes(token.bytes or []) for token in tokens).decode() == choice.message.content
+
+
+def test_penalties_bias_and_temperature_do_not_show(sdk: openai.OpenAI) -> None:
+    bent = sdk.chat.completions.create(
+        model="demo", messages=MESSAGES, seed=3, temperature=1.5, max_tokens=8, logprobs=True, presence_penalty=1.5,
+        logit_bias={"300": 5},
+    )  # fmt: skip
+    tokens = bent.choices[0].logprobs.content  # type: ignore[union-attr]
+    prompt = encode_prompt(LM.tokenizer, [Message("user", MESSAGES[0]["content"])])
+    ids = written_ids(tokens)  # type: ignore[arg-type]
+    expected = reference([*prompt, *ids])[len(prompt) - 1 :]
+    found = [token.logprob for token in tokens or []]
+    assert found == pytest.approx([float(row[one]) for row, one in zip(expected, ids, strict=True)], abs=1e-4)
+
+
+@pytest.mark.parametrize("steering", [None, "warm@0.5"])
+def test_an_echoed_prompt_is_scored_under_its_steering(
+    sdk: openai.OpenAI, profiles: Path, steering: str | None
+) -> None:
+    model = "demo" if steering is None else f"demo:{steering}"
+    whole = sdk.completions.create(model=model, prompt=TEXT, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = whole.choices
+    shifts: dict[int, torch.Tensor] = {}
+    if steering is not None:
+        profile = load_profile(profiles / "warm.safetensors")
+        shifts = {layer: 0.5 * profile.unit * shift for layer, shift in profile.injected().items()}
+    ids = encode_prompt(LM.tokenizer, TEXT)
+    expected = reference(ids, shifts)
+    told = choice.logprobs
+    assert told is not None
+    assert told.token_logprobs is not None
+    assert (choice.text, choice.finish_reason) == (TEXT, "length")
+    assert told.token_logprobs[0] is None
+    wanted = [float(row[one]) for row, one in zip(expected, ids[1:], strict=True)]
+    assert told.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+    assert told.top_logprobs is not None
+    assert told.top_logprobs[0] is None
+    best = [max(one.values()) for one in told.top_logprobs[1:]]
+    assert best == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
+    assert whole.usage.completion_tokens == 0  # type: ignore[union-attr]
+    assert len(told.tokens or []) == whole.usage.prompt_tokens == len(ids)  # type: ignore[union-attr]
+    steered = [one["steered_tokens"] for one in whole.model_extra["steering"]]  # type: ignore[index]
+    assert steered == ([] if steering is None else [len(ids)])
+
+
+def test_offsets_are_places_in_the_text(sdk: openai.OpenAI) -> None:
+    (choice,) = sdk.completions.create(model="demo", prompt=TEXT, max_tokens=6, echo=True, logprobs=0, seed=1).choices
+    told = choice.logprobs
+    assert told is not None
+    offsets, tokens = told.text_offset or [], told.tokens or []
+    assert offsets == sorted(offsets)
+    for token, start in zip(tokens, offsets, strict=True):
+        if "\ufffd" not in token and token not in LM.tokenizer.all_special_tokens:
+            assert choice.text[start : start + len(token)] == token
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_stream_tells_what_the_whole_tells(client: httpx.Client, echo: bool) -> None:
+    body = {"model": "demo", "prompt": [TEXT, "Bread"], "max_tokens": 5, "seed": 2, "echo": echo, "logprobs": 1, "n": 2}
+    whole = client.post("/v1/completions", json=body).json()
+    frames = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+    for choice in whole["choices"]:
+        mine = [one["choices"][0] for one in chunks if one["choices"][0]["index"] == choice["index"]]
+        assert "".join(one["text"] for one in mine) == choice["text"]
+        told = [one["logprobs"] for one in mine if one["logprobs"] is not None]
+        for name, values in choice["logprobs"].items():
+            joined = [value for piece in told for value in piece[name]]
+            if name in ("tokens", "text_offset"):
+                assert joined == values
+            elif name == "token_logprobs":
+                assert joined[1:] == pytest.approx(values[1:], abs=1e-4)
+
+
+def test_echo_without_logprobs_repeats_the_prompt(client: httpx.Client) -> None:
+    body = {"model": "demo", "prompt": [encode_prompt(LM.tokenizer, "Bread is")], "max_tokens": 3, "echo": True}
+    whole = client.post("/v1/completions", json=body).json()
+    assert whole["choices"][0]["text"].startswith("Bread is")
+    assert whole["choices"][0]["logprobs"] is None
+    streamed = client.post("/v1/completions", json={**body, "stream": True}).text
+    assert json.loads(streamed.split("\n\n")[0].removeprefix("data: "))["choices"][0]["text"] == "Bread is"
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.Client, engine: TorchEngine) -> None:
+    ids = [300 + place % 50 for place in range(engine.context)]
+    body = {"model": "demo", "prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 0}
+    told = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    expected = reference(ids)
+    wanted = [float(row[one]) for row, one in zip(expected, ids[1:], strict=True)]
+    assert told["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-3)
+    assert client.post("/v1/completions", json={**body, "max_tokens": 1}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("chat/completions", {"logprobs": 2}, "logprobs"),
+        ("chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("completions", {"logprobs": 21}, "logprobs"),
+        ("completions", {"logprobs": True}, "logprobs"),
+        ("completions", {"max_tokens": 0}, "max_tokens"),
+        ("completions", {"echo": True, "steering": {"profiles": [{"name": "warm"}], "apply_to": "generated"}},
+         "steering.apply_to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_told(client: httpx.Client, path: str, change: dict[str, Any], param: str) -> None:
+    body = {"prompt": "Bread"} if path == "completions" else {"messages": MESSAGES}
+    response = client.post(f"/v1/{path}", json={"model": "demo", **body, **change})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_tokens_that_are_no_text_have_bytes() -> None:
+    for tokenizer in (tiny_tokenizer(), byte_fallback_tokenizer(), LM.tokenizer):
+        texts = TokenTexts(tokenizer)
+        ids = tokenizer("Ça va, 麦 🍞?", add_special_tokens=False)["input_ids"]
+        assert b"".join(map(texts.bytes_of, ids)).decode().strip() == "Ça va, 麦 🍞?"
+    assert texts.text_of(LM.tokenizer.eos_token_id) == LM.tokenizer.eos_token
+    assert texts.bytes_of(LM.vocab_size + 7) == b""
+
+
+def test_what_never_happens_is_still_json() -> None:
+    texts = TokenTexts(LM.tokenizer)
+    never = TokenLogprob(300, -math.inf, ((301, -0.5), (300, -math.inf)))
+    assert chat_logprobs(texts, [never])["content"][0]["logprob"] == -9999
+    told = CompletionLogprobs(texts).of([never], first=5)
+    assert told["token_logprobs"] == [None, -9999]
+    assert min(told["top_logprobs"][1].values()) == -9999
