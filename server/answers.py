@@ -14,15 +14,10 @@ from typing import Any
 from server.engine.protocol import Delta, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generations import Result
 from server.logprobs import CompletionLogprobs, chat_logprobs
+from server.receipts import receipt
 from server.token_texts import TokenTexts
-from steering_vectors.mixture import Mixture
 
 Json = dict[str, Any]
-
-
-def receipt(mixture: Mixture, finished: Sequence[Finished]) -> list[Json]:
-    """What was applied; `steered_tokens` is summed over the choices."""
-    return mixture.receipt(sum(one.steered_tokens for one in finished))
 
 
 def usage(finished: Sequence[Finished], n: int = 1) -> Json:
@@ -48,7 +43,6 @@ class OpenAIAnswer(ABC):
 
     model: str
     fingerprint: str
-    mixture: Mixture
     requests: Sequence[GenerationRequest]
     id: str
     texts: TokenTexts
@@ -66,7 +60,7 @@ class OpenAIAnswer(ABC):
             }
             for index, result in enumerate(results)
         ]
-        tail = {"usage": usage(finished, self.n), "steering": receipt(self.mixture, finished)}
+        tail = {"usage": usage(finished, self.n), "steering": receipt(finished)}
         return {**self._head(self._kind), "choices": choices, **tail}
 
     def opening(self, index: int) -> Json:
@@ -89,7 +83,7 @@ class OpenAIAnswer(ABC):
 
     def with_receipt(self, chunk: Json, finished: Sequence[Finished]) -> Json:
         """The very last chunk of a stream."""
-        return {**chunk, "steering": receipt(self.mixture, finished)}
+        return {**chunk, "steering": receipt(finished)}
 
     def _chunk(self, index: int, choice: Mapping[str, Any]) -> Json:
         return {**self._head(self._chunk_kind), "choices": [{"index": index, **choice}]}
@@ -107,7 +101,7 @@ class OpenAIAnswer(ABC):
         return {
             "finish_reason": finished.reason,
             "stop_reason": finished.matched_stop,
-            "steering": receipt(self.mixture, [finished]),
+            "steering": receipt([finished]),
         }
 
     @property

@@ -12,7 +12,7 @@ from server.config import Settings, read_api_keys, unknown_variables
 from server.engine.protocol import Engine
 from server.errors import ErrorReporter
 from server.middleware import BearerKeys, BodyLimit
-from server.routes import native, openai, operations, profiles
+from server.routes import native, openai, operations, profiles, steering
 from server.service import Service
 from steering_vectors.errors import (
     Conflict,
@@ -21,8 +21,10 @@ from steering_vectors.errors import (
     RequestError,
     TrimtabError,
     Unavailable,
+    UnknownGeneration,
     UnknownModel,
     UnknownProfile,
+    UnknownRoute,
 )
 from steering_vectors.storage import installed_version
 
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 STATUSES: Mapping[type[TrimtabError], int] = {
     UnknownProfile: 404,
     UnknownModel: 404,
+    UnknownGeneration: 404,
+    UnknownRoute: 404,
     Conflict: 409,
     Overloaded: 429,
     Unavailable: 503,
@@ -61,7 +65,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = Service(settings, engine)
     app.state.reporter = ErrorReporter(STATUSES)
     app.state.reporter.install(app)
-    for routes in (openai, native, profiles, operations):
+    for routes in (openai, native, steering, profiles, operations):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
     if settings.api_key_file is not None:

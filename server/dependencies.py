@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 
 from server.engine.protocol import Engine
 from server.errors import ErrorReporter
 from server.profiles import ProfileRegistry
 from server.service import Service
+from server.steering import HEADER
 
 
 async def _service(request: Request) -> Service:
@@ -29,6 +30,11 @@ async def _reporter(request: Request) -> ErrorReporter:
 
 ServiceDep = Annotated[Service, Depends(_service)]
 ReporterDep = Annotated[ErrorReporter, Depends(_reporter)]
+
+
+SteeringHeader = Annotated[
+    str | None, Header(alias=HEADER, description="A steering string, for clients that cannot add fields to a body.")
+]
 
 
 async def _engine(service: ServiceDep) -> Engine:

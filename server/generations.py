@@ -58,7 +58,7 @@ class Generations:
         engine: Engine,
         prompts: Sequence[tuple[int, ...]],
         sampling: SamplingParameters,
-        mixture: Mixture,
+        timeline: Sequence[tuple[int, Mixture]],
         *,
         n: int = 1,
         most: int,
@@ -67,7 +67,8 @@ class Generations:
     ) -> Generations:
         """Hand all choices to the engine; if it refuses one, none runs. Raises RequestError and its kinds.
 
-        `most` is how many the engine holds at once: more than that could never be accepted.
+        `timeline` has the mix at the start, then those that follow, each from a token of the completion on. `most` is
+        how many the engine holds at once: more than that could never be accepted.
         """
         if len(prompts) * n > most:
             raise RequestError(
@@ -75,7 +76,16 @@ class Generations:
                 param="n",
             )
         requests = [
-            GenerationRequest(new_id("gen"), ids, sampling, mixture, choice, logprobs, prompt_logprobs)
+            GenerationRequest(
+                new_id("gen"),
+                ids,
+                sampling,
+                timeline[0][1],
+                choice,
+                logprobs,
+                prompt_logprobs,
+                schedule=tuple(timeline[1:]),
+            )
             for ids in prompts
             for choice in range(n)
         ]

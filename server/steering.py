@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from steering_vectors.errors import SteeringError, UnknownModel
 from steering_vectors.mixture import Mixture, Term
@@ -20,6 +22,39 @@ TERM = re.compile(
     r"(?:@(?P<strength>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?))?"
 )
 EXAMPLE = "warm@0.8+concise@-0.3"
+HEADER = "x-trimtab-steering"
+LONGEST_SCHEDULE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Strengths from tokens of the completion on, ascending from token 0; in steps, or with straight lines between."""
+
+    points: tuple[tuple[int, float], ...]
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        tokens = [token for token, _ in self.points]
+        if not tokens or tokens[0] != 0:
+            raise SteeringError("a schedule begins with the strength from token 0", param="steering.schedule")
+        if any(later <= earlier for earlier, later in pairwise(tokens)):
+            raise SteeringError("a schedule's tokens must rise from point to point", param="steering.schedule")
+        if tokens[-1] > LONGEST_SCHEDULE:
+            raise SteeringError(f"a schedule ends by token {LONGEST_SCHEDULE}", param="steering.schedule")
+
+    def at(self, token: int) -> float:
+        """The strength at a token; after the last point it stays."""
+        place = bisect_right(self.points, token, key=lambda point: point[0]) - 1
+        start, strength = self.points[place]
+        if not self.linear or place + 1 == len(self.points):
+            return strength
+        end, later = self.points[place + 1]
+        return strength + (later - strength) * (token - start) / (end - start)
+
+    def changes(self) -> list[int]:
+        """The tokens at which the strength may differ from the one before."""
+        tokens = [token for token, _ in self.points]
+        return list(range(tokens[-1] + 1)) if self.linear else tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +64,11 @@ class WantedTerm:
     reference: str
     strength: float = 1.0
     layers: tuple[int, ...] | None = None
+    schedule: Schedule | None = None
+
+    def at(self, token: int) -> float:
+        """The strength under which a token of the completion is drawn."""
+        return self.strength if self.schedule is None else self.schedule.at(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +81,20 @@ class WantedSteering:
     allow_beyond_safe: bool = False
 
     def resolve(self, find: Callable[[str], Profile]) -> Mixture:
-        """Look the names up. Raises UnknownProfile, or SteeringError for a mix that is not allowed."""
+        """The mix at the start. Raises UnknownProfile, or SteeringError for a mix that is not allowed."""
+        return self.timeline(find)[0][1]
+
+    def timeline(self, find: Callable[[str], Profile]) -> list[tuple[int, Mixture]]:
+        """The mixes, each from a token of the completion on, the first from token 0. Raises as `resolve` does."""
+        profiles = [find(term.reference) for term in self.terms]
+        scheduled = (term.schedule.changes() for term in self.terms if term.schedule is not None)
+        tokens = sorted({0}.union(*scheduled))
+        return [(token, self._mixture(profiles, token)) for token in tokens]
+
+    def _mixture(self, profiles: Sequence[Profile], token: int) -> Mixture:
+        pairs = zip(self.terms, profiles, strict=True)
         return Mixture(
-            terms=tuple(Term(find(term.reference), term.strength, term.layers) for term in self.terms),
+            terms=tuple(Term(profile, term.at(token), term.layers) for term, profile in pairs),
             apply_to=self.apply_to,
             preserve_norm=self.preserve_norm,
             allow_beyond_safe=self.allow_beyond_safe,
@@ -69,6 +120,13 @@ def parse_steering(text: str) -> tuple[WantedTerm, ...]:
         position = end + 1
     _refuse_duplicates(terms)
     return tuple(terms)
+
+
+def refuse_two(*said: str | None) -> None:
+    """Raise SteeringError if more than one part of a request steers; each is named, or None if it does not."""
+    given = [one for one in said if one is not None]
+    if len(given) > 1:
+        raise SteeringError(f"both {given[0]} and {given[1]} steer: use only one of them", param="steering")
 
 
 def split_model(model: str, served: str) -> str | None:

@@ -10,6 +10,8 @@
         ├── SteeringError       its steering is not valid
         ├── UnknownProfile      it names a profile that is not served
         ├── UnknownModel        it names a model that is not served
+        ├── UnknownRoute        it takes a way that is not served
+        ├── UnknownGeneration   it names a generation that is not there
         ├── Conflict            it addresses something in the wrong state
         ├── Overloaded          the queue is full
         └── Unavailable         the engine is starting, closing or broken
@@ -81,6 +83,14 @@ class UnknownProfile(RequestError):
 
 class UnknownModel(RequestError):
     code = "model_not_found"
+
+
+class UnknownRoute(RequestError):
+    code = "route_not_found"
+
+
+class UnknownGeneration(RequestError):
+    code = "generation_not_found"
 
 
 class Conflict(RequestError):

@@ -7,12 +7,13 @@ the scheduler's, what a token becomes is the sampler's and the detokenizer's.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,14 +30,16 @@ from server.engine.protocol import (
     FinishReason,
     GenerationRequest,
     PromptLogprobs,
+    SteeringChange,
     TokenLogprob,
 )
 from server.engine.runner import Work
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
 from server.engine.scheduler import Chunk, Scheduler, Sequence
 from server.engine.selection import choose_runner
-from steering_vectors.errors import Conflict, Overloaded, Unavailable
+from steering_vectors.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
 from steering_vectors.hooks import SteeringBank
+from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
 
@@ -45,6 +48,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SLOTS = 16
 DEFAULT_QUEUE = 1024
 DEFAULT_CHUNK = 256
+REMEMBERED = 4096
 NOT_FINITE = "the model's logits are not finite; the strength may be too high"
 
 
@@ -95,6 +99,7 @@ class TorchEngine:
         self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk)
         self._rows: dict[str, Row] = {}
         self._live: set[str] = set()
+        self._ended: dict[str, None] = {}  # the latest, so that a late change is told from a wrong id
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox = Outbox()
         self._counts: Counter[str] = Counter()
@@ -131,6 +136,14 @@ class TorchEngine:
         self._live.add(request.id)
         self._commands.put(lambda: self._add(row))
         return mailbox
+
+    def set_steering(self, request_id: str, mixture: Mixture) -> Awaitable[SteeringChange]:
+        self._check_mixture(mixture)
+        self._check_live(request_id)
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[SteeringChange] = loop.create_future()
+        self._commands.put(lambda: self._change(request_id, mixture, changed))
+        return changed
 
     def cancel(self, request_id: str) -> bool:
         if request_id not in self._live:
@@ -176,9 +189,8 @@ class TorchEngine:
         vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
-        for term in request.mixture.terms:
-            self.load_profile(term.profile)
-        self._bank.check(request.mixture)
+        for mixture in (request.mixture, *(later for _, later in request.schedule)):
+            self._check_mixture(mixture)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
             raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
 
@@ -209,7 +221,10 @@ class TorchEngine:
         """Admit what waits, then one pass over prompts and one over decoding rows."""
         self._counts["steps"] += 1
         for sequence in self._scheduler.admit():
-            self._bank.write(sequence.slot, sequence.request.mixture)
+            self._bank.write(sequence.slot, sequence.mixture)
+        for sequence in self._scheduler.running_sequences():
+            if sequence.scheduled and (due := sequence.take_scheduled()) is not None:
+                self._steer(sequence, due)
         for batch in self._scheduler.schedule():
             for scores in (True, False):
                 if part := [chunk for chunk in batch if chunk.scores is scores]:
@@ -307,12 +322,42 @@ class TorchEngine:
                 steered_tokens=sequence.steered_tokens,
                 error=error,
                 matched_stop=matched,
+                segments=tuple(sequence.segments),
             ),
         )
 
     def _add(self, row: Row) -> None:
         self._rows[row.sequence.request.id] = row
         self._scheduler.add(row.sequence)
+
+    def _check_mixture(self, mixture: Mixture) -> None:
+        for term in mixture.terms:
+            self.load_profile(term.profile)
+        self._bank.check(mixture)
+
+    def _check_live(self, request_id: str) -> None:
+        if request_id in self._live:
+            return
+        if request_id in self._ended:
+            raise Conflict(f"generation {request_id!r} has ended: its steering cannot be changed", param="id")
+        raise UnknownGeneration(f"there is no generation {request_id!r} here", param="id")
+
+    def _steer(self, sequence: Sequence, mixture: Mixture) -> SteeringChange:
+        first = sequence.steer(mixture)
+        if sequence.slot >= 0:
+            self._bank.write(sequence.slot, mixture)
+        return SteeringChange(first, sequence.computed)
+
+    def _change(self, request_id: str, mixture: Mixture, changed: asyncio.Future[SteeringChange]) -> None:
+        """Carry out `set_steering`, and tell the one that waits for it in its own loop."""
+        try:
+            self._check_live(request_id)
+            sequence = self._rows[request_id].sequence
+            sequence.scheduled.clear()
+            change = self._steer(sequence, mixture)
+            changed.get_loop().call_soon_threadsafe(_settle, changed, change)
+        except Exception as error:
+            changed.get_loop().call_soon_threadsafe(_settle, changed, error)
 
     def _cancel(self, request_id: str) -> None:
         if (row := self._rows.get(request_id)) is not None:
@@ -321,6 +366,9 @@ class TorchEngine:
     def _forget(self, request_id: str) -> None:
         self._rows.pop(request_id, None)
         self._live.discard(request_id)
+        self._ended[request_id] = None
+        if len(self._ended) > REMEMBERED:
+            del self._ended[next(iter(self._ended))]
 
     def _row(self, chunk: Chunk) -> Row:
         return self._rows[chunk.sequence.request.id]
@@ -339,6 +387,15 @@ class TorchEngine:
                 self._commands.get_nowait()()
             except queue.Empty:
                 return
+
+
+def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | Exception) -> None:
+    if waiting.done():
+        return
+    if isinstance(outcome, Exception):
+        waiting.set_exception(outcome)
+    else:
+        waiting.set_result(outcome)
 
 
 def _works(batch: list[Chunk]) -> list[Work]:

@@ -6,7 +6,7 @@ file. Knows nothing of HTTP, of tensors or of how an engine works: a second engi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -72,7 +72,7 @@ class GenerationRequest:
     `id` is unique among live requests. `choice` is the index i among `n` choices: it draws from (seed, i). `logprobs`
     and `prompt_logprobs` ask for the log-probability of each token written, and of each of the prompt, with so many of
     the likeliest beside it. `given` says that the last so many of `prompt_ids` are a completion to be scored: steering
-    of what is generated begins before them.
+    of what is generated begins before them. `schedule` changes the mix: from the token of each entry on, ascending.
     """
 
     id: str
@@ -83,6 +83,7 @@ class GenerationRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     given: int = 0
+    schedule: tuple[tuple[int, Mixture], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +114,31 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """One mix of a request, from the drawing of token `from_token` of the completion on, and the positions at which
+    the residual stream was shifted by it."""
+
+    from_token: int
+    mixture: Mixture
+    steered_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringChange:
+    """From where a changed steering holds: tokens of the completion before `from_token` were drawn under the one
+    before, and the keys and values of positions before `position` (in prompt and completion) stay as they are."""
+
+    from_token: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The one terminal event of every accepted request.
 
     `steered_tokens` counts the positions at which the residual stream was shifted; `cached_tokens` the prompt tokens
     whose KV was reused. `error` is set for reason "error" only. `matched_stop` is the stop string or stop token id
-    that ended the text (None for an end-of-sequence token).
+    that ended the text (None for an end-of-sequence token). `segments` tells the mixes, one unless they changed.
     """
 
     reason: FinishReason
@@ -128,6 +148,7 @@ class Finished:
     steered_tokens: int
     error: str | None = None
     matched_stop: str | int | None = None
+    segments: tuple[Segment, ...] = ()
 
 
 Event = PromptLogprobs | Delta | Finished
@@ -176,6 +197,14 @@ class Engine(Protocol):
         Validation happens in the call itself: raises RequestError for an empty or overlong prompt or an unknown token
         id, ProfileMismatch for a profile of another model, Overloaded if the queue is full, Unavailable if the engine
         is closed. Closing the iterator, or cancelling the task that iterates, cancels the request and frees its slot.
+        """
+        ...
+
+    def set_steering(self, request_id: str, mixture: Mixture) -> Awaitable[SteeringChange]:
+        """Change the mix of a live request from its next token on; what was scheduled later no longer happens.
+
+        Raises in the call itself as `generate` does for a mix, UnknownGeneration for an id that never was (or ended
+        long ago), Conflict for one that has ended, which the awaitable may raise too.
         """
         ...
 

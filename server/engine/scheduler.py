@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from server.engine.protocol import FinishReason, GenerationRequest
+from server.engine.protocol import FinishReason, GenerationRequest, Segment
+from steering_vectors.mixture import Mixture
 
 
 @dataclass(slots=True, eq=False)
@@ -22,11 +23,42 @@ class Sequence:
     slot: int = -1
     ids: list[int] = field(default_factory=list)
     computed: int = 0
-    steered_tokens: int = 0
     finish: FinishReason | None = None
+    segments: list[Segment] = field(default_factory=list)
+    scheduled: deque[tuple[int, Mixture]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
+        self.segments.append(Segment(0, self.request.mixture, 0))
+        self.scheduled.extend(self.request.schedule)
+
+    @property
+    def mixture(self) -> Mixture:
+        """What steers it now."""
+        return self.segments[-1].mixture
+
+    @property
+    def steered_tokens(self) -> int:
+        return sum(segment.steered_tokens for segment in self.segments)
+
+    def steer(self, mixture: Mixture) -> int:
+        """Change the mix for all positions that are not computed yet; the first token that is drawn under it."""
+        if self.segments[-1].from_token == self.completion_length and not self.segments[-1].steered_tokens:
+            self.segments.pop()
+        self.segments.append(Segment(self.completion_length, mixture, 0))
+        return self.completion_length
+
+    def take_scheduled(self) -> Mixture | None:
+        """The mix that is due for the next token, if another one is."""
+        due = None
+        while self.scheduled and self.scheduled[0][0] <= self.completion_length:
+            _, due = self.scheduled.popleft()
+        return due
+
+    def count(self, positions: int) -> None:
+        """Note that so many positions were steered."""
+        last = self.segments[-1]
+        self.segments[-1] = replace(last, steered_tokens=last.steered_tokens + positions)
 
     @property
     def prompt_length(self) -> int:
@@ -42,8 +74,9 @@ class Sequence:
 
     @property
     def steered_from(self) -> int | None:
-        """First position at which steering holds: the last prompt token, or 0; None for the untouched model."""
-        mixture = self.request.mixture
+        """First position at which steering holds: the last prompt token, or 0; None for the untouched model. What was
+        computed before the mix changed stays."""
+        mixture = self.mixture
         if mixture.is_neutral:
             return None
         return 0 if mixture.apply_to == "all" else self.prompt_length - self.request.given - 1
@@ -128,7 +161,7 @@ class Scheduler:
     def advance(self, chunk: Chunk) -> None:
         """Note that a chunk's KV has been computed."""
         chunk.sequence.computed = chunk.end
-        chunk.sequence.steered_tokens += chunk.steered_positions
+        chunk.sequence.count(chunk.steered_positions)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its slot."""

@@ -8,59 +8,61 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.answers import receipt, usage
-from server.dependencies import ReporterDep, ServiceDep
+from server.answers import usage
+from server.dependencies import ReporterDep, ServiceDep, SteeringHeader
 from server.engine.protocol import Delta, Finished
 from server.errors import ErrorReporter
 from server.generations import Generations
 from server.json_bodies import StrictRoute
 from server.prompts import encode
+from server.receipts import receipt
 from server.schemas.native import GenerateBody
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
-from steering_vectors.mixture import Mixture
 
 router = APIRouter(tags=["native"], route_class=StrictRoute)
 
 
 @router.post("/generate")
-async def generate(body: GenerateBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
+async def generate(
+    body: GenerateBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
+) -> Response:
     """Continue a text or a conversation, steered as asked."""
-    mixture, generations = await _start(body, service)
+    generations = await _start(body, steering, service)
     if body.stream:
-        return EventStreamResponse(_frames(mixture, generations, reporter), close=generations.close)
+        return EventStreamResponse(_frames(generations, reporter), close=generations.close)
     (result,) = await while_connected(request, generations.results())
     head = {"id": generations.requests[0].id, "text": result.text}
-    return JSONResponse({**head, **_ending(mixture, result.finished)})
+    return JSONResponse({**head, **_ending(result.finished)})
 
 
-async def _start(body: GenerateBody, service: Service) -> tuple[Mixture, Generations]:
+async def _start(body: GenerateBody, header: str | None, service: Service) -> Generations:
     engine = service.engine
     prompt = body.the_prompt()
-    mixture = body.wanted_steering().resolve(service.registry.find)
+    timeline = body.wanted_steering(header).timeline(service.registry.find)
     ids = await encode(engine.language_model.tokenizer, prompt, body)
     most = service.most_generations
-    return mixture, await Generations.start(engine, [ids], body.sampling(), mixture, most=most)
+    return await Generations.start(engine, [ids], body.sampling(), timeline, most=most)
 
 
-async def _frames(mixture: Mixture, generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:
+async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:
     """Pieces of text, the first one empty so that a client knows the id at once; then one terminal event."""
     name = {"id": generations.requests[0].id}
     yield frame({**name, "delta": ""})
     try:
         async for _, event in generations.events():
             if isinstance(event, Finished):
-                yield frame({**name, **_ending(mixture, event)})
+                yield frame({**name, **_ending(event)})
             elif isinstance(event, Delta) and event.text:
                 yield frame({**name, "delta": event.text})
     except Exception as error:
         yield frame({**name, **reporter.describe(error)})
 
 
-def _ending(mixture: Mixture, finished: Finished) -> dict[str, Any]:
+def _ending(finished: Finished) -> dict[str, Any]:
     return {
         "finish_reason": finished.reason,
         "stop_reason": finished.matched_stop,
         "usage": usage([finished]),
-        "steering": receipt(mixture, [finished]),
+        "steering": receipt([finished]),
     }

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ChatAnswer, CompletionAnswer, OpenAIAnswer
-from server.dependencies import EngineDep, ModelNameDep, RegistryDep, ReporterDep, ServiceDep
+from server.dependencies import EngineDep, ModelNameDep, RegistryDep, ReporterDep, ServiceDep, SteeringHeader
 from server.engine.protocol import Finished
 from server.errors import ErrorReporter
 from server.generations import Generations, new_id
@@ -20,25 +20,29 @@ from server.schemas.prompts import messages_of
 from server.service import Service
 from server.streams import DONE, EventStreamResponse, frame, while_connected
 from steering_vectors.chat import chat_template_source
-from steering_vectors.errors import UnknownModel
+from steering_vectors.errors import UnknownModel, UnknownRoute
 from steering_vectors.profile import Profile
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
 
 
 @router.post("/chat/completions")
-async def chat_completions(body: ChatBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
+async def chat_completions(
+    body: ChatBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
+) -> Response:
     """Write the next turn of a conversation, steered as asked."""
     prompts = [messages_of(body.messages)]
-    generations, described = await _start(body, prompts, service)
+    generations, described = await _start(body, prompts, steering, service)
     answer = ChatAnswer(id=new_id("chatcmpl"), **described)
     return await _respond(answer, generations, body, request, reporter)
 
 
 @router.post("/completions")
-async def completions(body: CompletionBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
+async def completions(
+    body: CompletionBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
+) -> Response:
     """Continue one text or several, steered as asked."""
-    generations, described = await _start(body, body.prompt, service)
+    generations, described = await _start(body, body.prompt, steering, service)
     echoed = [echo(service.engine.language_model.tokenizer, one) for one in body.prompt] if body.echo else None
     answer = CompletionAnswer(id=new_id("cmpl"), **described, echoed=echoed)
     return await _respond(answer, generations, body, request, reporter)
@@ -70,22 +74,23 @@ def _origin(base: str, profile: Profile) -> dict[str, str]:
     return {"parent": base, "profile": profile.name, "version": profile.version}
 
 
-async def _start(body: OpenAIBody, prompts: Sequence[Prompt], service: Service) -> tuple[Generations, dict[str, Any]]:
+async def _start(
+    body: OpenAIBody, prompts: Sequence[Prompt], header: str | None, service: Service
+) -> tuple[Generations, dict[str, Any]]:
     """Hand every choice to the engine, so that what is wrong with a request is said before the answer begins; and
     what all answers are made of."""
     engine, most = service.engine, service.most_generations
-    mixture = body.wanted_steering(service.model_name).resolve(service.registry.find)
+    timeline = body.wanted_steering(service.model_name, header).timeline(service.registry.find)
     sampling, logprobs = body.sampling(), body.most_likely
     body.check_stream_options()
     ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
     scored = logprobs if body.echoes else None
     generations = await Generations.start(
-        engine, ids, sampling, mixture, n=body.n, most=most, logprobs=logprobs, prompt_logprobs=scored
+        engine, ids, sampling, timeline, n=body.n, most=most, logprobs=logprobs, prompt_logprobs=scored
     )
     return generations, {
         "model": body.model,
         "fingerprint": service.fingerprint,
-        "mixture": mixture,
         "requests": generations.requests,
         "texts": service.token_texts,
         "n": body.n,
@@ -131,3 +136,10 @@ async def _chunks(
     if include_usage:
         finished = [ends[index] for index in range(len(generations))]
         yield answer.with_receipt(answer.usage_chunk(finished), finished)
+
+
+@router.api_route("/responses", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/responses/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+async def responses() -> Response:
+    """OpenAI's newer route, which keeps conversations: not served."""
+    raise UnknownRoute("the Responses API is not served here: use POST /v1/chat/completions")

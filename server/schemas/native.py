@@ -13,7 +13,7 @@ from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, message
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
-from server.steering import WantedSteering, WantedTerm
+from server.steering import HEADER, WantedSteering, WantedTerm, parse_steering, refuse_two
 from steering_vectors.chat import Message
 from steering_vectors.errors import RequestError, SteeringError
 
@@ -35,14 +35,18 @@ class GenerateBody(SamplingBody, EncodingBody):
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         return refuse_no_tokens(super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens))
 
-    def wanted_steering(self) -> WantedSteering:
-        """Raises SteeringError where the three steering fields contradict each other."""
+    def wanted_steering(self, header: str | None) -> WantedSteering:
+        """Raises SteeringError where the three steering fields contradict each other, or the header is one more."""
+        field = "profile" if self.profile is not None else "steering" if self.steering is not None else None
+        refuse_two(None if field is None else f"the field {field}", None if header is None else f"the header {HEADER}")
         if self.strength is not None and self.profile is None:
             raise SteeringError("strength is given without profile: name the profile it is for", param="strength")
         if self.profile is not None and self.steering is not None:
             raise SteeringError("profile and steering are both given: use only one of them", param="steering")
         if self.profile is not None:
             return WantedSteering((WantedTerm(self.profile, 1.0 if self.strength is None else self.strength),))
+        if header is not None:
+            return WantedSteering(parse_steering(header))
         return self.steering.wanted() if self.steering is not None else WantedSteering()
 
     def the_prompt(self) -> str | list[int] | tuple[Message, ...]:

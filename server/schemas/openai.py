@@ -12,7 +12,7 @@ from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS, STREAM_NO_OPS
-from server.steering import WantedSteering, parse_steering, split_model
+from server.steering import HEADER, WantedSteering, parse_steering, refuse_two, split_model
 from steering_vectors.errors import RequestError, SteeringError
 from steering_vectors.profile import ApplyTo
 
@@ -64,18 +64,16 @@ class OpenAIBody(SamplingBody, EncodingBody):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def wanted_steering(self, base: str) -> WantedSteering:
-        """What the model's alias or the steering field asks for, `base` being the served model. An echoed prompt is
-        steered as a whole. Raises UnknownModel, or SteeringError where the two fields contradict each other."""
+    def wanted_steering(self, base: str, header: str | None) -> WantedSteering:
+        """What the model's alias, the steering field or the header asks for, `base` being the served model. An echoed
+        prompt is steered as a whole. Raises UnknownModel, or SteeringError where more than one of them steers."""
         alias = split_model(self.model, base)
         where: ApplyTo = "all" if self.echoes else "generated"
-        if alias is not None and self.steering is not None:
-            raise SteeringError(
-                f"both the model's alias {self.model!r} and the field steering steer: use only one of them",
-                param="steering",
-            )
-        if alias is not None:
-            return WantedSteering(parse_steering(alias), where)
+        field = None if self.steering is None else "the field steering"
+        told = None if alias is None else f"the model's alias {self.model!r}"
+        refuse_two(told, field, None if header is None else f"the header {HEADER}")
+        if (text := alias if header is None else header) is not None:
+            return WantedSteering(parse_steering(text), where)
         wanted = WantedSteering() if self.steering is None else self.steering.wanted(where)
         if self.echoes and wanted.terms and wanted.apply_to == "generated":
             raise SteeringError(

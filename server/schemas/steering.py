@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.schemas.body import Body, OrElse
-from server.steering import EXAMPLE, WantedSteering, WantedTerm, parse_steering
+from server.steering import EXAMPLE, LONGEST_SCHEDULE, Schedule, WantedSteering, WantedTerm, parse_steering
 from steering_vectors.errors import SteeringError
 from steering_vectors.profile import ApplyTo
+
+
+class SchedulePointBody(Body):
+    """A strength, and the token of the completion from which it holds."""
+
+    from_token: int = Field(ge=0, le=LONGEST_SCHEDULE, description="The first token drawn under it; the first has 0.")
+    strength: float = Field(description="The strength from there on, or, with a linear schedule, there.")
 
 
 class SteeringTermBody(Body):
     """One profile of a mix."""
 
     name: str = Field(description="A served profile, NAME or NAME#SHA8.")
-    strength: float = Field(1.0, description="1 is the profile's calibrated full strength, 0 none, below 0 opposite.")
+    strength: float | None = Field(
+        None, description="1, the default, is the profile's calibrated full strength, 0 none, below 0 opposite."
+    )
     layers: list[int] | None = Field(None, description="Blocks to steer at, of those the profile has; all if absent.")
+    schedule: list[SchedulePointBody] | None = Field(
+        None, max_length=64, description="Strengths that change on the way, in the place of strength."
+    )
+    interpolation: Literal["step", "linear"] | None = Field(
+        None, description="How a schedule goes from point to point; step if absent."
+    )
+
+    def wanted(self) -> WantedTerm:
+        layers = None if self.layers is None else tuple(self.layers)
+        if self.schedule is None:
+            if self.interpolation is not None:
+                raise SteeringError("interpolation is given without schedule", param="steering.interpolation")
+            return WantedTerm(self.name, 1.0 if self.strength is None else self.strength, layers)
+        if self.strength is not None:
+            raise SteeringError("strength and schedule are both given: use only one of them", param="steering.schedule")
+        points = tuple((point.from_token, point.strength) for point in self.schedule)
+        return WantedTerm(self.name, layers=layers, schedule=Schedule(points, self.interpolation == "linear"))
 
 
 class SteeringBody(Body):
@@ -32,11 +58,8 @@ class SteeringBody(Body):
     def wanted(self, default: ApplyTo = "generated") -> WantedSteering:
         """What is asked for; `default` says where it applies if that is left open."""
         apply_to = self.apply_to if "apply_to" in self.model_fields_set else default
-        terms = (
-            WantedTerm(term.name, term.strength, None if term.layers is None else tuple(term.layers))
-            for term in self.profiles
-        )
-        return WantedSteering(tuple(terms), apply_to, self.preserve_norm, self.allow_beyond_safe)
+        terms = tuple(term.wanted() for term in self.profiles)
+        return WantedSteering(terms, apply_to, self.preserve_norm, self.allow_beyond_safe)
 
 
 def _read_string(value: Any) -> Any:

@@ -1,0 +1,80 @@
+"""Routes about steering itself: change that of a running generation, and tell what one would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from server.dependencies import EngineDep, RegistryDep
+from server.json_bodies import StrictRoute
+from server.schemas.steering_requests import ChangeBody, ResolveBody
+from steering_vectors.mixture import Mixture, Term
+
+router = APIRouter(tags=["steering"], route_class=StrictRoute)
+
+
+@router.patch("/generations/{generation_id}")
+async def change(generation_id: str, body: ChangeBody, engine: EngineDep, registry: RegistryDep) -> dict[str, Any]:
+    """Steer a running generation otherwise from its next token on.
+
+    The answer tells the first token of the completion that is drawn under the new steering, and the first position
+    whose keys and values are made under it; what was computed before stays.
+    """
+    mixture = body.steering.wanted().resolve(registry.find)
+    changed = await engine.set_steering(generation_id, mixture)
+    return {
+        "id": generation_id,
+        "from_token": changed.from_token,
+        "position": changed.position,
+        "steering": mixture.receipt(0),
+    }
+
+
+@router.post("/steering/resolve")
+async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -> dict[str, Any]:
+    """What a steering would do, without generating: which versions, at which blocks, how far it shifts them."""
+    timeline = body.steering.wanted().timeline(registry.find)
+    mixture = timeline[0][1]
+    for _, later in timeline:
+        for term in later.terms:
+            engine.load_profile(term.profile)
+    answer: dict[str, Any] = {
+        "steering": [
+            {**entry, **_details(term)} for entry, term in zip(mixture.receipt(0), mixture.terms, strict=True)
+        ],
+        "blocks": _blocks(mixture),
+    }
+    if len(timeline) > 1:
+        answer["timeline"] = [
+            {"from_token": token, "strengths": {term.profile.name: term.strength for term in later.terms}}
+            for token, later in timeline
+        ]
+    return answer
+
+
+def _details(term: Term) -> dict[str, Any]:
+    profile = term.profile
+    return {
+        "method": profile.method,
+        "unit": profile.unit,
+        "max_strength": profile.max_strength,
+        "kl_at_1": profile.calibration.get("kl_at_1"),
+    }
+
+
+def _blocks(mixture: Mixture) -> list[dict[str, Any]]:
+    """Of each block: the norm of the whole mix's shift, the usual norm of the residual there, and their ratio."""
+    found = []
+    for layer, shift in sorted(mixture.shifts().items()):
+        usual = next((n for term in mixture.terms if (n := term.profile.residual_norms.get(layer))), None)
+        norm = float(shift.norm())
+        found.append(
+            {
+                "block": layer,
+                "shift_norm": norm,
+                "residual_norm": usual,
+                "norm_ratio": None if not usual else norm / usual,
+            }
+        )
+    return found
