@@ -33,6 +33,16 @@ def usage(finished: Sequence[Finished], n: int = 1) -> Json:
     }
 
 
+def ending(finished: Finished) -> Json:
+    """How a text of the native routes ended."""
+    return {
+        "finish_reason": finished.reason,
+        "stop_reason": finished.matched_stop,
+        "usage": usage([finished]),
+        "steering": receipt([finished]),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class OpenAIAnswer(ABC):
     """One answer on /v1: the objects of its choices, whole or chunk by chunk.

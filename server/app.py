@@ -12,7 +12,7 @@ from server.config import Settings, read_api_keys, unknown_variables
 from server.engine.protocol import Engine
 from server.errors import ErrorReporter
 from server.middleware import BearerKeys, BodyLimit
-from server.routes import native, openai, operations, profiles, steering
+from server.routes import compare, native, openai, operations, profiles, score, steering
 from server.service import Service
 from steering_vectors.errors import (
     Conflict,
@@ -65,7 +65,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = Service(settings, engine)
     app.state.reporter = ErrorReporter(STATUSES)
     app.state.reporter.install(app)
-    for routes in (openai, native, steering, profiles, operations):
+    for routes in (openai, native, score, compare, steering, profiles, operations):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
     if settings.api_key_file is not None:

@@ -39,6 +39,7 @@ class Result:
     finished: Finished
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float, ...] = ()
 
 
 class Generations:
@@ -65,16 +66,8 @@ class Generations:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
     ) -> Generations:
-        """Hand all choices to the engine; if it refuses one, none runs. Raises RequestError and its kinds.
-
-        `timeline` has the mix at the start, then those that follow, each from a token of the completion on. `most` is
-        how many the engine holds at once: more than that could never be accepted.
-        """
-        if len(prompts) * n > most:
-            raise RequestError(
-                f"{len(prompts) * n} choices are more than the {most} that this server runs and queues: ask for fewer",
-                param="n",
-            )
+        """Run n choices of each prompt. `timeline` has the mix at the start, then those that follow, each from a token
+        of the completion on. Raises as `run` does."""
         requests = [
             GenerationRequest(
                 new_id("gen"),
@@ -89,6 +82,21 @@ class Generations:
             for ids in prompts
             for choice in range(n)
         ]
+        return await cls.run(engine, requests, most=most)
+
+    @classmethod
+    async def run(
+        cls, engine: Engine, requests: Sequence[GenerationRequest], *, most: int, param: str = "n"
+    ) -> Generations:
+        """Hand all requests to the engine; if it refuses one, none runs. Raises RequestError and its kinds.
+
+        `most` is how many the engine holds at once: more than that could never be accepted.
+        """
+        if len(requests) > most:
+            raise RequestError(
+                f"{len(requests)} choices are more than the {most} that this server runs and queues: ask for fewer",
+                param=param,
+            )
         streams: list[EventStream] = []
         try:
             for request in requests:
@@ -140,6 +148,7 @@ def _result(events: Sequence[Event]) -> Result:
         finished,
         tuple(one for delta in deltas for one in delta.logprobs),
         tuple(one for event in events if isinstance(event, PromptLogprobs) for one in event.tokens),
+        tuple(one for delta in deltas for one in delta.divergences),
     )
 
 

@@ -7,12 +7,14 @@ are `steering_vectors.chat`'s, or of the engine's limits.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.detokenizer import decode_text
 from server.schemas.prompts import EncodingBody
-from steering_vectors.chat import Message, encode_prompt
+from steering_vectors.chat import Message, continuation, encode_prompt
+from steering_vectors.errors import RequestError
 
 Prompt = str | list[int] | tuple[Message, ...]
 LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
@@ -33,6 +35,33 @@ async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: E
         return tuple(ids)
 
     return await asyncio.to_thread(work) if _length(prompt) > LONG_TEXT else work()
+
+
+async def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    completions: Sequence[str | list[int]],
+    encoding: EncodingBody,
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Token ids of a prompt, and of each completion as the model would write it there. Raises RequestError, also for
+    a completion without a token."""
+    before = await encode(tokenizer, prompt, encoding)
+
+    def work() -> list[tuple[int, ...]]:
+        try:
+            return [
+                tuple(one) if isinstance(one, list) else tuple(continuation(tokenizer, list(before), one))
+                for one in completions
+            ]
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "completions holds half of a surrogate pair, which is no character", param="completions"
+            ) from error
+
+    found = await asyncio.to_thread(work)
+    if empty := [place for place, ids in enumerate(found) if not ids]:
+        raise RequestError(f"completion {empty[0]} holds no token of this model", param=f"completions[{empty[0]}]")
+    return before, found
 
 
 def echo(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> str:

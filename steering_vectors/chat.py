@@ -121,7 +121,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tupl
     """
     before = _bos(tokenizer) if example.prompt is None else encode_prompt(tokenizer, example.prompt)
     try:
-        completion = _continuation(tokenizer, before, example.completion)
+        completion = continuation(tokenizer, before, example.completion)
     except UnicodeEncodeError as error:
         raise DataError("the completion holds half of a surrogate pair, which is no character") from error
     if not completion:
@@ -175,7 +175,7 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:
+def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:
     """The ids of `text` as generated after `before`.
 
     SentencePiece-like tokenizers put a space before every text they are given, so a text that begins with one would

@@ -20,7 +20,7 @@ import torch
 
 from server.engine.admission import check_prompt, checked_context, eos_ids
 from server.engine.detokenizer import Detokenizer
-from server.engine.likelihoods import token_logprobs
+from server.engine.likelihoods import divergence, token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.protocol import (
     Delta,
@@ -37,7 +37,7 @@ from server.engine.runner import Work
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
 from server.engine.scheduler import Chunk, Scheduler, Sequence
 from server.engine.selection import choose_runner
-from steering_vectors.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
+from steering_vectors.errors import Conflict, Overloaded, RequestError, Unavailable, UnknownGeneration
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
@@ -61,6 +61,7 @@ class Row:
     detokenizer: Detokenizer
     mailbox: Mailbox
     scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
+    unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
 
 
 class TorchEngine:
@@ -189,6 +190,8 @@ class TorchEngine:
         vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
+        if request.divergence and self._scheduler.num_slots < 2:
+            raise RequestError("divergences need a second slot: start the server with --slots 2 or more", param="kl")
         for mixture in (request.mixture, *(later for _, later in request.schedule)):
             self._check_mixture(mixture)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
@@ -228,7 +231,18 @@ class TorchEngine:
         for batch in self._scheduler.schedule():
             for scores in (True, False):
                 if part := [chunk for chunk in batch if chunk.scores is scores]:
-                    self._compute(part, self._score(part) if scores else self._runner.forward(_works(part)))
+                    self._compute(part, self._score(part) if scores else self._forward(part))
+
+    def _forward(self, batch: list[Chunk]) -> torch.Tensor:
+        """The logits of each chunk's last token; those of its shadow are left with its row."""
+        shadowed = [chunk for chunk in batch if chunk.sequence.shadow is not None]
+        if not shadowed:
+            return self._runner.forward(_works(batch))
+        works = sorted([*_works(batch), *_shadows(shadowed)], key=lambda work: work.slot)
+        logits, places = self._runner.forward(works), {work.slot: place for place, work in enumerate(works)}
+        for chunk in shadowed:
+            self._row(chunk).unsteered = logits[places[chunk.sequence.shadow or 0]]
+        return logits[[places[chunk.slot] for chunk in batch]]
 
     def _score(self, batch: list[Chunk]) -> torch.Tensor:
         """Note the log-probabilities of prompts' tokens; the logits of each chunk's last token."""
@@ -272,9 +286,10 @@ class TorchEngine:
             return
         chances = _chances(rows, logits, tokens)
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            self._accept(row, token, chances.get(place, ()))
+            told = () if row.unsteered is None else (divergence(logits[place], row.unsteered),)
+            self._accept(row, token, chances.get(place, ()), told)
 
-    def _accept(self, row: Row, token: int, chances: tuple[TokenLogprob, ...]) -> None:
+    def _accept(self, row: Row, token: int, chances: tuple[TokenLogprob, ...], divergences: tuple[float, ...]) -> None:
         """Append a drawn token to its row, send its text, end the row if it was the last."""
         sequence, sampling = row.sequence, row.sequence.request.sampling
         sequence.ids.append(token)
@@ -285,7 +300,7 @@ class TorchEngine:
         elif token in self._eos_ids and not sampling.ignore_eos:
             self._finish(row, "stop")
         else:
-            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,), chances))
+            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,), chances, divergences))
             if row.detokenizer.matched_stop is not None:
                 self._finish(row, "stop", matched=row.detokenizer.matched_stop)
             elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
@@ -301,12 +316,12 @@ class TorchEngine:
         if row.detokenizer.matched_stop is not None and reason in ("stop", "length"):
             reason, matched = "stop", row.detokenizer.matched_stop
         sequence.finish = reason
-        if sequence.slot >= 0:
-            self._bank.clear(sequence.slot)
+        for slot in sequence.slots:
+            self._bank.clear(slot)
             if reason in ("stop", "length"):
-                self._runner.release(sequence.slot)
+                self._runner.release(slot)
             else:
-                self._runner.scrub(sequence.slot)
+                self._runner.scrub(slot)
         self._scheduler.remove(sequence)
         self._forget(sequence.request.id)
         self._finished[reason] += 1
@@ -400,6 +415,11 @@ def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | E
 
 def _works(batch: list[Chunk]) -> list[Work]:
     return [Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from) for chunk in batch]
+
+
+def _shadows(batch: list[Chunk]) -> list[Work]:
+    """The same tokens in the shadows' slots, unsteered."""
+    return [Work(chunk.sequence.shadow or 0, chunk.ids, chunk.start) for chunk in batch]
 
 
 def _chances(rows: list[Row], logits: torch.Tensor, tokens: list[int]) -> dict[int, tuple[TokenLogprob]]:

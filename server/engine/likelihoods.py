@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine.protocol import TokenLogprob
+from steering_vectors.steered import kl_divergence
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
@@ -28,6 +29,12 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]
         TokenLogprob(token_id, logprob, tuple(row[:top]))
         for token_id, logprob, row, top in zip(token_ids, chosen, likeliest, tops, strict=True)
     ]
+
+
+def divergence(steered: Tensor, base: Tensor) -> float:
+    """KL(steered‖base) in nats of two rows of logits `[vocabulary]`; a token barred under both costs nothing."""
+    log_probs = (logits.float().log_softmax(-1) for logits in (steered, base))
+    return max(float(kl_divergence(*log_probs)), 0.0)
 
 
 def _likeliest(logits: Tensor, normaliser: Tensor, most: int) -> list[list[tuple[int, float]]]:

@@ -73,6 +73,8 @@ class GenerationRequest:
     and `prompt_logprobs` ask for the log-probability of each token written, and of each of the prompt, with so many of
     the likeliest beside it. `given` says that the last so many of `prompt_ids` are a completion to be scored: steering
     of what is generated begins before them. `schedule` changes the mix: from the token of each entry on, ascending.
+    `divergence` asks for KL(steered‖unsteered) of the distribution that each token was drawn from, before penalties and
+    temperature; a second slot computes the same text unsteered beside it.
     """
 
     id: str
@@ -84,6 +86,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     given: int = 0
     schedule: tuple[tuple[int, Mixture], ...] = ()
+    divergence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +109,12 @@ class PromptLogprobs:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """Newly stable text of a generation, and the ids that completed it (their texts may come later), with their
-    log-probabilities where `logprobs` asked for them."""
+    log-probabilities and divergences where they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class Sequence:
 
     request: GenerationRequest
     slot: int = -1
+    shadow: int | None = None  # the slot that computes the same text unsteered
     ids: list[int] = field(default_factory=list)
     computed: int = 0
     finish: FinishReason | None = None
@@ -31,6 +32,11 @@ class Sequence:
         self.ids = list(self.request.prompt_ids)
         self.segments.append(Segment(0, self.request.mixture, 0))
         self.scheduled.extend(self.request.schedule)
+
+    @property
+    def slots(self) -> list[int]:
+        """What it holds: nothing while it waits."""
+        return [slot for slot in (self.slot, self.shadow) if slot is not None and slot >= 0]
 
     @property
     def mixture(self) -> Mixture:
@@ -145,9 +151,11 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give free slots to the longest waiting sequences, and tell which were admitted."""
         admitted = []
-        while self._waiting and self._free:
+        while self._waiting and len(self._free) >= 1 + self._waiting[0].request.divergence:
             sequence = self._waiting.popleft()
             sequence.slot = heapq.heappop(self._free)
+            if sequence.request.divergence:
+                sequence.shadow = heapq.heappop(self._free)
             self._running[sequence.request.id] = sequence
             admitted.append(sequence)
         return admitted
@@ -168,14 +176,15 @@ class Scheduler:
         if self._running.pop(sequence.request.id, None) is None:
             self._waiting.remove(sequence)
             return
-        heapq.heappush(self._free, sequence.slot)
+        for slot in sequence.slots:
+            heapq.heappush(self._free, slot)
 
     def running_sequences(self) -> list[Sequence]:
         return list(self._running.values())
 
     def check_integrity(self) -> None:
         """Every slot is free or held by exactly one running sequence; for tests."""
-        held = [sequence.slot for sequence in self._running.values()]
+        held = [slot for sequence in self._running.values() for slot in sequence.slots]
         assert sorted(held + self._free) == list(range(self.num_slots)), (held, self._free)
 
     def _prefill(self, rows: list[Sequence]) -> list[Chunk]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.answers import usage
+from server.answers import ending
 from server.dependencies import ReporterDep, ServiceDep, SteeringHeader
 from server.engine.protocol import Delta, Finished
 from server.errors import ErrorReporter
 from server.generations import Generations
 from server.json_bodies import StrictRoute
 from server.prompts import encode
-from server.receipts import receipt
 from server.schemas.native import GenerateBody
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
@@ -33,7 +31,7 @@ async def generate(
         return EventStreamResponse(_frames(generations, reporter), close=generations.close)
     (result,) = await while_connected(request, generations.results())
     head = {"id": generations.requests[0].id, "text": result.text}
-    return JSONResponse({**head, **_ending(result.finished)})
+    return JSONResponse({**head, **ending(result.finished)})
 
 
 async def _start(body: GenerateBody, header: str | None, service: Service) -> Generations:
@@ -52,17 +50,8 @@ async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIte
     try:
         async for _, event in generations.events():
             if isinstance(event, Finished):
-                yield frame({**name, **_ending(event)})
+                yield frame({**name, **ending(event)})
             elif isinstance(event, Delta) and event.text:
                 yield frame({**name, "delta": event.text})
     except Exception as error:
         yield frame({**name, **reporter.describe(error)})
-
-
-def _ending(finished: Finished) -> dict[str, Any]:
-    return {
-        "finish_reason": finished.reason,
-        "stop_reason": finished.matched_stop,
-        "usage": usage([finished]),
-        "steering": receipt([finished]),
-    }

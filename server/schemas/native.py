@@ -9,24 +9,23 @@ from pydantic import Field
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import NoOps
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
-from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, messages_of
+from server.schemas.prompts import OnePromptBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
 from server.steering import HEADER, WantedSteering, WantedTerm, parse_steering, refuse_two
-from steering_vectors.chat import Message
-from steering_vectors.errors import RequestError, SteeringError
+from steering_vectors.errors import SteeringError
+
+NATIVE_NO_OPS: NoOps = {
+    **NO_OPS, "n": (1,), "stream_options": (), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,)
+}  # fmt: skip
 
 
-class GenerateBody(SamplingBody, EncodingBody):
+class GenerateBody(SamplingBody, OnePromptBody):
     """One prompt, or one conversation; one answer."""
 
-    no_ops: ClassVar[NoOps] = {
-        **NO_OPS, "n": (1,), "stream_options": (), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,)
-    }  # fmt: skip
+    no_ops: ClassVar[NoOps] = NATIVE_NO_OPS
 
-    prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
-    messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")
     profile: str | None = Field(None, description="One profile to steer by, NAME or NAME#SHA8.")
     strength: float | None = Field(None, description="Its strength, 1 if absent.")
     steering: Steering | None = Field(None, description="A mix of profiles. Either this or profile.")
@@ -48,12 +47,3 @@ class GenerateBody(SamplingBody, EncodingBody):
         if header is not None:
             return WantedSteering(parse_steering(header))
         return self.steering.wanted() if self.steering is not None else WantedSteering()
-
-    def the_prompt(self) -> str | list[int] | tuple[Message, ...]:
-        """Raises RequestError unless there is exactly one of prompt and messages."""
-        if self.prompt is not None and self.messages is None:
-            return self.prompt
-        if self.messages is not None and self.prompt is None:
-            return messages_of(self.messages)
-        problem = "neither is" if self.prompt is None else "both are"
-        raise RequestError(f"send either prompt or messages: {problem} given", param="prompt")

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from server.schemas.body import Body, NoOps, OrElse
 from server.schemas.unsupported import MESSAGE_NO_OPS
 from steering_vectors.chat import Message, Role
+from steering_vectors.errors import RequestError
 
 TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 TEXT_OR_IDS = "a string or a list of token ids"
@@ -82,6 +83,22 @@ class EncodingBody(Body):
 
     add_special_tokens: bool = Field(True, description="Let the tokenizer add BOS to a plain text.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables for the chat template.")
+
+
+class OnePromptBody(EncodingBody):
+    """A prompt in either of its forms."""
+
+    prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
+    messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")
+
+    def the_prompt(self) -> str | list[int] | tuple[Message, ...]:
+        """Raises RequestError unless there is exactly one of prompt and messages."""
+        if self.prompt is not None and self.messages is None:
+            return self.prompt
+        if self.messages is not None and self.prompt is None:
+            return messages_of(self.messages)
+        problem = "neither is" if self.prompt is None else "both are"
+        raise RequestError(f"send either prompt or messages: {problem} given", param="prompt")
 
 
 def messages_of(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:

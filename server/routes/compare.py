@@ -1,0 +1,68 @@
+"""POST /compare: one prompt under up to eight steerings at once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.answers import ending
+from server.dependencies import ReporterDep, ServiceDep
+from server.engine.protocol import Delta, Finished, GenerationRequest
+from server.errors import ErrorReporter
+from server.generations import Generations, Result, new_id
+from server.json_bodies import StrictRoute
+from server.prompts import encode
+from server.schemas.compare import CompareBody
+from server.service import Service
+from server.streams import EventStreamResponse, frame, while_connected
+
+router = APIRouter(tags=["steering"], route_class=StrictRoute)
+
+
+@router.post("/compare")
+async def compare(body: CompareBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
+    """Continue a text or a conversation under several steerings, with the same random numbers."""
+    generations = await _start(body, service)
+    if body.stream:
+        return EventStreamResponse(_frames(generations, reporter), close=generations.close)
+    results = await while_connected(request, generations.results())
+    variants = [_whole(generations.requests[index], result) for index, result in enumerate(results)]
+    return JSONResponse({"variants": variants})
+
+
+async def _start(body: CompareBody, service: Service) -> Generations:
+    engine, sampling = service.engine, body.sampling()
+    timelines = [variant.wanted().timeline(service.registry.find) for variant in body.variants]
+    ids = await encode(engine.language_model.tokenizer, body.the_prompt(), body)
+    requests = [
+        GenerationRequest(
+            new_id("gen"), ids, sampling, timeline[0][1], schedule=tuple(timeline[1:]), divergence=body.kl
+        )
+        for timeline in timelines
+    ]
+    return await Generations.run(engine, requests, most=service.most_generations)
+
+
+def _whole(request: GenerationRequest, result: Result) -> dict[str, Any]:
+    head = {"id": request.id, "text": result.text}
+    told = {"kl": list(result.divergences)} if request.divergence else {}
+    return {**head, **told, **ending(result.finished)}
+
+
+async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:
+    """Each variant's pieces with its number, the first one empty so that its id is known; one terminal event each."""
+    names = [{"variant": index, "id": request.id} for index, request in enumerate(generations.requests)]
+    for name in names:
+        yield frame({**name, "delta": ""})
+    try:
+        async for index, event in generations.events():
+            if isinstance(event, Finished):
+                yield frame({**names[index], **ending(event)})
+            elif isinstance(event, Delta) and (event.text or event.divergences):
+                told = {"kl": list(event.divergences)} if event.divergences else {}
+                yield frame({**names[index], "delta": event.text, **told})
+    except Exception as error:
+        yield frame(reporter.describe(error))

@@ -1,0 +1,76 @@
+"""POST /score: how likely given completions are, under a steering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.answers import usage
+from server.dependencies import ServiceDep
+from server.engine.protocol import GenerationRequest, SamplingParameters, TokenLogprob
+from server.generations import Generations, Result, new_id
+from server.json_bodies import StrictRoute
+from server.logprobs import finite
+from server.prompts import encode_continuations
+from server.receipts import receipt
+from server.schemas.score import ScoreBody
+from server.service import Service
+from server.streams import while_connected
+from server.token_texts import TokenTexts
+
+router = APIRouter(tags=["native"], route_class=StrictRoute)
+NOTHING_WRITTEN = SamplingParameters(max_tokens=0)
+
+
+@router.post("/score")
+async def score(body: ScoreBody, request: Request, service: ServiceDep) -> Response:
+    """Log-probabilities in nats of each completion's tokens after the prompt."""
+    generations = await _start(body, service)
+    results = await while_connected(request, generations.results())
+    finished = [result.finished for result in results]
+    scores = [
+        _score(service.token_texts, one, result) for one, result in zip(generations.requests, results, strict=True)
+    ]
+    return JSONResponse({"scores": scores, "usage": usage(finished), "steering": receipt(finished)})
+
+
+async def _start(body: ScoreBody, service: Service) -> Generations:
+    engine = service.engine
+    wanted = body.wanted_steering()
+    mixture = wanted.resolve(service.registry.find)
+    tokenizer = engine.language_model.tokenizer
+    prompt, completions = await encode_continuations(tokenizer, body.the_prompt(), body.completions, body)
+    requests = [
+        GenerationRequest(
+            new_id("score"),
+            (*prompt, *completion),
+            NOTHING_WRITTEN,
+            mixture,
+            prompt_logprobs=body.top_logprobs,
+            given=len(completion),
+        )
+        for completion in completions
+    ]
+    return await Generations.run(engine, requests, most=service.most_generations, param="completions")
+
+
+def _score(texts: TokenTexts, request: GenerationRequest, result: Result) -> dict[str, Any]:
+    told = result.prompt_logprobs[-request.given :]
+    answer: dict[str, Any] = {
+        "tokens": [texts.text_of(one.token_id) for one in told],
+        "token_ids": [one.token_id for one in told],
+        "token_logprobs": [finite(one.logprob) for one in told],
+        "sum": sum(finite(one.logprob) for one in told),
+    }
+    if request.prompt_logprobs:
+        answer["top_logprobs"] = [_alternatives(texts, one) for one in told]
+    return answer
+
+
+def _alternatives(texts: TokenTexts, one: TokenLogprob) -> list[dict[str, Any]]:
+    return [
+        {"token": texts.text_of(token_id), "token_id": token_id, "logprob": finite(logprob)}
+        for token_id, logprob in one.top
+    ]

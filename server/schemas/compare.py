@@ -1,0 +1,34 @@
+"""The body of POST /compare: one prompt under several steerings."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from server.engine.protocol import SamplingParameters
+from server.schemas.body import NoOps
+from server.schemas.native import NATIVE_NO_OPS
+from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
+from server.schemas.prompts import OnePromptBody
+from server.schemas.sampling import SamplingBody
+from server.schemas.steering import Steering
+
+MOST_VARIANTS = 8
+
+
+class CompareBody(SamplingBody, OnePromptBody):
+    """Every variant draws with the same random numbers."""
+
+    no_ops: ClassVar[NoOps] = NATIVE_NO_OPS
+
+    variants: list[Steering] = Field(
+        min_length=1,
+        max_length=MOST_VARIANTS,
+        description="The steerings; one with an empty list of profiles is the untouched model.",
+    )
+    kl: bool = Field(False, description="Tell each token's KL(steered‖unsteered) in nats, on the variant's own text.")
+    stream: bool = Field(False, description="Answer with server-sent events, interleaved as they come.")
+
+    def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
+        return refuse_no_tokens(super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens))

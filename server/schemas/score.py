@@ -1,0 +1,30 @@
+"""The body of POST /score: given completions of one prompt."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from server.schemas.openai import MOST_LOGPROBS
+from server.schemas.prompts import OnePrompt, OnePromptBody
+from server.schemas.steering import Steering
+from server.steering import WantedSteering
+from steering_vectors.errors import SteeringError
+
+MOST_COMPLETIONS = 1024
+
+
+class ScoreBody(OnePromptBody):
+    """Steering holds from the last token of the prompt on, unless it says otherwise."""
+
+    completions: list[OnePrompt] = Field(
+        min_length=1, max_length=MOST_COMPLETIONS, description="What follows the prompt, each a text or token ids."
+    )
+    steering: Steering | None = Field(None, description="What to steer by.")
+    top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS, description="So many of the likeliest tokens at each place.")
+
+    def wanted_steering(self) -> WantedSteering:
+        """Raises SteeringError for a schedule: nothing is written here."""
+        wanted = WantedSteering() if self.steering is None else self.steering.wanted()
+        if any(term.schedule is not None for term in wanted.terms):
+            raise SteeringError("given completions are scored under one steering: leave the schedule out")
+        return wanted
