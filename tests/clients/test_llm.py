@@ -25,7 +25,7 @@ def home(url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(home: Path, command: list[str]) -> str:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = {**os.environ, "LLM_USER_PATH": str(home), "PATH": path}
-    done = subprocess.run(command, env=environment, input="", capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, input="", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(MISSING, reason="no node, or its packages are no
 
 
 def node(*words: str) -> str:
-    return subprocess.run(["node", *words], cwd=NODE, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(["node", *words], cwd=NODE, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
