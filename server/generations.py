@@ -23,6 +23,7 @@ from server.engine.protocol import (
 )
 from steering_vectors.errors import RequestError, TrimtabError, Unavailable
 from steering_vectors.mixture import Mixture
+from steering_vectors.profile import Profile
 
 
 class GenerationFailed(TrimtabError):
@@ -40,6 +41,7 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()
 
 
 class Generations:
@@ -65,9 +67,11 @@ class Generations:
         most: int,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        projections: bool = False,
     ) -> Generations:
         """Run n choices of each prompt. `timeline` has the mix at the start, then those that follow, each from a token
-        of the completion on. Raises as `run` does."""
+        of the completion on; `projections` asks for those on all of its profiles. Raises as `run` does."""
+        profiles = profiles_of(timeline) if projections else ()
         requests = [
             GenerationRequest(
                 new_id("gen"),
@@ -78,6 +82,7 @@ class Generations:
                 logprobs,
                 prompt_logprobs,
                 schedule=tuple(timeline[1:]),
+                projections=profiles,
             )
             for ids in prompts
             for choice in range(n)
@@ -140,6 +145,11 @@ class Generations:
         await _close(self._streams)
 
 
+def profiles_of(timeline: Sequence[tuple[int, Mixture]]) -> tuple[Profile, ...]:
+    """All profiles that a steering names, each once, in their order."""
+    return tuple({id(term.profile): term.profile for _, mixture in timeline for term in mixture.terms}.values())
+
+
 def _result(events: Sequence[Event]) -> Result:
     deltas = [event for event in events if isinstance(event, Delta)]
     (finished,) = (event for event in events if isinstance(event, Finished))
@@ -149,6 +159,7 @@ def _result(events: Sequence[Event]) -> Result:
         tuple(one for delta in deltas for one in delta.logprobs),
         tuple(one for event in events if isinstance(event, PromptLogprobs) for one in event.tokens),
         tuple(one for delta in deltas for one in delta.divergences),
+        tuple(one for delta in deltas for one in delta.projections),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from server.engine.protocol import Finished, Segment
+from server.engine.protocol import Finished, GenerationRequest, Segment
 from steering_vectors.mixture import Term
 
 Json = dict[str, Any]
@@ -25,6 +25,15 @@ def receipt(finished: Sequence[Finished]) -> list[Json]:
     keys = dict.fromkeys(_key(term) for one in finished for segment in one.segments for term in segment.mixture.terms)
     told = max((one.segments for one in finished), key=len)
     return [_entry(key, told, [segment for one in finished for segment in one.segments]) for key in keys]
+
+
+def told_projections(request: GenerationRequest, projections: Sequence[Sequence[float]]) -> Json:
+    """`projections` of an answer, by profile, one number for each token; nothing if they were not asked for."""
+    if not request.projections:
+        return {}
+    columns = zip(*projections, strict=True) if projections else [()] * len(request.projections)
+    pairs = zip(request.projections, columns, strict=True)
+    return {"projections": {profile.name: list(column) for profile, column in pairs}}
 
 
 def _entry(key: Key, told: Sequence[Segment], every: Sequence[Segment]) -> Json:

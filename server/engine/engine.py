@@ -22,6 +22,7 @@ from server.engine.admission import check_prompt, checked_context, eos_ids
 from server.engine.detokenizer import Detokenizer
 from server.engine.likelihoods import divergence, token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
+from server.engine.projections import projection
 from server.engine.protocol import (
     Delta,
     EngineStats,
@@ -62,6 +63,15 @@ class Row:
     mailbox: Mailbox
     scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
     unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is told of a token besides its text, each empty unless it was asked for."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()
 
 
 class TorchEngine:
@@ -192,6 +202,8 @@ class TorchEngine:
         check_vocabulary(request.sampling, self._language_model.vocab_size)
         if request.divergence and self._scheduler.num_slots < 2:
             raise RequestError("divergences need a second slot: start the server with --slots 2 or more", param="kl")
+        for profile in request.projections:
+            self.load_profile(profile)
         for mixture in (request.mixture, *(later for _, later in request.schedule)):
             self._check_mixture(mixture)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
@@ -231,6 +243,7 @@ class TorchEngine:
         for batch in self._scheduler.schedule():
             for scores in (True, False):
                 if part := [chunk for chunk in batch if chunk.scores is scores]:
+                    self._runner.read = _layers_to_read(part)
                     self._compute(part, self._score(part) if scores else self._forward(part))
 
     def _forward(self, batch: list[Chunk]) -> torch.Tensor:
@@ -287,9 +300,17 @@ class TorchEngine:
         chances = _chances(rows, logits, tokens)
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             told = () if row.unsteered is None else (divergence(logits[place], row.unsteered),)
-            self._accept(row, token, chances.get(place, ()), told)
+            self._accept(row, token, Told(chances.get(place, ()), told, self._projections(row)))
 
-    def _accept(self, row: Row, token: int, chances: tuple[TokenLogprob, ...], divergences: tuple[float, ...]) -> None:
+    def _projections(self, row: Row) -> tuple[tuple[float, ...], ...]:
+        """Of the residual stream from which the row's next token is drawn, if they are wanted."""
+        profiles = row.sequence.request.projections
+        if not profiles:
+            return ()
+        residuals = dict(zip(self._runner.read, self._runner.residuals[row.sequence.slot], strict=True))
+        return (tuple(projection(profile, residuals) for profile in profiles),)
+
+    def _accept(self, row: Row, token: int, told: Told) -> None:
         """Append a drawn token to its row, send its text, end the row if it was the last."""
         sequence, sampling = row.sequence, row.sequence.request.sampling
         sequence.ids.append(token)
@@ -300,7 +321,8 @@ class TorchEngine:
         elif token in self._eos_ids and not sampling.ignore_eos:
             self._finish(row, "stop")
         else:
-            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,), chances, divergences))
+            text = row.detokenizer.push([token])
+            self._outbox.put(row.mailbox, Delta(text, (token,), told.logprobs, told.divergences, told.projections))
             if row.detokenizer.matched_stop is not None:
                 self._finish(row, "stop", matched=row.detokenizer.matched_stop)
             elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
@@ -415,6 +437,12 @@ def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | E
 
 def _works(batch: list[Chunk]) -> list[Work]:
     return [Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from) for chunk in batch]
+
+
+def _layers_to_read(batch: list[Chunk]) -> list[int]:
+    """The blocks on which a residual stream is to be projected before the next tokens are drawn."""
+    asking = (chunk.sequence.request.projections for chunk in batch if chunk.samples)
+    return sorted({layer for profiles in asking for profile in profiles for layer in profile.layers})
 
 
 def _shadows(batch: list[Chunk]) -> list[Work]:

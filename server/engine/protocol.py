@@ -74,7 +74,8 @@ class GenerationRequest:
     the likeliest beside it. `given` says that the last so many of `prompt_ids` are a completion to be scored: steering
     of what is generated begins before them. `schedule` changes the mix: from the token of each entry on, ascending.
     `divergence` asks for KL(steered‖unsteered) of the distribution that each token was drawn from, before penalties and
-    temperature; a second slot computes the same text unsteered beside it.
+    temperature; a second slot computes the same text unsteered beside it. `projections` names profiles on whose
+    directions the residual stream is projected where each token is drawn.
     """
 
     id: str
@@ -87,6 +88,7 @@ class GenerationRequest:
     given: int = 0
     schedule: tuple[tuple[int, Mixture], ...] = ()
     divergence: bool = False
+    projections: tuple[Profile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,13 @@ class PromptLogprobs:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """Newly stable text of a generation, and the ids that completed it (their texts may come later), with their
-    log-probabilities and divergences where they were asked for."""
+    log-probabilities, divergences and projections where they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()  # [tokens][profiles]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,15 @@ async def _start(
     ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
     scored = logprobs if body.echoes else None
     generations = await Generations.start(
-        engine, ids, sampling, timeline, n=body.n, most=most, logprobs=logprobs, prompt_logprobs=scored
+        engine,
+        ids,
+        sampling,
+        timeline,
+        n=body.n,
+        most=most,
+        logprobs=logprobs,
+        prompt_logprobs=scored,
+        projections=body.projections,
     )
     return generations, {
         "model": body.model,

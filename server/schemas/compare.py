@@ -10,14 +10,14 @@ from server.engine.protocol import SamplingParameters
 from server.schemas.body import NoOps
 from server.schemas.native import NATIVE_NO_OPS
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
-from server.schemas.prompts import OnePromptBody
+from server.schemas.prompts import OnePromptBody, ProjectionsBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 
 MOST_VARIANTS = 8
 
 
-class CompareBody(SamplingBody, OnePromptBody):
+class CompareBody(SamplingBody, OnePromptBody, ProjectionsBody):
     """Every variant draws with the same random numbers."""
 
     no_ops: ClassVar[NoOps] = NATIVE_NO_OPS

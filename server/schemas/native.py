@@ -9,7 +9,7 @@ from pydantic import Field
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import NoOps
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
-from server.schemas.prompts import OnePromptBody
+from server.schemas.prompts import OnePromptBody, ProjectionsBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
@@ -21,7 +21,7 @@ NATIVE_NO_OPS: NoOps = {
 }  # fmt: skip
 
 
-class GenerateBody(SamplingBody, OnePromptBody):
+class GenerateBody(SamplingBody, OnePromptBody, ProjectionsBody):
     """One prompt, or one conversation; one answer."""
 
     no_ops: ClassVar[NoOps] = NATIVE_NO_OPS

@@ -85,6 +85,16 @@ class EncodingBody(Body):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables for the chat template.")
 
 
+class ProjectionsBody(Body):
+    """Whether a steering acts."""
+
+    projections: bool = Field(
+        False,
+        description="Tell, for each token, how far the residual stream points along each profile's directions where "
+        "the token is drawn; in units of strength: at a block of its own, strength 1 adds 1.",
+    )
+
+
 class OnePromptBody(EncodingBody):
     """A prompt in either of its forms."""
 
