@@ -29,6 +29,7 @@ from server.engine.protocol import (
     EventStream,
     Finished,
     FinishReason,
+    GateDecision,
     GenerationRequest,
     PromptLogprobs,
     SteeringChange,
@@ -38,7 +39,15 @@ from server.engine.runner import Work
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
 from server.engine.scheduler import Chunk, Scheduler, Sequence
 from server.engine.selection import choose_runner
-from steering_vectors.errors import Conflict, Overloaded, RequestError, Unavailable, UnknownGeneration
+from steering_vectors.errors import (
+    Conflict,
+    Overloaded,
+    RequestError,
+    SteeringError,
+    Unavailable,
+    UnknownGeneration,
+)
+from steering_vectors.gate import Gate
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
@@ -62,6 +71,7 @@ class Row:
     detokenizer: Detokenizer
     mailbox: Mailbox
     scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
     unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
 
 
@@ -206,6 +216,7 @@ class TorchEngine:
             self.load_profile(profile)
         for mixture in (request.mixture, *(later for _, later in request.schedule)):
             self._check_mixture(mixture)
+            self._check_gates(request, mixture)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
             raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
 
@@ -236,6 +247,8 @@ class TorchEngine:
         """Admit what waits, then one pass over prompts and one over decoding rows."""
         self._counts["steps"] += 1
         for sequence in self._scheduler.admit():
+            if sequence.undecided and sequence.prompt_length == 1:
+                sequence.decide(dict.fromkeys(sequence.undecided, GateDecision(None, False)))
             self._bank.write(sequence.slot, sequence.mixture)
         for sequence in self._scheduler.running_sequences():
             if sequence.scheduled and (due := sequence.take_scheduled()) is not None:
@@ -280,12 +293,26 @@ class TorchEngine:
                 continue
             self._count(chunk)
             self._scheduler.advance(chunk)
+            self._sum_for_gates(chunk)
             if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
                 self._finish(self._row(chunk), "length")
         drawing = [index for index, chunk in enumerate(batch) if chunk.samples and chunk.sequence.finish is None]
         if drawing:
             logits = logits if len(drawing) == len(batch) else logits[drawing]
             self._draw([self._row(batch[index]) for index in drawing], logits)
+
+    def _sum_for_gates(self, chunk: Chunk) -> None:
+        """Add a chunk of a prompt to what decides its gates; decide them once all but the last token are in."""
+        sequence, row = chunk.sequence, self._row(chunk)
+        if not sequence.undecided:
+            return
+        sums = dict(zip(self._runner.read, self._runner.sums[chunk.slot], strict=True))
+        for name, gate in sequence.undecided.items():
+            row.sums[name] = row.sums.get(name, 0) + sums[gate.layer]
+        if sequence.computed == sequence.prompt_length - 1:
+            means = {name: total / sequence.computed for name, total in row.sums.items()}
+            sequence.decide({name: _decided(gate, means[name]) for name, gate in sequence.undecided.items()})
+            self._bank.write(chunk.slot, sequence.mixture)
 
     def _draw(self, rows: list[Row], logits: torch.Tensor) -> None:
         try:
@@ -360,12 +387,19 @@ class TorchEngine:
                 error=error,
                 matched_stop=matched,
                 segments=tuple(sequence.segments),
+                gates=dict(sequence.gates),
             ),
         )
 
     def _add(self, row: Row) -> None:
         self._rows[row.sequence.request.id] = row
         self._scheduler.add(row.sequence)
+
+    def _check_gates(self, request: GenerationRequest, mixture: Mixture) -> None:
+        if mixture.gated and not self._runner.chunked:
+            raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
+        if mixture.gated and request.prompt_logprobs is not None:
+            raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
 
     def _check_mixture(self, mixture: Mixture) -> None:
         for term in mixture.terms:
@@ -390,6 +424,7 @@ class TorchEngine:
         try:
             self._check_live(request_id)
             sequence = self._rows[request_id].sequence
+            _refuse_new_gates(sequence, mixture)
             sequence.scheduled.clear()
             change = self._steer(sequence, mixture)
             changed.get_loop().call_soon_threadsafe(_settle, changed, change)
@@ -426,6 +461,15 @@ class TorchEngine:
                 return
 
 
+def _refuse_new_gates(sequence: Sequence, mixture: Mixture) -> None:
+    for term in mixture.gated:
+        if term.profile.name not in sequence.conditions:
+            raise SteeringError(
+                f"profile {term.profile.name!r} has a gate, which a prompt decides before it is answered: it cannot "
+                "join a running generation"
+            )
+
+
 def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | Exception) -> None:
     if waiting.done():
         return
@@ -440,9 +484,15 @@ def _works(batch: list[Chunk]) -> list[Work]:
 
 
 def _layers_to_read(batch: list[Chunk]) -> list[int]:
-    """The blocks on which a residual stream is to be projected before the next tokens are drawn."""
+    """The blocks whose output is projected before the next tokens are drawn, or decides a gate."""
     asking = (chunk.sequence.request.projections for chunk in batch if chunk.samples)
-    return sorted({layer for profiles in asking for profile in profiles for layer in profile.layers})
+    projected = {layer for profiles in asking for profile in profiles for layer in profile.layers}
+    return sorted(projected.union(gate.layer for chunk in batch for gate in chunk.sequence.undecided.values()))
+
+
+def _decided(gate: Gate, mean: torch.Tensor) -> GateDecision:
+    similarity = gate.similarity(mean.cpu())
+    return GateDecision(similarity, gate.opens(similarity))
 
 
 def _shadows(batch: list[Chunk]) -> list[Work]:

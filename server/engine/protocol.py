@@ -121,6 +121,15 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class GateDecision:
+    """What a prompt's similarity to a profile's condition was (None: it was too short to tell), and whether it opened
+    the gate."""
+
+    similarity: float | None
+    opened: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """One mix of a request, from the drawing of token `from_token` of the completion on, and the positions at which
     the residual stream was shifted by it."""
@@ -156,6 +165,7 @@ class Finished:
     error: str | None = None
     matched_stop: str | int | None = None
     segments: tuple[Segment, ...] = ()
+    gates: Mapping[str, GateDecision] = field(default_factory=dict)  # by profile
 
 
 Event = PromptLogprobs | Delta | Finished

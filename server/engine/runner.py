@@ -46,8 +46,8 @@ class Work:
 class Runner(ABC):
     """Computes logits and keeps what later steps need.
 
-    The outputs of the blocks in `read`, as they were steered, are left in `residuals` by slot, float32
-    `[layers, hidden]`: those at each row's last token of the latest passes.
+    Of the blocks in `read`, the outputs as they were steered are left by slot, float32 `[layers, hidden]`: in
+    `residuals` those at each row's last token of its latest pass, in `sums` the sum over that pass's tokens.
     """
 
     path: ClassVar[str]
@@ -59,20 +59,22 @@ class Runner(ABC):
         self.context = context
         self.device = language_model.device
         self.residuals: dict[int, torch.Tensor] = {}
+        self.sums: dict[int, torch.Tensor] = {}
         self._blocks = language_model.blocks
         self.read: Items[int] = ()
 
     @contextmanager
-    def _recording(self, works: Items[Work]) -> Iterator[None]:
-        """Keep the residuals of these rows, in this order in the batch, of the one pass run inside."""
+    def _recording(self, works: Items[Work], ahead: int = 0) -> Iterator[None]:
+        """Keep the residuals of these rows, in this order in the batch, of the one pass run inside; in which as many
+        tokens as `ahead` come before theirs."""
         if not self.read:
             yield
             return
         with record(self._blocks, self.read) as outputs:
             yield
         for place, work in enumerate(works):
-            last = len(work.ids) - 1
-            self.residuals[work.slot] = torch.stack([outputs[layer][place, last].float() for layer in self.read])
+            rows = torch.stack([outputs[layer][place, ahead : ahead + len(work.ids)].float() for layer in self.read])
+            self.residuals[work.slot], self.sums[work.slot] = rows[:, -1], rows.sum(1)
 
     @abstractmethod
     def forward(self, batch: Items[Work]) -> torch.Tensor:
@@ -247,7 +249,7 @@ class RecomputingRunner(Runner):
         whole = Work(work.slot, self._ids[work.slot], 0, work.steered_from)
         ids = torch.tensor([whole.ids], device=self.device)
         where = torch.tensor([whole.steered()], device=self.device)
-        with self.bank.step(slice(work.slot, work.slot + 1), where), self._recording([whole]):
+        with self.bank.step(slice(work.slot, work.slot + 1), where), self._recording([work], work.start):
             return last_logits(self.model(input_ids=ids, use_cache=False), len(work.ids))
 
 
