@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from server.engine.protocol import (
+    Constraint,
     Delta,
     Engine,
     Event,
@@ -64,6 +65,7 @@ class Generations:
         most: int,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Generations:
         """Hand all choices to the engine; if it refuses one, none runs. Raises RequestError and its kinds.
 
@@ -74,8 +76,9 @@ class Generations:
                 f"{len(prompts) * n} choices are more than the {most} that this server runs and queues: ask for fewer",
                 param="n",
             )
+        grammar = None if constraint is None else await engine.compile(constraint)
         requests = [
-            GenerationRequest(new_id("gen"), ids, sampling, mixture, choice, logprobs, prompt_logprobs)
+            GenerationRequest(new_id("gen"), ids, sampling, mixture, choice, logprobs, prompt_logprobs, grammar=grammar)
             for ids in prompts
             for choice in range(n)
         ]

@@ -7,6 +7,7 @@ the scheduler's, what a token becomes is the sampler's and the detokenizer's.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import queue
@@ -18,10 +19,13 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.admission import check_prompt, checked_context, eos_ids
+from server.engine.constraints import CompiledGrammar, GrammarCompiler, Matcher
 from server.engine.detokenizer import Detokenizer
+from server.engine.errors import reject
 from server.engine.likelihoods import token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.protocol import (
+    Constraint,
     Delta,
     EngineStats,
     EventStream,
@@ -82,6 +86,7 @@ class TorchEngine:
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
         self._eos_ids = eos_ids(language_model)
+        self._compiler = GrammarCompiler(language_model.tokenizer, self._eos_ids)
         self._bank = SteeringBank(
             language_model.blocks,
             rows=slots,
@@ -113,6 +118,9 @@ class TorchEngine:
     def context(self) -> int:
         return self._context
 
+    async def compile(self, constraint: Constraint) -> CompiledGrammar:
+        return await asyncio.to_thread(self._compiler.compile, constraint)
+
     def generate(self, request: GenerationRequest) -> EventStream:
         self._check(request)
         mailbox = Mailbox(cancel=lambda: self.cancel(request.id))
@@ -124,6 +132,7 @@ class TorchEngine:
                 eos_ids=self._eos_ids,
                 prompt_ids=request.prompt_ids,
                 choice=request.choice,
+                matcher=_matcher(request),
             ),
             detokenizer=Detokenizer(self._language_model.tokenizer, request.prompt_ids, request.sampling.stop),
             mailbox=mailbox,
@@ -176,6 +185,8 @@ class TorchEngine:
         vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
+        endless = request.grammar is not None and request.sampling.ignore_eos
+        reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
         for term in request.mixture.terms:
             self.load_profile(term.profile)
         self._bank.check(request.mixture)
@@ -250,7 +261,7 @@ class TorchEngine:
             tokens = sample(logits, [row.sampler for row in rows])
         except NonFiniteLogits as failure:
             for index in failure.rows:
-                self._finish(rows[index], "error", NOT_FINITE)
+                self._finish(rows[index], "error", rows[index].sampler.problem or NOT_FINITE)
             sound = [index for index in range(len(rows)) if index not in failure.rows]
             if sound:
                 self._draw([rows[index] for index in sound], logits[sound])
@@ -273,6 +284,8 @@ class TorchEngine:
             self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,), chances))
             if row.detokenizer.matched_stop is not None:
                 self._finish(row, "stop", matched=row.detokenizer.matched_stop)
+            elif row.sampler.complete:
+                self._finish(row, "stop")
             elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
                 self._finish(row, "length")
 
@@ -339,6 +352,13 @@ class TorchEngine:
                 self._commands.get_nowait()()
             except queue.Empty:
                 return
+
+
+def _matcher(request: GenerationRequest) -> Matcher | None:
+    if request.grammar is None:
+        return None
+    assert isinstance(request.grammar, CompiledGrammar), "a grammar of another engine"
+    return request.grammar.matcher()
 
 
 def _works(batch: list[Chunk]) -> list[Work]:

@@ -36,11 +36,11 @@ async def generate(body: GenerateBody, request: Request, service: ServiceDep, re
 
 async def _start(body: GenerateBody, service: Service) -> tuple[Mixture, Generations]:
     engine = service.engine
-    prompt = body.the_prompt()
+    prompt, sampling, constraint = body.the_prompt(), body.sampling(), body.constraint()
     mixture = body.wanted_steering().resolve(service.registry.find)
     ids = await encode(engine.language_model.tokenizer, prompt, body)
     most = service.most_generations
-    return mixture, await Generations.start(engine, [ids], body.sampling(), mixture, most=most)
+    return mixture, await Generations.start(engine, [ids], sampling, mixture, most=most, constraint=constraint)
 
 
 async def _frames(mixture: Mixture, generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:

@@ -75,12 +75,20 @@ async def _start(body: OpenAIBody, prompts: Sequence[Prompt], service: Service) 
     what all answers are made of."""
     engine, most = service.engine, service.most_generations
     mixture = body.wanted_steering(service.model_name).resolve(service.registry.find)
-    sampling, logprobs = body.sampling(), body.most_likely
+    sampling, constraint, logprobs = body.sampling(), body.constraint(), body.most_likely
     body.check_stream_options()
     ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
     scored = logprobs if body.echoes else None
     generations = await Generations.start(
-        engine, ids, sampling, mixture, n=body.n, most=most, logprobs=logprobs, prompt_logprobs=scored
+        engine,
+        ids,
+        sampling,
+        mixture,
+        n=body.n,
+        most=most,
+        logprobs=logprobs,
+        prompt_logprobs=scored,
+        constraint=constraint,
     )
     return generations, {
         "model": body.model,

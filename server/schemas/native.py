@@ -8,9 +8,9 @@ from pydantic import Field
 
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import NoOps
+from server.schemas.constraints import ConstrainedBody
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
 from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, messages_of
-from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
 from server.steering import WantedSteering, WantedTerm
@@ -18,7 +18,7 @@ from steering_vectors.chat import Message
 from steering_vectors.errors import RequestError, SteeringError
 
 
-class GenerateBody(SamplingBody, EncodingBody):
+class GenerateBody(ConstrainedBody, EncodingBody):
     """One prompt, or one conversation; one answer."""
 
     no_ops: ClassVar[NoOps] = {
