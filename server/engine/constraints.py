@@ -10,12 +10,14 @@ constraint is compiled.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.errors import reject
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 _MOST_STATES = 50_000  # of a lexer, which has a kilobyte or two for each
+_MANY_CORES = 4  # with fewer, handing work to another thread costs more than it saves
 _LONGEST_REASON = 500  # characters
 _BLANKS = r" |\n {0,16}"  # a space, or a line's indentation; free, a model that has lost its way writes them for ever
 
@@ -37,7 +40,7 @@ class _Backend:
     """What all grammars of an engine share."""
 
     tokenizer: LLTokenizer
-    executor: LLExecutor
+    executor: LLExecutor | None
 
 
 class Matcher:
@@ -116,7 +119,8 @@ class GrammarCompiler:
         known = sorted(one for one in self._eos_ids if one < len(self._tokenizer))
         reject(not known, f"{field} cannot be used: this model has no end-of-sequence token", field)
         try:
-            return _Backend(from_tokenizer(self._tokenizer, eos_token=known), LLExecutor())
+            executor = LLExecutor() if (os.cpu_count() or 1) >= _MANY_CORES else None
+            return _Backend(from_tokenizer(self._tokenizer, eos_token=known), executor)
         except ValueError as error:
             raise RequestError(
                 f"{field} cannot be used with this model's tokenizer: {first_line(error)}", param=field
@@ -124,20 +128,33 @@ class GrammarCompiler:
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocab_size: int) -> Allowed:
-    """Which tokens each row may take next, `[rows, vocab_size]`: computed for all rows at once, in threads.
+    """Which tokens each row may take next, `[rows, vocab_size]`; rows are shared among threads where cores are many.
 
     Ids beyond the tokenizer's vocabulary are never allowed. A row with a `problem` is allowed nothing.
     """
-    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
-
     backend = matchers[0].backend
-    bits = allocate_token_bitmask(len(matchers), backend.tokenizer.vocab_size)
-    fill_next_token_bitmask_par(backend.executor, [(one.state, row) for row, one in enumerate(matchers)], bits)
+    states = [one.state for one in matchers]
+    bits = _masks(backend, states)
     known = min(vocab_size, backend.tokenizer.vocab_size)
     allowed = np.zeros((len(matchers), vocab_size), dtype=np.bool_)
     allowed[:, :known] = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :known]
-    allowed[[one.state.is_error() for one in matchers]] = False  # the mask of a failed one would end its text
+    for row, state in enumerate(states):
+        if state.is_error():  # its mask would end the text, as if it were whole
+            allowed[row] = False
     return allowed
+
+
+def _masks(backend: _Backend, states: Sequence[LLMatcher]) -> NDArray[np.int32]:
+    """A bit for each token of the tokenizer, `[rows, vocabulary / 32]`."""
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
+
+    bits = allocate_token_bitmask(len(states), backend.tokenizer.vocab_size)
+    if backend.executor is not None and len(states) > 1:
+        fill_next_token_bitmask_par(backend.executor, [(state, row) for row, state in enumerate(states)], bits)
+    else:
+        for row, state in enumerate(states):
+            fill_next_token_bitmask(state, bits, row)
+    return bits
 
 
 def _definition(constraint: Constraint) -> str:

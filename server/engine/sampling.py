@@ -202,9 +202,10 @@ def _constrain(logits: Tensor, rows: Sequence[RowSampler]) -> None:
     for index, place in enumerate(matchers):
         if (early := rows[place].forbidden) is not None and np.delete(allowed[index], early).any():
             allowed[index, early] = False
-    barred = torch.from_numpy(~allowed).to(logits.device)
-    for index, place in enumerate(matchers):
-        logits[place].masked_fill_(barred[index], -math.inf)
+    places = list(matchers)
+    part = _rows(logits, places).masked_fill_(torch.from_numpy(~allowed).to(logits.device), -math.inf)
+    if part is not logits:
+        logits[places] = part
 
 
 def _penalise(flat: Tensor, starts: Sequence[int], rows: Sequence[RowSampler]) -> None:
