@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.admission import check_prompt, checked_context, eos_ids
+from server.engine.constraints import CompiledGrammar, GrammarCompiler, Matcher
 from server.engine.detokenizer import Detokenizer
+from server.engine.errors import reject
 from server.engine.likelihoods import divergence, token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.projections import projection
 from server.engine.protocol import (
+    Constraint,
     Delta,
     EngineStats,
     EventStream,
@@ -107,6 +110,7 @@ class TorchEngine:
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
         self._eos_ids = eos_ids(language_model)
+        self._compiler = GrammarCompiler(language_model.tokenizer, self._eos_ids)
         self._bank = SteeringBank(
             language_model.blocks,
             rows=slots,
@@ -139,6 +143,9 @@ class TorchEngine:
     def context(self) -> int:
         return self._context
 
+    async def compile(self, constraint: Constraint) -> CompiledGrammar:
+        return await asyncio.to_thread(self._compiler.compile, constraint)
+
     def generate(self, request: GenerationRequest) -> EventStream:
         self._check(request)
         mailbox = Mailbox(cancel=lambda: self.cancel(request.id))
@@ -150,6 +157,7 @@ class TorchEngine:
                 eos_ids=self._eos_ids,
                 prompt_ids=request.prompt_ids,
                 choice=request.choice,
+                matcher=_matcher(request),
             ),
             detokenizer=Detokenizer(self._language_model.tokenizer, request.prompt_ids, request.sampling.stop),
             mailbox=mailbox,
@@ -210,6 +218,8 @@ class TorchEngine:
         vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
+        endless = request.grammar is not None and request.sampling.ignore_eos
+        reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
         if request.divergence and self._scheduler.num_slots < 2:
             raise RequestError("divergences need a second slot: start the server with --slots 2 or more", param="kl")
         for profile in request.projections:
@@ -319,7 +329,7 @@ class TorchEngine:
             tokens = sample(logits, [row.sampler for row in rows])
         except NonFiniteLogits as failure:
             for index in failure.rows:
-                self._finish(rows[index], "error", NOT_FINITE)
+                self._finish(rows[index], "error", rows[index].sampler.problem or NOT_FINITE)
             sound = [index for index in range(len(rows)) if index not in failure.rows]
             if sound:
                 self._draw([rows[index] for index in sound], logits[sound])
@@ -352,6 +362,8 @@ class TorchEngine:
             self._outbox.put(row.mailbox, Delta(text, (token,), told.logprobs, told.divergences, told.projections))
             if row.detokenizer.matched_stop is not None:
                 self._finish(row, "stop", matched=row.detokenizer.matched_stop)
+            elif row.sampler.complete:
+                self._finish(row, "stop")
             elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
                 self._finish(row, "length")
 
@@ -459,6 +471,13 @@ class TorchEngine:
                 self._commands.get_nowait()()
             except queue.Empty:
                 return
+
+
+def _matcher(request: GenerationRequest) -> Matcher | None:
+    if request.grammar is None:
+        return None
+    assert isinstance(request.grammar, CompiledGrammar), "a grammar of another engine"
+    return request.grammar.matcher()
 
 
 def _refuse_new_gates(sequence: Sequence, mixture: Mixture) -> None:

@@ -38,11 +38,18 @@ async def generate(
 
 async def _start(body: GenerateBody, header: str | None, service: Service) -> Generations:
     engine = service.engine
-    prompt = body.the_prompt()
+    prompt, sampling, constraint = body.the_prompt(), body.sampling(), body.constraint()
     timeline = body.wanted_steering(header).timeline(service.registry.find)
     ids = await encode(engine.language_model.tokenizer, prompt, body)
-    most = service.most_generations
-    return await Generations.start(engine, [ids], body.sampling(), timeline, most=most, projections=body.projections)
+    return await Generations.start(
+        engine,
+        [ids],
+        sampling,
+        timeline,
+        most=service.most_generations,
+        projections=body.projections,
+        constraint=constraint,
+    )
 
 
 async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:

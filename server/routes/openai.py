@@ -81,7 +81,7 @@ async def _start(
     what all answers are made of."""
     engine, most = service.engine, service.most_generations
     timeline = body.wanted_steering(service.model_name, header).timeline(service.registry.find)
-    sampling, logprobs = body.sampling(), body.most_likely
+    sampling, constraint, logprobs = body.sampling(), body.constraint(), body.most_likely
     body.check_stream_options()
     ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
     scored = logprobs if body.echoes else None
@@ -95,6 +95,7 @@ async def _start(
         logprobs=logprobs,
         prompt_logprobs=scored,
         projections=body.projections,
+        constraint=constraint,
     )
     return generations, {
         "model": body.model,

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import NoOps
+from server.schemas.constraints import ConstrainedBody
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
 from server.schemas.prompts import OnePromptBody, ProjectionsBody
-from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
 from server.steering import HEADER, WantedSteering, WantedTerm, parse_steering, refuse_two
@@ -21,7 +21,7 @@ NATIVE_NO_OPS: NoOps = {
 }  # fmt: skip
 
 
-class GenerateBody(SamplingBody, OnePromptBody, ProjectionsBody):
+class GenerateBody(ConstrainedBody, OnePromptBody, ProjectionsBody):
     """One prompt, or one conversation; one answer."""
 
     no_ops: ClassVar[NoOps] = NATIVE_NO_OPS

@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Field
 
 from server.engine.protocol import SamplingParameters
 from server.schemas.body import Body, NoOps
+from server.schemas.constraints import ConstrainedBody
 from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody, ProjectionsBody
-from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS, STREAM_NO_OPS
 from server.steering import HEADER, WantedSteering, parse_steering, refuse_two, split_model
@@ -37,7 +37,7 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="End with a chunk that has no choice and the usage.")
 
 
-class OpenAIBody(SamplingBody, EncodingBody, ProjectionsBody):
+class OpenAIBody(ConstrainedBody, EncodingBody, ProjectionsBody):
     """What both routes take."""
 
     no_ops: ClassVar[NoOps] = NO_OPS

@@ -40,10 +40,12 @@ class SamplingBody(Body):
     logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, description="Token id to -100..100.")
     seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="Makes a request repeatable.")
     max_tokens: int | None = Field(None, description="The most tokens to write.")
-    min_tokens: int = Field(0, description="No end before so many tokens.")
+    min_tokens: int = Field(0, description="No end before so many tokens, unless a constraint leaves no choice.")
     stop: StopStrings = Field(default_factory=list, description="Texts that end the completion; they are cut off.")
     stop_token_ids: list[int] = Field(default_factory=list, max_length=1024, description="Tokens that end it.")
-    ignore_eos: bool = Field(False, description="Write on after an end-of-sequence token.")
+    ignore_eos: bool = Field(
+        False, description="Write on after an end-of-sequence token. Not with a constraint, whose texts end with one."
+    )
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         """Raises RequestError that names a field out of its range."""
