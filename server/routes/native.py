@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import receipt, usage
+from server.api_document import declare
 from server.dependencies import ReporterDep, ServiceDep
 from server.engine.protocol import Delta, Finished
 from server.errors import ErrorReporter
@@ -16,6 +17,7 @@ from server.generations import Generations
 from server.json_bodies import StrictRoute
 from server.prompts import encode
 from server.schemas.native import GenerateBody
+from server.schemas.native_answers import GenerateAnswer, GenerateEvent
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
 from steering_vectors.mixture import Mixture
@@ -23,9 +25,14 @@ from steering_vectors.mixture import Mixture
 router = APIRouter(tags=["native"], route_class=StrictRoute)
 
 
-@router.post("/generate")
+@router.post(
+    "/generate",
+    summary="Generate one text",
+    responses=declare(GenerateAnswer, 400, 404, 429, 503, stream=GenerateEvent),
+)
 async def generate(body: GenerateBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
-    """Continue a text or a conversation, steered as asked."""
+    """Continue a text or a conversation, steered as asked. With `stream`, events bring pieces of text, and the last one
+    everything else."""
     mixture, generations = await _start(body, service)
     if body.stream:
         return EventStreamResponse(_frames(mixture, generations, reporter), close=generations.close)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from server.engine.protocol import SamplingParameters
-from server.schemas.body import NoOps
+from server.schemas.body import Examples, NoOps
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
 from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, messages_of
 from server.schemas.sampling import SamplingBody
@@ -24,6 +24,15 @@ class GenerateBody(SamplingBody, EncodingBody):
     no_ops: ClassVar[NoOps] = {
         **NO_OPS, "n": (1,), "stream_options": (), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,)
     }  # fmt: skip
+    examples: ClassVar[Examples] = (
+        {
+            "messages": [{"role": "user", "content": "How do I bake bread?"}],
+            "profile": "warm",
+            "strength": 0.8,
+            "max_tokens": 60,
+            "seed": 7,
+        },
+    )
 
     prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
     messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from server.engine.protocol import SamplingParameters
-from server.schemas.body import Body, NoOps
+from server.schemas.body import Body, Examples, NoOps
 from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
@@ -94,6 +94,15 @@ class ChatBody(OpenAIBody):
     """POST /v1/chat/completions. Without a limit a reply may be as long as the context."""
 
     no_ops: ClassVar[NoOps] = {**NO_OPS, "echo": (False,)}
+    examples: ClassVar[Examples] = (
+        {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "How do I bake bread?"}],
+            "steering": "warm@0.8+concise@-0.3",
+            "max_tokens": 60,
+            "seed": 7,
+        },
+    )
 
     messages: list[MessageBody] = Field(description="The conversation; the model writes the next turn.")
     max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
@@ -121,6 +130,7 @@ class CompletionBody(OpenAIBody):
     """POST /v1/completions."""
 
     no_ops: ClassVar[NoOps] = {**NO_OPS, "top_logprobs": (0,)}
+    examples: ClassVar[Examples] = ({"model": "demo:warm@0.8", "prompt": "Bread is", "max_tokens": 16, "seed": 7},)
 
     prompt: ManyPrompts = Field(description="One prompt or several, each a text or token ids.")
     echo: bool = Field(

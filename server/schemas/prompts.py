@@ -69,7 +69,7 @@ class MessageBody(Body):
 
     no_ops: ClassVar[NoOps] = MESSAGE_NO_OPS
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
     content: Content = Field(description="A text, or a list of text parts, which are joined by newlines.")
 
     def message(self) -> Message:
