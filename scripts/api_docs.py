@@ -88,7 +88,7 @@ def _curl(document: Json, path: str, method: str, route: Json) -> str:
 
 
 def _answer(responses: Json) -> Iterator[str]:
-    content = responses["200"].get("content", {})
+    content = next((one for status, one in responses.items() if _is_success(status)), {}).get("content", {})
     named = [f"Answers {_type(content['application/json']['schema'])}"] if "application/json" in content else []
     if "text/event-stream" in content:
         event = content["text/event-stream"].get("itemSchema", {}).get("properties", {}).get("data", {})
@@ -101,16 +101,20 @@ def _answer(responses: Json) -> Iterator[str]:
 
 
 def _errors(responses: Json) -> str:
-    errors = sorted((status, one) for status, one in responses.items() if status != "200")
+    errors = sorted((status, one) for status, one in responses.items() if not _is_success(status))
     rows = [[("others" if status == "default" else status), one["description"]] for status, one in errors]
     return _table([["error", "when"], *rows])
+
+
+def _is_success(status: str) -> bool:
+    return status.startswith("2")
 
 
 def _object(schema: Json) -> list[str]:
     """Its description, the table of its fields, and what is accepted only to be ignored."""
     required = schema.get("required", [])
     rows = [
-        [f"`{name}`", _type(field), _default(field, name in required), field.get("description", "")]
+        [f"`{name}`", _type(field), _default(field, name in required), _meaning(field)]
         for name, field in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in required)
     ]
     parts = [" ".join(schema.get("description", "").split())]
@@ -131,6 +135,11 @@ def _parameters(route: Json) -> list[list[str]]:
         [f"`{one['name']}`", one["in"], _type(one["schema"]), one.get("description", "")] for one in route["parameters"]
     ]
     return [["parameter", "in", "type", "meaning"], *rows]
+
+
+def _meaning(field: Json) -> str:
+    examples = " or ".join(f"`{json.dumps(one)}`" for one in field.get("examples", []))
+    return f"{field.get('description', '')}{f' For example {examples}.' if examples else ''}"
 
 
 def _default(field: Json, required: bool) -> str:

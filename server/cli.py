@@ -104,7 +104,11 @@ def chat(
     from server.chat.conversation import Sampling
     from server.chat.terminal import chat as talk
 
-    if not talk(url, api_key, model, system, Sampling(temperature, seed, max_tokens)):
+    try:
+        well = talk(url, api_key, model, system, Sampling(temperature, seed, max_tokens))
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(INTERRUPTED) from stop
+    if not well:
         raise typer.Exit(FAILED)
 
 

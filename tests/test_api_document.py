@@ -76,6 +76,8 @@ def test_every_route_tells_what_it_does_and_answers(path: str, method: str, rout
     assert "422" not in route["responses"]
     assert all(parameter["description"] for parameter in route.get("parameters", []))
     for status, answer in route["responses"].items():
+        if status == "204":  # says nothing
+            continue
         content = answer["content"]["application/json"]
         assert content["schema"]["$ref"].removeprefix("#/components/schemas/") in SCHEMAS
         if status == "default" or int(status) >= 400:

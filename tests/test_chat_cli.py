@@ -366,3 +366,14 @@ def test_steering_that_cannot_be_read(text: str, message: str) -> None:
     with pytest.raises(ChatError) as refusal:
         read_steering(text)
     assert str(refusal.value) == message
+
+
+def test_ctrl_c_at_a_pipe_that_says_nothing_ends_it(start: Talk) -> None:
+    process = start()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("/steer\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "[steering: none]\n"
+    process.send_signal(signal.SIGINT)
+    assert talk(process) == ([], "", 130)

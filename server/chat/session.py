@@ -7,8 +7,9 @@ that is stopped keeps what was written. Knows nothing of where lines come from.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -69,9 +70,9 @@ class Session:
         try:
             with closing(self.remote.stream(body)) as chunks:
                 for chunk in chunks:
-                    piece = _piece(chunk)
-                    text += piece
-                    self.screen.piece(piece)
+                    with unbroken():
+                        text += _piece(chunk)
+                        self.screen.piece(_piece(chunk))
                     end |= {name: chunk[name] for name in ("usage", "steering") if chunk.get(name) is not None}
                     end |= _finish(chunk)
         except KeyboardInterrupt:
@@ -79,6 +80,19 @@ class Session:
         finally:
             self.screen.line()
         return _reply(text, end)
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done, so that what is shown is what is kept, once."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def open_session(remote: Remote, screen: Screen, model: str, system: str, sampling: Sampling) -> Session:

@@ -13,7 +13,7 @@ from server.schemas.prompts import EncodingBody, MessageBody, OnePrompt, message
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
-from server.steering import WantedSteering, WantedTerm
+from server.steering import EXAMPLE, WantedSteering, WantedTerm
 from steering_vectors.chat import Message
 from steering_vectors.errors import RequestError, SteeringError
 
@@ -36,9 +36,13 @@ class GenerateBody(SamplingBody, EncodingBody):
 
     prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
     messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")
-    profile: str | None = Field(None, description="One profile to steer by, NAME or NAME#SHA8.")
-    strength: float | None = Field(None, description="Its strength, 1 if absent.")
-    steering: Steering | None = Field(None, description="A mix of profiles. Either this or profile.")
+    profile: str | None = Field(
+        None, description="One profile to steer by, NAME or NAME#SHA8.", examples=["warm", "warm#fb09e9ae"]
+    )
+    strength: float | None = Field(None, description="Its strength, 1 if absent.", examples=[0.8])
+    steering: Steering | None = Field(
+        None, description="A mix of profiles. Either this or profile.", examples=[EXAMPLE]
+    )
     stream: bool = Field(False, description="Answer with server-sent events.")
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:

@@ -12,7 +12,7 @@ from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS, STREAM_NO_OPS
-from server.steering import WantedSteering, parse_steering, split_model
+from server.steering import EXAMPLE, WantedSteering, parse_steering, split_model
 from steering_vectors.errors import RequestError, SteeringError
 from steering_vectors.profile import ApplyTo
 
@@ -42,8 +42,12 @@ class OpenAIBody(SamplingBody, EncodingBody):
 
     no_ops: ClassVar[NoOps] = NO_OPS
 
-    model: str = Field(description="The served model, or an alias such as demo:warm@0.8.")
-    steering: Steering | None = Field(None, description="What to steer by; an alias in the model says it in short.")
+    model: str = Field(
+        description="The served model, or an alias of it that is steered.", examples=["demo", "demo:warm@0.8"]
+    )
+    steering: Steering | None = Field(
+        None, description="What to steer by; an alias in the model says it in short.", examples=[EXAMPLE]
+    )
     n: int = Field(1, ge=1, le=MOST_CHOICES, description="How many choices to write for each prompt.")
     stream: bool = Field(False, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="For streams only.")

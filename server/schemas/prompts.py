@@ -81,7 +81,9 @@ class EncodingBody(Body):
     """What decides how a prompt becomes token ids, besides the prompt itself."""
 
     add_special_tokens: bool = Field(True, description="Let the tokenizer add BOS to a plain text.")
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables for the chat template.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
+    )
 
 
 def messages_of(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:

@@ -20,7 +20,9 @@ class SteeringTermBody(Body):
 
     name: str = Field(description="A served profile, NAME or NAME#SHA8.")
     strength: float = Field(1.0, description="1 is the profile's calibrated full strength, 0 none, below 0 opposite.")
-    layers: list[int] | None = Field(None, description="Blocks to steer at, of those the profile has; all if absent.")
+    layers: list[int] | None = Field(
+        None, description="Blocks to steer at, of those the profile has; all if absent.", examples=[[5]]
+    )
 
 
 class SteeringBody(Body):
