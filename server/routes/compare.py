@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ending
+from server.api_document import declare
 from server.dependencies import ReporterDep, ServiceDep
 from server.engine.protocol import Delta, Finished, GenerationRequest
 from server.errors import ErrorReporter
@@ -17,13 +18,18 @@ from server.json_bodies import StrictRoute
 from server.prompts import encode
 from server.receipts import told_projections
 from server.schemas.compare import CompareBody
+from server.schemas.steering_answers import CompareAnswer, CompareEvent
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
 
 router = APIRouter(tags=["steering"], route_class=StrictRoute)
 
 
-@router.post("/compare")
+@router.post(
+    "/compare",
+    summary="Compare steerings of one prompt",
+    responses=declare(CompareAnswer, 400, 404, 429, 503, stream=CompareEvent),
+)
 async def compare(body: CompareBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
     """Continue a text or a conversation under several steerings, with the same random numbers."""
     generations = await _start(body, service)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ending
+from server.api_document import declare
 from server.dependencies import ReporterDep, ServiceDep, SteeringHeader
 from server.engine.protocol import Delta, Finished
 from server.errors import ErrorReporter
@@ -16,17 +17,23 @@ from server.json_bodies import StrictRoute
 from server.prompts import encode
 from server.receipts import told_projections
 from server.schemas.native import GenerateBody
+from server.schemas.native_answers import GenerateAnswer, GenerateEvent
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
 
 router = APIRouter(tags=["native"], route_class=StrictRoute)
 
 
-@router.post("/generate")
+@router.post(
+    "/generate",
+    summary="Generate one text",
+    responses=declare(GenerateAnswer, 400, 404, 429, 503, stream=GenerateEvent),
+)
 async def generate(
     body: GenerateBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
 ) -> Response:
-    """Continue a text or a conversation, steered as asked."""
+    """Continue a text or a conversation, steered as asked. With `stream`, events bring pieces of text, and the last one
+    everything else."""
     generations = await _start(body, steering, service)
     if body.stream:
         return EventStreamResponse(_frames(generations, reporter), close=generations.close)
