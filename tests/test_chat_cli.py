@@ -20,6 +20,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from server import cli
 from server.chat.conversation import ChatError, Sampling, Term, read_steering
 from server.chat.remote import Remote
 from server.chat.screen import Screen, clean
@@ -368,12 +369,29 @@ def test_steering_that_cannot_be_read(text: str, message: str) -> None:
     assert str(refusal.value) == message
 
 
-def test_ctrl_c_at_a_pipe_that_says_nothing_ends_it(start: Talk) -> None:
-    process = start()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("/steer\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "[steering: none]\n"
-    process.send_signal(signal.SIGINT)
-    assert talk(process) == ([], "", 130)
+class InterruptedInput(io.StringIO):
+    def readline(self, _size: int | None = -1, /) -> str:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_at_a_pipe_that_says_nothing_ends_it(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["trimtab", "chat", "--url", str(client.base_url)])
+    monkeypatch.setattr(sys, "stdin", InterruptedInput())
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 130
+
+
+def test_a_text_that_is_interrupted_is_shown_once() -> None:
+    """The signal comes while the console writes, as it does when a model writes fast."""
+
+    class Interrupting(io.StringIO):
+        def write(self, text: str, /) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    out = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        Screen(Console(file=out)).line("once")
+    Screen(Console(file=io.StringIO())).line()
+    assert out.getvalue() == "once\n"

@@ -6,10 +6,12 @@ where texts come from. Replies and tables go to stdout, errors to stderr.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -29,17 +31,17 @@ class Screen:
 
     def piece(self, text: str) -> None:
         """The next piece of a reply."""
-        self._out.print(clean(text), end="", soft_wrap=True)
+        _print(self._out, clean(text), end="", soft_wrap=True)
 
     def line(self, text: str = "") -> None:
-        self._out.print(clean(text), soft_wrap=True)
+        _print(self._out, clean(text), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A dim line beside the conversation."""
-        self._out.print(clean(text), style="dim", soft_wrap=True)
+        _print(self._out, clean(text), style="dim", soft_wrap=True)
 
     def error(self, text: str) -> None:
-        self._errors.print(clean(f"error: {text}"), style="red", soft_wrap=True)
+        _print(self._errors, clean(f"error: {text}"), style="red", soft_wrap=True)
 
     def profiles(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """The profiles of GET /profiles."""
@@ -50,7 +52,7 @@ class Screen:
         grid = Table.grid(padding=(0, 2))
         for name, meaning in pairs:
             grid.add_row(Text(clean(name), no_wrap=True), Text(clean(meaning)))
-        self._out.print(grid)
+        _print(self._out, grid)
 
     def compared(self, titles: Sequence[str], replies: Sequence[Reply]) -> None:
         """Replies to one question: side by side where there is room, else one after the other."""
@@ -68,7 +70,25 @@ class Screen:
             table.add_column(Text(clean(title)), overflow="fold")
         for row in rows:
             table.add_row(*(Text(clean(cell)) for cell in row))
-        self._out.print(table)
+        _print(self._out, table)
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done: a console that is broken off would print its text once more."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def _print(console: Console, what: RenderableType, **how: Any) -> None:
+    with unbroken():
+        console.print(what, **how)
 
 
 def clean(text: str) -> str:

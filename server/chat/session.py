@@ -7,16 +7,15 @@ that is stopped keeps what was written. Knows nothing of where lines come from.
 from __future__ import annotations
 
 import secrets
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from server.chat.conversation import ChatError, Conversation, Reply, Sampling, Term, Turn, read_steering
 from server.chat.remote import Remote, RemoteError
-from server.chat.screen import Screen, describe
+from server.chat.screen import Screen, describe, unbroken
 
 UNSAID = "the server does not say that it steered: is it a trimtab server?"
 
@@ -80,19 +79,6 @@ class Session:
         finally:
             self.screen.line()
         return _reply(text, end)
-
-
-@contextmanager
-def unbroken() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done, so that what is shown is what is kept, once."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        raise KeyboardInterrupt
 
 
 def open_session(remote: Remote, screen: Screen, model: str, system: str, sampling: Sampling) -> Session:
