@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve profiles test test-clients lint format types bench demo clean
+.PHONY: help install dev serve profiles test test-clients lint format types docs bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ types: $(VENV)/.dev  ## Check types, strictly
 format: $(VENV)/.dev  ## Rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev  ## Write docs/api.md from the server's routes
+	$(BIN)/python scripts/api_docs.py
 
 bench: $(VENV)/.dev profiles  ## Measure what steering does on the demo model
 	$(BIN)/python benchmarks/dose_response.py

@@ -14,7 +14,7 @@ from typing import Any
 from server.engine.protocol import Delta, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generations import Result
 from server.logprobs import CompletionLogprobs, chat_logprobs
-from server.receipts import receipt
+from server.receipts import receipt, told_projections
 from server.token_texts import TokenTexts
 
 Json = dict[str, Any]
@@ -67,6 +67,7 @@ class OpenAIAnswer(ABC):
                 **self._whole(index, result),
                 **self._ending(result.finished),
                 "generation_id": self.requests[index].id,
+                **told_projections(self.requests[index], result.projections),
             }
             for index, result in enumerate(results)
         ]
@@ -81,7 +82,11 @@ class OpenAIAnswer(ABC):
     def piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None:
         """The chunk of an event; None if it tells nothing yet."""
         told = self._piece(index, event)
-        return None if told is None else self._chunk(index, {**told, "finish_reason": None})
+        if told is None:
+            return None
+        projections = event.projections if isinstance(event, Delta) else ()
+        more = told_projections(self.requests[index], projections) if projections else {}
+        return self._chunk(index, {**told, "finish_reason": None, **more})
 
     def closing(self, index: int, finished: Finished) -> Json:
         """The last chunk of a choice."""
@@ -150,7 +155,7 @@ class ChatAnswer(OpenAIAnswer):
         return {"delta": {"role": "assistant", "content": ""}}
 
     def _piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None:
-        if isinstance(event, PromptLogprobs) or not (event.text or event.logprobs):
+        if isinstance(event, PromptLogprobs) or not (event.text or event.logprobs or event.projections):
             return None
         return {"delta": {"content": event.text}, "logprobs": self._logprobs(index, event.logprobs)}
 
@@ -187,7 +192,7 @@ class CompletionAnswer(OpenAIAnswer):
         told = self._told.setdefault(index, CompletionLogprobs(self.texts))
         if isinstance(event, PromptLogprobs):
             return {"text": self._prompt(index), "logprobs": told.of(event.tokens, first=request.prompt_ids[0])}
-        if not (event.text or event.logprobs):
+        if not (event.text or event.logprobs or event.projections):
             return None
         return {"text": event.text, "logprobs": None if request.logprobs is None else told.of(event.logprobs)}
 

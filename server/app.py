@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
+from server.api_document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.config import Settings, read_api_keys, unknown_variables
 from server.engine.protocol import Engine
 from server.errors import ErrorReporter
-from server.middleware import BearerKeys, BodyLimit
+from server.middleware import PAGE_FILES, BearerKeys, BodyLimit
 from server.routes import compare, native, openai, operations, profiles, score, steering
 from server.service import Service
 from steering_vectors.errors import (
@@ -42,10 +45,6 @@ STATUSES: Mapping[type[TrimtabError], int] = {
     ProfileError: 400,
     TrimtabError: 500,
 }
-ERRORS: dict[int | str, dict[str, str]] = {
-    "4XX": {"description": "OpenAI's error object: what is wrong with the request"},
-    "5XX": {"description": "OpenAI's error object: what is wrong with the server"},
-}
 
 
 def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
@@ -54,14 +53,19 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     An engine that is passed is used in the place of one made from the settings, and is the caller's to close.
     Raises ConfigurationError if the key file is not usable.
     """
-    app = FastAPI(
+    app = FastAPIOffline(  # FastAPI's own pages load scripts from elsewhere
+        docs_url="/docs",
+        redoc_url=None,
+        static_url=PAGE_FILES,
         title="trimtab",
         version=installed_version(),
-        docs_url=None,  # their pages load scripts from elsewhere
-        redoc_url=None,
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        swagger_ui_parameters={"validatorUrl": None},
         lifespan=_lifespan,
-        responses=ERRORS,
+        responses=OTHER_ERRORS,
     )
+    app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
     app.state.service = Service(settings, engine)
     app.state.reporter = ErrorReporter(STATUSES)
     app.state.reporter.install(app)

@@ -1,4 +1,4 @@
-"""The command `trimtab`: `serve` is here, everything else comes from `steering_vectors.cli`.
+"""The command `trimtab`: `serve` and `chat` are here, everything else comes from `steering_vectors.cli`.
 
 Owns flags, the one line that says where the server is, and exit codes. Importing it loads no model code,
 so that `trimtab --help` answers at once.
@@ -86,6 +86,30 @@ def serve(
     _log(settings.log_level)
     with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
         asyncio.run(_serve(settings, listener))
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the server is.", envvar="TRIMTAB_URL")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="The served model, or an alias such as demo:warm@0.8.")] = "",
+    system: Annotated[str, typer.Option(help="The system message to begin with.")] = "",
+    api_key: Annotated[
+        str, typer.Option(help="For servers that ask for one; better in the environment.", envvar="TRIMTAB_API_KEY")
+    ] = "",
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the server's default is 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes every reply repeatable.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The most tokens of a reply.")] = None,
+) -> None:
+    """Talk to a running server in the terminal, and steer it while you do; reads lines from a pipe too."""
+    from server.chat.conversation import Sampling
+    from server.chat.terminal import chat as talk
+
+    try:
+        well = talk(url, api_key, model, system, Sampling(temperature, seed, max_tokens))
+    except KeyboardInterrupt as stop:
+        raise typer.Exit(INTERRUPTED) from stop
+    if not well:
+        raise typer.Exit(FAILED)
 
 
 register(app)

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from steering_vectors.errors import TrimtabError
 
 PREFIX = "TRIMTAB_"
+OF_CHAT = frozenset({"TRIMTAB_URL", "TRIMTAB_API_KEY"})  # what `trimtab chat` reads from the same environment
 SINGLE_WORD = r"^\S+$"
 
 
@@ -69,7 +70,7 @@ def load_settings(given: Mapping[str, Any] | None = None) -> Settings:
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Variables of the environment that look like settings and are none, for a warning."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | OF_CHAT
     return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 

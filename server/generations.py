@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from server.engine.protocol import (
+    Constraint,
     Delta,
     Engine,
     Event,
@@ -23,6 +24,7 @@ from server.engine.protocol import (
 )
 from steering_vectors.errors import RequestError, TrimtabError, Unavailable
 from steering_vectors.mixture import Mixture
+from steering_vectors.profile import Profile
 
 
 class GenerationFailed(TrimtabError):
@@ -40,6 +42,7 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()
 
 
 class Generations:
@@ -65,9 +68,15 @@ class Generations:
         most: int,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        projections: bool = False,
+        constraint: Constraint | None = None,
     ) -> Generations:
         """Run n choices of each prompt. `timeline` has the mix at the start, then those that follow, each from a token
-        of the completion on. Raises as `run` does."""
+        of the completion on; `projections` asks for those on all of its profiles. Raises as `run` does."""
+        profiles = profiles_of(timeline) if projections else ()
+        if len(prompts) * n > most:
+            raise too_many(len(prompts) * n, most, "n")
+        grammar = None if constraint is None else await engine.compile(constraint)
         requests = [
             GenerationRequest(
                 new_id("gen"),
@@ -78,6 +87,8 @@ class Generations:
                 logprobs,
                 prompt_logprobs,
                 schedule=tuple(timeline[1:]),
+                projections=profiles,
+                grammar=grammar,
             )
             for ids in prompts
             for choice in range(n)
@@ -93,10 +104,7 @@ class Generations:
         `most` is how many the engine holds at once: more than that could never be accepted.
         """
         if len(requests) > most:
-            raise RequestError(
-                f"{len(requests)} choices are more than the {most} that this server runs and queues: ask for fewer",
-                param=param,
-            )
+            raise too_many(len(requests), most, param)
         streams: list[EventStream] = []
         try:
             for request in requests:
@@ -140,6 +148,11 @@ class Generations:
         await _close(self._streams)
 
 
+def profiles_of(timeline: Sequence[tuple[int, Mixture]]) -> tuple[Profile, ...]:
+    """All profiles that a steering names, each once, in their order."""
+    return tuple({id(term.profile): term.profile for _, mixture in timeline for term in mixture.terms}.values())
+
+
 def _result(events: Sequence[Event]) -> Result:
     deltas = [event for event in events if isinstance(event, Delta)]
     (finished,) = (event for event in events if isinstance(event, Finished))
@@ -149,6 +162,13 @@ def _result(events: Sequence[Event]) -> Result:
         tuple(one for delta in deltas for one in delta.logprobs),
         tuple(one for event in events if isinstance(event, PromptLogprobs) for one in event.tokens),
         tuple(one for delta in deltas for one in delta.divergences),
+        tuple(one for delta in deltas for one in delta.projections),
+    )
+
+
+def too_many(count: int, most: int, param: str) -> RequestError:
+    return RequestError(
+        f"{count} choices are more than the {most} that this server runs and queues: ask for fewer", param=param
     )
 
 

@@ -10,19 +10,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
+PAGE_FILES = "/docs-files"
 MOST_BYTES = 32 * 2**20
 
 
 class BearerKeys:
-    """Asks for `Authorization: Bearer KEY` everywhere but on the routes that say whether the server is up."""
+    """Asks for `Authorization: Bearer KEY` everywhere but on the routes that say whether the server is up, and on those
+    that describe its routes: a browser has no key to send until the page has asked for it."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows(Headers(scope=scope)):
             return await self._app(scope, receive, send)
         message = "this server needs a key: send it as 'Authorization: Bearer KEY'"
         response = error_response(401, message, code="invalid_api_key")
@@ -35,6 +37,10 @@ class BearerKeys:
         given = key.strip().encode("latin-1")
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{PAGE_FILES}/")
 
 
 class BodyLimit:

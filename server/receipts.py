@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from server.engine.protocol import Finished, Segment
+from server.engine.protocol import Finished, GenerationRequest, Segment
 from steering_vectors.mixture import Term
 
 Json = dict[str, Any]
@@ -24,14 +24,26 @@ def receipt(finished: Sequence[Finished]) -> list[Json]:
     """
     keys = dict.fromkeys(_key(term) for one in finished for segment in one.segments for term in segment.mixture.terms)
     told = max((one.segments for one in finished), key=len)
-    return [_entry(key, told, [segment for one in finished for segment in one.segments]) for key in keys]
+    return [_entry(key, told, finished) for key in keys]
 
 
-def _entry(key: Key, told: Sequence[Segment], every: Sequence[Segment]) -> Json:
+def told_projections(request: GenerationRequest, projections: Sequence[Sequence[float]]) -> Json:
+    """`projections` of an answer, by profile, one number for each token; nothing if they were not asked for."""
+    if not request.projections:
+        return {}
+    columns = zip(*projections, strict=True) if projections else [()] * len(request.projections)
+    pairs = zip(request.projections, columns, strict=True)
+    return {"projections": {profile.name: list(column) for profile, column in pairs}}
+
+
+def _entry(key: Key, told: Sequence[Segment], finished: Sequence[Finished]) -> Json:
+    every = [segment for one in finished for segment in one.segments]
     naming = [segment for segment in every if _strength(key, segment) is not None]
     steered = sum(segment.steered_tokens for segment in naming if _strength(key, segment))
     entries = [_applied(key, segment, steered) for segment in naming]
     entry = {**entries[-1], "calibrated": all(one["calibrated"] for one in entries), "steered_tokens": steered}
+    if decisions := [one.gates[key[0]] for one in finished if key[0] in one.gates]:
+        entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
     if len(told) > 1:
         entry["strength"] = _strength(key, told[-1]) or 0.0
         entry["timeline"] = _timeline(key, told)

@@ -108,6 +108,9 @@ def fit_command(
     ] = None,
     description: Annotated[str, typer.Option(help="A sentence to store with it.")] = "",
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Leave the unit at 1.")] = False,
+    gate: Annotated[
+        str | None, typer.Option(help="Rows of {prompt, label}: steer only where a prompt is like those labelled true.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     options = {
@@ -117,7 +120,7 @@ def fit_command(
         "options": parse_options(option or []),
     }  # fmt: skip
     pairs = load_data(data, columns, skip_bad_rows)
-    path = fit_and_save(ModelSource(model, dtype, device), pairs, out, options, quiet=as_json)
+    path = fit_and_save(ModelSource(model, dtype, device), pairs, out, options, gate, quiet=as_json)
     print_fitted(path, as_json)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,21 @@ def load_data(data: str, columns: str, skip_bad_rows: bool) -> Any:
     return load_pairs(data, columns=renames, skip_bad_rows=skip_bad_rows)
 
 
-def fit_and_save(source: ModelSource, pairs: Any, out: Path, options: dict[str, Any], *, quiet: bool) -> Path:
-    """`trimtab fit`: the file that holds the new profile."""
+def fit_and_save(
+    source: ModelSource, pairs: Any, out: Path, options: dict[str, Any], gate: str | None, *, quiet: bool
+) -> Path:
+    """`trimtab fit`: the file that holds the new profile, with a gate if `gate` is a file of labelled prompts."""
     from steering_vectors.display import progress_on_stderr
     from steering_vectors.fitting import fit
+    from steering_vectors.gate_fitting import fit_gate, load_gate_prompts
     from steering_vectors.storage import save_profile
 
+    prompts = None if gate is None else load_gate_prompts(gate)
     lm = source.load()
     with progress_on_stderr(quiet=quiet) as progress:
+        condition = None if prompts is None else fit_gate(lm, prompts, seed=options["seed"], progress=progress)
         profile = fit(lm, None, pairs, progress=progress, **options)
-    return save_profile(profile, out)
+    return save_profile(replace(profile, gate=condition), out)
 
 
 def recalibrate_and_save(

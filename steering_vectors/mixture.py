@@ -57,7 +57,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """A mix of terms. The default, without terms, is the untouched model.
+    """A mix of terms. The default, without terms, is the untouched model. `closed` names the profiles whose gate is not
+    open: they do nothing.
 
     Raises SteeringError if a profile occurs twice or strengths lie beyond the safe range and that is not allowed.
     """
@@ -66,6 +67,7 @@ class Mixture:
     apply_to: ApplyTo = "generated"
     preserve_norm: bool = False
     allow_beyond_safe: bool = False
+    closed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.apply_to not in CHOICES["apply_to"]:
@@ -74,13 +76,27 @@ class Mixture:
         for name in names:
             if names.count(name) > 1:
                 raise SteeringError(f"profile {name!r} occurs twice in one steering", param="steering")
+        if self.apply_to == "all" and self.gated:
+            raise SteeringError(
+                f"profile {self.gated[0].profile.name!r} has a gate, which the prompt decides: it cannot steer the "
+                "prompt itself; leave apply_to out or set it to generated",
+                param="steering.apply_to",
+            )
         if not self.allow_beyond_safe:
             self._check_safe_range()
 
     @property
+    def gated(self) -> list[Term]:
+        """The terms that a prompt decides on."""
+        return [term for term in self.terms if term.profile.gate is not None and term.strength != 0]
+
+    @property
     def is_neutral(self) -> bool:
         """True if no position is changed, whatever profiles are named."""
-        return all(term.strength == 0 for term in self.terms)
+        return all(self._is_idle(term) for term in self.terms)
+
+    def _is_idle(self, term: Term) -> bool:
+        return term.strength == 0 or term.profile.name in self.closed
 
     def shifts(self) -> dict[int, torch.Tensor]:
         """Sum of the additive terms per block, float32 `[hidden]`; blocks without a term are absent.
@@ -108,7 +124,7 @@ class Mixture:
         content = [
             [term.profile.version or term.profile.content_digest(), float(term.strength), term.active_layers]
             for term in self.terms
-            if term.strength != 0
+            if not self._is_idle(term)
         ]
         text = json.dumps([content, self.apply_to, self.preserve_norm])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -118,7 +134,7 @@ class Mixture:
         return [self._receipt_of(term, steered_tokens) for term in self.terms]
 
     def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
-        idle = term.strength == 0
+        idle = self._is_idle(term)
         entry: dict[str, Any] = {
             "name": term.profile.name,
             "version": term.profile.version,
@@ -140,14 +156,14 @@ class Mixture:
         return (
             bool(term.profile.calibration)
             and not term.profile.calibration.get("unreached", False)
-            and all(other is term or other.strength == 0 for other in self.terms)
+            and all(other is term or self._is_idle(other) for other in self.terms)
             and term.active_layers == term.profile.layers
             and self.apply_to == "generated"
             and not self.preserve_norm
         )
 
     def _active(self, operator: str) -> list[Term]:
-        return [term for term in self.terms if term.strength != 0 and term.profile.operator == operator]
+        return [term for term in self.terms if not self._is_idle(term) and term.profile.operator == operator]
 
     def _check_safe_range(self) -> None:
         remedy = "set steering.allow_beyond_safe to true to go beyond it"
@@ -160,7 +176,7 @@ class Mixture:
                     param="strength",
                     code="strength_out_of_range",
                 )
-        added = self._active("add")
+        added = [term for term in self.terms if term.strength != 0 and term.profile.operator == "add"]
         total = sum(abs(term.strength) for term in added)
         limit = min((term.profile.max_strength for term in added), default=math.inf)
         if total > limit * (1 + ROUNDING):

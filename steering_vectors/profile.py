@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from steering_vectors.errors import ProfileError, ProfileMismatch, SteeringError
+from steering_vectors.gate import Gate
 
 FORMAT_VERSION = 1
 DEFAULT_MAX_STRENGTH = 2.0
@@ -49,7 +50,8 @@ class Profile:
 
     `directions[l]` is float32 `[hidden_size]`, stored un-differenced; the shift of strength α at block l is
     α · unit · d_l (for `layering="incremental"`, d_l less the direction at the profile's previous layer).
-    `version` is the sha256 of the stored file's bytes, empty until stored.
+    `version` is the sha256 of the stored file's bytes, empty until stored. With a `gate` a server steers only where the
+    prompt opens it.
     """
 
     name: str
@@ -72,10 +74,13 @@ class Profile:
     trimtab_version: str = ""
     format_version: int = FORMAT_VERSION
     version: str = ""
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         self._check_fields()
         self._check_directions()
+        if self.gate is not None:
+            self._check_gate(self.gate)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -151,6 +156,18 @@ class Profile:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
                 raise ProfileError(f"profile {self.name!r}: {name} must be a positive finite number, not {value!r}")
+
+    def _check_gate(self, gate: Gate) -> None:
+        if not 0 <= gate.layer < self.model.num_layers:
+            raise ProfileError(
+                f"profile {self.name!r}: its gate's layer {gate.layer} is out of range; the model has blocks "
+                f"0 to {self.model.num_layers - 1}"
+            )
+        if len(gate.direction) != self.model.hidden_size:
+            raise ProfileError(
+                f"profile {self.name!r}: its gate's direction has {len(gate.direction)} entries, the model's hidden "
+                f"size is {self.model.hidden_size}"
+            )
 
     def _check_directions(self) -> None:
         if not self.directions:

@@ -69,10 +69,11 @@ def _pair(cells: Cells, wanted: str, other: str, *, transcripts: bool) -> Record
 
 def _unpaired(cells: Cells) -> Record:
     example, form = _example(cells, "completion", True)
-    return Record(example, None, form) if _label(cells) else Record(None, example, form)
+    return Record(example, None, form) if read_label(cells) else Record(None, example, form)
 
 
-def _label(cells: Cells) -> bool:
+def read_label(cells: Cells) -> bool:
+    """The label of a row: true and false, or 1 and 0. Raises BadRow."""
     value = _cell(cells, "label")
     if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
         return bool(value)
@@ -90,7 +91,7 @@ READERS: dict[Kind, Callable[[Cells], Record]] = {
 
 def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str]:
     """The example in one column, with its prompt, and the form in which the row gives it."""
-    value, prompt = _cell(cells, column), _prompt(cells)
+    value, prompt = _cell(cells, column), read_prompt(cells)
     given = {type(None): "", str: " and a prompt as text", tuple: " and a prompt of messages"}[type(prompt)]
     if isinstance(value, list):
         return _with_prompt(_messages(value, column), prompt, column), f"messages{given}"
@@ -100,7 +101,8 @@ def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str
     return Example(prompt, text), f"text{given}"
 
 
-def _prompt(cells: Cells) -> Prompt:
+def read_prompt(cells: Cells) -> Prompt:
+    """The prompt of a row, a text or messages; None without the column. Raises BadRow."""
     if PROMPT not in cells:
         return None
     value = cells[PROMPT]

@@ -48,10 +48,13 @@ def steer(
     `apply_to="all"` steers every position, padding included.
 
     Raises ProfileMismatch for a profile of another model (`allow_model_mismatch` accepts one of the same shape),
-    SteeringError for strengths and layers that are not possible or a batch padded on the right, ModelError if the
-    model's blocks cannot be found.
+    SteeringError for strengths and layers that are not possible, a profile with a gate or a batch padded on the right,
+    ModelError if the model's blocks cannot be found.
     """
     mixture = _mixture(steering, strength, layers, apply_to, preserve_norm)
+    if mixture.gated:
+        name = mixture.gated[0].profile.name
+        raise SteeringError(f"profile {name!r} has a gate, which only a server decides: replace(profile, gate=None)")
     timeline = Timeline(prompt_length)
     network, bank = _written_bank(model, mixture, allow_model_mismatch)
     where = timeline.where if mixture.apply_to == "generated" else _everywhere

@@ -1,8 +1,9 @@
 """Profiles as files: `NAME.safetensors`, and nothing else.
 
-Owns the layout of the file (tensors `block.{l}.direction` and `block.{l}.residual_norm`, metadata key `trimtab`), its
-strict reading and its atomic writing, and the profile's JSON summary. Whatever is wrong with a file ends in a
-`ProfileError` that names it. Knows nothing of where profiles are kept, watched or served, and never unpickles.
+Owns the layout of the file (tensors `block.{l}.direction`, `block.{l}.residual_norm` and, where there is a gate,
+`gate.direction`; metadata key `trimtab`), its strict reading, its atomic writing, and the profile's JSON summary.
+Whatever is wrong with a file ends in a `ProfileError` that names it. Knows nothing of where profiles are kept or
+served, and never unpickles.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as to_safetensors
 
 from steering_vectors.errors import ProfileError
+from steering_vectors.gate import Gate
 from steering_vectors.profile import FORMAT_VERSION, NAME_PATTERN, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "trimtab"
 AGAIN = "fit the profile again"
 UPGRADE = "upgrade trimtab or fit the profile again"
+GATE_TENSOR = "gate.direction"
 TENSOR_NAME = re.compile(r"block\.(0|[1-9][0-9]{0,5})\.(direction|residual_norm)")
 
 TEXT, COUNT, NUMBER, OBJECT = (str,), (int,), (int, float), (dict,)
@@ -55,6 +58,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "created_at": TEXT,
     "trimtab_version": TEXT,
 }
+GATE_FIELDS = {"layer": COUNT, "threshold": NUMBER, "side": TEXT, "metrics": OBJECT}
 MODEL_FIELDS = {"id": TEXT, "architecture": TEXT, "hidden_size": COUNT, "num_layers": COUNT, "fingerprint": TEXT}
 
 
@@ -148,7 +152,11 @@ def installed_version() -> str:
 def _metadata(profile: Profile) -> dict[str, Any]:
     values = {field: getattr(profile, field) for field in FIELDS}
     values |= {field: dict(value) for field, value in values.items() if isinstance(value, Mapping)}
-    return values | {"layers": list(profile.layers), "model": asdict(profile.model)}
+    values |= {"layers": list(profile.layers), "model": asdict(profile.model)}
+    if profile.gate is not None:
+        values["gate"] = {field: getattr(profile.gate, field) for field in GATE_FIELDS}
+        values["gate"]["metrics"] = dict(profile.gate.metrics)
+    return values
 
 
 def _to_json(value: Any, name: str) -> str:
@@ -167,6 +175,8 @@ def _encode(profile: Profile) -> bytes:
         tensors[f"block.{layer}.direction"] = profile.directions[layer].detach().cpu().clone().contiguous()
     for layer, norm in profile.residual_norms.items():
         tensors[f"block.{layer}.residual_norm"] = torch.tensor(float(norm), dtype=torch.float32)
+    if profile.gate is not None:
+        tensors[GATE_TENSOR] = profile.gate.direction.detach().cpu().clone().contiguous()
     data: bytes = to_safetensors(tensors, metadata={METADATA_KEY: _to_json(_metadata(profile), profile.name)})
     return data
 
@@ -202,8 +212,10 @@ def _decode(data: bytes, name: str) -> Profile:
     directions = _directions(tensors, fields.pop("layers"), model)
     norms = _residual_norms(tensors, model)
     version = hashlib.sha256(data).hexdigest()
+    stated = fields.pop("gate", None)
     try:
-        return Profile(model=model, directions=directions, residual_norms=norms, version=version, **fields)
+        gate = _gate(tensors, stated, model)
+        return Profile(model=model, directions=directions, residual_norms=norms, version=version, gate=gate, **fields)
     except ProfileError as error:
         raise ProfileError(f"{error.message}; {AGAIN}") from error
 
@@ -226,9 +238,7 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
 
 def _check_names(tensors: Mapping[str, Any]) -> None:
     for name in sorted(tensors):
-        if name.startswith("gate."):
-            raise ProfileError(f"it has gates ({name!r}), which this version does not support; {UPGRADE}")
-        if not TENSOR_NAME.fullmatch(name):
+        if name != GATE_TENSOR and not TENSOR_NAME.fullmatch(name):
             raise ProfileError(f"it has the unknown tensor {name!r}; {UPGRADE}")
 
 
@@ -243,8 +253,11 @@ def _fields(text: str) -> dict[str, Any]:
         raise ProfileError(f"its metadata is not a JSON object; {AGAIN}")
     if (version := fields.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
         raise ProfileError(f"it has format version {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
-    _check_types(fields, FIELDS, "")
+    _check_types({key: value for key, value in fields.items() if key != "gate"}, FIELDS, "")
     _check_types(fields["model"], MODEL_FIELDS, "model.")
+    if "gate" in fields:
+        _check_types({"gate": fields["gate"]}, {"gate": OBJECT}, "")
+        _check_types(fields["gate"], GATE_FIELDS, "gate.")
     return fields
 
 
@@ -280,6 +293,12 @@ def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdent
     if model.hidden_size < 1 or model.num_layers < 1:
         raise ProfileError(f"its model has hidden size {model.hidden_size} and {model.num_layers} blocks; {AGAIN}")
     return {layer: _tensor(tensors, f"block.{layer}.direction", [model.hidden_size]) for layer in present}
+
+
+def _gate(tensors: Mapping[str, Any], stated: dict[str, Any] | None, model: ModelIdentity) -> Gate | None:
+    if (stated is None) != (GATE_TENSOR not in tensors):
+        raise ProfileError(f"its metadata and its tensors do not agree on whether it has a gate; {AGAIN}")
+    return None if stated is None else Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **stated)
 
 
 def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[int, float]:

@@ -141,10 +141,10 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"echo": True}, 400, "echo", "field 'echo' is not supported: leave it out or set it to false"),
         ({"tools": [{}]}, 400, "tools", "field 'tools' is not supported: leave it out or set it to []"),
         (
-            {"response_format": {"type": "json_object"}},
+            {"response_format": {"type": "xml"}},
             400,
-            "response_format",
-            'field \'response_format\' is not supported: leave it out or set it to {"type": "text"}',
+            "response_format.type",
+            "field 'response_format.type': it should be 'text', 'json_object' or 'json_schema', not \"xml\"",
         ),
         (
             {"stream_options": {"include_usage": True}},

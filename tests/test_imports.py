@@ -17,6 +17,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # Each module may import those before it, never those after.
 OFFLINE_ORDER = (
     "errors",
+    "gate",
     "profile",
     "mixture",
     "hooks",

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as to_safetensors
 
 from steering_vectors.errors import ProfileError
+from steering_vectors.gate import Gate
 from steering_vectors.profile import ModelIdentity, Profile
 from steering_vectors.storage import load_profile, profile_summary, publish, read_profile, save_profile
 
@@ -257,11 +258,30 @@ def test_an_unknown_tensor_is_refused(data: bytes, name: str) -> None:
     )
 
 
-def test_gates_are_refused(data: bytes) -> None:
-    assert message_of(altered(data, tensors={"gate.2.weight": torch.ones(HIDDEN)})) == (
-        "profile 'warm': it has gates ('gate.2.weight'), which this version does not support; "
-        "upgrade trimtab or fit the profile again"
-    )
+def test_a_gate_comes_back_as_it_was(tmp_path: Path) -> None:
+    gate = Gate(1, torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)), 0.25, "below", {"f1_heldout": 0.9})
+    found = load_profile(save_profile(make_profile(gate=gate), tmp_path)).gate
+    assert found is not None
+    assert torch.equal(found.direction, gate.direction)
+    assert (found.layer, found.threshold, found.side, found.metrics) == (1, 0.25, "below", {"f1_heldout": 0.9})
+
+
+def test_a_broken_gate_is_refused(data: bytes) -> None:
+    stated = {"layer": 1, "threshold": 0.5, "side": "above", "metrics": {}}
+    vector = {"gate.direction": torch.ones(HIDDEN)}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        (vector, {}, "do not agree on whether it has a gate"),
+        ({}, {"gate": stated}, "do not agree on whether it has a gate"),
+        ({"gate.2.weight": torch.ones(HIDDEN)}, {}, "unknown tensor 'gate.2.weight'"),
+        (vector, {"gate": {**stated, "side": "left"}}, "the gate's side is 'left'"),
+        (vector, {"gate": {**stated, "layer": 99}}, "gate's layer 99 is out of range"),
+        (vector, {"gate": {**stated, "more": 1}}, "unknown field 'gate.more'"),
+        (vector, {"gate": [1]}, "'gate' in its metadata is of type list"),
+        ({"gate.direction": torch.zeros(HIDDEN)}, {"gate": stated}, "the gate's direction is zero"),
+        ({"gate.direction": torch.ones(HIDDEN + 1)}, {"gate": stated}, "not F32 of shape"),
+    ]
+    for tensors, fields, message in cases:
+        assert message in message_of(altered(data, tensors=tensors, **fields))
 
 
 def test_a_profile_without_directions_is_refused(data: bytes) -> None:

@@ -19,15 +19,20 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.admission import check_prompt, checked_context, eos_ids
+from server.engine.constraints import CompiledGrammar, GrammarCompiler, Matcher
 from server.engine.detokenizer import Detokenizer
+from server.engine.errors import reject
 from server.engine.likelihoods import divergence, token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
+from server.engine.projections import projection
 from server.engine.protocol import (
+    Constraint,
     Delta,
     EngineStats,
     EventStream,
     Finished,
     FinishReason,
+    GateDecision,
     GenerationRequest,
     PromptLogprobs,
     SteeringChange,
@@ -37,7 +42,15 @@ from server.engine.runner import Work
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
 from server.engine.scheduler import Chunk, Scheduler, Sequence
 from server.engine.selection import choose_runner
-from steering_vectors.errors import Conflict, Overloaded, RequestError, Unavailable, UnknownGeneration
+from steering_vectors.errors import (
+    Conflict,
+    Overloaded,
+    RequestError,
+    SteeringError,
+    Unavailable,
+    UnknownGeneration,
+)
+from steering_vectors.gate import Gate
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
@@ -61,7 +74,17 @@ class Row:
     detokenizer: Detokenizer
     mailbox: Mailbox
     scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
     unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is told of a token besides its text, each empty unless it was asked for."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()
 
 
 class TorchEngine:
@@ -87,6 +110,7 @@ class TorchEngine:
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
         self._eos_ids = eos_ids(language_model)
+        self._compiler = GrammarCompiler(language_model.tokenizer, self._eos_ids)
         self._bank = SteeringBank(
             language_model.blocks,
             rows=slots,
@@ -119,6 +143,9 @@ class TorchEngine:
     def context(self) -> int:
         return self._context
 
+    async def compile(self, constraint: Constraint) -> CompiledGrammar:
+        return await asyncio.to_thread(self._compiler.compile, constraint)
+
     def generate(self, request: GenerationRequest) -> EventStream:
         self._check(request)
         mailbox = Mailbox(cancel=lambda: self.cancel(request.id))
@@ -130,6 +157,7 @@ class TorchEngine:
                 eos_ids=self._eos_ids,
                 prompt_ids=request.prompt_ids,
                 choice=request.choice,
+                matcher=_matcher(request),
             ),
             detokenizer=Detokenizer(self._language_model.tokenizer, request.prompt_ids, request.sampling.stop),
             mailbox=mailbox,
@@ -190,10 +218,15 @@ class TorchEngine:
         vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
+        endless = request.grammar is not None and request.sampling.ignore_eos
+        reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
         if request.divergence and self._scheduler.num_slots < 2:
             raise RequestError("divergences need a second slot: start the server with --slots 2 or more", param="kl")
+        for profile in request.projections:
+            self.load_profile(profile)
         for mixture in (request.mixture, *(later for _, later in request.schedule)):
             self._check_mixture(mixture)
+            self._check_gates(request, mixture)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
             raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
 
@@ -224,6 +257,8 @@ class TorchEngine:
         """Admit what waits, then one pass over prompts and one over decoding rows."""
         self._counts["steps"] += 1
         for sequence in self._scheduler.admit():
+            if sequence.undecided and sequence.prompt_length == 1:
+                sequence.decide(dict.fromkeys(sequence.undecided, GateDecision(None, False)))
             self._bank.write(sequence.slot, sequence.mixture)
         for sequence in self._scheduler.running_sequences():
             if sequence.scheduled and (due := sequence.take_scheduled()) is not None:
@@ -231,6 +266,7 @@ class TorchEngine:
         for batch in self._scheduler.schedule():
             for scores in (True, False):
                 if part := [chunk for chunk in batch if chunk.scores is scores]:
+                    self._runner.read = _layers_to_read(part)
                     self._compute(part, self._score(part) if scores else self._forward(part))
 
     def _forward(self, batch: list[Chunk]) -> torch.Tensor:
@@ -267,6 +303,7 @@ class TorchEngine:
                 continue
             self._count(chunk)
             self._scheduler.advance(chunk)
+            self._sum_for_gates(chunk)
             if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
                 self._finish(self._row(chunk), "length")
         drawing = [index for index, chunk in enumerate(batch) if chunk.samples and chunk.sequence.finish is None]
@@ -274,12 +311,25 @@ class TorchEngine:
             logits = logits if len(drawing) == len(batch) else logits[drawing]
             self._draw([self._row(batch[index]) for index in drawing], logits)
 
+    def _sum_for_gates(self, chunk: Chunk) -> None:
+        """Add a chunk of a prompt to what decides its gates; decide them once all but the last token are in."""
+        sequence, row = chunk.sequence, self._row(chunk)
+        if not sequence.undecided:
+            return
+        sums = dict(zip(self._runner.read, self._runner.sums[chunk.slot], strict=True))
+        for name, gate in sequence.undecided.items():
+            row.sums[name] = row.sums.get(name, 0) + sums[gate.layer]
+        if sequence.computed == sequence.prompt_length - 1:
+            means = {name: total / sequence.computed for name, total in row.sums.items()}
+            sequence.decide({name: _decided(gate, means[name]) for name, gate in sequence.undecided.items()})
+            self._bank.write(chunk.slot, sequence.mixture)
+
     def _draw(self, rows: list[Row], logits: torch.Tensor) -> None:
         try:
             tokens = sample(logits, [row.sampler for row in rows])
         except NonFiniteLogits as failure:
             for index in failure.rows:
-                self._finish(rows[index], "error", NOT_FINITE)
+                self._finish(rows[index], "error", rows[index].sampler.problem or NOT_FINITE)
             sound = [index for index in range(len(rows)) if index not in failure.rows]
             if sound:
                 self._draw([rows[index] for index in sound], logits[sound])
@@ -287,9 +337,17 @@ class TorchEngine:
         chances = _chances(rows, logits, tokens)
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             told = () if row.unsteered is None else (divergence(logits[place], row.unsteered),)
-            self._accept(row, token, chances.get(place, ()), told)
+            self._accept(row, token, Told(chances.get(place, ()), told, self._projections(row)))
 
-    def _accept(self, row: Row, token: int, chances: tuple[TokenLogprob, ...], divergences: tuple[float, ...]) -> None:
+    def _projections(self, row: Row) -> tuple[tuple[float, ...], ...]:
+        """Of the residual stream from which the row's next token is drawn, if they are wanted."""
+        profiles = row.sequence.request.projections
+        if not profiles:
+            return ()
+        residuals = dict(zip(self._runner.read, self._runner.residuals[row.sequence.slot], strict=True))
+        return (tuple(projection(profile, residuals) for profile in profiles),)
+
+    def _accept(self, row: Row, token: int, told: Told) -> None:
         """Append a drawn token to its row, send its text, end the row if it was the last."""
         sequence, sampling = row.sequence, row.sequence.request.sampling
         sequence.ids.append(token)
@@ -300,9 +358,12 @@ class TorchEngine:
         elif token in self._eos_ids and not sampling.ignore_eos:
             self._finish(row, "stop")
         else:
-            self._outbox.put(row.mailbox, Delta(row.detokenizer.push([token]), (token,), chances, divergences))
+            text = row.detokenizer.push([token])
+            self._outbox.put(row.mailbox, Delta(text, (token,), told.logprobs, told.divergences, told.projections))
             if row.detokenizer.matched_stop is not None:
                 self._finish(row, "stop", matched=row.detokenizer.matched_stop)
+            elif row.sampler.complete:
+                self._finish(row, "stop")
             elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._context:
                 self._finish(row, "length")
 
@@ -338,12 +399,19 @@ class TorchEngine:
                 error=error,
                 matched_stop=matched,
                 segments=tuple(sequence.segments),
+                gates=dict(sequence.gates),
             ),
         )
 
     def _add(self, row: Row) -> None:
         self._rows[row.sequence.request.id] = row
         self._scheduler.add(row.sequence)
+
+    def _check_gates(self, request: GenerationRequest, mixture: Mixture) -> None:
+        if mixture.gated and not self._runner.chunked:
+            raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
+        if mixture.gated and request.prompt_logprobs is not None:
+            raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
 
     def _check_mixture(self, mixture: Mixture) -> None:
         for term in mixture.terms:
@@ -368,6 +436,7 @@ class TorchEngine:
         try:
             self._check_live(request_id)
             sequence = self._rows[request_id].sequence
+            _refuse_new_gates(sequence, mixture)
             sequence.scheduled.clear()
             change = self._steer(sequence, mixture)
             changed.get_loop().call_soon_threadsafe(_settle, changed, change)
@@ -404,6 +473,22 @@ class TorchEngine:
                 return
 
 
+def _matcher(request: GenerationRequest) -> Matcher | None:
+    if request.grammar is None:
+        return None
+    assert isinstance(request.grammar, CompiledGrammar), "a grammar of another engine"
+    return request.grammar.matcher()
+
+
+def _refuse_new_gates(sequence: Sequence, mixture: Mixture) -> None:
+    for term in mixture.gated:
+        if term.profile.name not in sequence.conditions:
+            raise SteeringError(
+                f"profile {term.profile.name!r} has a gate, which a prompt decides before it is answered: it cannot "
+                "join a running generation"
+            )
+
+
 def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | Exception) -> None:
     if waiting.done():
         return
@@ -415,6 +500,18 @@ def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | E
 
 def _works(batch: list[Chunk]) -> list[Work]:
     return [Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from) for chunk in batch]
+
+
+def _layers_to_read(batch: list[Chunk]) -> list[int]:
+    """The blocks whose output is projected before the next tokens are drawn, or decides a gate."""
+    asking = (chunk.sequence.request.projections for chunk in batch if chunk.samples)
+    projected = {layer for profiles in asking for profile in profiles for layer in profile.layers}
+    return sorted(projected.union(gate.layer for chunk in batch for gate in chunk.sequence.undecided.values()))
+
+
+def _decided(gate: Gate, mean: torch.Tensor) -> GateDecision:
+    similarity = gate.similarity(mean.cpu())
+    return GateDecision(similarity, gate.opens(similarity))
 
 
 def _shadows(batch: list[Chunk]) -> list[Work]:

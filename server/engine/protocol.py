@@ -16,15 +16,19 @@ from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+ConstraintKind = Literal["json", "regex", "choice", "lark"]
+
+LONGEST_CONSTRAINT = 2**16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
     """How the next token is drawn. Temperature 0 is greedy. `max_tokens` None means up to the context's end.
 
-    Order: penalties and logit_bias on the logits, then temperature, then top_k, top_p, min_p. `repetition_penalty`
-    looks at prompt and completion (Keskar et al. 2019), presence and frequency at the completion (OpenAI). With
-    `max_tokens` 0 the prompt is computed and nothing is written. Raises RequestError that names the field.
+    Order: penalties and logit_bias on the logits, then a grammar if the request has one, then temperature, then top_k,
+    top_p, min_p. `repetition_penalty` looks at prompt and completion (Keskar et al. 2019), presence and frequency at
+    the completion (OpenAI). With `max_tokens` 0 the prompt is computed and nothing is written. Raises RequestError that
+    names the field.
     """
 
     temperature: float = 1.0
@@ -65,6 +69,29 @@ class SamplingParameters:
         reject(any(not text for text in self.stop), "a stop string must not be empty", "stop")
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a text must be: `text` is a JSON schema, a regular expression, a JSON list of choices, or a grammar in
+    llguidance's variant of Lark. `field` is the request's field that asked for it, which errors name. Raises
+    RequestError for more than 64 KiB."""
+
+    kind: ConstraintKind
+    text: str
+    field: str
+
+    def __post_init__(self) -> None:
+        size = len(self.text.encode())
+        limit = LONGEST_CONSTRAINT
+        reject(size > limit, f"{self.field} has {size} bytes; at most {limit} are taken: make it shorter", self.field)
+
+
+class Grammar(Protocol):
+    """A constraint as an engine compiled it, for any number of that engine's requests."""
+
+    @property
+    def constraint(self) -> Constraint: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
     """One row's worth of work: a tokenised prompt, how to sample, how to steer.
@@ -74,7 +101,10 @@ class GenerationRequest:
     the likeliest beside it. `given` says that the last so many of `prompt_ids` are a completion to be scored: steering
     of what is generated begins before them. `schedule` changes the mix: from the token of each entry on, ascending.
     `divergence` asks for KL(steered‖unsteered) of the distribution that each token was drawn from, before penalties and
-    temperature; a second slot computes the same text unsteered beside it.
+    temperature; a second slot computes the same text unsteered beside it. `projections` names profiles on whose
+    directions the residual stream is projected where each token is drawn. `grammar` is what the text must obey, as this
+    engine compiled it: a text that does may end, and ends with reason "stop" once nothing more may follow, even before
+    `min_tokens`.
     """
 
     id: str
@@ -87,6 +117,8 @@ class GenerationRequest:
     given: int = 0
     schedule: tuple[tuple[int, Mixture], ...] = ()
     divergence: bool = False
+    projections: tuple[Profile, ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +141,22 @@ class PromptLogprobs:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """Newly stable text of a generation, and the ids that completed it (their texts may come later), with their
-    log-probabilities and divergences where they were asked for."""
+    log-probabilities, divergences and projections where they were asked for."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()  # [tokens][profiles]
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecision:
+    """What a prompt's similarity to a profile's condition was (None: it was too short to tell), and whether it opened
+    the gate."""
+
+    similarity: float | None
+    opened: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +195,7 @@ class Finished:
     error: str | None = None
     matched_stop: str | int | None = None
     segments: tuple[Segment, ...] = ()
+    gates: Mapping[str, GateDecision] = field(default_factory=dict)  # by profile
 
 
 Event = PromptLogprobs | Delta | Finished
@@ -195,12 +238,17 @@ class Engine(Protocol):
         """The most tokens that prompt and completion may have together."""
         ...
 
+    async def compile(self, constraint: Constraint) -> Grammar:
+        """Make a constraint ready, beside the event loop. Raises RequestError if it cannot be followed."""
+        ...
+
     def generate(self, request: GenerationRequest) -> EventStream:
         """Accept a request and iterate over its events: any number of Delta, then one Finished.
 
         Validation happens in the call itself: raises RequestError for an empty or overlong prompt or an unknown token
-        id, ProfileMismatch for a profile of another model, Overloaded if the queue is full, Unavailable if the engine
-        is closed. Closing the iterator, or cancelling the task that iterates, cancels the request and frees its slot.
+        id, or `ignore_eos` with a grammar, ProfileMismatch for a profile of another model, Overloaded if the queue is
+        full, Unavailable if the engine is closed. Closing the iterator, or cancelling the task that iterates, cancels
+        the request and frees its slot.
         """
         ...
 

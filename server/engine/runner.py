@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +19,7 @@ import torch
 
 from server.engine.kv_cache import Rows, SlotCache, Span, install_row_masks
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import PositionSelector, SteeringBank
+from steering_vectors.hooks import PositionSelector, SteeringBank, record
 from steering_vectors.models import LanguageModel
 
 BUCKET = 64  # columns read are rounded up to a multiple of this
@@ -42,7 +44,11 @@ class Work:
 
 
 class Runner(ABC):
-    """Computes logits and keeps what later steps need."""
+    """Computes logits and keeps what later steps need.
+
+    Of the blocks in `read`, the outputs as they were steered are left by slot, float32 `[layers, hidden]`: in
+    `residuals` those at each row's last token of its latest pass, in `sums` the sum over that pass's tokens.
+    """
 
     path: ClassVar[str]
     chunked: bool = True  # whether a prompt may be computed in pieces
@@ -52,6 +58,23 @@ class Runner(ABC):
         self.bank = bank
         self.context = context
         self.device = language_model.device
+        self.residuals: dict[int, torch.Tensor] = {}
+        self.sums: dict[int, torch.Tensor] = {}
+        self._blocks = language_model.blocks
+        self.read: Items[int] = ()
+
+    @contextmanager
+    def _recording(self, works: Items[Work], ahead: int = 0) -> Iterator[None]:
+        """Keep the residuals of these rows, in this order in the batch, of the one pass run inside; in which as many
+        tokens as `ahead` come before theirs."""
+        if not self.read:
+            yield
+            return
+        with record(self._blocks, self.read) as outputs:
+            yield
+        for place, work in enumerate(works):
+            rows = torch.stack([outputs[layer][place, ahead : ahead + len(work.ids)].float() for layer in self.read])
+            self.residuals[work.slot], self.sums[work.slot] = rows[:, -1], rows.sum(1)
 
     @abstractmethod
     def forward(self, batch: Items[Work]) -> torch.Tensor:
@@ -106,7 +129,12 @@ class BatchedRunner(Runner):
         span, ids = self._inputs(batch, rows, width)
         where = self._where(batch, width)
         positions = {"position_ids": span.positions} if self._takes_positions else {}
-        with self.cache.spanning(span), self.bank.step(rows, where), self._selector.select(wanted):
+        with (
+            self.cache.spanning(span),
+            self.bank.step(rows, where),
+            self._selector.select(wanted),
+            self._recording(batch),
+        ):
             output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions)
         logits: torch.Tensor = output.logits
         return logits
@@ -192,7 +220,7 @@ class RowRunner(Runner):
         if self._takes_positions:
             inputs["position_ids"] = torch.arange(work.start, work.end, device=self.device).unsqueeze(0)
         where = torch.tensor([work.steered()], device=self.device)
-        with self.bank.step(slice(work.slot, work.slot + 1), where):
+        with self.bank.step(slice(work.slot, work.slot + 1), where), self._recording([work]):
             output = self.model(**inputs)
         self._states[work.slot] = output[self._state_name]
         return last_logits(output, len(work.ids))
@@ -221,7 +249,7 @@ class RecomputingRunner(Runner):
         whole = Work(work.slot, self._ids[work.slot], 0, work.steered_from)
         ids = torch.tensor([whole.ids], device=self.device)
         where = torch.tensor([whole.steered()], device=self.device)
-        with self.bank.step(slice(work.slot, work.slot + 1), where):
+        with self.bank.step(slice(work.slot, work.slot + 1), where), self._recording([work], work.start):
             return last_logits(self.model(input_ids=ids, use_cache=False), len(work.ids))
 
 

@@ -1,9 +1,9 @@
 """Choosing the next token of every row of a batch from its logits.
 
-Owns the order of the steps (penalties, bias, minimum length, temperature, top-k, top-p, min-p, draw), the random stream
-of each sequence and the counts behind its penalties. Rows with different parameters share each tensor operation, yet a
-row's token depends on its own logits and stream alone, bit for bit: besides elementwise operations and maxima only
-integers are summed, so no order of summation can show. Knows nothing of models, text, slots or time.
+Owns the order of the steps (penalties, bias, minimum length, grammar, temperature, top-k, top-p, min-p, draw), the
+random stream of each sequence and the counts behind its penalties. Rows with different parameters share each tensor
+operation, yet a row's token depends on its own logits and stream alone, bit for bit: besides elementwise operations and
+maxima only integers are summed, so no order of summation can show. Knows nothing of models, text, slots or time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.engine.constraints import Matcher, allowed_tokens
 from server.engine.errors import reject
 from server.engine.protocol import SamplingParameters
 
@@ -75,13 +76,14 @@ class _TokenCounts:
 
 
 class RowSampler:
-    """How one sequence draws its tokens: its parameters, its own random stream, the counts of its tokens.
+    """How one sequence draws its tokens: its parameters, its own random stream, the counts of its tokens, and its
+    place in a grammar if it has one.
 
     Ids of the prompt must lie in the vocabulary. Choice i of a request draws from (seed, i), and no seed means one
     from the operating system. Raises RequestError as `check_vocabulary` does.
     """
 
-    __slots__ = ("_chosen", "_random", "bias", "counts", "forbidden", "parameters")
+    __slots__ = ("_chosen", "_random", "bias", "counts", "forbidden", "matcher", "parameters")
 
     def __init__(
         self,
@@ -91,9 +93,11 @@ class RowSampler:
         eos_ids: frozenset[int],
         prompt_ids: Sequence[int],
         choice: int = 0,
+        matcher: Matcher | None = None,
     ) -> None:
         check_vocabulary(parameters, vocab_size)
         self.parameters = parameters
+        self.matcher = matcher
         bias = parameters.logit_bias
         self.bias = (np.array([*bias], np.int64), np.array([*bias.values()], np.float32)) if bias else None
         self.counts = _initial_counts(parameters, prompt_ids)
@@ -106,6 +110,8 @@ class RowSampler:
         self._chosen += 1
         if self.counts is not None:
             self.counts.add(token_id)
+        if self.matcher is not None:
+            self.matcher.advance(token_id)
         if self._chosen >= self.parameters.min_tokens:
             self.forbidden = None
 
@@ -115,7 +121,17 @@ class RowSampler:
 
     @property
     def edits_logits(self) -> bool:
-        return self.counts is not None or self.bias is not None or self.forbidden is not None
+        return any(one is not None for one in (self.counts, self.bias, self.forbidden, self.matcher))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar lets nothing follow what was written."""
+        return self.matcher is not None and self.matcher.complete
+
+    @property
+    def problem(self) -> str | None:
+        """Why the grammar allows no token, if that is so because it has failed."""
+        return None if self.matcher is None else self.matcher.problem
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this sequence's stream."""
@@ -159,7 +175,7 @@ def _parts(places: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
 
 
 def _edit(logits: Tensor, rows: Sequence[RowSampler]) -> None:
-    """Penalties, then bias, then the minimum length: each for all rows at once."""
+    """Penalties, then bias, then the minimum length, then grammars: each for all rows at once."""
     flat = logits.view(-1)
     starts = range(0, flat.numel(), logits.shape[1])
     _penalise(flat, starts, rows)
@@ -167,9 +183,29 @@ def _edit(logits: Tensor, rows: Sequence[RowSampler]) -> None:
     if biased:
         places, values = (_tensor(flat, np.concatenate(arrays)) for arrays in zip(*biased, strict=True))
         flat[places] += values
-    forbidden = [start + row.forbidden for start, row in zip(starts, rows, strict=True) if row.forbidden is not None]
+    forbidden = [
+        start + row.forbidden
+        for start, row in zip(starts, rows, strict=True)
+        if row.forbidden is not None and row.matcher is None
+    ]
     if forbidden:
         flat[_tensor(flat, np.concatenate(forbidden))] = -math.inf
+    _constrain(logits, rows)
+
+
+def _constrain(logits: Tensor, rows: Sequence[RowSampler]) -> None:
+    """Bar what a row's grammar does not allow; and what would end the text too early, unless nothing else is left."""
+    matchers = {place: row.matcher for place, row in enumerate(rows) if row.matcher is not None}
+    if not matchers:
+        return
+    allowed = allowed_tokens(list(matchers.values()), logits.shape[1])
+    for index, place in enumerate(matchers):
+        if (early := rows[place].forbidden) is not None and np.delete(allowed[index], early).any():
+            allowed[index, early] = False
+    places = list(matchers)
+    part = _rows(logits, places).masked_fill_(torch.from_numpy(~allowed).to(logits.device), -math.inf)
+    if part is not logits:
+        logits[places] = part
 
 
 def _penalise(flat: Tensor, starts: Sequence[int], rows: Sequence[RowSampler]) -> None:

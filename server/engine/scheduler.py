@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from server.engine.protocol import FinishReason, GenerationRequest, Segment
+from server.engine.protocol import FinishReason, GateDecision, GenerationRequest, Segment
+from steering_vectors.gate import Gate
 from steering_vectors.mixture import Mixture
 
 
@@ -28,10 +30,31 @@ class Sequence:
     segments: list[Segment] = field(default_factory=list)
     scheduled: deque[tuple[int, Mixture]] = field(default_factory=deque)
 
+    conditions: dict[str, Gate] = field(default_factory=dict)  # by profile, also those that join later
+    gates: dict[str, GateDecision] = field(default_factory=dict)  # by profile, once they are decided
+
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
-        self.segments.append(Segment(0, self.request.mixture, 0))
+        for mixture in (self.request.mixture, *(later for _, later in self.request.schedule)):
+            self.conditions |= {term.profile.name: gate for term in mixture.gated if (gate := term.profile.gate)}
+        self.segments.append(Segment(0, self._gated(self.request.mixture), 0))
         self.scheduled.extend(self.request.schedule)
+
+    @property
+    def undecided(self) -> dict[str, Gate]:
+        """The gates, by profile, that the prompt has yet to decide."""
+        return {name: gate for name, gate in self.conditions.items() if name not in self.gates}
+
+    def decide(self, gates: Mapping[str, GateDecision]) -> None:
+        """Open the gates that the prompt opens."""
+        self.gates.update(gates)
+        self.steer(self.mixture)
+
+    def _gated(self, mixture: Mixture) -> Mixture:
+        """The mix without the profiles whose gate is not open."""
+        opened = {name for name, gate in self.gates.items() if gate.opened}
+        shut = frozenset(term.profile.name for term in mixture.gated if term.profile.name not in opened)
+        return mixture if shut == mixture.closed else replace(mixture, closed=shut)
 
     @property
     def slots(self) -> list[int]:
@@ -51,7 +74,7 @@ class Sequence:
         """Change the mix for all positions that are not computed yet; the first token that is drawn under it."""
         if self.segments[-1].from_token == self.completion_length and not self.segments[-1].steered_tokens:
             self.segments.pop()
-        self.segments.append(Segment(self.completion_length, mixture, 0))
+        self.segments.append(Segment(self.completion_length, self._gated(mixture), 0))
         return self.completion_length
 
     def take_scheduled(self) -> Mixture | None:
@@ -73,6 +96,11 @@ class Sequence:
     @property
     def completion_length(self) -> int:
         return len(self.ids) - self.prompt_length
+
+    @property
+    def prompt_end(self) -> int:
+        """How far the prompt can be computed now: up to its last token, while that waits for a gate."""
+        return self.prompt_length - 1 if self.undecided else self.prompt_length
 
     @property
     def is_decoding(self) -> bool:
@@ -193,7 +221,7 @@ class Scheduler:
         remaining = sorted(rows, key=lambda row: row.prompt_length - row.computed)
         for index, row in enumerate(remaining):
             share = max(1, budget // (len(remaining) - index))
-            length = min(share, row.prompt_length - row.computed)
+            length = min(share, row.prompt_end - row.computed)
             budget = max(0, budget - length)
             chunks.append(Chunk(row, row.computed, row.computed + length))
         return sorted(chunks, key=lambda chunk: chunk.slot)

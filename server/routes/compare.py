@@ -9,20 +9,27 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ending
+from server.api_document import declare
 from server.dependencies import ReporterDep, ServiceDep
 from server.engine.protocol import Delta, Finished, GenerationRequest
 from server.errors import ErrorReporter
-from server.generations import Generations, Result, new_id
+from server.generations import Generations, Result, new_id, profiles_of
 from server.json_bodies import StrictRoute
 from server.prompts import encode
+from server.receipts import told_projections
 from server.schemas.compare import CompareBody
+from server.schemas.steering_answers import CompareAnswer, CompareEvent
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
 
 router = APIRouter(tags=["steering"], route_class=StrictRoute)
 
 
-@router.post("/compare")
+@router.post(
+    "/compare",
+    summary="Compare steerings of one prompt",
+    responses=declare(CompareAnswer, 400, 404, 429, 503, stream=CompareEvent),
+)
 async def compare(body: CompareBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
     """Continue a text or a conversation under several steerings, with the same random numbers."""
     generations = await _start(body, service)
@@ -37,9 +44,16 @@ async def _start(body: CompareBody, service: Service) -> Generations:
     engine, sampling = service.engine, body.sampling()
     timelines = [variant.wanted().timeline(service.registry.find) for variant in body.variants]
     ids = await encode(engine.language_model.tokenizer, body.the_prompt(), body)
+    profiles = profiles_of([entry for timeline in timelines for entry in timeline]) if body.projections else ()
     requests = [
         GenerationRequest(
-            new_id("gen"), ids, sampling, timeline[0][1], schedule=tuple(timeline[1:]), divergence=body.kl
+            new_id("gen"),
+            ids,
+            sampling,
+            timeline[0][1],
+            schedule=tuple(timeline[1:]),
+            divergence=body.kl,
+            projections=profiles,
         )
         for timeline in timelines
     ]
@@ -49,7 +63,12 @@ async def _start(body: CompareBody, service: Service) -> Generations:
 def _whole(request: GenerationRequest, result: Result) -> dict[str, Any]:
     head = {"id": request.id, "text": result.text}
     told = {"kl": list(result.divergences)} if request.divergence else {}
-    return {**head, **told, **ending(result.finished)}
+    return {**head, **told, **told_projections(request, result.projections), **ending(result.finished)}
+
+
+def _told(request: GenerationRequest, event: Delta) -> dict[str, Any]:
+    kl = {"kl": list(event.divergences)} if event.divergences else {}
+    return {**kl, **told_projections(request, event.projections)}
 
 
 async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:
@@ -61,8 +80,7 @@ async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIte
         async for index, event in generations.events():
             if isinstance(event, Finished):
                 yield frame({**names[index], **ending(event)})
-            elif isinstance(event, Delta) and (event.text or event.divergences):
-                told = {"kl": list(event.divergences)} if event.divergences else {}
-                yield frame({**names[index], "delta": event.text, **told})
+            elif isinstance(event, Delta) and (event.text or event.divergences or event.projections):
+                yield frame({**names[index], "delta": event.text, **_told(generations.requests[index], event)})
     except Exception as error:
         yield frame(reporter.describe(error))

@@ -8,50 +8,67 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ending
+from server.api_document import declare
 from server.dependencies import ReporterDep, ServiceDep, SteeringHeader
 from server.engine.protocol import Delta, Finished
 from server.errors import ErrorReporter
 from server.generations import Generations
 from server.json_bodies import StrictRoute
 from server.prompts import encode
+from server.receipts import told_projections
 from server.schemas.native import GenerateBody
+from server.schemas.native_answers import GenerateAnswer, GenerateEvent
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
 
 router = APIRouter(tags=["native"], route_class=StrictRoute)
 
 
-@router.post("/generate")
+@router.post(
+    "/generate",
+    summary="Generate one text",
+    responses=declare(GenerateAnswer, 400, 404, 429, 503, stream=GenerateEvent),
+)
 async def generate(
     body: GenerateBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
 ) -> Response:
-    """Continue a text or a conversation, steered as asked."""
+    """Continue a text or a conversation, steered as asked. With `stream`, events bring pieces of text, and the last one
+    everything else."""
     generations = await _start(body, steering, service)
     if body.stream:
         return EventStreamResponse(_frames(generations, reporter), close=generations.close)
     (result,) = await while_connected(request, generations.results())
-    head = {"id": generations.requests[0].id, "text": result.text}
+    request_made = generations.requests[0]
+    head = {"id": request_made.id, "text": result.text, **told_projections(request_made, result.projections)}
     return JSONResponse({**head, **ending(result.finished)})
 
 
 async def _start(body: GenerateBody, header: str | None, service: Service) -> Generations:
     engine = service.engine
-    prompt = body.the_prompt()
+    prompt, sampling, constraint = body.the_prompt(), body.sampling(), body.constraint()
     timeline = body.wanted_steering(header).timeline(service.registry.find)
     ids = await encode(engine.language_model.tokenizer, prompt, body)
-    most = service.most_generations
-    return await Generations.start(engine, [ids], body.sampling(), timeline, most=most)
+    return await Generations.start(
+        engine,
+        [ids],
+        sampling,
+        timeline,
+        most=service.most_generations,
+        projections=body.projections,
+        constraint=constraint,
+    )
 
 
 async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:
     """Pieces of text, the first one empty so that a client knows the id at once; then one terminal event."""
-    name = {"id": generations.requests[0].id}
+    (request,) = generations.requests
+    name = {"id": request.id}
     yield frame({**name, "delta": ""})
     try:
         async for _, event in generations.events():
             if isinstance(event, Finished):
                 yield frame({**name, **ending(event)})
-            elif isinstance(event, Delta) and event.text:
-                yield frame({**name, "delta": event.text})
+            elif isinstance(event, Delta) and (event.text or event.projections):
+                yield frame({**name, "delta": event.text, **told_projections(request, event.projections)})
     except Exception as error:
         yield frame({**name, **reporter.describe(error)})

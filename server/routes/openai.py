@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ChatAnswer, CompletionAnswer, OpenAIAnswer
+from server.api_document import declare
 from server.dependencies import EngineDep, ModelNameDep, RegistryDep, ReporterDep, ServiceDep, SteeringHeader
 from server.engine.protocol import Finished
 from server.errors import ErrorReporter
@@ -16,6 +17,7 @@ from server.generations import Generations, new_id
 from server.json_bodies import StrictRoute
 from server.prompts import Prompt, echo, encode
 from server.schemas.openai import ChatBody, CompletionBody, OpenAIBody
+from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
 from server.schemas.prompts import messages_of
 from server.service import Service
 from server.streams import DONE, EventStreamResponse, frame, while_connected
@@ -26,31 +28,41 @@ from steering_vectors.profile import Profile
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
 
 
-@router.post("/chat/completions")
+@router.post(
+    "/chat/completions",
+    summary="Reply in a conversation",
+    responses=declare(ChatCompletion, 400, 404, 429, 503, stream=ChatChunk),
+)
 async def chat_completions(
     body: ChatBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
 ) -> Response:
-    """Write the next turn of a conversation, steered as asked."""
+    """Write the next turn of a conversation, steered as asked. With `stream`, chunks come as server-sent events, the
+    very last one with the receipt, and then `data: [DONE]`."""
     prompts = [messages_of(body.messages)]
     generations, described = await _start(body, prompts, steering, service)
     answer = ChatAnswer(id=new_id("chatcmpl"), **described)
     return await _respond(answer, generations, body, request, reporter)
 
 
-@router.post("/completions")
+@router.post(
+    "/completions",
+    summary="Continue texts",
+    responses=declare(Completion, 400, 404, 429, 503, stream=CompletionChunk),
+)
 async def completions(
     body: CompletionBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
 ) -> Response:
-    """Continue one text or several, steered as asked."""
+    """Continue one text or several, steered as asked. With `stream`, chunks come as server-sent events, the very last
+    one with the receipt, and then `data: [DONE]`."""
     generations, described = await _start(body, body.prompt, steering, service)
     echoed = [echo(service.engine.language_model.tokenizer, one) for one in body.prompt] if body.echo else None
     answer = CompletionAnswer(id=new_id("cmpl"), **described, echoed=echoed)
     return await _respond(answer, generations, body, request, reporter)
 
 
-@router.get("/models")
+@router.get("/models", summary="List the models", response_model=None, responses=declare(ModelList, 503))
 async def models(engine: EngineDep, registry: RegistryDep, service: ServiceDep, base: ModelNameDep) -> dict[str, Any]:
-    """The base model, then one alias for each profile."""
+    """The base model, then one alias for each profile: the model steered by that profile at strength 1."""
     template = chat_template_source(engine.language_model.tokenizer)
     common = {"object": "model", "created": service.created, "owned_by": "trimtab"}
     common |= {"max_model_len": engine.context, "chat_template": template}
@@ -58,11 +70,17 @@ async def models(engine: EngineDep, registry: RegistryDep, service: ServiceDep, 
     return {"object": "list", "data": [{"id": base, **common}, *aliases]}
 
 
-@router.get("/models/{model:path}")
+@router.get(
+    "/models/{model:path}", summary="Show one model", response_model=None, responses=declare(ModelEntry, 404, 503)
+)
 async def model(
-    model: str, engine: EngineDep, registry: RegistryDep, service: ServiceDep, base: ModelNameDep
+    model: Annotated[str, Path(description="An `id` of the list.", examples=["demo:warm"])],
+    engine: EngineDep,
+    registry: RegistryDep,
+    service: ServiceDep,
+    base: ModelNameDep,
 ) -> dict[str, Any]:
-    """One entry of the list."""
+    """One entry of the list, the base model or an alias."""
     listed = await models(engine, registry, service, base)
     for entry in listed["data"]:
         if entry["id"] == model:
@@ -81,12 +99,21 @@ async def _start(
     what all answers are made of."""
     engine, most = service.engine, service.most_generations
     timeline = body.wanted_steering(service.model_name, header).timeline(service.registry.find)
-    sampling, logprobs = body.sampling(), body.most_likely
+    sampling, constraint, logprobs = body.sampling(), body.constraint(), body.most_likely
     body.check_stream_options()
     ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
     scored = logprobs if body.echoes else None
     generations = await Generations.start(
-        engine, ids, sampling, timeline, n=body.n, most=most, logprobs=logprobs, prompt_logprobs=scored
+        engine,
+        ids,
+        sampling,
+        timeline,
+        n=body.n,
+        most=most,
+        logprobs=logprobs,
+        prompt_logprobs=scored,
+        projections=body.projections,
+        constraint=constraint,
     )
     return generations, {
         "model": body.model,

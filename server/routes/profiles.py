@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 
+from server.api_document import declare
 from server.dependencies import RegistryDep
 from server.profiles import ProfileEntry
+from server.schemas.native_answers import ProfileDetails, ProfileList
 from steering_vectors.storage import profile_summary
 
 router = APIRouter(tags=["profiles"])
@@ -15,14 +17,18 @@ router = APIRouter(tags=["profiles"])
 LISTED = ("version", "description", "method", "operator", "layering", "layers", "unit", "max_strength", "created_at")
 
 
-@router.get("/profiles")
+@router.get("/profiles", summary="List the profiles", response_model=None, responses=declare(ProfileList, 503))
 async def profiles(registry: RegistryDep) -> dict[str, list[dict[str, Any]]]:
     """Every file of the profile directory. A rejected one may still be served in the version before it."""
     return {"profiles": [_listed(entry) for entry in registry.entries]}
 
 
-@router.get("/profiles/{name}")
-async def profile(name: str, registry: RegistryDep) -> dict[str, Any]:
+@router.get(
+    "/profiles/{name}", summary="Show one profile", response_model=None, responses=declare(ProfileDetails, 404, 503)
+)
+async def profile(
+    name: Annotated[str, Path(description="A `name` of the list.", examples=["warm"])], registry: RegistryDep
+) -> dict[str, Any]:
     """All there is to know about one profile but its vectors."""
     entry = registry.entry(name)
     known = profile_summary(entry.profile) if entry.profile is not None else {}

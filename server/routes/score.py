@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import usage
+from server.api_document import declare
 from server.dependencies import ServiceDep
 from server.engine.protocol import GenerationRequest, SamplingParameters, TokenLogprob
 from server.generations import Generations, Result, new_id
@@ -16,6 +17,7 @@ from server.logprobs import finite
 from server.prompts import encode_continuations
 from server.receipts import receipt
 from server.schemas.score import ScoreBody
+from server.schemas.steering_answers import ScoreAnswer
 from server.service import Service
 from server.streams import while_connected
 from server.token_texts import TokenTexts
@@ -24,7 +26,7 @@ router = APIRouter(tags=["native"], route_class=StrictRoute)
 NOTHING_WRITTEN = SamplingParameters(max_tokens=0)
 
 
-@router.post("/score")
+@router.post("/score", summary="Score given completions", responses=declare(ScoreAnswer, 400, 404, 429, 503))
 async def score(body: ScoreBody, request: Request, service: ServiceDep) -> Response:
     """Log-probabilities in nats of each completion's tokens after the prompt."""
     generations = await _start(body, service)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 
+from server.api_document import declare
 from server.dependencies import EngineDep, RegistryDep
 from server.json_bodies import StrictRoute
+from server.schemas.steering_answers import ChangeAnswer, ResolveAnswer
 from server.schemas.steering_requests import ChangeBody, ResolveBody
 from steering_vectors.mixture import Mixture, Term
+
+GenerationId = Annotated[str, Path(description="The id that the first event or chunk of the generation told.")]
 
 router = APIRouter(tags=["steering"], route_class=StrictRoute)
 
 
-@router.patch("/generations/{generation_id}")
-async def change(generation_id: str, body: ChangeBody, engine: EngineDep, registry: RegistryDep) -> dict[str, Any]:
+@router.patch(
+    "/generations/{generation_id}",
+    summary="Change the steering of a running generation",
+    response_model=None,
+    responses=declare(ChangeAnswer, 400, 404, 409, 503),
+)
+async def change(
+    generation_id: GenerationId, body: ChangeBody, engine: EngineDep, registry: RegistryDep
+) -> dict[str, Any]:
     """Steer a running generation otherwise from its next token on.
 
     The answer tells the first token of the completion that is drawn under the new steering, and the first position
@@ -31,7 +42,12 @@ async def change(generation_id: str, body: ChangeBody, engine: EngineDep, regist
     }
 
 
-@router.post("/steering/resolve")
+@router.post(
+    "/steering/resolve",
+    summary="Tell what a steering would do",
+    response_model=None,
+    responses=declare(ResolveAnswer, 400, 404, 503),
+)
 async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -> dict[str, Any]:
     """What a steering would do, without generating: which versions, at which blocks, how far it shifts them."""
     timeline = body.steering.wanted().timeline(registry.find)

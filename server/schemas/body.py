@@ -8,7 +8,7 @@ nothing of particular fields.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +16,27 @@ from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validato
 from pydantic_core import CoreSchema, PydanticCustomError
 
 NoOps = Mapping[str, tuple[Any, ...]]
+Examples = Sequence[Mapping[str, Any]]
+NO_OPS_KEY = "x-accepted-only-as"
+
+
+def _document(schema: dict[str, Any], body: type[Body]) -> None:
+    """Add to the OpenAPI document what pydantic does not know of: examples, and the fields of `no_ops`."""
+    if body.examples:
+        schema["examples"] = list(body.examples)
+    if body.no_ops:
+        schema[NO_OPS_KEY] = {name: list(allowed) for name, allowed in sorted(body.no_ops.items())}
 
 
 class Body(BaseModel):
-    """A strict request body. `no_ops` maps each unsupported field to the values that ask for nothing."""
+    """A strict request body. `no_ops` maps each unsupported field to the values that ask for nothing; `examples`
+    are whole bodies."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, json_schema_extra=_document
+    )
     no_ops: ClassVar[NoOps] = {}
+    examples: ClassVar[Examples] = ()
 
     @model_validator(mode="before")
     @classmethod

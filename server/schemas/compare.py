@@ -7,20 +7,23 @@ from typing import ClassVar
 from pydantic import Field
 
 from server.engine.protocol import SamplingParameters
-from server.schemas.body import NoOps
+from server.schemas.body import Examples, NoOps
 from server.schemas.native import NATIVE_NO_OPS
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
-from server.schemas.prompts import OnePromptBody
+from server.schemas.prompts import OnePromptBody, ProjectionsBody
 from server.schemas.sampling import SamplingBody
 from server.schemas.steering import Steering
 
 MOST_VARIANTS = 8
 
 
-class CompareBody(SamplingBody, OnePromptBody):
+class CompareBody(SamplingBody, OnePromptBody, ProjectionsBody):
     """Every variant draws with the same random numbers."""
 
     no_ops: ClassVar[NoOps] = NATIVE_NO_OPS
+    examples: ClassVar[Examples] = (
+        {"prompt": "Bread is", "variants": ["warm@0.8", {"profiles": []}], "max_tokens": 12, "kl": True, "seed": 7},
+    )
 
     variants: list[Steering] = Field(
         min_length=1,

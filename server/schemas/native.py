@@ -7,13 +7,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from server.engine.protocol import SamplingParameters
-from server.schemas.body import NoOps
+from server.schemas.body import Examples, NoOps
+from server.schemas.constraints import ConstrainedBody
 from server.schemas.openai import COMPLETION_TOKENS, refuse_no_tokens
-from server.schemas.prompts import OnePromptBody
-from server.schemas.sampling import SamplingBody
+from server.schemas.prompts import OnePromptBody, ProjectionsBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS
-from server.steering import HEADER, WantedSteering, WantedTerm, parse_steering, refuse_two
+from server.steering import EXAMPLE, HEADER, WantedSteering, WantedTerm, parse_steering, refuse_two
 from steering_vectors.errors import SteeringError
 
 NATIVE_NO_OPS: NoOps = {
@@ -21,14 +21,27 @@ NATIVE_NO_OPS: NoOps = {
 }  # fmt: skip
 
 
-class GenerateBody(SamplingBody, OnePromptBody):
+class GenerateBody(ConstrainedBody, OnePromptBody, ProjectionsBody):
     """One prompt, or one conversation; one answer."""
 
     no_ops: ClassVar[NoOps] = NATIVE_NO_OPS
+    examples: ClassVar[Examples] = (
+        {
+            "messages": [{"role": "user", "content": "How do I bake bread?"}],
+            "profile": "warm",
+            "strength": 0.8,
+            "max_tokens": 60,
+            "seed": 7,
+        },
+    )
 
-    profile: str | None = Field(None, description="One profile to steer by, NAME or NAME#SHA8.")
-    strength: float | None = Field(None, description="Its strength, 1 if absent.")
-    steering: Steering | None = Field(None, description="A mix of profiles. Either this or profile.")
+    profile: str | None = Field(
+        None, description="One profile to steer by, NAME or NAME#SHA8.", examples=["warm", "warm#fb09e9ae"]
+    )
+    strength: float | None = Field(None, description="Its strength, 1 if absent.", examples=[0.8])
+    steering: Steering | None = Field(
+        None, description="A mix of profiles. Either this or profile.", examples=[EXAMPLE]
+    )
     stream: bool = Field(False, description="Answer with server-sent events.")
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:

@@ -7,12 +7,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 
 from server.engine.protocol import SamplingParameters
-from server.schemas.body import Body, NoOps
-from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody
-from server.schemas.sampling import SamplingBody
+from server.schemas.body import Body, Examples, NoOps
+from server.schemas.constraints import ConstrainedBody
+from server.schemas.prompts import EncodingBody, ManyPrompts, MessageBody, ProjectionsBody
 from server.schemas.steering import Steering
 from server.schemas.unsupported import NO_OPS, STREAM_NO_OPS
-from server.steering import HEADER, WantedSteering, parse_steering, refuse_two, split_model
+from server.steering import EXAMPLE, HEADER, WantedSteering, parse_steering, refuse_two, split_model
 from steering_vectors.errors import RequestError, SteeringError
 from steering_vectors.profile import ApplyTo
 
@@ -37,13 +37,17 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="End with a chunk that has no choice and the usage.")
 
 
-class OpenAIBody(SamplingBody, EncodingBody):
+class OpenAIBody(ConstrainedBody, EncodingBody, ProjectionsBody):
     """What both routes take."""
 
     no_ops: ClassVar[NoOps] = NO_OPS
 
-    model: str = Field(description="The served model, or an alias such as demo:warm@0.8.")
-    steering: Steering | None = Field(None, description="What to steer by; an alias in the model says it in short.")
+    model: str = Field(
+        description="The served model, or an alias of it that is steered.", examples=["demo", "demo:warm@0.8"]
+    )
+    steering: Steering | None = Field(
+        None, description="What to steer by; an alias in the model says it in short.", examples=[EXAMPLE]
+    )
     n: int = Field(1, ge=1, le=MOST_CHOICES, description="How many choices to write for each prompt.")
     stream: bool = Field(False, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="For streams only.")
@@ -92,6 +96,15 @@ class ChatBody(OpenAIBody):
     """POST /v1/chat/completions. Without a limit a reply may be as long as the context."""
 
     no_ops: ClassVar[NoOps] = {**NO_OPS, "echo": (False,)}
+    examples: ClassVar[Examples] = (
+        {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "How do I bake bread?"}],
+            "steering": "warm@0.8+concise@-0.3",
+            "max_tokens": 60,
+            "seed": 7,
+        },
+    )
 
     messages: list[MessageBody] = Field(description="The conversation; the model writes the next turn.")
     max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
@@ -119,6 +132,7 @@ class CompletionBody(OpenAIBody):
     """POST /v1/completions."""
 
     no_ops: ClassVar[NoOps] = {**NO_OPS, "top_logprobs": (0,)}
+    examples: ClassVar[Examples] = ({"model": "demo:warm@0.8", "prompt": "Bread is", "max_tokens": 16, "seed": 7},)
 
     prompt: ManyPrompts = Field(description="One prompt or several, each a text or token ids.")
     echo: bool = Field(

@@ -70,7 +70,7 @@ class MessageBody(Body):
 
     no_ops: ClassVar[NoOps] = MESSAGE_NO_OPS
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
     content: Content = Field(description="A text, or a list of text parts, which are joined by newlines.")
 
     def message(self) -> Message:
@@ -82,7 +82,19 @@ class EncodingBody(Body):
     """What decides how a prompt becomes token ids, besides the prompt itself."""
 
     add_special_tokens: bool = Field(True, description="Let the tokenizer add BOS to a plain text.")
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables for the chat template.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
+    )
+
+
+class ProjectionsBody(Body):
+    """Whether a steering acts."""
+
+    projections: bool = Field(
+        False,
+        description="Tell, for each token, how far the residual stream points along each profile's directions where "
+        "the token is drawn; in units of strength: at a block of its own, strength 1 adds 1.",
+    )
 
 
 class OnePromptBody(EncodingBody):

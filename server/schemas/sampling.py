@@ -37,13 +37,21 @@ class SamplingBody(Body):
     repetition_penalty: float = Field(1.0, description="Divides the logits of tokens seen in prompt and completion.")
     presence_penalty: float = Field(0.0, description="Taken from the logits of tokens in the completion.")
     frequency_penalty: float = Field(0.0, description="The same, once for each occurrence.")
-    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, description="Token id to -100..100.")
-    seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="Makes a request repeatable.")
+    logit_bias: dict[TokenId, Bias] = Field(
+        default_factory=dict, description="Token id to -100..100.", examples=[{"42": -100}]
+    )
+    seed: int | None = Field(
+        None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="Makes a request repeatable.", examples=[7]
+    )
     max_tokens: int | None = Field(None, description="The most tokens to write.")
-    min_tokens: int = Field(0, description="No end before so many tokens.")
-    stop: StopStrings = Field(default_factory=list, description="Texts that end the completion; they are cut off.")
+    min_tokens: int = Field(0, description="No end before so many tokens, unless a constraint leaves no choice.")
+    stop: StopStrings = Field(
+        default_factory=list, description="Texts that end the completion; they are cut off.", examples=["\n\n"]
+    )
     stop_token_ids: list[int] = Field(default_factory=list, max_length=1024, description="Tokens that end it.")
-    ignore_eos: bool = Field(False, description="Write on after an end-of-sequence token.")
+    ignore_eos: bool = Field(
+        False, description="Write on after an end-of-sequence token. Not with a constraint, whose texts end with one."
+    )
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         """Raises RequestError that names a field out of its range."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
+from server.schemas.body import Examples
 from server.schemas.openai import MOST_LOGPROBS
 from server.schemas.prompts import OnePrompt, OnePromptBody
 from server.schemas.steering import Steering
@@ -15,6 +18,10 @@ MOST_COMPLETIONS = 1024
 
 class ScoreBody(OnePromptBody):
     """Steering holds from the last token of the prompt on, unless it says otherwise."""
+
+    examples: ClassVar[Examples] = (
+        {"prompt": "Bread is baked in", "completions": [" an oven.", " the sea."], "steering": "warm@0.8"},
+    )
 
     completions: list[OnePrompt] = Field(
         min_length=1, max_length=MOST_COMPLETIONS, description="What follows the prompt, each a text or token ids."

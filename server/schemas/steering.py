@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.schemas.body import Body, OrElse
+from server.schemas.body import Body, Examples, OrElse
 from server.steering import EXAMPLE, LONGEST_SCHEDULE, Schedule, WantedSteering, WantedTerm, parse_steering
 from steering_vectors.errors import SteeringError
 from steering_vectors.profile import ApplyTo
@@ -22,6 +22,8 @@ class SchedulePointBody(Body):
 
 class SteeringTermBody(Body):
     """One profile of a mix."""
+
+    examples: ClassVar[Examples] = ({"name": "warm", "strength": 0.8},)
 
     name: str = Field(description="A served profile, NAME or NAME#SHA8.")
     strength: float | None = Field(
@@ -49,6 +51,10 @@ class SteeringTermBody(Body):
 
 class SteeringBody(Body):
     """A mix of profiles, and where it applies."""
+
+    examples: ClassVar[Examples] = (
+        {"profiles": [{"name": "warm", "strength": 0.8, "layers": [5]}], "apply_to": "generated"},
+    )
 
     profiles: list[SteeringTermBody] = Field(max_length=64, description="The profiles; an empty list is no steering.")
     apply_to: ApplyTo = Field("generated", description="From the last prompt token on, or the whole prompt too.")

@@ -1,0 +1,104 @@
+"""A running server, asked over HTTP.
+
+Owns the connection, the reading of event streams, and what is said when the server cannot be reached or refuses: its
+own words, where it has any. Knows nothing of conversations or terminals.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from steering_vectors.errors import TrimtabError
+
+Json = dict[str, Any]
+
+CONNECT_SECONDS = 10.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+CHAT = "/v1/chat/completions"
+
+
+class RemoteError(TrimtabError):
+    """The server cannot be reached, or refuses."""
+
+    code = "remote"
+
+
+class Remote:
+    """One server. Its replies may take as long as they take; to connect may not."""
+
+    def __init__(self, url: str, api_key: str = "") -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        with self._saying_what_went_wrong():
+            self._client = httpx.Client(
+                base_url=self.url,
+                headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=httpx.Timeout(CONNECT_SECONDS, read=None),
+                trust_env=httpx.URL(self.url).host not in LOOPBACK,  # a proxy does not know this machine's servers
+            )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def get(self, path: str) -> Json:
+        """The JSON of a route. Raises RemoteError."""
+        with self._saying_what_went_wrong():
+            return self._read(self._client.get(path))
+
+    def reply(self, body: Json) -> Json:
+        """A whole chat completion. Raises RemoteError."""
+        with self._saying_what_went_wrong():
+            return self._read(self._client.post(CHAT, json=body))
+
+    def stream(self, body: Json) -> Generator[Json, None, None]:
+        """The chunks of a chat completion as they come; closing the iterator ends the reply. Raises RemoteError."""
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        with (
+            self._saying_what_went_wrong(),
+            self._client.stream("POST", CHAT, json={**body, **options}) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                self._read(response)
+            for line in response.iter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    yield self._checked(json.loads(line.removeprefix("data: ")))
+            raise RemoteError(f"{self.url} ended its reply without an end: send it again with /retry")
+
+    def _read(self, response: httpx.Response) -> Json:
+        found = self._checked(response.json())
+        if response.status_code != 200:
+            raise self._stranger(f"status {response.status_code}")
+        return found
+
+    def _checked(self, found: Any) -> Json:
+        """What the server said, unless it is an error."""
+        if not isinstance(found, dict):
+            raise self._stranger("JSON of another form")
+        error = found.get("error")
+        if error is not None:
+            raise RemoteError(str(error["message"]) if isinstance(error, dict) and "message" in error else str(error))
+        return found
+
+    def _stranger(self, what: str) -> RemoteError:
+        return RemoteError(f"{self.url} answers ({what}), but not as a trimtab server does: check --url")
+
+    @contextmanager
+    def _saying_what_went_wrong(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError as error:
+            remedy = "start one with `trimtab serve`, or name another by --url"
+            raise RemoteError(f"no server answers at {self.url}: {remedy}") from error
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise RemoteError(f"--url {self.url!r} is no address such as http://127.0.0.1:8000") from error
+        except httpx.TransportError as error:
+            raise RemoteError(f"the connection to {self.url} broke ({type(error).__name__}): try again") from error
+        except json.JSONDecodeError as error:
+            raise self._stranger("no JSON") from error

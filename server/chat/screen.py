@@ -1,0 +1,114 @@
+"""What a conversation looks like: replies as they come, receipts, tables, errors.
+
+Owns colours, layout and the removal of control characters: a model's text never moves the cursor. Knows nothing of
+where texts come from. Replies and tables go to stdout, errors to stderr.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from server.chat.conversation import Reply
+
+CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+SIDE_BY_SIDE = 80
+COLUMNS = ("name", "status", "safe range", "layers", "method", "description")
+
+
+class Screen:
+    """The two streams of a terminal, or of a pipe."""
+
+    def __init__(self, out: Console | None = None, errors: Console | None = None) -> None:
+        self._out = out or Console(highlight=False, emoji=False, markup=False)
+        self._errors = errors or Console(stderr=True, highlight=False, emoji=False, markup=False)
+
+    def piece(self, text: str) -> None:
+        """The next piece of a reply."""
+        _print(self._out, clean(text), end="", soft_wrap=True)
+
+    def line(self, text: str = "") -> None:
+        _print(self._out, clean(text), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A dim line beside the conversation."""
+        _print(self._out, clean(text), style="dim", soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        _print(self._errors, clean(f"error: {text}"), style="red", soft_wrap=True)
+
+    def profiles(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """The profiles of GET /profiles."""
+        self._table(COLUMNS, [_row(entry) for entry in entries])
+
+    def pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Names and what they mean."""
+        grid = Table.grid(padding=(0, 2))
+        for name, meaning in pairs:
+            grid.add_row(Text(clean(name), no_wrap=True), Text(clean(meaning)))
+        _print(self._out, grid)
+
+    def compared(self, titles: Sequence[str], replies: Sequence[Reply]) -> None:
+        """Replies to one question: side by side where there is room, else one after the other."""
+        if self._out.is_terminal and self._out.width >= SIDE_BY_SIDE:
+            receipts = [describe(reply) for reply in replies]
+            self._table(titles, [[reply.text.strip() for reply in replies], receipts])
+            return
+        for title, reply in zip(titles, replies, strict=True):
+            self.line(f"{title}: {reply.text.strip()}")
+            self.note(describe(reply))
+
+    def _table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for title in titles:
+            table.add_column(Text(clean(title)), overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(clean(cell)) for cell in row))
+        _print(self._out, table)
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is done: a console that is broken off would print its text once more."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def _print(console: Console, what: RenderableType, **how: Any) -> None:
+    with unbroken():
+        console.print(what, **how)
+
+
+def clean(text: str) -> str:
+    """A text without control characters, but for tabs and line ends."""
+    return text.translate(CONTROL)
+
+
+def describe(reply: Reply) -> str:
+    """A receipt in one line: what steered, at how many positions, and how many tokens were written."""
+    if reply.finish_reason == "stopped":
+        return "[stopped]"
+    terms = [
+        f"{entry['name']}@{entry['strength']:g} at {entry['steered_tokens']} positions" for entry in reply.steering
+    ]
+    end = ", cut at the limit" if reply.finish_reason == "length" else ""
+    return f"[{', '.join(terms) or 'no steering'}; {reply.tokens} tokens{end}]"
+
+
+def _row(entry: Mapping[str, Any]) -> list[str]:
+    limit = f"±{entry['max_strength']:g}" if "max_strength" in entry else ""
+    layers = ", ".join(map(str, entry.get("layers", [])))
+    about = entry.get("error") or entry.get("description", "")
+    return [entry["name"], entry["status"], limit, layers, entry.get("method", ""), about]

@@ -1,0 +1,191 @@
+"""The OpenAPI document is whole and true: its examples work, answers have the forms it states, its page is offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.config import Settings
+from server.engine.engine import TorchEngine
+from server.schemas.answers import Answer, ErrorAnswer
+from server.schemas.native_answers import (
+    GenerateAnswer,
+    GenerateEvent,
+    Health,
+    ProfileDetails,
+    ProfileList,
+    Ready,
+    Version,
+)
+from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
+from server.schemas.steering_answers import ChangeAnswer, CompareAnswer, CompareEvent, ResolveAnswer, ScoreAnswer
+from tests.serving import demo_engine, live_server, save_profiles, until
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
+SCHEMAS = DOCUMENT["components"]["schemas"]
+ROUTES = [(path, method, route) for path, routes in DOCUMENT["paths"].items() for method, route in routes.items()]
+PROMPT = {"prompt": "Bread is", "max_tokens": 3}
+CHAT = {"model": "demo:warm", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+COMPLETION = {"model": "demo:warm", **PROMPT}
+SCHEDULE = [{"from_token": 0, "strength": 0.0}, {"from_token": 1, "strength": 1.0}]
+SCHEDULED = {"profiles": [{"name": "warm", "schedule": SCHEDULE}, {"name": "concise", "strength": 0.0}]}
+BODIES: dict[str, tuple[dict[str, Any], type[Answer], type[Answer]]] = {
+    "/v1/chat/completions": ({**CHAT, "logprobs": True, "top_logprobs": 2}, ChatCompletion, ChatChunk),
+    "/v1/completions": ({**COMPLETION, "logprobs": 2, "echo": True}, Completion, CompletionChunk),
+    "/generate": ({**PROMPT, "steering": SCHEDULED, "projections": True}, GenerateAnswer, GenerateEvent),
+    "/compare": ({**PROMPT, "variants": ["warm", "concise@0"], "kl": True}, CompareAnswer, CompareEvent),
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TorchEngine]:
+    with demo_engine(slots=4) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("profiles")
+    save_profiles(directory, engine.language_model.identity, "warm", "concise")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
+    with live_server(engine, profiles) as client:
+        yield client
+
+
+def test_every_field_of_every_object_is_described() -> None:
+    fields = [(name, field) for name, schema in SCHEMAS.items() for field in schema.get("properties", {}).items()]
+    assert [(name, field) for name, (field, schema) in fields if not schema.get("description")] == []
+    assert [name for name, schema in SCHEMAS.items() if not schema.get("description")] == []
+
+
+@pytest.mark.parametrize(("path", "method", "route"), ROUTES, ids=lambda value: value if type(value) is str else "")
+def test_every_route_tells_what_it_does_and_answers(path: str, method: str, route: dict[str, Any]) -> None:
+    assert route["summary"]
+    assert route["description"]
+    assert "422" not in route["responses"]
+    assert all(parameter["description"] for parameter in route.get("parameters", []))
+    for status, answer in route["responses"].items():
+        if status == "204":  # says nothing
+            continue
+        content = answer["content"]["application/json"]
+        assert content["schema"]["$ref"].removeprefix("#/components/schemas/") in SCHEMAS
+        if status == "default" or int(status) >= 400:
+            assert content["schema"]["$ref"].endswith("/ErrorAnswer")
+        if status != "default":
+            assert "example" in content
+
+
+def test_every_reference_leads_somewhere() -> None:
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(DOCUMENT)))
+    assert references <= set(SCHEMAS)
+    assert "x-streamed" not in json.dumps(DOCUMENT)
+
+
+def all_answers(kind: type[Answer] = Answer) -> list[type[Answer]]:
+    below = [one for child in kind.__subclasses__() for one in all_answers(child)]
+    return [kind, *below]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in all_answers() if kind.examples])
+def test_examples_have_the_form_they_illustrate(kind: type[Answer]) -> None:
+    for example in kind.examples:
+        kind.model_validate(example)
+
+
+@pytest.mark.parametrize(("path", "method", "route"), ROUTES, ids=lambda value: value if type(value) is str else "")
+def test_the_examples_work(client: httpx.Client, path: str, method: str, route: dict[str, Any]) -> None:
+    """What the document shows can be sent as it stands to a server with these profiles."""
+    for parameter in route.get("parameters", []):
+        path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
+    body = None
+    if "requestBody" in route:
+        schema = route["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        body = SCHEMAS[schema]["examples"][0]
+    if "409" not in route["responses"]:
+        assert client.request(method, path, json=body).status_code == 200
+
+
+def test_answers_about_steering_have_the_form_that_is_stated(client: httpx.Client) -> None:
+    score = {"prompt": "Bread", "completions": [" is"], "steering": "warm", "top_logprobs": 2}
+    ScoreAnswer.model_validate(client.post("/score", json=score).json())
+    ResolveAnswer.model_validate(client.post("/steering/resolve", json={"steering": SCHEDULED}).json())
+    body = {"prompt": "Bread", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/generate", json=body) as stream:
+        name = json.loads(next(stream.iter_lines()).removeprefix("data: "))["id"]
+        ChangeAnswer.model_validate(client.patch(f"/generations/{name}", json={"steering": "warm"}).json())
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_answers_have_the_form_that_is_stated(client: httpx.Client, path: str) -> None:
+    body, whole, event = BODIES[path]
+    whole.model_validate(client.post(path, json=body).json())
+    options = {"stream_options": {"include_usage": True}} if path.startswith("/v1") else {}
+    streamed = client.post(path, json={**body, "stream": True, **options}).text.split("\n\n")
+    events = [json.loads(text.removeprefix("data: ")) for text in streamed if "{" in text]
+    assert len(events) > 2
+    for one in events:
+        event.model_validate(one)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/models", ModelList),
+        ("/v1/models/demo:warm", ModelEntry),
+        ("/v1/models/demo", ModelEntry),
+        ("/profiles", ProfileList),
+        ("/profiles/warm", ProfileDetails),
+        ("/health", Health),
+        ("/ready", Ready),
+        ("/version", Version),
+    ],
+)
+def test_states_have_the_form_that_is_stated(client: httpx.Client, path: str, kind: type[Answer]) -> None:
+    kind.model_validate(client.get(path).json())
+
+
+def test_errors_and_rejected_profiles_have_the_form_that_is_stated(client: httpx.Client, profiles: Path) -> None:
+    for path in ("/nothing", "/v1/models/kind", "/profiles/kind"):
+        ErrorAnswer.model_validate(client.get(path).json())
+    (profiles / "cut.safetensors").write_bytes(b"x")
+    until(lambda: client.get("/profiles/cut").status_code == 200)
+    ProfileList.model_validate(client.get("/profiles").json())
+    assert ProfileDetails.model_validate(client.get("/profiles/cut").json()).error
+
+
+def test_the_page_needs_no_other_host(engine: TorchEngine, profiles: Path, tmp_path: Path) -> None:
+    """Also for a browser that has no key yet: the page and what it loads are open."""
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    with live_server(engine, profiles, api_key_file=keys) as client:
+        page = client.get("/docs")
+        assert page.status_code == 200
+        assert not re.findall(r"https?:|[\"'(]//", page.text)
+        loaded = [*re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text), *re.findall(r"url: '([^']+)'", page.text)]
+        assert "/openapi.json" in loaded
+        assert len(loaded) == 4
+        for path in loaded:
+            assert client.get(path).status_code == 200
+        assert client.get("/docs-files/../v1/models").status_code == 401
+
+
+def test_the_written_page_is_what_the_routes_say() -> None:
+    command = [sys.executable, "scripts/api_docs.py", "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,99 @@
+"""Is the steering acting? The residual stream's projection on each direction, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from server.engine.engine import TorchEngine
+from server.engine.projections import projection
+from steering_vectors.chat import encode_prompt
+from steering_vectors.hooks import record
+from steering_vectors.models import load_model
+from steering_vectors.profile import Profile
+from steering_vectors.storage import load_profile
+from tests.by_hand import shifted
+from tests.serving import demo_engine, live_server, save_profiles
+
+LM = load_model("demo", dtype="float32")
+PROMPT = encode_prompt(LM.tokenizer, "Bread is")
+ASKED: dict[str, Any] = {"prompt": "Bread is", "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TorchEngine]:
+    with demo_engine(slots=4) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def directory(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("profiles")
+    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=5.0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def client(engine: TorchEngine, directory: Path) -> Iterator[httpx.Client]:
+    with live_server(engine, directory) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def profiles(directory: Path) -> list[Profile]:
+    return [load_profile(directory / f"{name}.safetensors") for name in ("warm", "concise")]
+
+
+def expected(profile: Profile, steering: Profile, strength: float, tokens: int) -> list[float]:
+    """By plain passes over a greedy text, the shift added by hand."""
+    shifts = {layer: strength * steering.unit * shift for layer, shift in steering.injected().items()}
+    ids, found = list(PROMPT), []
+    for _ in range(tokens):
+        with torch.no_grad(), shifted(LM, shifts, len(PROMPT) - 1), record(LM.blocks, profile.layers) as outputs:
+            logits = LM.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        values = [outputs[layer][0, -1] @ d / (profile.unit * (d @ d)) for layer, d in profile.directions.items()]
+        found.append(float(torch.stack(values).mean()))
+        ids.append(int(logits.argmax()))
+    return found
+
+
+def test_projections_equal_plain_passes(client: httpx.Client, profiles: Sequence[Profile]) -> None:
+    warm, concise = profiles
+    body = {**ASKED, "variants": ["warm@0.5", "concise@-0.5"], "projections": True}
+    first, second = client.post("/compare", json=body).json()["variants"]
+    for profile in profiles:
+        told = first["projections"][profile.name]
+        assert told == pytest.approx(expected(profile, warm, 0.5, 6), abs=1e-4)
+        assert second["projections"][profile.name] == pytest.approx(expected(profile, concise, -0.5, 6), abs=1e-4)
+
+
+def test_strength_is_added_where_there_is_one_block(profiles: Sequence[Profile]) -> None:
+    d = profiles[0].directions[1]
+    single = Profile("one", LM.identity, {1: d}, "random", unit=5.0)
+    h = torch.randn(len(d), generator=torch.Generator().manual_seed(0))
+    before = projection(single, {1: h})
+    assert projection(single, {1: h + 0.8 * 5.0 * d}) == pytest.approx(before + 0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_streams_tell_them_with_their_tokens(client: httpx.Client, profiles: Sequence[Profile], path: str) -> None:
+    body = {**ASKED, "steering": "warm@0.5", "projections": True, **({"model": "demo"} if "v1" in path else {})}
+    answer = client.post(path, json=body).json()
+    whole = answer["projections"] if path == "/generate" else answer["choices"][0]["projections"]
+    frames = client.post(path, json={**body, "stream": True}).text.split("\n\n")
+    events = [json.loads(one.removeprefix("data: ")) for one in frames if one and "[DONE]" not in one]
+    parts = [event if path == "/generate" else event["choices"][0] for event in events]
+    streamed = [value for part in parts for value in part.get("projections", {}).get("warm", [])]
+    assert streamed == pytest.approx(whole["warm"], abs=1e-5)
+    assert whole["warm"] == pytest.approx(expected(profiles[0], profiles[0], 0.5, 6), abs=1e-4)
+
+
+def test_neighbours_that_do_not_ask_are_told_nothing(client: httpx.Client) -> None:
+    assert "projections" not in client.post("/generate", json={**ASKED, "steering": "warm@0.5"}).json()
+    assert client.post("/generate", json={**ASKED, "projections": True}).json().get("projections", {}) == {}
