@@ -13,7 +13,7 @@ from server.engine.protocol import Engine
 from server.errors import ErrorReporter
 from server.profiles import ProfileRegistry
 from server.service import Service
-from server.steering import HEADER
+from server.steering import EXAMPLE, HEADER
 
 
 async def _service(request: Request) -> Service:
@@ -33,7 +33,10 @@ ReporterDep = Annotated[ErrorReporter, Depends(_reporter)]
 
 
 SteeringHeader = Annotated[
-    str | None, Header(alias=HEADER, description="A steering string, for clients that cannot add fields to a body.")
+    str | None,
+    Header(
+        alias=HEADER, description="A steering string, for clients that cannot add fields to a body.", examples=[EXAMPLE]
+    ),
 ]
 
 

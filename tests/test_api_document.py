@@ -124,9 +124,10 @@ def test_answers_about_steering_have_the_form_that_is_stated(client: httpx.Clien
     score = {"prompt": "Bread", "completions": [" is"], "steering": "warm", "top_logprobs": 2}
     ScoreAnswer.model_validate(client.post("/score", json=score).json())
     ResolveAnswer.model_validate(client.post("/steering/resolve", json={"steering": SCHEDULED}).json())
-    body = {"prompt": "Bread", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Bread", "max_tokens": 450, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/generate", json=body) as stream:
-        name = json.loads(next(stream.iter_lines()).removeprefix("data: "))["id"]
+        lines = stream.iter_lines()
+        name = json.loads(next(lines).removeprefix("data: "))["id"]
         ChangeAnswer.model_validate(client.patch(f"/generations/{name}", json={"steering": "warm"}).json())
 
 

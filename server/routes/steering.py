@@ -13,7 +13,7 @@ from server.schemas.steering_answers import ChangeAnswer, ResolveAnswer
 from server.schemas.steering_requests import ChangeBody, ResolveBody
 from steering_vectors.mixture import Mixture, Term
 
-GenerationId = Annotated[str, Path(description="The id that the first event or chunk of the generation told.")]
+GenerationId = Annotated[str, Path(description="As the first event told it.", examples=["gen-c9f0f895"])]
 
 router = APIRouter(tags=["steering"], route_class=StrictRoute)
 
