@@ -95,7 +95,8 @@ def _answer(responses: Json) -> Iterator[str]:
     named = [f"Answers {_type(content['application/json']['schema'])}"] if "application/json" in content else []
     if "text/event-stream" in content:
         event = content["text/event-stream"].get("itemSchema", {}).get("properties", {}).get("data", {})
-        named.append(f"as a stream, events of {_type(event.get('contentSchema', {}))}")
+        form = next((one for one in event.get("anyOf", [event]) if "contentSchema" in one), {})
+        named.append(f"as a stream, events of {_type(form.get('contentSchema', {}))}")
     if named:
         yield "; ".join(named) + "."
     example = content.get("application/json", {}).get("example")

@@ -70,11 +70,14 @@ OTHER_ERRORS: Responses = {
 }
 
 
-def declare(answer: type[Answer], *errors: int, stream: type[Answer] | None = None) -> Responses:
-    """What a route says in `responses`: its answer, the events it may stream instead, and its errors by status."""
+def declare(
+    answer: type[Answer], *errors: int, stream: type[Answer] | None = None, ends_in: str | None = None
+) -> Responses:
+    """What a route says in `responses`: its answer, the events it may stream instead, and its errors by status. A
+    stream may end in one event that is not JSON."""
     content: Json = {"application/json": _example(answer.examples[0])}
     if stream is not None:
-        content["text/event-stream"] = _stream(stream)
+        content["text/event-stream"] = _stream(stream, ends_in)
     success: Json = {"description": "As asked.", "model": answer, "content": content}
     return {200: success, **{status: _error(status) for status in errors}}
 
@@ -103,10 +106,12 @@ def _example(value: Mapping[str, Any]) -> Json:
     return {EXAMPLE: json.dumps(value)}
 
 
-def _stream(events: type[Answer]) -> Json:
+def _stream(events: type[Answer], ends_in: str | None) -> Json:
     """Server-sent events whose data is this JSON, in the form of OpenAPI 3.2 that FastAPI also writes."""
     schema = {"$ref": COMPONENTS.format(model=events.__name__)}
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    if ends_in is not None:
+        data = {"anyOf": [data, {"type": "string", "const": ends_in}]}
     _, found = models_json_schema([(events, "serialization")], ref_template=COMPONENTS)
     return {
         "itemSchema": {"type": "object", "required": ["data"], "properties": {"data": data}},

@@ -18,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
+LAST = "[DONE]"
+DONE = f"data: {LAST}\n\n".encode()
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 

@@ -169,6 +169,23 @@ def test_errors_and_rejected_profiles_have_the_form_that_is_stated(client: httpx
     assert ProfileDetails.model_validate(client.get("/profiles/cut").json()).error
 
 
+def test_null_is_declared_where_it_means_absent(client: httpx.Client) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for body in ("ChatBody", "CompletionBody", "GenerateBody", "SteeringBody", "SteeringTermBody", "StreamOptions"):
+        for name, field in schemas[body]["properties"].items():
+            assert ({"type": "null"} in field.get("anyOf", [])) is (name not in schemas[body].get("required", [])), name
+    nothing = {"steering": {"profiles": [], "apply_to": None, "preserve_norm": None, "allow_beyond_safe": None}}
+    assert client.post("/steering/resolve", json=nothing).status_code == 200
+
+
+def test_the_last_event_of_openais_streams_is_declared(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path, last in (("/v1/chat/completions", True), ("/v1/completions", True), ("/generate", False)):
+        stream = paths[path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        data = stream["itemSchema"]["properties"]["data"]
+        assert ({"type": "string", "const": "[DONE]"} in data.get("anyOf", [])) is last
+
+
 def test_the_page_needs_no_other_host(engine: TorchEngine, profiles: Path, tmp_path: Path) -> None:
     """Also for a browser that has no key yet: the page and what it loads are open."""
     keys = tmp_path / "keys"

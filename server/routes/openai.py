@@ -20,7 +20,7 @@ from server.schemas.openai import ChatBody, CompletionBody, OpenAIBody
 from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
 from server.schemas.prompts import messages_of
 from server.service import Service
-from server.streams import DONE, EventStreamResponse, frame, while_connected
+from server.streams import DONE, LAST, EventStreamResponse, frame, while_connected
 from steering_vectors.chat import chat_template_source
 from steering_vectors.errors import UnknownModel, UnknownRoute
 from steering_vectors.profile import Profile
@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
 @router.post(
     "/chat/completions",
     summary="Reply in a conversation",
-    responses=declare(ChatCompletion, 400, 404, 429, 503, stream=ChatChunk),
+    responses=declare(ChatCompletion, 400, 404, 429, 503, stream=ChatChunk, ends_in=LAST),
 )
 async def chat_completions(
     body: ChatBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
@@ -47,7 +47,7 @@ async def chat_completions(
 @router.post(
     "/completions",
     summary="Continue texts",
-    responses=declare(Completion, 400, 404, 429, 503, stream=CompletionChunk),
+    responses=declare(Completion, 400, 404, 429, 503, stream=CompletionChunk, ends_in=LAST),
 )
 async def completions(
     body: CompletionBody, request: Request, service: ServiceDep, reporter: ReporterDep, steering: SteeringHeader = None
