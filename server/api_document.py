@@ -109,7 +109,7 @@ def _example(value: Mapping[str, Any]) -> Json:
 def _stream(events: type[Answer], ends_in: str | None) -> Json:
     """Server-sent events whose data is this JSON, in the form of OpenAPI 3.2 that FastAPI also writes."""
     schema = {"$ref": COMPONENTS.format(model=events.__name__)}
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    data: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
     if ends_in is not None:
         data = {"anyOf": [data, {"type": "string", "const": ends_in}]}
     _, found = models_json_schema([(events, "serialization")], ref_template=COMPONENTS)
