@@ -60,9 +60,9 @@ def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress
 
     The direction is the difference of both labels' mean block outputs h̄; thresholds lie midway between neighbouring
     similarities. Of thresholds whose F1 is within .02 of the best the one nearest to the middle between both labels is
-    taken, since prompts to come are not quite like these; of equally good blocks the one that parts the labels furthest,
-    in standard deviations.
-    Raises DataError for a prompt of fewer than two tokens, FitError if no block tells the labels apart at all.
+    taken, since prompts to come are not quite like these; of equally good blocks the one that parts the labels
+    furthest, in standard deviations. Raises DataError for a prompt of fewer than two tokens, FitError if no block tells
+    the labels apart at all.
     """
     layers = candidate_layers(lm.num_layers)
     examples = [_encode(lm, prompt) for prompt in (*prompts.opening, *prompts.others)]
