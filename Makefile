@@ -38,7 +38,7 @@ test: lint types $(VENV)/.dev  ## Lint, type-check and run the tests
 
 $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt tests/clients/node/package-lock.json
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/clients/requirements.txt -e .
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/clients/requirements.txt -e ".[schema]"
 	if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/clients/node; fi
 	@touch $@
 

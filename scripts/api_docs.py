@@ -17,14 +17,17 @@ import typer
 
 from server.app import create_app
 from server.config import Settings
-from server.schemas.body import NO_OPS_KEY
+from server.schemas.body import NO_OPS_KEY, NULL
 
 Json = dict[str, Any]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 ADDRESS = "http://127.0.0.1:8000"
 HEADING = "<!-- Written by scripts/api_docs.py: run `make docs`, do not edit. -->\n\n# HTTP API"
-WHERE = "A running server shows the same at `/docs`, where requests can be tried, and as a document at `/openapi.json`."
+WHERE = (
+    "A running server shows the same at `/docs`, where requests can be tried, and as a document at `/openapi.json`. "
+    "A field that may be left out may also be null, which says the same."
+)
 WIDTH = 110
 HUGE = 2**53
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -114,7 +117,12 @@ def _object(schema: Json) -> list[str]:
     """Its description, the table of its fields, and what is accepted only to be ignored."""
     required = schema.get("required", [])
     rows = [
-        [f"`{name}`", _type(field), _default(field, name in required), _meaning(field)]
+        [
+            f"`{name}`",
+            _type(field if name in required else _without_null(field)),
+            _default(field, name in required),
+            _meaning(field),
+        ]
         for name, field in sorted(schema.get("properties", {}).items(), key=lambda item: item[0] not in required)
     ]
     parts = [" ".join(schema.get("description", "").split())]
@@ -123,6 +131,12 @@ def _object(schema: Json) -> list[str]:
         fields = [_accepted(name, values) for name, values in schema[NO_OPS_KEY].items()]
         parts.append(f"Not supported, and accepted only as null or as what asks for nothing: {', '.join(fields)}.")
     return parts
+
+
+def _without_null(field: Json) -> Json:
+    """Of a field that may be left out: the page says once that null does the same."""
+    forms = [form for form in field.get("anyOf", []) if form != NULL]
+    return {**field, "anyOf": forms} if forms else field
 
 
 def _accepted(name: str, values: list[Any]) -> str:

@@ -90,7 +90,7 @@ class OpenAIAnswer(ABC):
 
     def closing(self, index: int, finished: Finished) -> Json:
         """The last chunk of a choice."""
-        return self._chunk(index, {**self._last(), "logprobs": None, **self._ending(finished)})
+        return self._chunk(index, {**self._last(index, finished), **self._ending(finished)})
 
     def usage_chunk(self, finished: Sequence[Finished]) -> Json:
         """The chunk after the last choice, for clients that asked for it."""
@@ -137,7 +137,7 @@ class OpenAIAnswer(ABC):
     def _piece(self, index: int, event: Delta | PromptLogprobs) -> Json | None: ...
 
     @abstractmethod
-    def _last(self) -> Json: ...
+    def _last(self, index: int, finished: Finished) -> Json: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +159,8 @@ class ChatAnswer(OpenAIAnswer):
             return None
         return {"delta": {"content": event.text}, "logprobs": self._logprobs(index, event.logprobs)}
 
-    def _last(self) -> Json:
-        return {"delta": {}}
+    def _last(self, index: int, finished: Finished) -> Json:
+        return {"delta": {}, "logprobs": None}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Json | None:
         return chat_logprobs(self.texts, tokens) if self.requests[index].logprobs is not None else None
@@ -169,7 +169,8 @@ class ChatAnswer(OpenAIAnswer):
 @dataclass(frozen=True, slots=True)
 class CompletionAnswer(OpenAIAnswer):
     """A text completion; its chunks have the form of the whole. With `echoed`, the prompts' texts, each choice begins
-    with its prompt."""
+    with its prompt. A token that ends the text without being part of it has its log-probability told, as each counted
+    token has: clients take the place of a token in the list for its place in the sequence."""
 
     _kind = "text_completion"
     _chunk_kind = "text_completion"
@@ -179,7 +180,7 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _whole(self, index: int, result: Result) -> Json:
         request = self.requests[index]
-        tokens = [*result.prompt_logprobs, *result.logprobs]
+        tokens = [*result.prompt_logprobs, *result.logprobs, *result.finished.ending]
         first = request.prompt_ids[0] if request.prompt_logprobs is not None else None
         logprobs = None if request.logprobs is None else CompletionLogprobs(self.texts).of(tokens, first=first)
         return {"text": self._prompt(index) + result.text, "logprobs": logprobs}
@@ -196,8 +197,9 @@ class CompletionAnswer(OpenAIAnswer):
             return None
         return {"text": event.text, "logprobs": None if request.logprobs is None else told.of(event.logprobs)}
 
-    def _last(self) -> Json:
-        return {"text": ""}
+    def _last(self, index: int, finished: Finished) -> Json:
+        told = self._told.setdefault(index, CompletionLogprobs(self.texts))
+        return {"text": "", "logprobs": told.of(finished.ending) if finished.ending else None}
 
     def _prompt(self, index: int) -> str:
         return "" if self.echoed is None else self.echoed[index // self.n]

@@ -158,6 +158,28 @@ def test_a_stream_tells_what_the_whole_tells(client: httpx.Client, echo: bool) -
                 assert joined[1:] == pytest.approx(values[1:], abs=1e-4)
 
 
+@pytest.mark.parametrize("ending", [LM.tokenizer.eos_token_id, 301])
+def test_the_token_that_ends_a_completion_is_told(client: httpx.Client, ending: int) -> None:
+    """It is counted, so that clients who cut the prompt's part out of the list find each token in its place."""
+    body = {"model": "demo", "prompt": TEXT, "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 1}
+    body |= {"logit_bias": {str(ending): 100}, "stop_token_ids": [301]}
+    whole = client.post("/v1/completions", json=body).json()
+    (choice,) = whole["choices"]
+    told = choice["logprobs"]
+    ids = encode_prompt(LM.tokenizer, TEXT)
+    expected = reference([*ids, ending])
+    wanted = [float(row[one]) for row, one in zip(expected, [*ids[1:], ending], strict=True)]
+    assert (choice["text"], choice["finish_reason"]) == (TEXT, "stop")
+    assert told["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-4)
+    assert told["tokens"][-1] == TokenTexts(LM.tokenizer).text_of(ending)
+    assert told["text_offset"][-1] == len(TEXT)
+    assert len(told["tokens"]) == whole["usage"]["total_tokens"] == len(ids) + 1
+    streamed = client.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(frame.removeprefix("data: "))["choices"][0] for frame in streamed[:-2]]
+    pieces = [chunk["logprobs"]["tokens"] for chunk in chunks if chunk["logprobs"]]
+    assert [token for piece in pieces for token in piece] == told["tokens"]
+
+
 def test_echo_without_logprobs_repeats_the_prompt(client: httpx.Client) -> None:
     body = {"model": "demo", "prompt": [encode_prompt(LM.tokenizer, "Bread is")], "max_tokens": 3, "echo": True}
     whole = client.post("/v1/completions", json=body).json()

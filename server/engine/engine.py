@@ -300,9 +300,9 @@ class TorchEngine:
         row.sampler.observe(token)
         self._counts["generated"] += 1
         if token in sampling.stop_token_ids:
-            self._finish(row, "stop", matched=token)
+            self._finish(row, "stop", matched=token, ending=told.logprobs)
         elif token in self._eos_ids and not sampling.ignore_eos:
-            self._finish(row, "stop")
+            self._finish(row, "stop", ending=told.logprobs)
         else:
             text = row.detokenizer.push([token])
             self._outbox.put(row.mailbox, Delta(text, (token,), told.logprobs, told.divergences, told.projections))
@@ -314,7 +314,13 @@ class TorchEngine:
                 self._finish(row, "length")
 
     def _finish(
-        self, row: Row, reason: FinishReason, error: str | None = None, *, matched: str | int | None = None
+        self,
+        row: Row,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        matched: str | int | None = None,
+        ending: tuple[TokenLogprob, ...] = (),
     ) -> None:
         sequence = row.sequence
         if sequence.finish is not None:
@@ -344,6 +350,7 @@ class TorchEngine:
                 steered_tokens=sequence.steered_tokens,
                 error=error,
                 matched_stop=matched,
+                ending=ending,
                 segments=tuple(sequence.segments),
                 gates=dict(sequence.gates),
             ),

@@ -185,6 +185,7 @@ class Finished:
     `steered_tokens` counts the positions at which the residual stream was shifted; `cached_tokens` the prompt tokens
     whose KV was reused. `error` is set for reason "error" only. `matched_stop` is the stop string or stop token id
     that ended the text (None for an end-of-sequence token). `segments` tells the mixes, one unless they changed.
+    `ending` is the log-probability of an end-of-sequence or stop token, which is counted but in no Delta.
     """
 
     reason: FinishReason
@@ -196,6 +197,7 @@ class Finished:
     matched_stop: str | int | None = None
     segments: tuple[Segment, ...] = ()
     gates: Mapping[str, GateDecision] = field(default_factory=dict)  # by profile
+    ending: tuple[TokenLogprob, ...] = ()  # one or none
 
 
 Event = PromptLogprobs | Delta | Finished

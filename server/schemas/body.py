@@ -18,14 +18,24 @@ from pydantic_core import CoreSchema, PydanticCustomError
 NoOps = Mapping[str, tuple[Any, ...]]
 Examples = Sequence[Mapping[str, Any]]
 NO_OPS_KEY = "x-accepted-only-as"
+ABOUT = {"title", "description", "default", "examples"}  # what a schema says of a field besides its form
+NULL = {"type": "null"}
 
 
 def _document(schema: dict[str, Any], body: type[Body]) -> None:
-    """Add to the OpenAPI document what pydantic does not know of: examples, and the fields of `no_ops`."""
+    """Add to the OpenAPI document what pydantic does not know of: null for absent, examples, the fields of `no_ops`."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            _allow_null(field)
     if body.examples:
         schema["examples"] = list(body.examples)
     if body.no_ops:
         schema[NO_OPS_KEY] = {name: list(allowed) for name, allowed in sorted(body.no_ops.items())}
+
+
+def _allow_null(field: dict[str, Any]) -> None:
+    forms = field.pop("anyOf", None) or [{name: field.pop(name) for name in field.keys() - ABOUT}]
+    field["anyOf"] = forms if NULL in forms else [*forms, NULL]
 
 
 class Body(BaseModel):

@@ -14,8 +14,6 @@ from steering_vectors.models import load_model
 from tests.clients.process import serving
 from tests.serving import save_profiles
 
-collect_ignore = ["test_structured_clients.py"]  # until the server takes response_format
-
 
 @pytest.fixture(scope="session")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
