@@ -40,6 +40,7 @@ from server.engine.protocol import (
     GenerationRequest,
     PromptLogprobs,
     SteeringChange,
+    TokenLogprob,
 )
 from server.engine.row import Row, Told, tell
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
