@@ -66,7 +66,9 @@ def _timeline(key: Key, segments: Sequence[Segment]) -> list[Json]:
 
 
 def _strength(key: Key, segment: Segment) -> float | None:
-    return next((term.strength for term in segment.mixture.terms if _key(term) == key), None)
+    """The strength at which a profile acted: 0 behind a shut gate, None where it was not named."""
+    asked = next((term.strength for term in segment.mixture.terms if _key(term) == key), None)
+    return asked if asked is None or key[0] not in segment.mixture.closed else 0.0
 
 
 def _key(term: Term) -> Key:

@@ -24,6 +24,7 @@ from steering_vectors.tables import BadRow, Row, read_table
 
 LEAST = 8  # prompts of either label
 HELDOUT = 0.25
+TIE = 0.02  # of F1
 LABEL = "label"
 
 
@@ -58,8 +59,10 @@ def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress
     """The gate with the highest F1 on three quarters of the prompts; the rest measure it (`metrics`).
 
     The direction is the difference of both labels' mean block outputs h̄; thresholds lie midway between neighbouring
-    similarities. Of equally good blocks the one that parts the labels furthest, in standard deviations, is taken.
-    Raises DataError for a prompt of fewer than two tokens, FitError if no block tells the labels apart at all.
+    similarities. Of thresholds whose F1 is within .02 of the best the one nearest to the middle between both labels is
+    taken, since prompts to come are not quite like these; of equally good blocks the one that parts the labels
+    furthest, in standard deviations. Raises DataError for a prompt of fewer than two tokens, FitError if no block tells
+    the labels apart at all.
     """
     layers = candidate_layers(lm.num_layers)
     examples = [_encode(lm, prompt) for prompt in (*prompts.opening, *prompts.others)]
@@ -125,14 +128,22 @@ def _best(
     if not bool(direction.any()) or not bool(direction.isfinite().all()):
         return 0.0, 0.0, None
     values = similarities(train, direction)
-    f1, threshold, side = max(
+    tried = [
         (f1_score(_fired(values, threshold, side), wanted), threshold, side)
         for threshold in _thresholds(values)
         for side in SIDES
-    )
-    spread = torch.cat([values[wanted] - values[wanted].mean(), values[~wanted] - values[~wanted].mean()]).std()
-    apart = float((values[wanted].mean() - values[~wanted].mean()).abs() / spread.clamp_min(1e-9))
+    ]
+    middle, apart = _middle(values[wanted], values[~wanted])
+    near = [one for one in tried if one[0] >= max(tried)[0] - TIE]
+    f1, threshold, side = min(near, key=lambda one: abs(one[1] - middle))
     return f1, apart, Gate(layer, direction, threshold, "above" if side == "above" else "below")
+
+
+def _middle(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Where two samples are equally far away, each in its own standard deviations; and how many of these it is."""
+    first, second = one.std().clamp_min(1e-9), other.std().clamp_min(1e-9)
+    middle = (one.mean() * second + other.mean() * first) / (first + second)
+    return float(middle), float((one.mean() - other.mean()).abs() / (first + second))
 
 
 def _thresholds(values: torch.Tensor) -> list[float]:

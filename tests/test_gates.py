@@ -41,8 +41,9 @@ def demo_prompts(file: str, words: Sequence[str]) -> tuple[Prompt, ...]:
     return tuple(prompt for prompt in asked if any(word in prompt[-1].content.lower() for word in words))
 
 
-TRAIN = GatePrompts(demo_prompts("warm.train.jsonl", KITCHEN), demo_prompts("warm.train.jsonl", STUDY))
-FRESH = GatePrompts(demo_prompts("warm.heldout.jsonl", KITCHEN), demo_prompts("warm.heldout.jsonl", STUDY))
+TOPICS = [demo_prompts("warm.train.jsonl", words) for words in (KITCHEN, STUDY)]
+TRAIN = GatePrompts(*(tuple(one for place, one in enumerate(topic) if place % 4) for topic in TOPICS))
+FRESH = GatePrompts(*(topic[::4] for topic in TOPICS))  # never shown to the fit
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ async def write(engine: TorchEngine, name: str, prompt: Sequence[int], mixture: 
 
 def test_a_gate_fires_on_its_topic_row_by_row_in_a_mixed_batch(engine: TorchEngine, gated: Profile) -> None:
     """Many rows over four slots; a prompt that does not open it gets the untouched model's tokens."""
-    opening, others = FRESH.opening[:16], FRESH.others[:16]
+    opening, others = FRESH.opening, FRESH.others
     prompts = [encode_prompt(LM.tokenizer, prompt or "") for prompt in (*opening, *others)]
     wanted = [True] * len(opening) + [False] * len(others)
     gate = gated.gate
@@ -148,6 +149,25 @@ def test_the_receipt_tells_the_decision(client: httpx.Client) -> None:
 def test_a_prompt_of_one_token_opens_nothing(client: httpx.Client) -> None:
     (entry,) = client.post("/generate", json={"prompt": [300], "max_tokens": 2, "profile": "warm"}).json()["steering"]
     assert entry["gate"] == {"opened": False, "similarity": None}
+
+
+def test_a_shut_gate_stays_shut_whatever_is_scheduled_or_changed(engine: TorchEngine, gated: Profile) -> None:
+    """Alone in the batch, where no mask of positions stands between a row's shift and the row."""
+    prompt = tuple(encode_prompt(LM.tokenizer, FRESH.others[0] or ""))
+    half, whole = (Mixture((Term(gated, strength),)) for strength in (0.5, 1.0))
+
+    async def changed() -> list[int]:
+        ids: list[int] = []
+        request = GenerationRequest("shut", prompt, GREEDY, half, schedule=((2, whole),))
+        async for event in engine.generate(request):
+            if isinstance(event, Delta):
+                ids += event.token_ids
+                if len(ids) == 5:
+                    await engine.set_steering("shut", half)
+        return ids
+
+    untouched, _ = asyncio.run(write(engine, "plain", prompt, Mixture()))
+    assert asyncio.run(changed()) == untouched
 
 
 def test_a_gate_that_joins_by_schedule_is_decided_by_the_prompt_too(client: httpx.Client) -> None:

@@ -374,10 +374,13 @@ def test_a_constraint_bars_after_penalties_and_bias() -> None:
     assert sample(logits, [bound, free]) == [1, a]
 
 
-def test_rows_of_one_grammar_move_apart() -> None:
+@pytest.mark.parametrize("cores", [2, 8])  # with many, the rows' masks are computed in threads
+def test_rows_of_one_grammar_move_apart(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     grammar = compiled("ab|cd")
     tokenizer = tiny_tokenizer()
     a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
+    assert (grammar.start.backend.executor is not None) == (cores == 8)
     first, second = grammar.matcher(), grammar.matcher()
     first.advance(a)
     second.advance(c)

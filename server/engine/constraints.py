@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.errors import reject
-from server.engine.protocol import Constraint
+from server.engine.protocol import Constraint, Grammar
 from steering_vectors.errors import RequestError, first_line
 
 if TYPE_CHECKING:
@@ -174,3 +174,11 @@ def _reason(state: LLMatcher) -> str:
     """What llguidance says, on one line of bounded length."""
     reason = " ".join(state.get_error().removesuffix("<non-verbose/>").split())
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} …"
+
+
+def matcher_of(grammar: Grammar | None) -> Matcher | None:
+    """A matcher of its own for one row; None without a grammar."""
+    if grammar is None:
+        return None
+    assert isinstance(grammar, CompiledGrammar), "a grammar of another engine"
+    return grammar.matcher()

@@ -14,17 +14,21 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 import torch
 
-from server.engine.admission import check_prompt, checked_context, eos_ids
-from server.engine.constraints import CompiledGrammar, GrammarCompiler, Matcher
+from server.engine.admission import (
+    check_gates,
+    check_no_new_gates,
+    check_options,
+    check_prompt,
+    checked_context,
+    eos_ids,
+)
+from server.engine.constraints import CompiledGrammar, GrammarCompiler, matcher_of
 from server.engine.detokenizer import Detokenizer
-from server.engine.errors import reject
-from server.engine.likelihoods import divergence, token_logprobs
 from server.engine.mailbox import Mailbox, Outbox
-from server.engine.projections import projection
+from server.engine.passes import Passes
 from server.engine.protocol import (
     Constraint,
     Delta,
@@ -38,19 +42,16 @@ from server.engine.protocol import (
     SteeringChange,
     TokenLogprob,
 )
-from server.engine.runner import Work
+from server.engine.row import Row, Told, tell
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
 from server.engine.scheduler import Chunk, Scheduler, Sequence
 from server.engine.selection import choose_runner
 from steering_vectors.errors import (
     Conflict,
     Overloaded,
-    RequestError,
-    SteeringError,
     Unavailable,
     UnknownGeneration,
 )
-from steering_vectors.gate import Gate
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
@@ -63,28 +64,6 @@ DEFAULT_QUEUE = 1024
 DEFAULT_CHUNK = 256
 REMEMBERED = 4096
 NOT_FINITE = "the model's logits are not finite; the strength may be too high"
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """Everything that belongs to one live request."""
-
-    sequence: Sequence
-    sampler: RowSampler
-    detokenizer: Detokenizer
-    mailbox: Mailbox
-    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
-    unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is told of a token besides its text, each empty unless it was asked for."""
-
-    logprobs: tuple[TokenLogprob, ...] = ()
-    divergences: tuple[float, ...] = ()
-    projections: tuple[tuple[float, ...], ...] = ()
 
 
 class TorchEngine:
@@ -120,6 +99,7 @@ class TorchEngine:
         )
         self._bank.attach()
         self._runner = choose_runner(language_model, self._bank, context=self._context)
+        self._passes = Passes(self._runner)
         chunk = prefill_chunk if self._runner.chunked else self._context * slots
         self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk)
         self._rows: dict[str, Row] = {}
@@ -157,7 +137,7 @@ class TorchEngine:
                 eos_ids=self._eos_ids,
                 prompt_ids=request.prompt_ids,
                 choice=request.choice,
-                matcher=_matcher(request),
+                matcher=matcher_of(request.grammar),
             ),
             detokenizer=Detokenizer(self._language_model.tokenizer, request.prompt_ids, request.sampling.stop),
             mailbox=mailbox,
@@ -218,15 +198,12 @@ class TorchEngine:
         vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
         check_vocabulary(request.sampling, self._language_model.vocab_size)
-        endless = request.grammar is not None and request.sampling.ignore_eos
-        reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
-        if request.divergence and self._scheduler.num_slots < 2:
-            raise RequestError("divergences need a second slot: start the server with --slots 2 or more", param="kl")
+        check_options(request, slots=self._scheduler.num_slots)
         for profile in request.projections:
             self.load_profile(profile)
         for mixture in (request.mixture, *(later for _, later in request.schedule)):
             self._check_mixture(mixture)
-            self._check_gates(request, mixture)
+            check_gates(request, mixture, chunked=self._runner.chunked)
         if len(self._live) >= self._scheduler.num_slots + self._max_queue:
             raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
 
@@ -266,30 +243,21 @@ class TorchEngine:
         for batch in self._scheduler.schedule():
             for scores in (True, False):
                 if part := [chunk for chunk in batch if chunk.scores is scores]:
-                    self._runner.read = _layers_to_read(part)
                     self._compute(part, self._score(part) if scores else self._forward(part))
 
     def _forward(self, batch: list[Chunk]) -> torch.Tensor:
         """The logits of each chunk's last token; those of its shadow are left with its row."""
-        shadowed = [chunk for chunk in batch if chunk.sequence.shadow is not None]
-        if not shadowed:
-            return self._runner.forward(_works(batch))
-        works = sorted([*_works(batch), *_shadows(shadowed)], key=lambda work: work.slot)
-        logits, places = self._runner.forward(works), {work.slot: place for place, work in enumerate(works)}
-        for chunk in shadowed:
-            self._row(chunk).unsteered = logits[places[chunk.sequence.shadow or 0]]
-        return logits[[places[chunk.slot] for chunk in batch]]
+        logits, shadows = self._passes.forward(batch)
+        for request_id, unsteered in shadows.items():
+            self._rows[request_id].unsteered = unsteered
+        return logits
 
     def _score(self, batch: list[Chunk]) -> torch.Tensor:
         """Note the log-probabilities of prompts' tokens; the logits of each chunk's last token."""
-        found = self._runner.forward_all(_works(batch))
+        found = self._passes.forward_all(batch)
         for chunk, logits in zip(batch, found, strict=True):
-            row, request = self._row(chunk), chunk.sequence.request
-            targets = request.prompt_ids[chunk.start + 1 : chunk.end + 1]
-            tops = [request.prompt_logprobs or 0] * len(targets)
-            scores = token_logprobs(logits[: len(targets)], targets, tops)
-            row.scores += scores
-            if any(math.isnan(one.logprob) for one in scores):
+            row = self._row(chunk)
+            if any(math.isnan(one.logprob) for one in row.score(chunk.start, logits)):
                 self._finish(row, "error", NOT_FINITE)
             elif chunk.end == chunk.sequence.prompt_length:
                 self._outbox.put(row.mailbox, PromptLogprobs(tuple(row.scores)))
@@ -303,26 +271,14 @@ class TorchEngine:
                 continue
             self._count(chunk)
             self._scheduler.advance(chunk)
-            self._sum_for_gates(chunk)
+            if chunk.sequence.undecided and self._row(chunk).decide(self._passes.sums(chunk.slot)):
+                self._bank.write(chunk.slot, chunk.sequence.mixture)
             if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
                 self._finish(self._row(chunk), "length")
         drawing = [index for index, chunk in enumerate(batch) if chunk.samples and chunk.sequence.finish is None]
         if drawing:
             logits = logits if len(drawing) == len(batch) else logits[drawing]
             self._draw([self._row(batch[index]) for index in drawing], logits)
-
-    def _sum_for_gates(self, chunk: Chunk) -> None:
-        """Add a chunk of a prompt to what decides its gates; decide them once all but the last token are in."""
-        sequence, row = chunk.sequence, self._row(chunk)
-        if not sequence.undecided:
-            return
-        sums = dict(zip(self._runner.read, self._runner.sums[chunk.slot], strict=True))
-        for name, gate in sequence.undecided.items():
-            row.sums[name] = row.sums.get(name, 0) + sums[gate.layer]
-        if sequence.computed == sequence.prompt_length - 1:
-            means = {name: total / sequence.computed for name, total in row.sums.items()}
-            sequence.decide({name: _decided(gate, means[name]) for name, gate in sequence.undecided.items()})
-            self._bank.write(chunk.slot, sequence.mixture)
 
     def _draw(self, rows: list[Row], logits: torch.Tensor) -> None:
         try:
@@ -334,18 +290,9 @@ class TorchEngine:
             if sound:
                 self._draw([rows[index] for index in sound], logits[sound])
             return
-        chances = _chances(rows, logits, tokens)
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            told = () if row.unsteered is None else (divergence(logits[place], row.unsteered),)
-            self._accept(row, token, Told(chances.get(place, ()), told, self._projections(row)))
-
-    def _projections(self, row: Row) -> tuple[tuple[float, ...], ...]:
-        """Of the residual stream from which the row's next token is drawn, if they are wanted."""
-        profiles = row.sequence.request.projections
-        if not profiles:
-            return ()
-        residuals = dict(zip(self._runner.read, self._runner.residuals[row.sequence.slot], strict=True))
-        return (tuple(projection(profile, residuals) for profile in profiles),)
+        residuals = self._passes.residuals()
+        for row, token, told in zip(rows, tokens, tell(rows, logits, tokens, residuals), strict=True):
+            self._accept(row, token, told)
 
     def _accept(self, row: Row, token: int, told: Told) -> None:
         """Append a drawn token to its row, send its text, end the row if it was the last."""
@@ -414,12 +361,6 @@ class TorchEngine:
         self._rows[row.sequence.request.id] = row
         self._scheduler.add(row.sequence)
 
-    def _check_gates(self, request: GenerationRequest, mixture: Mixture) -> None:
-        if mixture.gated and not self._runner.chunked:
-            raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
-        if mixture.gated and request.prompt_logprobs is not None:
-            raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
-
     def _check_mixture(self, mixture: Mixture) -> None:
         for term in mixture.terms:
             self.load_profile(term.profile)
@@ -435,7 +376,7 @@ class TorchEngine:
     def _steer(self, sequence: Sequence, mixture: Mixture) -> SteeringChange:
         first = sequence.steer(mixture)
         if sequence.slot >= 0:
-            self._bank.write(sequence.slot, mixture)
+            self._bank.write(sequence.slot, sequence.mixture)
         return SteeringChange(first, sequence.computed)
 
     def _change(self, request_id: str, mixture: Mixture, changed: asyncio.Future[SteeringChange]) -> None:
@@ -443,7 +384,7 @@ class TorchEngine:
         try:
             self._check_live(request_id)
             sequence = self._rows[request_id].sequence
-            _refuse_new_gates(sequence, mixture)
+            check_no_new_gates(sequence.conditions, mixture)
             sequence.scheduled.clear()
             change = self._steer(sequence, mixture)
             changed.get_loop().call_soon_threadsafe(_settle, changed, change)
@@ -480,22 +421,6 @@ class TorchEngine:
                 return
 
 
-def _matcher(request: GenerationRequest) -> Matcher | None:
-    if request.grammar is None:
-        return None
-    assert isinstance(request.grammar, CompiledGrammar), "a grammar of another engine"
-    return request.grammar.matcher()
-
-
-def _refuse_new_gates(sequence: Sequence, mixture: Mixture) -> None:
-    for term in mixture.gated:
-        if term.profile.name not in sequence.conditions:
-            raise SteeringError(
-                f"profile {term.profile.name!r} has a gate, which a prompt decides before it is answered: it cannot "
-                "join a running generation"
-            )
-
-
 def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | Exception) -> None:
     if waiting.done():
         return
@@ -503,34 +428,3 @@ def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | E
         waiting.set_exception(outcome)
     else:
         waiting.set_result(outcome)
-
-
-def _works(batch: list[Chunk]) -> list[Work]:
-    return [Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from) for chunk in batch]
-
-
-def _layers_to_read(batch: list[Chunk]) -> list[int]:
-    """The blocks whose output is projected before the next tokens are drawn, or decides a gate."""
-    asking = (chunk.sequence.request.projections for chunk in batch if chunk.samples)
-    projected = {layer for profiles in asking for profile in profiles for layer in profile.layers}
-    return sorted(projected.union(gate.layer for chunk in batch for gate in chunk.sequence.undecided.values()))
-
-
-def _decided(gate: Gate, mean: torch.Tensor) -> GateDecision:
-    similarity = gate.similarity(mean.cpu())
-    return GateDecision(similarity, gate.opens(similarity))
-
-
-def _shadows(batch: list[Chunk]) -> list[Work]:
-    """The same tokens in the shadows' slots, unsteered."""
-    return [Work(chunk.sequence.shadow or 0, chunk.ids, chunk.start) for chunk in batch]
-
-
-def _chances(rows: list[Row], logits: torch.Tensor, tokens: list[int]) -> dict[int, tuple[TokenLogprob]]:
-    """Log-probabilities of the tokens just drawn, by place among the rows, where they are wanted."""
-    wanted = {place: top for place, row in enumerate(rows) if (top := row.sequence.request.logprobs) is not None}
-    if not wanted:
-        return {}
-    places = list(wanted)
-    found = token_logprobs(logits[places], [tokens[place] for place in places], list(wanted.values()))
-    return {place: (one,) for place, one in zip(places, found, strict=True)}

@@ -1,0 +1,102 @@
+"""One live request in the engine's thread, and what is told of its tokens besides their text.
+
+Knows nothing of threads, of slots or of how a pass is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from server.engine.detokenizer import Detokenizer
+from server.engine.likelihoods import divergence, token_logprobs
+from server.engine.mailbox import Mailbox
+from server.engine.projections import projection
+from server.engine.protocol import GateDecision, TokenLogprob
+from server.engine.sampling import RowSampler
+from server.engine.scheduler import Sequence as TokenSequence
+from steering_vectors.gate import Gate
+
+Residuals = Mapping[int, torch.Tensor]
+"""Block outputs `[hidden]` by layer."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """Everything that belongs to one live request."""
+
+    sequence: TokenSequence
+    sampler: RowSampler
+    detokenizer: Detokenizer
+    mailbox: Mailbox
+    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt so far
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
+    unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
+
+    def score(self, start: int, logits: torch.Tensor) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt's tokens that a chunk from `start` on, `[tokens, vocabulary]`, predicts."""
+        request = self.sequence.request
+        targets = request.prompt_ids[start + 1 : start + 1 + len(logits)]
+        found = token_logprobs(logits[: len(targets)], targets, [request.prompt_logprobs or 0] * len(targets))
+        self.scores += found
+        return found
+
+    def decide(self, sums: Residuals) -> bool:
+        """Add a chunk's summed residuals to what decides the prompt's gates; decide them, and tell so, once all but the
+        prompt's last token are in."""
+        sequence = self.sequence
+        for name, gate in sequence.undecided.items():
+            self.sums[name] = self.sums.get(name, 0) + sums[gate.layer]
+        if sequence.computed < sequence.prompt_length - 1:
+            return False
+        means = {name: total / sequence.computed for name, total in self.sums.items()}
+        sequence.decide({name: _decided(gate, means[name]) for name, gate in sequence.undecided.items()})
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is told of a token besides its text, each empty unless it was asked for."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()
+
+
+def tell(
+    rows: Sequence[Row], logits: torch.Tensor, tokens: Sequence[int], residuals: Mapping[int, Residuals]
+) -> list[Told]:
+    """Of the tokens just drawn from logits `[rows, vocabulary]`; `residuals` are by slot."""
+    chances = _chances(rows, logits, tokens)
+    return [
+        Told(
+            chances.get(place, ()),
+            () if row.unsteered is None else (divergence(logits[place], row.unsteered),),
+            _projections(row, residuals),
+        )
+        for place, row in enumerate(rows)
+    ]
+
+
+def _chances(rows: Sequence[Row], logits: torch.Tensor, tokens: Sequence[int]) -> dict[int, tuple[TokenLogprob]]:
+    """Log-probabilities by place among the rows, where they are wanted."""
+    wanted = {place: top for place, row in enumerate(rows) if (top := row.sequence.request.logprobs) is not None}
+    if not wanted:
+        return {}
+    places = list(wanted)
+    found = token_logprobs(logits[places], [tokens[place] for place in places], list(wanted.values()))
+    return {place: (one,) for place, one in zip(places, found, strict=True)}
+
+
+def _projections(row: Row, residuals: Mapping[int, Residuals]) -> tuple[tuple[float, ...], ...]:
+    profiles = row.sequence.request.projections
+    if not profiles:
+        return ()
+    return (tuple(projection(profile, residuals[row.sequence.slot]) for profile in profiles),)
+
+
+def _decided(gate: Gate, mean: torch.Tensor) -> GateDecision:
+    similarity = gate.similarity(mean.cpu())
+    return GateDecision(similarity, gate.opens(similarity))
