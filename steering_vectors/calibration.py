@@ -156,8 +156,7 @@ class _Bench:
 
     def _texts(self, coefficient: float, prompts: Sequence[Sequence[int]]) -> list[Encoded]:
         self._steered.write(replace(self._profile, unit=coefficient), 1.0)
-        texts = self._steered.sample(prompts, tokens=self._tokens, seed=self._seed)
-        return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+        return self._steered.continuations(prompts, tokens=self._tokens, seed=self._seed)
 
     def _cost(self, coefficient: float, texts: Sequence[Encoded]) -> Cost:
         self._tell()

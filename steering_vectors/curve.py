@@ -66,8 +66,7 @@ def measure_point(
 ) -> CurvePoint:
     """Sample after the prompts at one strength, and read what was written without steering."""
     steered.write(profile, strength)
-    texts = steered.sample(prompts, tokens=tokens, seed=seed)
-    examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    examples = steered.continuations(prompts, tokens=tokens, seed=seed)
     kl, counts = steered.divergences(examples)
     likelihoods, _ = steered.log_likelihoods(examples, steer=False)
     count = max(float(counts.sum()), 1.0)

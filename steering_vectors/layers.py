@@ -104,8 +104,7 @@ def choose_layers(
     """
     steered.write(profile, 0.0)
     prompts = [evidence.prompts[i % len(evidence.prompts)] for i in range(TEXTS)]
-    texts = steered.sample(prompts, tokens=TEXT_TOKENS, seed=seed)
-    examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    examples = steered.continuations(prompts, tokens=TEXT_TOKENS, seed=seed)
     bench = _Bench(steered, profile, evidence, examples, kl_budget, seed, progress)
     return bench.choose()
 
@@ -202,8 +201,7 @@ class _Bench:
         steered, prompts = self._steered, self._evidence.prompts
         rows = [prompts[i % len(prompts)] for i in range(READ_TEXTS)]
         steered.write(profile, strength)
-        texts = steered.sample(rows, tokens=READ_TOKENS, seed=self._seed)
-        examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(rows, texts, strict=True)]
+        examples = steered.continuations(rows, tokens=READ_TOKENS, seed=self._seed)
         batches = pooled(steered.lm, examples, self._profile.layers)
         return torch.cat([batch.vectors for batch in batches]).mean(0).cpu()
 

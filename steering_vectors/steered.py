@@ -88,6 +88,11 @@ class SteeredModel:
             texts.update(zip(group, rows, strict=True))
         return [texts[index] for index in range(len(prompts))]
 
+    def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[Encoded]:
+        """Each prompt with the text that `sample` writes after it, as the other methods read them."""
+        texts = self.sample(prompts, tokens=tokens, seed=seed)
+        return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+
     def _scored(
         self, examples: Sequence[Encoded], batch_tokens: int
     ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:

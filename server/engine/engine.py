@@ -36,7 +36,6 @@ from server.engine.protocol import (
     EventStream,
     Finished,
     FinishReason,
-    GateDecision,
     GenerationRequest,
     PromptLogprobs,
     SteeringChange,
@@ -234,8 +233,6 @@ class TorchEngine:
         """Admit what waits, then one pass over prompts and one over decoding rows."""
         self._counts["steps"] += 1
         for sequence in self._scheduler.admit():
-            if sequence.undecided and sequence.prompt_length == 1:
-                sequence.decide(dict.fromkeys(sequence.undecided, GateDecision(None, False)))
             self._bank.write(sequence.slot, sequence.mixture)
         for sequence in self._scheduler.running_sequences():
             if sequence.scheduled and (due := sequence.take_scheduled()) is not None:

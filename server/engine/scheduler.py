@@ -37,6 +37,8 @@ class Sequence:
         self.ids = list(self.request.prompt_ids)
         for mixture in (self.request.mixture, *(later for _, later in self.request.schedule)):
             self.conditions |= {term.profile.name: gate for term in mixture.gated if (gate := term.profile.gate)}
+        if self.prompt_length == 1:  # a gate looks at all tokens but the last
+            self.gates = dict.fromkeys(self.conditions, GateDecision(None, False))
         self.segments.append(Segment(0, self._gated(self.request.mixture), 0))
         self.scheduled.extend(self.request.schedule)
 
