@@ -7,7 +7,8 @@ import random
 import pytest
 
 from server.engine.protocol import GenerationRequest, SamplingParameters
-from server.engine.scheduler import Scheduler, Sequence
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
 
 
 def sequence(name: str, prompt: int) -> Sequence:

@@ -133,7 +133,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Sent before the first Delta where `prompt_logprobs` asked for it: one for each prompt token but the first."""
+    """Sent before the first Delta where `prompt_logprobs` asked for it: one for each prompt token but the first, or for
+    each of those that were `given`."""
 
     tokens: tuple[TokenLogprob, ...]
 
@@ -215,6 +216,7 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steered_tokens: int
+    cached_tokens: int  # of prompts, beside the `prompt_tokens` that were computed
     finished: Mapping[str, int]  # by reason
     path: str  # how the model is run: "batched" or a fallback
 
