@@ -193,7 +193,7 @@ def run_on(rows: list[Sequence]) -> int:
 
 
 def test_one_that_waits_goes_on_when_its_leader_ends() -> None:
-    run = Run(4, chunk_tokens=10)
+    run = Run(4, chunk_tokens=5)
     prompt = list(range(1, 101))
     leader, follower, third = (run.add(prompt) for _ in range(3))
     run.step()

@@ -72,8 +72,8 @@ class TorchEngine:
 
     `slots` rows run at once and the rest queue, `max_queue` of them at most. `context` None takes the model's own
     limit, at most 4096; more than the model's limit is a ModelError. `prefill_chunk` is the number of prompt tokens
-    computed in one step, for all rows together. `prefix_reuse`: whether what is computed of a prompt is kept for
-    others that begin alike and are steered alike.
+    computed in one step, for all rows together, while others decode. `prefix_reuse`: whether what is computed of a
+    prompt is kept for others that begin alike and are steered alike.
     """
 
     def __init__(

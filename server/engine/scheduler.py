@@ -13,11 +13,14 @@ from collections import deque
 from server.engine.prefixes import LEAST, Prefixes, Trace
 from server.engine.sequence import Chunk, Sequence
 
+UNDISTURBED = 2
+
 
 class Scheduler:
     """Three verbs: `add`, `schedule`, `remove`.
 
-    `chunk_tokens` bounds the prompt tokens computed in one step, so that decoding rows wait no longer than that.
+    `chunk_tokens` bounds the prompt tokens computed in one step, so that decoding rows wait no longer than that. While
+    no row decodes it may be `UNDISTURBED` times as many: then only newcomers wait.
     """
 
     def __init__(self, *, slots: int, chunk_tokens: int, prefixes: Prefixes | None = None) -> None:
@@ -65,7 +68,8 @@ class Scheduler:
         """The next step: chunks of prompts, and the decoding rows' next tokens; each in order of slot."""
         rows = sorted(self._running.values(), key=lambda sequence: sequence.slot)
         decoding = [Chunk(row, row.computed, len(row.ids)) for row in rows if row.is_decoding]
-        return self._prefill([row for row in rows if not row.is_decoding and row.leader is None]), decoding
+        prompts = [row for row in rows if not row.is_decoding and row.leader is None]
+        return self._prefill(prompts, self._chunk_tokens * (1 if decoding else UNDISTURBED)), decoding
 
     def advance(self, chunk: Chunk) -> None:
         """Note that a chunk's KV has been computed."""
@@ -116,9 +120,9 @@ class Scheduler:
                 leader, most = other, shared
         return leader, most
 
-    def _prefill(self, rows: list[Sequence]) -> list[Chunk]:
+    def _prefill(self, rows: list[Sequence], budget: int) -> list[Chunk]:
         """Share the budget evenly; what short prompts leave over goes to the longer ones."""
-        chunks, budget = [], self._chunk_tokens
+        chunks = []
         remaining = sorted(rows, key=lambda row: row.prompt_length - row.computed)
         for index, row in enumerate(remaining):
             share = max(1, budget // (len(remaining) - index))
