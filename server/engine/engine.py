@@ -27,6 +27,7 @@ from server.engine.admission import (
 )
 from server.engine.constraints import CompiledGrammar, GrammarCompiler, matcher_of
 from server.engine.detokenizer import Detokenizer
+from server.engine.grammars import Grammars
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.passes import Passes
 from server.engine.prefixes import Prefixes
@@ -92,7 +93,7 @@ class TorchEngine:
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
         self._eos_ids = eos_ids(language_model)
-        self._compiler = GrammarCompiler(language_model.tokenizer, self._eos_ids)
+        self._grammars = Grammars(GrammarCompiler(language_model.tokenizer, self._eos_ids))
         self._bank = SteeringBank(
             language_model.blocks,
             rows=slots,
@@ -128,7 +129,7 @@ class TorchEngine:
         return self._context
 
     async def compile(self, constraint: Constraint) -> CompiledGrammar:
-        return await asyncio.to_thread(self._compiler.compile, constraint)
+        return await self._grammars.get(constraint)
 
     def generate(self, request: GenerationRequest) -> EventStream:
         self._check(request)
@@ -189,6 +190,7 @@ class TorchEngine:
         if self._closing:
             return
         self._closing = True
+        self._grammars.close()
         done = Mailbox(cancel=lambda: None)
         self._commands.put(lambda: None)
         await done.loop.run_in_executor(None, self._thread.join)

@@ -243,7 +243,8 @@ class Engine(Protocol):
         ...
 
     async def compile(self, constraint: Constraint) -> Grammar:
-        """Make a constraint ready, beside the event loop. Raises RequestError if it cannot be followed."""
+        """Make a constraint ready, beside the event loop. Raises RequestError if it cannot be followed, Overloaded if
+        too many wait for that, Unavailable if the engine is closed."""
         ...
 
     def generate(self, request: GenerationRequest) -> EventStream:
