@@ -69,7 +69,12 @@ def test_openais_client(client: httpx.Client) -> None:
         )
         parts = list(stream)
         assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == text
-        assert parts[-1].usage == whole.usage
+        usage = parts[-1].usage
+        assert usage is not None
+        assert whole.usage is not None
+        assert usage.total_tokens == whole.usage.total_tokens
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1  # the second asking
         assert [model.id for model in remote.models.list()][:2] == ["demo", "demo:p0"]
         completion = remote.completions.create(model="demo", prompt=["Bread is", "Tea is"], max_tokens=4)
         assert [choice.index for choice in completion.choices] == [0, 1]
