@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from server.schemas.native_answers import (
 )
 from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
 from server.schemas.steering_answers import ChangeAnswer, CompareAnswer, CompareEvent, ResolveAnswer, ScoreAnswer
-from tests.serving import demo_engine, live_server, save_profiles, until
+from tests.serving import client_fixture, engine_fixture, live_server, profiles_fixture, until
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
@@ -46,25 +45,9 @@ BODIES: dict[str, tuple[dict[str, Any], type[Answer], type[Answer]]] = {
     "/generate": ({**PROMPT, "steering": SCHEDULED, "projections": True}, GenerateAnswer, GenerateEvent),
     "/compare": ({**PROMPT, "variants": ["warm", "concise@0"], "kl": True}, CompareAnswer, CompareEvent),
 }
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles) as client:
-        yield client
+engine = engine_fixture(slots=4)
+profiles = profiles_fixture("warm", "concise")
+client = client_fixture()
 
 
 def test_every_field_of_every_object_is_described() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,21 @@ from steering_vectors.models import load_model
 from steering_vectors.profile import Profile
 from steering_vectors.storage import load_profile
 from tests.by_hand import shifted
-from tests.serving import demo_engine, live_server, save_profiles
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 
 LM = load_model("demo", dtype="float32")
 MESSAGES = [{"role": "user", "content": "How do I bake bread?"}]
 PROMPT = encode_prompt(LM.tokenizer, [Message("user", MESSAGES[0]["content"])])
 VARIANTS = ["warm@0.5", {"profiles": []}, "warm@-0.5+concise@0.25"]
 ASKED: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+engine = engine_fixture(slots=4, prefill_chunk=8)
+profiles = profiles_fixture("warm", "concise", unit=60.0)
+client = client_fixture()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4, prefill_chunk=8) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def directory(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=60.0)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, directory: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, directory) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def warm(directory: Path) -> Profile:
-    return load_profile(directory / "warm.safetensors")
+def warm(profiles: Path) -> Profile:
+    return load_profile(profiles / "warm.safetensors")
 
 
 def log_probs(ids: Sequence[int], profile: Profile, strength: float, start: int) -> torch.Tensor:

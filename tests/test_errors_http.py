@@ -15,29 +15,13 @@ from safetensors.torch import load_file, save_file
 from server.engine.engine import TorchEngine
 from steering_vectors.profile import ModelIdentity
 from steering_vectors.storage import save_profile
-from tests.serving import demo_engine, live_server, random_profile, save_profiles, until
+from tests.serving import client_fixture, engine_fixture, live_server, profiles_fixture, random_profile, until
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 COMPLETION = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=2, context=64, max_queue=4) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles, max_queue=4) as client:
-        yield client
+engine = engine_fixture(slots=2, context=64, max_queue=4)
+profiles = profiles_fixture("warm", "concise")
+client = client_fixture(max_queue=4)
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,15 @@ from steering_vectors.chat import Message, encode_prompt
 from steering_vectors.models import load_model
 from steering_vectors.storage import load_profile
 from tests.by_hand import shifted
-from tests.serving import demo_engine, live_server, save_profiles
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 from tests.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How do I bake bread?"}]
 TEXT = "Bread is baked in an oven — ça va, 麦 🍞."
 LM = load_model("demo", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4, prefill_chunk=16) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", unit=10.0, calibration={"kl_at_1": 0.1})
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles) as client:
-        yield client
+engine = engine_fixture(slots=4, prefill_chunk=16)
+profiles = profiles_fixture("warm", unit=10.0, calibration={"kl_at_1": 0.1})
+client = client_fixture()
 
 
 @pytest.fixture
