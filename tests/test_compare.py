@@ -118,27 +118,3 @@ def test_a_thousand_scores_are_what_a_few_are(client: httpx.Client) -> None:
     many = client.post("/score", json={"prompt": "We bake", "completions": texts}).json()["scores"]
     few = client.post("/score", json={"prompt": "We bake", "completions": texts[123:126]}).json()["scores"]
     assert [one["sum"] for one in many[123:126]] == pytest.approx([one["sum"] for one in few], abs=1e-4)
-
-
-BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("/compare", {"prompt": "x"}, "variants"),
-    ("/compare", {"prompt": "x", "variants": []}, "variants"),
-    ("/compare", {"prompt": "x", "variants": ["warm"] * 9}, "variants"),
-    ("/compare", {"prompt": "x", "variants": ["warm", "warm@9"]}, "strength"),
-    ("/compare", {"variants": ["warm"]}, "prompt"),
-    ("/compare", {"prompt": "x", "variants": ["warm"], "max_tokens": 0}, "max_tokens"),
-    ("/compare", {"prompt": "x", "variants": ["warm"], "steering": "warm"}, "steering"),
-    ("/score", {"prompt": "x"}, "completions"),
-    ("/score", {"prompt": "x", "completions": []}, "completions"),
-    ("/score", {"prompt": "x", "completions": [""]}, "completions[0]"),
-    ("/score", {"completions": ["x"]}, "prompt"),
-    ("/score", {"prompt": "x", "completions": ["y"] * 1100}, "completions"),
-    ("/score", {"prompt": "x", "completions": ["y"], "max_tokens": 3}, "max_tokens"),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "param"), BAD)
-def test_what_is_refused(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
-    response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param

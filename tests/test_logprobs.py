@@ -183,27 +183,6 @@ def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.Client, eng
     assert client.post("/v1/completions", json={**body, "max_tokens": 1}).status_code == 400
 
 
-@pytest.mark.parametrize(
-    ("path", "change", "param"),
-    [
-        ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
-        ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ("chat/completions", {"logprobs": 2}, "logprobs"),
-        ("chat/completions", {"max_tokens": 0}, "max_tokens"),
-        ("completions", {"logprobs": 21}, "logprobs"),
-        ("completions", {"logprobs": True}, "logprobs"),
-        ("completions", {"max_tokens": 0}, "max_tokens"),
-        ("completions", {"echo": True, "steering": {"profiles": [{"name": "warm"}], "apply_to": "generated"}},
-         "steering.apply_to"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_told(client: httpx.Client, path: str, change: dict[str, Any], param: str) -> None:
-    body = {"prompt": "Bread"} if path == "completions" else {"messages": MESSAGES}
-    response = client.post(f"/v1/{path}", json={"model": "demo", **body, **change})
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param
-
-
 def test_tokens_that_are_no_text_have_bytes() -> None:
     for tokenizer in (tiny_tokenizer(), byte_fallback_tokenizer(), LM.tokenizer):
         texts = TokenTexts(tokenizer)

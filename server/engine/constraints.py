@@ -46,11 +46,12 @@ class _Backend:
 class Matcher:
     """Where one row stands in its grammar. Belongs to the engine's thread."""
 
-    __slots__ = ("backend", "state")
+    __slots__ = ("backend", "field", "state")
 
-    def __init__(self, backend: _Backend, state: LLMatcher) -> None:
+    def __init__(self, backend: _Backend, state: LLMatcher, field: str) -> None:
         self.backend = backend
         self.state = state
+        self.field = field
 
     def advance(self, token_id: int) -> None:
         """Take the token that was chosen."""
@@ -66,7 +67,7 @@ class Matcher:
         """Why the grammar cannot be followed any further, or None: some outgrow what may be spent on them."""
         if not self.state.is_error():
             return None
-        return f"the constraint cannot be followed any further ({_reason(self.state)}): make it simpler"
+        return f"{self.field} cannot be followed any further ({_reason(self.state)}): make it simpler"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +79,7 @@ class CompiledGrammar:
 
     def matcher(self) -> Matcher:
         """A row's own, at the start of its text."""
-        return Matcher(self.start.backend, self.start.state.deep_copy())
+        return Matcher(self.start.backend, self.start.state.deep_copy(), self.start.field)
 
 
 class GrammarCompiler:
@@ -104,7 +105,7 @@ class GrammarCompiler:
         limits = LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
         state = LLMatcher(backend.tokenizer, _definition(constraint), log_level=0, limits=limits)
         reject(state.is_error(), f"{field} cannot be compiled: {_reason(state)}", field)
-        return CompiledGrammar(constraint, Matcher(backend, state))
+        return CompiledGrammar(constraint, Matcher(backend, state, field))
 
     def _shared(self, field: str) -> _Backend:
         with self._making:
