@@ -59,6 +59,7 @@ def test_every_field_of_every_object_is_described() -> None:
 @pytest.mark.parametrize(("path", "method", "route"), ROUTES, ids=lambda value: value if type(value) is str else "")
 def test_every_route_tells_what_it_does_and_answers(path: str, method: str, route: dict[str, Any]) -> None:
     assert route["summary"]
+    assert set(route["tags"]) <= {tag["name"] for tag in DOCUMENT["tags"]}  # by which the page is divided
     assert route["description"]
     assert "422" not in route["responses"]
     assert all(parameter["description"] for parameter in route.get("parameters", []))
@@ -159,6 +160,23 @@ def test_null_is_declared_where_it_means_absent(client: httpx.Client) -> None:
             assert ({"type": "null"} in field.get("anyOf", [])) is (name not in schemas[body].get("required", [])), name
     nothing = {"steering": {"profiles": [], "apply_to": None, "preserve_norm": None, "allow_beyond_safe": None}}
     assert client.post("/steering/resolve", json=nothing).status_code == 200
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_that_fails_ends_in_the_error_that_is_stated(client: httpx.Client, path: str) -> None:
+    (kind,) = (one for one in ROUTES if one[0] == path)
+    stream = kind[2]["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+    told = json.dumps(stream)
+    assert f'"#/components/schemas/{BODIES[path][2].__name__}"' in told
+    assert '"#/components/schemas/ErrorAnswer"' in told
+    huge = {"profiles": [{"name": "warm", "strength": 7e37}], "allow_beyond_safe": True}  # leaves no finite logits
+    steering = {"variants": [huge]} if path == "/compare" else {"steering": huge}
+    body = {**BODIES[path][0], "stream": True, "echo": None, "logprobs": None, "top_logprobs": None, **steering}
+    if "model" in body:
+        body["model"] = "demo"
+    events = [one for one in client.post(path, json=body).text.split("\n\n") if one.startswith("data: {")]
+    error = ErrorAnswer.model_validate_json(events[-1].removeprefix("data: ")).error
+    assert (error.param, error.code) == ("strength", "generation_failed")
 
 
 def test_the_last_event_of_openais_streams_is_declared(client: httpx.Client) -> None:

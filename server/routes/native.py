@@ -73,4 +73,4 @@ async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIte
             elif isinstance(event, Delta) and (event.text or event.projections):
                 yield frame({**name, "delta": event.text, **told_projections(request, event.projections)})
     except Exception as error:
-        yield frame({**name, **reporter.describe(error)})
+        yield frame(reporter.describe(error))
