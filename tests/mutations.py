@@ -35,6 +35,7 @@ VALUES: SearchStrategy[Json] = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=4), inner),
     max_leaves=8,
 )
+LIKELY = st.booleans() | st.integers(0, 20) | st.floats(0, 2) | st.sampled_from(KNOWN)  # to be taken
 FEW_TOKENS = {"max_tokens": 2}
 
 
@@ -66,7 +67,7 @@ def mutated(draw: DrawFn, body: Json, fields: list[str]) -> Json:
     body = copy.deepcopy(body)
     for _ in range(draw(st.integers(1, 3))):
         if draw(st.integers(0, 2)) == 0:
-            body[draw(st.sampled_from(fields))] = draw(VALUES)
+            body[draw(st.sampled_from(fields))] = draw(LIKELY if draw(st.booleans()) else VALUES)
         elif places := list(_places(body)):
             _change(draw, *draw(st.sampled_from(places)))
     return body
