@@ -14,9 +14,9 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(VENV)/.runtime: pyproject.toml constraints.txt
+$(VENV)/.runtime: Makefile pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[schema]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

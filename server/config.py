@@ -49,7 +49,14 @@ class Settings(BaseSettings):
         None, pattern=SINGLE_WORD, description="The name of the model in /v1; else its hub id or directory."
     )
     max_queue: int = Field(1024, ge=0, description="How many generations may wait; beyond it requests get a 429.")
-    prefill_chunk: int = Field(256, ge=1, description="How many prompt tokens one step computes, for all together.")
+    prefill_chunk: int = Field(
+        256,
+        ge=1,
+        description="How many prompt tokens one step computes, for all together; twice as many if none decodes.",
+    )
+    prefix_reuse: bool = Field(
+        True, description="Keep what was computed of a prompt for others that begin alike and are steered alike."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="How many threads torch computes with; else its own.")
     allow_model_mismatch: bool = Field(
         False, description="Serve profiles that were fitted on other weights of the same shape."

@@ -127,6 +127,7 @@ def build_engine(settings: Settings) -> Engine:
         context=settings.context,
         max_queue=settings.max_queue,
         prefill_chunk=settings.prefill_chunk,
+        prefix_reuse=settings.prefix_reuse,
         allow_model_mismatch=settings.allow_model_mismatch,
     )
 

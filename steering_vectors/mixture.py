@@ -118,7 +118,7 @@ class Mixture:
         return pairs
 
     def digest(self) -> str:
-        """Names what is done to a steered position: equal digests mean equal shifts. Empty for no steering."""
+        """Names what is done to a steered position, wherever it is: equal digests mean equal shifts. Empty for none."""
         if self.is_neutral:
             return ""
         content = [
@@ -126,7 +126,7 @@ class Mixture:
             for term in self.terms
             if not self._is_idle(term)
         ]
-        text = json.dumps([content, self.apply_to, self.preserve_norm])
+        text = json.dumps([content, self.preserve_norm])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def engine() -> Iterator[HaltingEngine]:
 @pytest.fixture(scope="module")
 def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=0.2)
+    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=0.2, calibration={"kl_at_1": 0.1})
     return directory
 
 
@@ -131,6 +131,17 @@ def receipt_of(found: dict[str, Any]) -> str:
     return f"[{', '.join(terms) or 'no steering'}; {found['usage']['completion_tokens']} tokens{end}]"
 
 
+def effect_of(client: httpx.Client, steering: str) -> str:
+    """What /steer says of it."""
+    found = client.post("/steering/resolve", json={"steering": steering}).raise_for_status().json()["steering"]
+    terms = [
+        f"{one['name']}@{one['strength']:g} at blocks {', '.join(map(str, one['layers']))}, "
+        f"{'calibrated' if one['calibrated'] else 'not calibrated'}"
+        for one in found
+    ]
+    return f"[steering: {'; '.join(terms)}]"
+
+
 def test_a_conversation_is_what_the_api_says(start: Talk, client: httpx.Client) -> None:
     lines, errors, code = talk(start(*GREEDY), FIRST, "", SECOND)
     first = answer(client, FIRST)
@@ -149,7 +160,8 @@ def test_steering_holds_from_then_on_and_shows(start: Talk, client: httpx.Client
     lines, errors, code = talk(start(*GREEDY), f"/steer {words}", FIRST, "/steer off", FIRST, "/steer")
     steered = answer(client, FIRST, steering="warm@0.8+concise@-0.3")
     plain = answer(client, FIRST, text_of(steered), FIRST)
-    assert lines[0] == "[steering: warm@0.8+concise@-0.3]"
+    assert lines[0] == effect_of(client, "warm@0.8+concise@-0.3")
+    assert "not calibrated" in lines[0]  # a mix never is
     assert lines.count(receipt_of(steered)) == 1
     assert "warm@0.8 at " in receipt_of(steered)
     assert lines[-2:] == [receipt_of(plain), "[steering: none]"]
@@ -159,21 +171,39 @@ def test_steering_holds_from_then_on_and_shows(start: Talk, client: httpx.Client
 
 def test_an_alias_is_a_model_and_a_steering(start: Talk, client: httpx.Client) -> None:
     lines, _, _ = talk(start(*GREEDY, "--model", "demo:warm@0.8"), "/steer", FIRST)
-    assert lines[0] == "[steering: warm@0.8]"
+    assert lines[0] == effect_of(client, "warm@0.8")
+    assert lines[0].startswith("[steering: warm@0.8 at blocks 1, 3, ")
+    assert lines[0].endswith(", calibrated]")
     assert lines[-1] == receipt_of(answer(client, FIRST, steering="warm@0.8"))
 
 
-def test_errors_are_the_servers_own_words_and_lose_nothing(start: Talk, client: httpx.Client) -> None:
-    said = ("/steer warm 0.5", "/steer kind", "/steer", "/steer warm 9", FIRST, "/steer warm 0.5", "/retry", "/nothing")
-    lines, errors, code = talk(start(*GREEDY), *said)
-    found = answer(client, FIRST, steering="warm@0.5")
+def test_a_steering_that_cannot_be_is_told_at_once(start: Talk, client: httpx.Client) -> None:
+    said = ("/steer warm 0", "/steer kind", "/steer warm 9", "/steer warm 1.5 concise 1.5", "/steer WARM", "/steer")
+    lines, errors, code = talk(start(), *said)
     assert errors.splitlines() == [
         "error: profile 'kind' is not served; served are: concise, warm",
         "error: strength 9 of profile 'warm' is beyond its safe range of ±2; "
         "set steering.allow_beyond_safe to true to go beyond it",
-        "error: there is no command /nothing: /help lists them (a question that begins with / needs a space first)",
+        *(
+            f"error: {client.post('/steering/resolve', json={'steering': steering}).json()['error']['message']}"
+            for steering in ("warm@1.5+concise@1.5", "WARM@1")
+        ),
     ]
-    assert lines[:2] == ["[steering: warm@0.5]"] * 2
+    assert lines == ["[steering: warm@0 at no block]"] * 2  # that one stays
+    assert code == 2
+
+
+def test_errors_are_the_servers_own_words_and_lose_nothing(start: Talk, client: httpx.Client) -> None:
+    long = f"/system {'word ' * 5000}"
+    said = ("/steer warm 0.5", long, FIRST, "/system off", "/retry", "/nothing")
+    lines, errors, code = talk(start(*GREEDY), *said)
+    found = answer(client, FIRST, steering="warm@0.5")
+    refusal, unknown = errors.splitlines()
+    assert "tokens" in refusal
+    assert unknown == (
+        "error: there is no command /nothing: /help lists them (a question that begins with / needs a space first)"
+    )
+    assert lines[0] == effect_of(client, "warm@0.5")
     assert "\n".join(lines[-2:]).endswith(receipt_of(found))
     assert text_of(found) in "\n".join(lines)
     assert code == 2
@@ -328,7 +358,7 @@ def test_at_a_terminal(
     assert converse(session, typed_lines(session), patient=True)
     whole = shown(session)
     assert text_of(answer(client, FIRST)) in whole
-    assert whole.count("[steering: warm@1]") == 1
+    assert whole.count(effect_of(client, "warm@1")) == 1
     assert "no steering" in whole.splitlines()[-3]
     assert "warm@1" in whole.splitlines()[-3]
     history = state / "trimtab" / "chat_history"

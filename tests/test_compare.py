@@ -118,3 +118,14 @@ def test_a_thousand_scores_are_what_a_few_are(client: httpx.Client) -> None:
     many = client.post("/score", json={"prompt": "We bake", "completions": texts}).json()["scores"]
     few = client.post("/score", json={"prompt": "We bake", "completions": texts[123:126]}).json()["scores"]
     assert [one["sum"] for one in many[123:126]] == pytest.approx([one["sum"] for one in few], abs=1e-4)
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_completions(client: httpx.Client, engine: TorchEngine) -> None:
+    prompt = list(range(40, 72))
+    completions = [[number, 9, 8] for number in range(10, 22)]
+    before = engine.stats()
+    answer = client.post("/score", json={"prompt": prompt, "completions": completions, "steering": "warm@0.5"}).json()
+    after = engine.stats()
+    rest = len(completions) * (1 + 3)  # the prompt's last token is steered, and predicts
+    assert after.prompt_tokens - before.prompt_tokens == len(prompt) - 1 + rest
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == (len(prompt) - 1) * (len(completions) - 1)

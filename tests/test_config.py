@@ -34,6 +34,7 @@ def test_defaults_are_the_engines() -> None:
     assert settings.slots == engine.DEFAULT_SLOTS
     assert settings.max_queue == engine.DEFAULT_QUEUE
     assert settings.prefill_chunk == engine.DEFAULT_CHUNK
+    assert settings.prefix_reuse
 
 
 def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

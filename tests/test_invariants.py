@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from server.engine.protocol import Delta, Finished
+from server.engine.prefixes import Trace
+from server.engine.protocol import Delta, Finished, GenerationRequest
 from server.engine.runner import BatchedRunner, Work
 from server.engine.selection import choose_runner
 from steering_vectors.hooks import SteeringBank, record
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel, wrap_model
-from tests.running import mixture, outcome, prompts, random_profile, request, run_all, running
+from tests.running import Outcome, mixture, outcome, prompts, random_profile, request, run_all, running
 from tests.tiny import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -157,6 +160,77 @@ def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
                 torch.testing.assert_close(keys[:, : len(ids)], layer.keys[0, :, : len(ids)], rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(values[:, : len(ids)], layer.values[0, :, : len(ids)], rtol=1e-4, atol=1e-5)
             assert where.sum() == len(ids) - first
+            scratch.close()
+    finally:
+        bank.detach()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_invariant_5_holds_for_keys_that_other_requests_made(seed: int) -> None:
+    """Texts that fork, come together or one after the other, steered in all ways and changed while they run: the same
+    tokens as without reuse, and every key that is held is that of a run from scratch under its runs of steering."""
+    language_model = wrap_model(tiny_model(("llama", "mistral", "gpt2", "gpt_oss")[seed]), tiny_tokenizer())
+    profiles = [random_profile(language_model, f"p{number}", seed=number, scale=2.0) for number in range(2)]
+    mixes = [Mixture()] + [
+        mixture(profile, strength, apply_to=apply_to)
+        for profile in profiles
+        for strength in (0.0, 1.0)
+        for apply_to in ("generated", "all")
+    ]
+    known = {mix.digest(): mix for mix in mixes}
+    draw = random.Random(seed)
+    (stem,) = prompts(language_model, [40], seed=seed)
+    rounds = []
+    for _ in range(4):
+        texts = [[*stem[: draw.randrange(1, 40)], *prompts(language_model, [draw.randrange(1, 9)])[0]] for _ in "12345"]
+        rounds.append([(ids, draw.choice(mixes), draw.choice(mixes)) for ids in texts])
+
+    def requests(rows: list[tuple[list[int], Mixture, Mixture]]) -> list[GenerationRequest]:
+        return [
+            replace(request(ids, first, max_tokens=12, ignore_eos=True), schedule=((draw.randrange(1, 9), later),))
+            for ids, first, later in rows
+        ]
+
+    wanted = [requests(rows) for rows in rounds]
+    ends, held = asyncio.run(rounds_of(language_model, wanted, prefix_reuse=True))
+    plain, _ = asyncio.run(rounds_of(language_model, wanted, prefix_reuse=False))
+    assert [(one.ids, one.end.steered_tokens) for one in ends] == [(one.ids, one.end.steered_tokens) for one in plain]
+    assert sum(one.end.cached_tokens for one in ends) > 100
+    assert not any(one.end.cached_tokens for one in plain)
+    check_held(language_model, held, known)
+
+
+Held = tuple[Trace, list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+async def rounds_of(
+    language_model: LanguageModel, rounds: list[list[GenerationRequest]], **options: bool
+) -> tuple[list[Outcome], list[Held]]:
+    """What comes of requests, those of a round at once, and what four slots hold in the end."""
+    async with running(language_model, slots=4, context=80, prefill_chunk=16, **options) as engine:
+        ends = [end for batch in rounds for end in await asyncio.gather(*(outcome(engine, one) for one in batch))]
+        layers = engine._runner.cache.layers
+        return ends, [
+            (engine._prefixes.trace(slot), [(layer.keys[slot].clone(), layer.values[slot].clone()) for layer in layers])
+            for slot in range(4)
+        ]
+
+
+def check_held(language_model: LanguageModel, held: list[Held], known: dict[str, Mixture]) -> None:
+    """Each slot's keys and values against a run of its trace, one run of steering after the other."""
+    bank = bank_for(language_model, rows=1)
+    bank.attach()
+    try:
+        for trace, layers in held:
+            scratch = BatchedRunner(language_model, bank, context=80)
+            ends = [start for start, _ in trace.runs[1:]] + [len(trace)]
+            with torch.inference_mode():
+                for (start, digest), end in zip(trace.runs, ends, strict=True):
+                    bank.write(0, known[digest])
+                    scratch.forward([Work(0, trace.ids[start:end], start, start if digest else None)])
+            for (keys, values), layer in zip(layers, scratch.cache.layers, strict=True):
+                for mine, theirs in ((keys, layer.keys[0]), (values, layer.values[0])):
+                    torch.testing.assert_close(mine[:, : len(trace)], theirs[:, : len(trace)], rtol=1e-4, atol=1e-5)
             scratch.close()
     finally:
         bank.detach()

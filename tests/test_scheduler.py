@@ -7,7 +7,8 @@ import random
 import pytest
 
 from server.engine.protocol import GenerationRequest, SamplingParameters
-from server.engine.scheduler import Scheduler, Sequence
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
 
 
 def sequence(name: str, prompt: int) -> Sequence:
@@ -38,7 +39,7 @@ def test_admits_in_order_into_the_lowest_slots() -> None:
 
 
 def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
-    scheduler = Scheduler(slots=1, chunk_tokens=4)
+    scheduler = Scheduler(slots=1, chunk_tokens=2)  # twice as many while nothing decodes
     scheduler.add(sequence("a", 10))
     scheduler.admit()
     steps = [advance(scheduler) for _ in range(5)]
@@ -54,12 +55,12 @@ def test_decoding_rows_run_in_every_step_beside_a_long_prompt() -> None:
     scheduler.admit()
     for _ in range(10):
         prefill, decoding = advance(scheduler)
-        assert len(prefill) == 1
+        assert [end - start for _, start, end in prefill] == [4]
         assert decoding == [0]
 
 
 def test_short_prompts_are_not_starved_by_long_ones() -> None:
-    scheduler = Scheduler(slots=3, chunk_tokens=12)
+    scheduler = Scheduler(slots=3, chunk_tokens=6)
     for name, prompt in (("long", 500), ("short", 3), ("middle", 8)):
         scheduler.add(sequence(name, prompt))
     scheduler.admit()

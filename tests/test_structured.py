@@ -146,6 +146,25 @@ def test_every_route_takes_every_constraint(client: httpx.Client, path: str) -> 
     assert eval(sums) > 0
 
 
+def test_attributes_of_rules_are_carried_out(client: httpx.Client) -> None:
+    """Those that llguidance sees to."""
+    body = {**HOT, "max_tokens": 80, "n": 8, "seed": 2, "steering": "warm@0.5", "logprobs": True}
+
+    def written(rule: str) -> list[dict[str, Any]]:
+        whole = post(client, {**body, "guided_grammar": f'start: "<" x "!"\n{rule}'})
+        return [choice for choice in whole["choices"] if choice["finish_reason"] == "stop"]
+
+    limited = written("x[max_tokens=4]: /[a-z ]*/")
+    assert len(limited) == 8
+    for choice in limited:
+        assert re.fullmatch("<[a-z ]*!", choice["message"]["content"])
+        assert len(choice["logprobs"]["content"]) <= 4 + 2
+    for rule in ("x[lazy]: /[a-z]*e/", 'x[suffix="e"]: /[a-z]*/'):
+        texts = {choice["message"]["content"] for choice in written(rule)}
+        assert len(texts) > 1
+        assert all(re.fullmatch("<[a-df-z]*e!", text) for text in texts), texts
+
+
 def test_any_object_is_json(client: httpx.Client) -> None:
     body = {**HOT, "temperature": 0.8, "n": 6, "max_tokens": 120, "seed": 4}
     whole = post(client, {**body, "response_format": {"type": "json_object"}})
@@ -227,6 +246,18 @@ def test_logprobs_stay_the_models_own(client: httpx.Client) -> None:
         ({"guided_regex": "("}, "guided_regex", 'guided_regex cannot be compiled: at 1(8): invalid regex "("'),
         ({"guided_grammar": "start: foo"}, "guided_grammar", "guided_grammar cannot be compiled: at 1(8): unknown nam"),
         (
+            {"guided_grammar": 'start: x "b"\nx[capture, stop="b", temperature=0.1]: /a*/'},
+            "guided_grammar",
+            "guided_grammar has rule attributes that are not supported: capture (read it out of the text); "
+            "stop (what was written is not hidden; use suffix or lazy); "
+            "temperature (one holds for the whole text; set that of the request)",
+        ),
+        (
+            {"guided_grammar": 'start: "a" <[*]> "b"'},
+            "guided_grammar",
+            "guided_grammar names <[*]>, which ends every text: a text ends with its grammar by itself",
+        ),
+        (
             {"guided_regex": "a" * 65_537},
             "guided_regex",
             "guided_regex has 65537 bytes; at most 65536 are taken: make it shorter",
@@ -280,7 +311,7 @@ def test_what_cannot_be_followed_is_refused(
 
 def test_without_the_package_the_remedy_is_named(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    error = client.post("/v1/chat/completions", json={**HOT, "guided_regex": "a"}).json()["error"]
+    error = client.post("/v1/chat/completions", json={**HOT, "guided_regex": "never before"}).json()["error"]
     assert error["param"] == "guided_regex"
     assert error["message"] == "guided_regex needs a package that this server lacks: pip install 'trimtab[schema]'"
 
@@ -380,7 +411,7 @@ def test_rows_of_one_grammar_move_apart(cores: int, monkeypatch: pytest.MonkeyPa
     grammar = compiled("ab|cd")
     tokenizer = tiny_tokenizer()
     a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
-    assert (grammar.start.backend.executor is not None) == (cores == 8)
+    assert (grammar.backend.executor is not None) == (cores == 8)
     first, second = grammar.matcher(), grammar.matcher()
     first.advance(a)
     second.advance(c)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.chat.conversation import EXAMPLE, ChatError, read_steering
+from server.chat.screen import describe_steering
 from server.chat.session import Session
 
 OFF = "off"
@@ -40,9 +41,9 @@ def run(session: Session, line: str) -> None:
 
 
 def steer(session: Session, text: str) -> None:
-    if text:
-        session.steer(() if text == OFF else read_steering(text))
-    session.screen.note(f"[steering: {session.conversation.steering_text or 'none'}]")
+    present = session.conversation.steering
+    wanted = () if text == OFF else read_steering(text) if text else present
+    session.screen.note(describe_steering(session.steer(wanted)))
 
 
 def profiles(session: Session, _text: str) -> None:

@@ -76,8 +76,7 @@ class Conversation:
 
     @property
     def steering_text(self) -> str:
-        """The steering in the server's grammar, `warm@0.8+concise@-0.3`; empty for none."""
-        return "+".join(map(str, self.steering))
+        return write_steering(self.steering)
 
     def last_question(self) -> tuple[str, list[Turn]]:
         """The last question, answered or not, and the turns before it. Raises ChatError if there is none."""
@@ -138,6 +137,11 @@ def read_steering(text: str) -> tuple[Term, ...]:
             raise ChatError(f"the strength of {name!r} must be a finite number")
         terms.append(Term(name, 1.0 if strength is None else strength))
     return tuple(terms)
+
+
+def write_steering(terms: Sequence[Term]) -> str:
+    """A steering in the server's grammar, `warm@0.8+concise@-0.3`; empty for none."""
+    return "+".join(map(str, terms))
 
 
 def _number(word: str) -> float | None:

@@ -49,10 +49,14 @@ class Remote:
         with self._saying_what_went_wrong():
             return self._read(self._client.get(path))
 
+    def post(self, path: str, body: Json) -> Json:
+        """What a route answers to a body. Raises RemoteError."""
+        with self._saying_what_went_wrong():
+            return self._read(self._client.post(path, json=body))
+
     def reply(self, body: Json) -> Json:
         """A whole chat completion. Raises RemoteError."""
-        with self._saying_what_went_wrong():
-            return self._read(self._client.post(CHAT, json=body))
+        return self.post(CHAT, body)
 
     def stream(self, body: Json) -> Generator[Json, None, None]:
         """The chunks of a chat completion as they come; closing the iterator ends the reply. Raises RemoteError."""

@@ -107,6 +107,19 @@ def describe(reply: Reply) -> str:
     return f"[{', '.join(terms) or 'no steering'}; {reply.tokens} tokens{end}]"
 
 
+def describe_steering(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What a steering would do, in one line: how strongly, at which blocks, and whether its unit was calibrated so."""
+    return f"[steering: {'; '.join(map(_effect, entries)) or 'none'}]"
+
+
+def _effect(entry: Mapping[str, Any]) -> str:
+    term, layers = f"{entry['name']}@{entry['strength']:g}", entry["layers"]
+    if not layers:
+        return f"{term} at no block"
+    blocks = f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return f"{term} at {blocks}, {'' if entry['calibrated'] else 'not '}calibrated"
+
+
 def _row(entry: Mapping[str, Any]) -> list[str]:
     limit = f"±{entry['max_strength']:g}" if "max_strength" in entry else ""
     layers = ", ".join(map(str, entry.get("layers", [])))

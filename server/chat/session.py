@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from server.chat.conversation import ChatError, Conversation, Reply, Sampling, Term, Turn, read_steering
+from server.chat.conversation import ChatError, Conversation, Reply, Sampling, Term, Turn, read_steering, write_steering
 from server.chat.remote import Remote, RemoteError
 from server.chat.screen import Screen, describe, unbroken
 
+RESOLVE = "/steering/resolve"
 UNSAID = "the server does not say that it steered: is it a trimtab server?"
 
 
@@ -51,16 +52,15 @@ class Session:
         replies = [_whole(self.remote.reply(body)) for body in bodies]
         self.screen.compared(["no steering", talk.steering_text], replies)
 
-    def steer(self, terms: Sequence[Term]) -> None:
-        """Steer all replies to come. Raises RemoteError, and changes nothing, if a profile is not served."""
-        for term in terms:
-            self._check(term)
-        self.conversation.steering = tuple(terms)
+    def steer(self, terms: Sequence[Term]) -> Sequence[Mapping[str, Any]]:
+        """Steer all replies to come; what that does, by profile, as the server tells it.
 
-    def _check(self, term: Term) -> None:
-        entry = self.remote.get(f"/profiles/{quote(term.name.partition('#')[0], safe='')}")
-        if "version" not in entry:
-            raise RemoteError(f"profile {term.name!r} is not served: {entry.get('error')}")
+        Raises RemoteError, and changes nothing, if the server would not steer so.
+        """
+        body = {"steering": write_steering(terms)}
+        resolved = self.remote.post(RESOLVE, body)["steering"] if terms else []
+        self.conversation.steering = tuple(terms)
+        return tuple(resolved)
 
     def _streamed(self, body: dict[str, Any]) -> Reply:
         """The reply, shown as it comes; Ctrl-C ends it, and its connection with it."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.errors import reject
+from server.engine.lark import NOT_CARRIED_OUT, attributes, special_tokens, stands_for
 from server.engine.protocol import Constraint, Grammar
 from steering_vectors.errors import RequestError, first_line
 
@@ -46,12 +47,11 @@ class _Backend:
 class Matcher:
     """Where one row stands in its grammar. Belongs to the engine's thread."""
 
-    __slots__ = ("backend", "field", "state")
+    __slots__ = ("grammar", "state")
 
-    def __init__(self, backend: _Backend, state: LLMatcher, field: str) -> None:
-        self.backend = backend
-        self.state = state
-        self.field = field
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        self.grammar = grammar
+        self.state = grammar.start.deep_copy()
 
     def advance(self, token_id: int) -> None:
         """Take the token that was chosen."""
@@ -67,19 +67,24 @@ class Matcher:
         """Why the grammar cannot be followed any further, or None: some outgrow what may be spent on them."""
         if not self.state.is_error():
             return None
-        return f"{self.field} cannot be followed any further ({_reason(self.state)}): make it simpler"
+        return (
+            f"{self.grammar.constraint.field} cannot be followed any further ({_reason(self.state)}): make it simpler"
+        )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CompiledGrammar:
-    """A constraint, ready for any number of rows. They share what the lexer has learnt, and what it may spend."""
+    """A constraint, ready for any number of rows. They share what the lexer has learnt, and what it may spend: where
+    one has `failed`, those that begin thereafter may fail too."""
 
     constraint: Constraint
-    start: Matcher
+    backend: _Backend
+    start: LLMatcher
+    failed: bool = False
 
     def matcher(self) -> Matcher:
         """A row's own, at the start of its text."""
-        return Matcher(self.start.backend, self.start.state.deep_copy(), self.start.field)
+        return Matcher(self)
 
 
 class GrammarCompiler:
@@ -105,7 +110,22 @@ class GrammarCompiler:
         limits = LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
         state = LLMatcher(backend.tokenizer, _definition(constraint), log_level=0, limits=limits)
         reject(state.is_error(), f"{field} cannot be compiled: {_reason(state)}", field)
-        return CompiledGrammar(constraint, Matcher(backend, state, field))
+        if constraint.kind == "lark":
+            self._check_grammar(constraint)
+        return CompiledGrammar(constraint, backend, state)
+
+    def _check_grammar(self, constraint: Constraint) -> None:
+        """Refuse what llguidance reads but leaves to others to do, and an end before the end."""
+        field = constraint.field
+        ignored = [name for name in sorted(attributes(constraint.text)) if name in NOT_CARRIED_OUT]
+        told = "; ".join(f"{name} ({NOT_CARRIED_OUT[name]})" for name in ignored)
+        reject(bool(ignored), f"{field} has rule attributes that are not supported: {told}", field)
+        endings = [(one, str(self._tokenizer.convert_ids_to_tokens(one))) for one in self._eos_ids]
+        for special in sorted(special_tokens(constraint.text)):
+            ends = any(stands_for(special, *ending) for ending in endings)
+            reject(
+                ends, f"{field} names {special}, which ends every text: a text ends with its grammar by itself", field
+            )
 
     def _shared(self, field: str) -> _Backend:
         with self._making:
@@ -133,15 +153,16 @@ def allowed_tokens(matchers: Sequence[Matcher], vocab_size: int) -> Allowed:
 
     Ids beyond the tokenizer's vocabulary are never allowed. A row with a `problem` is allowed nothing.
     """
-    backend = matchers[0].backend
+    backend = matchers[0].grammar.backend
     states = [one.state for one in matchers]
     bits = _masks(backend, states)
     known = min(vocab_size, backend.tokenizer.vocab_size)
     allowed = np.zeros((len(matchers), vocab_size), dtype=np.bool_)
     allowed[:, :known] = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :known]
-    for row, state in enumerate(states):
-        if state.is_error():  # its mask would end the text, as if it were whole
+    for row, one in enumerate(matchers):
+        if one.state.is_error():  # its mask would end the text, as if it were whole
             allowed[row] = False
+            one.grammar.failed = True
     return allowed
 
 

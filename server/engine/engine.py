@@ -27,8 +27,10 @@ from server.engine.admission import (
 )
 from server.engine.constraints import CompiledGrammar, GrammarCompiler, matcher_of
 from server.engine.detokenizer import Detokenizer
+from server.engine.grammars import Grammars
 from server.engine.mailbox import Mailbox, Outbox
 from server.engine.passes import Passes
+from server.engine.prefixes import Prefixes
 from server.engine.protocol import (
     Constraint,
     Delta,
@@ -43,8 +45,9 @@ from server.engine.protocol import (
 )
 from server.engine.row import Row, Told, tell
 from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, sample
-from server.engine.scheduler import Chunk, Scheduler, Sequence
+from server.engine.scheduler import Scheduler
 from server.engine.selection import choose_runner
+from server.engine.sequence import Chunk, Sequence
 from steering_vectors.errors import (
     Conflict,
     Overloaded,
@@ -70,7 +73,8 @@ class TorchEngine:
 
     `slots` rows run at once and the rest queue, `max_queue` of them at most. `context` None takes the model's own
     limit, at most 4096; more than the model's limit is a ModelError. `prefill_chunk` is the number of prompt tokens
-    computed in one step, for all rows together.
+    computed in one step, for all rows together, while others decode. `prefix_reuse`: whether what is computed of a
+    prompt is kept for others that begin alike and are steered alike.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class TorchEngine:
         context: int | None = None,
         max_queue: int = DEFAULT_QUEUE,
         prefill_chunk: int = DEFAULT_CHUNK,
+        prefix_reuse: bool = True,
         allow_model_mismatch: bool = False,
     ) -> None:
         self._language_model = language_model
@@ -88,7 +93,7 @@ class TorchEngine:
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
         self._eos_ids = eos_ids(language_model)
-        self._compiler = GrammarCompiler(language_model.tokenizer, self._eos_ids)
+        self._grammars = Grammars(GrammarCompiler(language_model.tokenizer, self._eos_ids))
         self._bank = SteeringBank(
             language_model.blocks,
             rows=slots,
@@ -100,7 +105,8 @@ class TorchEngine:
         self._runner = choose_runner(language_model, self._bank, context=self._context)
         self._passes = Passes(self._runner)
         chunk = prefill_chunk if self._runner.chunked else self._context * slots
-        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk)
+        self._prefixes = Prefixes(slots, self._runner.columns if prefix_reuse else None)
+        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk, prefixes=self._prefixes)
         self._rows: dict[str, Row] = {}
         self._live: set[str] = set()
         self._ended: dict[str, None] = {}  # the latest, so that a late change is told from a wrong id
@@ -123,7 +129,7 @@ class TorchEngine:
         return self._context
 
     async def compile(self, constraint: Constraint) -> CompiledGrammar:
-        return await asyncio.to_thread(self._compiler.compile, constraint)
+        return await self._grammars.get(constraint)
 
     def generate(self, request: GenerationRequest) -> EventStream:
         self._check(request)
@@ -175,6 +181,7 @@ class TorchEngine:
             prompt_tokens=self._counts["prompt"],
             generated_tokens=self._counts["generated"],
             steered_tokens=self._counts["steered"],
+            cached_tokens=self._counts["cached"],
             finished=dict(self._finished),
             path=self._runner.path,
         )
@@ -183,6 +190,7 @@ class TorchEngine:
         if self._closing:
             return
         self._closing = True
+        self._grammars.close()
         done = Mailbox(cancel=lambda: None)
         self._commands.put(lambda: None)
         await done.loop.run_in_executor(None, self._thread.join)
@@ -254,7 +262,7 @@ class TorchEngine:
         found = self._passes.forward_all(batch)
         for chunk, logits in zip(batch, found, strict=True):
             row = self._row(chunk)
-            if any(math.isnan(one.logprob) for one in row.score(chunk.start, logits)):
+            if any(math.isnan(one.logprob) for one in row.score(chunk.scored_from, logits)):
                 self._finish(row, "error", NOT_FINITE, blamed=row.blamed)
             elif chunk.end == chunk.sequence.prompt_length:
                 self._outbox.put(row.mailbox, PromptLogprobs(tuple(row.scores)))
@@ -328,14 +336,16 @@ class TorchEngine:
         if row.detokenizer.matched_stop is not None and reason in ("stop", "length"):
             reason, matched = "stop", row.detokenizer.matched_stop
         sequence.finish = reason
+        sound = reason in ("stop", "length") or (reason == "cancelled" and sequence.completion_length > 0)
         for slot in sequence.slots:
             self._bank.clear(slot)
-            if reason in ("stop", "length"):
+            if sound:
                 self._runner.release(slot)
             else:
                 self._runner.scrub(slot)
-        self._scheduler.remove(sequence)
+        self._scheduler.remove(sequence, sound=sound)
         self._forget(sequence.request.id)
+        self._counts["cached"] += sequence.cached
         self._finished[reason] += 1
         if rest:
             self._outbox.put(row.mailbox, Delta(rest, ()))
@@ -345,7 +355,7 @@ class TorchEngine:
                 reason=reason,
                 prompt_tokens=sequence.prompt_length,
                 completion_tokens=sequence.completion_length,
-                cached_tokens=0,
+                cached_tokens=sequence.cached,
                 steered_tokens=sequence.steered_tokens,
                 error=error,
                 matched_stop=matched,

@@ -12,7 +12,7 @@ import torch
 
 from server.engine.row import Residuals
 from server.engine.runner import Runner, Work
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Chunk
 
 
 class Passes:
@@ -32,7 +32,7 @@ class Passes:
         return logits[[places[chunk.slot] for chunk in batch]], shadows
 
     def forward_all(self, batch: Sequence[Chunk]) -> list[torch.Tensor]:
-        """Logits of all of each chunk's tokens, `[tokens, vocabulary]` a chunk."""
+        """Logits of each chunk's tokens from the first scored one on, `[tokens, vocabulary]` a chunk."""
         works, _ = self._begin(batch)
         found = {work.slot: logits for work, logits in zip(works, self._runner.forward_all(works), strict=True)}
         return [found[chunk.slot] for chunk in batch]
@@ -50,7 +50,10 @@ class Passes:
         self._runner.read = _layers_to_read(batch)
         self._runner.residuals.clear()
         shadowed = [chunk for chunk in batch if chunk.sequence.shadow is not None]
-        works = [Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from) for chunk in batch]
+        works = [
+            Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from, max(1, chunk.end - chunk.scored_from))
+            for chunk in batch
+        ]
         if shadowed:
             works += [Work(chunk.sequence.shadow or 0, chunk.ids, chunk.start) for chunk in shadowed]
             works.sort(key=lambda work: work.slot)

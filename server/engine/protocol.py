@@ -133,7 +133,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Sent before the first Delta where `prompt_logprobs` asked for it: one for each prompt token but the first."""
+    """Sent before the first Delta where `prompt_logprobs` asked for it: one for each prompt token but the first, or for
+    each of those that were `given`."""
 
     tokens: tuple[TokenLogprob, ...]
 
@@ -217,6 +218,7 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steered_tokens: int
+    cached_tokens: int  # of prompts, beside the `prompt_tokens` that were computed
     finished: Mapping[str, int]  # by reason
     path: str  # how the model is run: "batched" or a fallback
 
@@ -243,7 +245,8 @@ class Engine(Protocol):
         ...
 
     async def compile(self, constraint: Constraint) -> Grammar:
-        """Make a constraint ready, beside the event loop. Raises RequestError if it cannot be followed."""
+        """Make a constraint ready, beside the event loop. Raises RequestError if it cannot be followed, Overloaded if
+        too many wait for that, Unavailable if the engine is closed."""
         ...
 
     def generate(self, request: GenerationRequest) -> EventStream:

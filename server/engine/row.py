@@ -16,7 +16,7 @@ from server.engine.mailbox import Mailbox
 from server.engine.projections import projection
 from server.engine.protocol import GateDecision, TokenLogprob
 from server.engine.sampling import RowSampler
-from server.engine.scheduler import Sequence as TokenSequence
+from server.engine.sequence import Sequence as TokenSequence
 from steering_vectors.gate import Gate
 
 Residuals = Mapping[int, torch.Tensor]

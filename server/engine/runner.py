@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from server.engine.kv_cache import Rows, SlotCache, Span, install_row_masks
+from server.engine.prefixes import Columns
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import PositionSelector, SteeringBank, record
 from steering_vectors.models import LanguageModel
@@ -27,12 +28,14 @@ BUCKET = 64  # columns read are rounded up to a multiple of this
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The tokens of one slot to compute: `ids` at positions `start`, …; steered from position `steered_from` on."""
+    """The tokens of one slot to compute: `ids` at positions `start`, …; steered from position `steered_from` on. The
+    logits of the last `wanted` of them are asked for, where not only the last one's are."""
 
     slot: int
     ids: Items[int]
     start: int
     steered_from: int | None = None
+    wanted: int = 1
 
     @property
     def end(self) -> int:
@@ -82,7 +85,12 @@ class Runner(ABC):
 
     @abstractmethod
     def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
-        """Logits of all of each row's tokens, `[tokens, vocabulary]` a row."""
+        """Logits of the wanted ones of each row's tokens, `[tokens, vocabulary]` a row."""
+
+    @property
+    def columns(self) -> Columns | None:
+        """The state by slot and position; None where it is kept in another form."""
+        return None
 
     def release(self, slot: int) -> None:  # noqa: B027 (optional)
         """Forget a slot's state."""
@@ -120,9 +128,12 @@ class BatchedRunner(Runner):
     def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
         width = max(len(work.ids) for work in batch)
         rows, padded = self._rows(batch, width)
-        logits = self._logits(rows, padded, width, self._tensor([list(range(width))] * len(padded)))
+        most = max(work.wanted for work in batch)
+        firsts = [len(work.ids) - work.wanted for work in padded]
+        wanted = [[min(first + place, width - 1) for place in range(most)] for first in firsts]
+        logits = self._logits(rows, padded, width, self._tensor(wanted))
         places = {work.slot: place for place, work in enumerate(padded)}
-        return [logits[places[work.slot], : len(work.ids)] for work in batch]
+        return [logits[places[work.slot], : work.wanted] for work in batch]
 
     def _logits(self, rows: Rows, batch: list[Work], width: int, wanted: torch.Tensor) -> torch.Tensor:
         """`[rows, k, vocabulary]` at the wanted places `[rows, k]` among each row's tokens."""
@@ -138,6 +149,10 @@ class BatchedRunner(Runner):
             output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **positions)
         logits: torch.Tensor = output.logits
         return logits
+
+    @property
+    def columns(self) -> Columns:
+        return self.cache
 
     def scrub(self, slot: int) -> None:
         self.cache.zero(slot)
@@ -207,7 +222,7 @@ class RowRunner(Runner):
         return torch.stack([logits[-1] for logits in self.forward_all(batch)])
 
     def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
-        return [self._row(work) for work in batch]
+        return [self._row(work)[-work.wanted :] for work in batch]
 
     def release(self, slot: int) -> None:
         self._states.pop(slot, None)
@@ -239,7 +254,7 @@ class RecomputingRunner(Runner):
         return torch.stack([logits[-1] for logits in self.forward_all(batch)])
 
     def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
-        return [self._row(work) for work in batch]
+        return [self._row(work)[-work.wanted :] for work in batch]
 
     def release(self, slot: int) -> None:
         self._ids.pop(slot, None)

@@ -69,7 +69,11 @@ class ConstrainedBody(SamplingBody):
     guided_choice: list[str] | None = Field(
         None, min_length=1, max_length=MOST_CHOICES, description="Be one of these texts."
     )
-    guided_grammar: str | None = Field(None, description="Follow a grammar in llguidance's variant of Lark.")
+    guided_grammar: str | None = Field(
+        None,
+        description="Follow a grammar in llguidance's variant of Lark; its rules may have the attributes max_tokens, "
+        "lazy and suffix.",
+    )
 
     def constraint(self) -> Constraint | None:
         """Raises RequestError that names the second of two constraints, or one that is too long."""
