@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 PROFILES ?= profiles
+MINUTES ?= 60
 export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve profiles test test-clients lint format types docs bench demo clean
+.PHONY: help install dev serve profiles test test-clients fuzz lint format types docs bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +45,10 @@ $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements
 
 test-clients: $(CLIENTS)/.installed  ## Run other people's clients against a live server
 	$(CLIENTS)/bin/python -m pytest tests/clients
+
+fuzz: export HF_HUB_OFFLINE := 1
+fuzz: $(CLIENTS)/.installed  ## Send made-up requests to a live server for MINUTES (60)
+	$(CLIENTS)/bin/python -m tests.clients.fuzz --minutes $(MINUTES)
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check .

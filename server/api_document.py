@@ -29,6 +29,7 @@ are not known or not supported are refused by name. A server with `--api-key-fil
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's shapes, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
+    {"name": "steering", "description": "Compare steerings, change one that runs, ask what one would do."},
     {"name": "profiles", "description": "What can be steered by."},
     {"name": "operations", "description": "Whether the server is up, and what it is."},
 ]
@@ -73,8 +74,8 @@ OTHER_ERRORS: Responses = {
 def declare(
     answer: type[Answer], *errors: int, stream: type[Answer] | None = None, ends_in: str | None = None
 ) -> Responses:
-    """What a route says in `responses`: its answer, the events it may stream instead, and its errors by status. A
-    stream may end in one event that is not JSON."""
+    """What a route says in `responses`: its answer, the events it may stream instead, and its errors by status. Every
+    stream may fail on its way, with the error as an event; one may end in an event that is not JSON."""
     content: Json = {"application/json": _example(answer.examples[0])}
     if stream is not None:
         content["text/event-stream"] = _stream(stream, ends_in)
@@ -108,8 +109,8 @@ def _example(value: Mapping[str, Any]) -> Json:
 
 def _stream(events: type[Answer], ends_in: str | None) -> Json:
     """Server-sent events whose data is this JSON, in the form of OpenAPI 3.2 that FastAPI also writes."""
-    schema = {"$ref": COMPONENTS.format(model=events.__name__)}
-    data: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    forms = [{"$ref": COMPONENTS.format(model=form.__name__)} for form in (events, ErrorAnswer)]
+    data: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": forms}}
     if ends_in is not None:
         data = {"anyOf": [data, {"type": "string", "const": ends_in}]}
     _, found = models_json_schema([(events, "serialization")], ref_template=COMPONENTS)

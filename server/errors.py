@@ -127,7 +127,7 @@ def _path(location: tuple[str | int, ...]) -> str:
     for part in location[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not part.startswith("["):
+        elif part != "[key]":
             path += f".{part}" if path else part
     return path
 
@@ -136,5 +136,5 @@ def _sentence(path: str, detail: Detail) -> str:
     message = str(detail["msg"])
     message = f"{message[0].lower()}{message[1:]}".replace("input should", "it should")
     shown = json.dumps(detail.get("input"), default=str)
-    given = f", not {shown}" if "should" in message and len(shown) <= 60 else ""
+    given = f", not {shown}" if "should" in message and ", not " not in message and len(shown) <= 60 else ""
     return f"field {path!r}: {message}{given}" if path else f"the body: {message}{given}"

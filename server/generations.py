@@ -75,7 +75,7 @@ class Generations:
         of the completion on; `projections` asks for those on all of its profiles. Raises as `run` does."""
         profiles = profiles_of(timeline) if projections else ()
         if len(prompts) * n > most:
-            raise too_many(len(prompts) * n, most, "n")
+            raise too_many(len(prompts) * n, most, "n" if n > 1 else "prompt")
         grammar = None if constraint is None else await engine.compile(constraint)
         requests = [
             GenerationRequest(
@@ -117,7 +117,8 @@ class Generations:
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all choices as they come, each with its choice's index; one Finished for each.
 
-        Raises GenerationFailed, or Unavailable, in the place of a Finished that tells of an error.
+        Raises in the place of a Finished that tells of an error: RequestError if the request is to blame, else
+        GenerationFailed or Unavailable.
         """
         arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(_pump(index, stream, arrived)) for index, stream in enumerate(self._streams)]
@@ -168,7 +169,8 @@ def _result(events: Sequence[Event]) -> Result:
 
 def too_many(count: int, most: int, param: str) -> RequestError:
     return RequestError(
-        f"{count} choices are more than the {most} that this server runs and queues: ask for fewer", param=param
+        f"{param}: {count} at once are more than the {most} that this server runs and queues; ask for fewer",
+        param=param,
     )
 
 
@@ -180,7 +182,10 @@ def _raise_failure(finished: Finished) -> None:
     if finished.reason == "cancelled":
         raise Unavailable("the generation was cancelled by the server: send the request again", code="cancelled")
     if finished.reason == "error":
-        raise GenerationFailed(finished.error or "the generation failed")
+        message = finished.error or "the generation failed"
+        if finished.blamed is not None:
+            raise RequestError(message, param=finished.blamed, code=GenerationFailed.code)
+        raise GenerationFailed(message)
 
 
 async def _close(streams: Sequence[EventStream]) -> None:

@@ -104,18 +104,19 @@ class ProfileRegistry:
             raise UnknownProfile(f"profile {name!r} is not served; {self._advice()}", param=param)
         return self._entries[name]
 
-    def find(self, reference: str) -> Profile:
-        """The current profile of `NAME` or `NAME#SHA8`. Raises UnknownProfile if it, or that version, is not served."""
+    def find(self, reference: str, *, param: str = "steering") -> Profile:
+        """The current profile of `NAME` or `NAME#SHA8`. Raises UnknownProfile, which names the request's field `param`,
+        if it, or that version, is not served."""
         match = REFERENCE.fullmatch(reference)
         if match is None:
-            raise UnknownProfile(f"{reference!r} is neither NAME nor NAME#SHA8; {self._advice()}", param="steering")
-        entry = self.entry(match["name"], param="steering")
+            raise UnknownProfile(f"{reference!r} is neither NAME nor NAME#SHA8; {self._advice()}", param=param)
+        entry = self.entry(match["name"], param=param)
         if entry.profile is None:
-            raise UnknownProfile(f"profile {entry.name!r} is not served: {entry.error}", param="steering")
+            raise UnknownProfile(f"profile {entry.name!r} is not served: {entry.error}", param=param)
         wanted, version = match["version"] or "", entry.profile.version
         if not version.startswith(wanted):
             raise UnknownProfile(
-                f"profile {entry.name!r} is served in version {version[:8]}, not in {wanted[:8]}", param="steering"
+                f"profile {entry.name!r} is served in version {version[:8]}, not in {wanted[:8]}", param=param
             )
         return entry.profile
 

@@ -60,8 +60,16 @@ async def encode_continuations(
 
     found = await asyncio.to_thread(work)
     if empty := [place for place, ids in enumerate(found) if not ids]:
-        raise RequestError(f"completion {empty[0]} holds no token of this model", param=f"completions[{empty[0]}]")
+        raise RequestError(f"completions[{empty[0]}] holds no token of this model", param=f"completions[{empty[0]}]")
     return before, found
+
+
+def check_completions(completions: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Raise RequestError that names the first completion with an id outside of the vocabulary."""
+    for place, ids in enumerate(completions):
+        if not all(0 <= token < vocabulary for token in ids):
+            field = f"completions[{place}]"
+            raise RequestError(f"{field} has a token id outside of the vocabulary, 0 to {vocabulary - 1}", param=field)
 
 
 def echo(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> str:

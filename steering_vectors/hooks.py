@@ -104,6 +104,16 @@ class Step:
     where: torch.Tensor | None
 
 
+def shifts_in(
+    mixture: Mixture, dtype: torch.dtype, device: torch.device | str | None = None
+) -> dict[int, torch.Tensor]:
+    """A mix's shifts per block, `[hidden]`, in a model's dtype. Raises SteeringError if one is too large for it."""
+    shifts = {layer: shift.to(device=device, dtype=dtype) for layer, shift in mixture.shifts().items()}
+    if not all(bool(shift.isfinite().all()) for shift in shifts.values()):
+        raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
+    return shifts
+
+
 class SteeringBank:
     """Per-row shifts for every block, and the hooks that apply them.
 
@@ -157,10 +167,7 @@ class SteeringBank:
 
     def check(self, mixture: Mixture) -> dict[int, torch.Tensor]:
         """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
-        shifts = {layer: shift.to(self._shift) for layer, shift in mixture.shifts().items()}
-        if not all(bool(shift.isfinite().all()) for shift in shifts.values()):
-            raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
-        return shifts
+        return shifts_in(mixture, self._shift.dtype, self._shift.device)
 
     def write(self, row: int, mixture: Mixture) -> None:
         """Give a row its mix: summed in float32, cast once to the model's dtype.

@@ -1,4 +1,7 @@
-"""What the server's tests share: random profiles, an engine on the demo model, a live server on a free port."""
+"""What the server's tests share: random profiles, an engine on the demo model, a live server on a free port.
+
+`engine = engine_fixture(…)`, `profiles = profiles_fixture(…)` and `client = client_fixture(…)` give a module its own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 
 from server.app import create_app
@@ -67,6 +71,40 @@ def live_server(
         thread.join(PATIENCE)
         listener.close()
         assert not thread.is_alive()
+
+
+def engine_fixture(**options: Any) -> Any:
+    """A module's `engine`: as `demo_engine` makes it."""
+
+    @pytest.fixture(scope="module", name="engine")
+    def made() -> Iterator[TorchEngine]:
+        with demo_engine(**options) as engine:
+            yield engine
+
+    return made
+
+
+def profiles_fixture(*names: str, **fields: Any) -> Any:
+    """A module's `profiles`: a directory with a random profile of each name for its `engine`."""
+
+    @pytest.fixture(scope="module", name="profiles")
+    def made(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        directory = tmp_path_factory.mktemp("profiles")
+        save_profiles(directory, engine.language_model.identity, *names, **fields)
+        return directory
+
+    return made
+
+
+def client_fixture(**settings: Any) -> Any:
+    """A module's `client`: of a live server on its `engine` and `profiles`."""
+
+    @pytest.fixture(scope="module", name="client")
+    def made(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
+        with live_server(engine, profiles, **settings) as client:
+            yield client
+
+    return made
 
 
 def until(condition: Callable[[], bool], *, within: float = PATIENCE) -> float:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from server.schemas.native_answers import (
 )
 from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
 from server.schemas.steering_answers import ChangeAnswer, CompareAnswer, CompareEvent, ResolveAnswer, ScoreAnswer
-from tests.serving import demo_engine, live_server, save_profiles, until
+from tests.serving import client_fixture, engine_fixture, live_server, profiles_fixture, until
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
@@ -46,25 +45,9 @@ BODIES: dict[str, tuple[dict[str, Any], type[Answer], type[Answer]]] = {
     "/generate": ({**PROMPT, "steering": SCHEDULED, "projections": True}, GenerateAnswer, GenerateEvent),
     "/compare": ({**PROMPT, "variants": ["warm", "concise@0"], "kl": True}, CompareAnswer, CompareEvent),
 }
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles) as client:
-        yield client
+engine = engine_fixture(slots=4)
+profiles = profiles_fixture("warm", "concise")
+client = client_fixture()
 
 
 def test_every_field_of_every_object_is_described() -> None:
@@ -76,6 +59,7 @@ def test_every_field_of_every_object_is_described() -> None:
 @pytest.mark.parametrize(("path", "method", "route"), ROUTES, ids=lambda value: value if type(value) is str else "")
 def test_every_route_tells_what_it_does_and_answers(path: str, method: str, route: dict[str, Any]) -> None:
     assert route["summary"]
+    assert set(route["tags"]) <= {tag["name"] for tag in DOCUMENT["tags"]}  # by which the page is divided
     assert route["description"]
     assert "422" not in route["responses"]
     assert all(parameter["description"] for parameter in route.get("parameters", []))
@@ -176,6 +160,23 @@ def test_null_is_declared_where_it_means_absent(client: httpx.Client) -> None:
             assert ({"type": "null"} in field.get("anyOf", [])) is (name not in schemas[body].get("required", [])), name
     nothing = {"steering": {"profiles": [], "apply_to": None, "preserve_norm": None, "allow_beyond_safe": None}}
     assert client.post("/steering/resolve", json=nothing).status_code == 200
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_that_fails_ends_in_the_error_that_is_stated(client: httpx.Client, path: str) -> None:
+    (kind,) = (one for one in ROUTES if one[0] == path)
+    stream = kind[2]["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+    told = json.dumps(stream)
+    assert f'"#/components/schemas/{BODIES[path][2].__name__}"' in told
+    assert '"#/components/schemas/ErrorAnswer"' in told
+    huge = {"profiles": [{"name": "warm", "strength": 7e37}], "allow_beyond_safe": True}  # leaves no finite logits
+    steering = {"variants": [huge]} if path == "/compare" else {"steering": huge}
+    body = {**BODIES[path][0], "stream": True, "echo": None, "logprobs": None, "top_logprobs": None, **steering}
+    if "model" in body:
+        body["model"] = "demo"
+    events = [one for one in client.post(path, json=body).text.split("\n\n") if one.startswith("data: {")]
+    error = ErrorAnswer.model_validate_json(events[-1].removeprefix("data: ")).error
+    assert (error.param, error.code) == ("strength", "generation_failed")
 
 
 def test_the_last_event_of_openais_streams_is_declared(client: httpx.Client) -> None:

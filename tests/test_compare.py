@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,21 @@ from steering_vectors.models import load_model
 from steering_vectors.profile import Profile
 from steering_vectors.storage import load_profile
 from tests.by_hand import shifted
-from tests.serving import demo_engine, live_server, save_profiles
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 
 LM = load_model("demo", dtype="float32")
 MESSAGES = [{"role": "user", "content": "How do I bake bread?"}]
 PROMPT = encode_prompt(LM.tokenizer, [Message("user", MESSAGES[0]["content"])])
 VARIANTS = ["warm@0.5", {"profiles": []}, "warm@-0.5+concise@0.25"]
 ASKED: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+engine = engine_fixture(slots=4, prefill_chunk=8)
+profiles = profiles_fixture("warm", "concise", unit=60.0)
+client = client_fixture()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4, prefill_chunk=8) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def directory(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=60.0)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, directory: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, directory) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def warm(directory: Path) -> Profile:
-    return load_profile(directory / "warm.safetensors")
+def warm(profiles: Path) -> Profile:
+    return load_profile(profiles / "warm.safetensors")
 
 
 def log_probs(ids: Sequence[int], profile: Profile, strength: float, start: int) -> torch.Tensor:
@@ -145,27 +129,3 @@ def test_a_prompt_is_prefilled_once_for_all_its_completions(client: httpx.Client
     rest = len(completions) * (1 + 3)  # the prompt's last token is steered, and predicts
     assert after.prompt_tokens - before.prompt_tokens == len(prompt) - 1 + rest
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == (len(prompt) - 1) * (len(completions) - 1)
-
-
-BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("/compare", {"prompt": "x"}, "variants"),
-    ("/compare", {"prompt": "x", "variants": []}, "variants"),
-    ("/compare", {"prompt": "x", "variants": ["warm"] * 9}, "variants"),
-    ("/compare", {"prompt": "x", "variants": ["warm", "warm@9"]}, "strength"),
-    ("/compare", {"variants": ["warm"]}, "prompt"),
-    ("/compare", {"prompt": "x", "variants": ["warm"], "max_tokens": 0}, "max_tokens"),
-    ("/compare", {"prompt": "x", "variants": ["warm"], "steering": "warm"}, "steering"),
-    ("/score", {"prompt": "x"}, "completions"),
-    ("/score", {"prompt": "x", "completions": []}, "completions"),
-    ("/score", {"prompt": "x", "completions": [""]}, "completions[0]"),
-    ("/score", {"completions": ["x"]}, "prompt"),
-    ("/score", {"prompt": "x", "completions": ["y"] * 1100}, "completions"),
-    ("/score", {"prompt": "x", "completions": ["y"], "max_tokens": 3}, "max_tokens"),
-]
-
-
-@pytest.mark.parametrize(("path", "body", "param"), BAD)
-def test_what_is_refused(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
-    response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param

@@ -1,4 +1,4 @@
-"""Bad input over HTTP: each answer's status and exact error."""
+"""What is refused over HTTP besides bodies (`test_malformed` has those): sizes, routes, profiles, keys, full queues."""
 
 from __future__ import annotations
 
@@ -15,29 +15,12 @@ from safetensors.torch import load_file, save_file
 from server.engine.engine import TorchEngine
 from steering_vectors.profile import ModelIdentity
 from steering_vectors.storage import save_profile
-from tests.serving import demo_engine, live_server, random_profile, save_profiles, until
+from tests.serving import client_fixture, engine_fixture, live_server, profiles_fixture, random_profile, until
 
-CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 COMPLETION = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=2, context=64, max_queue=4) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles, max_queue=4) as client:
-        yield client
+engine = engine_fixture(slots=2, context=64, max_queue=4)
+profiles = profiles_fixture("warm", "concise")
+client = client_fixture(max_queue=4)
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -46,214 +29,6 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "param", "message"),
-    [
-        (
-            {"steering": "kind"},
-            404,
-            "steering",
-            "profile 'kind' is not served; served are: concise, warm",
-        ),
-        (
-            {"model": "other"},
-            404,
-            "model",
-            "model 'other' is not served; this server has 'demo' and, steered, 'demo:PROFILE@STRENGTH'",
-        ),
-        (
-            {"model": "demo:warm", "steering": "warm"},
-            400,
-            "steering",
-            "both the model's alias 'demo:warm' and the field steering steer: use only one of them",
-        ),
-        (
-            {"steering": "warm@2.5"},
-            400,
-            "strength",
-            "strength 2.5 of profile 'warm' is beyond its safe range of ±2; "
-            "set steering.allow_beyond_safe to true to go beyond it",
-        ),
-        (
-            {"steering": "warm@1.5+concise@-1"},
-            400,
-            "steering",
-            "the strengths of this mix add up to 2.5, beyond the safe range of 2; "
-            "set steering.allow_beyond_safe to true to go beyond it",
-        ),
-        (
-            {"steering": "warm@@1"},
-            400,
-            "steering",
-            "steering 'warm@@1' cannot be read at 'warm@@1'; write for example 'warm@0.8+concise@-0.3'",
-        ),
-        (
-            {"steering": {"profiles": [{"name": "warm", "layers": [2]}]}},
-            400,
-            "steering.layers",
-            "profile 'warm' has no direction at layer 2; it has layers [1, 3, 5, 7]",
-        ),
-        (
-            {"steering": {"profiles": [{"name": "warm", "amount": 1}]}},
-            400,
-            "steering.profiles[0].amount",
-            "unknown field 'steering.profiles[0].amount'",
-        ),
-        ({"steering": {}}, 400, "steering.profiles", "field 'steering.profiles' is missing"),
-        ({"temprature": 1}, 400, "temprature", "unknown field 'temprature'"),
-        ({"temprature": None}, 400, "temprature", "unknown field 'temprature'"),
-        ({"messages": []}, 400, "messages", "messages is empty; send at least one message"),
-        ({"messages": None}, 400, "messages", "field 'messages' is missing"),
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            400,
-            "messages[0].role",
-            "field 'messages[0].role': it should be 'system', 'developer', 'user' or 'assistant', not \"tool\"",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            400,
-            "messages[0].content",
-            "field 'messages[0].content': a content part of type 'image_url' is not supported, only text",
-        ),
-        ({"max_tokens": True}, 400, "max_tokens", "field 'max_tokens': it should be a valid integer, not true"),
-        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1; 0 is for completions with echo"),
-        (
-            {"max_completion_tokens": 2},
-            400,
-            "max_completion_tokens",
-            "max_tokens and max_completion_tokens differ: set only one of them",
-        ),
-        ({"temperature": -1}, 400, "temperature", "temperature must lie in 0 to 100, not -1.0"),
-        ({"top_p": 0}, 400, "top_p", "top_p must lie above 0 and up to 1, not 0.0"),
-        ({"n": 129}, 400, "n", "field 'n': it should be less than or equal to 128, not 129"),
-        (
-            {"n": 7},
-            400,
-            "n",
-            "7 choices are more than the 6 that this server runs and queues: ask for fewer",
-        ),
-        ({"stop": ["x"] * 17}, 400, "stop", "field 'stop': list should have at most 16 items after validation, not 17"),
-        ({"stop": ""}, 400, "stop", "a stop string must not be empty"),
-        ({"top_logprobs": 2}, 400, "top_logprobs", "top_logprobs needs logprobs: set logprobs to true"),
-        ({"echo": True}, 400, "echo", "field 'echo' is not supported: leave it out or set it to false"),
-        ({"tools": [{}]}, 400, "tools", "field 'tools' is not supported: leave it out or set it to []"),
-        (
-            {"response_format": {"type": "xml"}},
-            400,
-            "response_format.type",
-            "field 'response_format.type': it should be 'text', 'json_object' or 'json_schema', not \"xml\"",
-        ),
-        (
-            {"stream_options": {"include_usage": True}},
-            400,
-            "stream_options",
-            "stream_options is for streams only: set stream to true",
-        ),
-        (
-            {"chat_template_kwargs": {"tokenize": True}},
-            400,
-            "chat_template_kwargs",
-            "chat_template_kwargs cannot set 'tokenize': it is set by the server; leave it out",
-        ),
-    ],
-)
-def test_chat_refuses(client: httpx.Client, change: dict[str, Any], status: int, param: str, message: str) -> None:
-    error = error_of(client.post("/v1/chat/completions", json={**CHAT, **change}), status)
-    assert (error["message"], error["param"]) == (message, param)
-
-
-@pytest.mark.parametrize(
-    ("change", "param", "message"),
-    [
-        ({"prompt": ""}, "prompt", "prompt is empty; send at least one character"),
-        (
-            {"prompt": []},
-            "prompt",
-            "field 'prompt': it must be a string or a list of token ids, or a list of either, and not empty",
-        ),
-        (
-            {"prompt": ["x", 1]},
-            "prompt",
-            "field 'prompt': it must be a string or a list of token ids, or a list of either, and not empty",
-        ),
-        (
-            {"prompt": [3072]},
-            "prompt",
-            "the prompt has a token id outside of the vocabulary, 0 to 3071",
-        ),
-        (
-            {"prompt": [5] * 64},
-            "prompt",
-            "the prompt has 64 tokens; the context holds 64, prompt and completion together: shorten the prompt",
-        ),
-        (
-            {"top_logprobs": 2},
-            "top_logprobs",
-            "field 'top_logprobs' is not supported: leave it out or set it to 0",
-        ),
-        ({"best_of": 2}, "best_of", "field 'best_of' is not supported: leave it out or set it to 1"),
-        ({"suffix": "x"}, "suffix", "field 'suffix' is not supported: leave it out or set it to \"\""),
-        (
-            {"logit_bias": {"1": 101}},
-            "logit_bias.1",
-            "field 'logit_bias.1': it should be less than or equal to 100, not 101",
-        ),
-    ],
-)
-def test_completions_refuse(client: httpx.Client, change: dict[str, Any], param: str, message: str) -> None:
-    error = error_of(client.post("/v1/completions", json={**COMPLETION, **change}), 400)
-    assert (error["message"], error["param"]) == (message, param)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ({}, "send either prompt or messages: neither is given"),
-        (
-            {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
-            "send either prompt or messages: both are given",
-        ),
-        ({"prompt": "a", "strength": 0.5}, "strength is given without profile: name the profile it is for"),
-        (
-            {"prompt": "a", "profile": "warm", "steering": "warm"},
-            "profile and steering are both given: use only one of them",
-        ),
-        ({"prompt": "a", "n": 2}, "field 'n' is not supported: leave it out or set it to 1"),
-    ],
-)
-def test_generate_refuses(client: httpx.Client, body: dict[str, Any], message: str) -> None:
-    assert error_of(client.post("/generate", json=body), 400)["message"] == message
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"model": "demo",', "the body is not valid JSON: EOF while parsing a value at line 1 column 17"),
-        (b'{"temperature": NaN}', "the body is not valid JSON: expected value at line 1 column 17"),
-        (b'{"temperature": -Infinity}', "the body is not valid JSON: invalid number at line 1 column 18"),
-        (b'{"prompt": "\\ud800"}', "the body is not valid JSON: unexpected end of hex escape at line 1 column 19"),
-        (b"[" * 10_000, "the body is not valid JSON: recursion limit exceeded at line 1 column 202"),
-        (b"\xff", "the body is not valid JSON: expected value at line 1 column 1"),
-        (b"", "the body is missing: send a JSON object"),
-    ],
-)
-def test_what_is_not_json_is_refused(client: httpx.Client, content: bytes, message: str) -> None:
-    response = client.post("/generate", content=content, headers={"content-type": "application/json"})
-    assert error_of(response, 400)["message"] == message
-
-
-def test_a_number_too_large_for_a_float_is_refused(client: httpx.Client) -> None:
-    content = b'{"prompt": "a", "temperature": 1e999}'
-    response = client.post("/generate", content=content, headers={"content-type": "application/json"})
-    assert error_of(response, 400)["message"].startswith("field 'temperature': it should be a finite number")
-
-
-def test_a_body_that_is_not_said_to_be_json_is_refused(client: httpx.Client) -> None:
-    response = client.post("/generate", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
-    assert error_of(response, 400)["message"] == "send JSON, with the header Content-Type: application/json"
 
 
 def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
@@ -287,7 +62,7 @@ def rejected(client: httpx.Client, name: str) -> str:
         return next((entry for entry in entries if entry["name"] == name), {})
 
     until(lambda: listed().get("status") == "rejected", within=2.0)
-    error = error_of(client.post("/generate", json={"prompt": "a", "profile": name}), 404)
+    error = error_of(client.post("/generate", json={"prompt": "a", "steering": name}), 404)
     assert error["message"] == f"profile {name!r} is not served: {listed()['error']}"
     assert error_of(client.post("/v1/completions", json={**COMPLETION, "model": f"demo:{name}"}), 404) == error
     return str(listed()["error"])

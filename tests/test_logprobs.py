@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,15 @@ from steering_vectors.chat import Message, encode_prompt
 from steering_vectors.models import load_model
 from steering_vectors.storage import load_profile
 from tests.by_hand import shifted
-from tests.serving import demo_engine, live_server, save_profiles
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 from tests.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How do I bake bread?"}]
 TEXT = "Bread is baked in an oven — ça va, 麦 🍞."
 LM = load_model("demo", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4, prefill_chunk=16) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", unit=10.0, calibration={"kl_at_1": 0.1})
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles) as client:
-        yield client
+engine = engine_fixture(slots=4, prefill_chunk=16)
+profiles = profiles_fixture("warm", unit=10.0, calibration={"kl_at_1": 0.1})
+client = client_fixture()
 
 
 @pytest.fixture
@@ -197,27 +181,6 @@ def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.Client, eng
     wanted = [float(row[one]) for row, one in zip(expected, ids[1:], strict=True)]
     assert told["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-3)
     assert client.post("/v1/completions", json={**body, "max_tokens": 1}).status_code == 400
-
-
-@pytest.mark.parametrize(
-    ("path", "change", "param"),
-    [
-        ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
-        ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ("chat/completions", {"logprobs": 2}, "logprobs"),
-        ("chat/completions", {"max_tokens": 0}, "max_tokens"),
-        ("completions", {"logprobs": 21}, "logprobs"),
-        ("completions", {"logprobs": True}, "logprobs"),
-        ("completions", {"max_tokens": 0}, "max_tokens"),
-        ("completions", {"echo": True, "steering": {"profiles": [{"name": "warm"}], "apply_to": "generated"}},
-         "steering.apply_to"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_told(client: httpx.Client, path: str, change: dict[str, Any], param: str) -> None:
-    body = {"prompt": "Bread"} if path == "completions" else {"messages": MESSAGES}
-    response = client.post(f"/v1/{path}", json={"model": "demo", **body, **change})
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param
 
 
 def test_tokens_that_are_no_text_have_bytes() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import httpx
 import pytest
 import torch
 
-from server.engine.engine import TorchEngine
 from server.engine.projections import projection
 from steering_vectors.chat import encode_prompt
 from steering_vectors.hooks import record
@@ -19,35 +18,19 @@ from steering_vectors.models import load_model
 from steering_vectors.profile import Profile
 from steering_vectors.storage import load_profile
 from tests.by_hand import shifted
-from tests.serving import demo_engine, live_server, save_profiles
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 
 LM = load_model("demo", dtype="float32")
 PROMPT = encode_prompt(LM.tokenizer, "Bread is")
 ASKED: dict[str, Any] = {"prompt": "Bread is", "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+engine = engine_fixture(slots=4)
+profiles = profiles_fixture("warm", "concise", unit=5.0)
+client = client_fixture()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def directory(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=5.0)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, directory: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, directory) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def profiles(directory: Path) -> list[Profile]:
-    return [load_profile(directory / f"{name}.safetensors") for name in ("warm", "concise")]
+def pair(profiles: Path) -> list[Profile]:
+    return [load_profile(profiles / f"{name}.safetensors") for name in ("warm", "concise")]
 
 
 def expected(profile: Profile, steering: Profile, strength: float, tokens: int) -> list[float]:
@@ -63,18 +46,18 @@ def expected(profile: Profile, steering: Profile, strength: float, tokens: int) 
     return found
 
 
-def test_projections_equal_plain_passes(client: httpx.Client, profiles: Sequence[Profile]) -> None:
-    warm, concise = profiles
+def test_projections_equal_plain_passes(client: httpx.Client, pair: Sequence[Profile]) -> None:
+    warm, concise = pair
     body = {**ASKED, "variants": ["warm@0.5", "concise@-0.5"], "projections": True}
     first, second = client.post("/compare", json=body).json()["variants"]
-    for profile in profiles:
+    for profile in pair:
         told = first["projections"][profile.name]
         assert told == pytest.approx(expected(profile, warm, 0.5, 6), abs=1e-4)
         assert second["projections"][profile.name] == pytest.approx(expected(profile, concise, -0.5, 6), abs=1e-4)
 
 
-def test_strength_is_added_where_there_is_one_block(profiles: Sequence[Profile]) -> None:
-    d = profiles[0].directions[1]
+def test_strength_is_added_where_there_is_one_block(pair: Sequence[Profile]) -> None:
+    d = pair[0].directions[1]
     single = Profile("one", LM.identity, {1: d}, "random", unit=5.0)
     h = torch.randn(len(d), generator=torch.Generator().manual_seed(0))
     before = projection(single, {1: h})
@@ -82,7 +65,7 @@ def test_strength_is_added_where_there_is_one_block(profiles: Sequence[Profile])
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
-def test_streams_tell_them_with_their_tokens(client: httpx.Client, profiles: Sequence[Profile], path: str) -> None:
+def test_streams_tell_them_with_their_tokens(client: httpx.Client, pair: Sequence[Profile], path: str) -> None:
     body = {**ASKED, "steering": "warm@0.5", "projections": True, **({"model": "demo"} if "v1" in path else {})}
     answer = client.post(path, json=body).json()
     whole = answer["projections"] if path == "/generate" else answer["choices"][0]["projections"]
@@ -91,7 +74,7 @@ def test_streams_tell_them_with_their_tokens(client: httpx.Client, profiles: Seq
     parts = [event if path == "/generate" else event["choices"][0] for event in events]
     streamed = [value for part in parts for value in part.get("projections", {}).get("warm", [])]
     assert streamed == pytest.approx(whole["warm"], abs=1e-5)
-    assert whole["warm"] == pytest.approx(expected(profiles[0], profiles[0], 0.5, 6), abs=1e-4)
+    assert whole["warm"] == pytest.approx(expected(pair[0], pair[0], 0.5, 6), abs=1e-4)
 
 
 def test_neighbours_that_do_not_ask_are_told_nothing(client: httpx.Client) -> None:

@@ -23,36 +23,19 @@ from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import load_model
 from steering_vectors.profile import Profile
 from steering_vectors.storage import load_profile
-from tests.serving import demo_engine, live_server, save_profiles
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 
 LM = load_model("demo", dtype="float32")
 PROMPT = encode_prompt(LM.tokenizer, "Bread is baked in")
 GREEDY = SamplingParameters(temperature=0, max_tokens=24, ignore_eos=True)
+engine = engine_fixture(slots=4)
+profiles = profiles_fixture("warm", "concise", unit=60.0, calibration={"kl_at_1": 0.1}, residual_norms={1: 500.0})
+client = client_fixture()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    with demo_engine(slots=4) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def directory(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    fields = {"unit": 60.0, "calibration": {"kl_at_1": 0.1}, "residual_norms": {1: 500.0}}
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", **fields)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def client(engine: TorchEngine, directory: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, directory) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def warm(directory: Path) -> Profile:
-    return load_profile(directory / "warm.safetensors")
+def warm(profiles: Path) -> Profile:
+    return load_profile(profiles / "warm.safetensors")
 
 
 def mix(profile: Profile, strength: float, **options: Any) -> Mixture:
@@ -236,26 +219,6 @@ def test_schedules_are_read_strictly() -> None:
     for points in ((), ((1, 0.5),), ((0, 0.5), (0, 0.6)), ((0, 0.1), (5000, 1.0))):
         with pytest.raises(SteeringError, match="schedule"):
             Schedule(points)
-
-
-BAD_TERMS: list[tuple[dict[str, Any], str]] = [
-    ({"strength": 0.5, "schedule": [{"from_token": 0, "strength": 1}]}, "steering.schedule"),
-    ({"schedule": []}, "steering.schedule"),
-    ({"schedule": [{"from_token": 3, "strength": 1}]}, "steering.schedule"),
-    ({"interpolation": "linear"}, "steering.interpolation"),
-    ({"schedule": [{"from_token": 0}]}, "steering.profiles[0].schedule[0].strength"),
-    ({"schedule": [{"from_token": -1, "strength": 1}]}, "steering.profiles[0].schedule[0].from_token"),
-    ({"schedule": [{"from_token": 0, "strength": 9}]}, "strength"),
-    ({"schedule": [{"from_token": 0, "strength": 1}], "interpolation": "cubic"}, "steering.profiles[0].interpolation"),
-]
-
-
-@pytest.mark.parametrize(("change", "param"), BAD_TERMS)
-def test_schedules_that_are_refused(client: httpx.Client, change: dict[str, Any], param: str) -> None:
-    body = {"prompt": "Bread", "steering": {"profiles": [{"name": "warm", **change}]}}
-    response = client.post("/generate", json=body)
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])

@@ -380,7 +380,7 @@ def test_a_grammar_that_outgrows_its_means_is_an_error_not_an_end() -> None:
     )
     assert failed.end.reason == "error"
     assert failed.end.error is not None
-    assert failed.end.error.startswith("the constraint cannot be followed any further (lexer error")
+    assert failed.end.error.startswith("guided_regex cannot be followed any further (lexer error")
     assert (sound.text, sound.end.reason) == ("b" * 9, "stop")
 
 

@@ -67,7 +67,9 @@ class Matcher:
         """Why the grammar cannot be followed any further, or None: some outgrow what may be spent on them."""
         if not self.state.is_error():
             return None
-        return f"the constraint cannot be followed any further ({_reason(self.state)}): make it simpler"
+        return (
+            f"{self.grammar.constraint.field} cannot be followed any further ({_reason(self.state)}): make it simpler"
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -263,7 +263,7 @@ class TorchEngine:
         for chunk, logits in zip(batch, found, strict=True):
             row = self._row(chunk)
             if any(math.isnan(one.logprob) for one in row.score(chunk.scored_from, logits)):
-                self._finish(row, "error", NOT_FINITE)
+                self._finish(row, "error", NOT_FINITE, blamed=row.blamed)
             elif chunk.end == chunk.sequence.prompt_length:
                 self._outbox.put(row.mailbox, PromptLogprobs(tuple(row.scores)))
                 row.scores = []
@@ -289,8 +289,8 @@ class TorchEngine:
         try:
             tokens = sample(logits, [row.sampler for row in rows])
         except NonFiniteLogits as failure:
-            for index in failure.rows:
-                self._finish(rows[index], "error", rows[index].sampler.problem or NOT_FINITE)
+            for row in (rows[index] for index in failure.rows):
+                self._finish(row, "error", row.sampler.problem or NOT_FINITE, blamed=row.blamed)
             sound = [index for index in range(len(rows)) if index not in failure.rows]
             if sound:
                 self._draw([rows[index] for index in sound], logits[sound])
@@ -327,6 +327,7 @@ class TorchEngine:
         *,
         matched: str | int | None = None,
         ending: tuple[TokenLogprob, ...] = (),
+        blamed: str | None = None,
     ) -> None:
         sequence = row.sequence
         if sequence.finish is not None:
@@ -361,6 +362,7 @@ class TorchEngine:
                 ending=ending,
                 segments=tuple(sequence.segments),
                 gates=dict(sequence.gates),
+                blamed=blamed,
             ),
         )
 

@@ -20,6 +20,6 @@ def projection(profile: Profile, residuals: Mapping[int, torch.Tensor]) -> float
     unit = 1.0 if profile.operator == "ablate" else profile.unit
     values = []
     for layer, direction in profile.directions.items():
-        d = direction.to(residuals[layer].device)
-        values.append(float(residuals[layer] @ d) / (unit * max(float(d @ d), 1e-12)))
+        h, d = residuals[layer].double(), direction.to(residuals[layer].device).double()
+        values.append(float(h @ d) / (unit * max(float(d @ d), 1e-12)))
     return sum(values) / len(values)

@@ -186,7 +186,8 @@ class Finished:
     `steered_tokens` counts the positions at which the residual stream was shifted; `cached_tokens` the prompt tokens
     whose KV was reused. `error` is set for reason "error" only. `matched_stop` is the stop string or stop token id
     that ended the text (None for an end-of-sequence token). `segments` tells the mixes, one unless they changed.
-    `ending` is the log-probability of an end-of-sequence or stop token, which is counted but in no Delta.
+    `ending` is the log-probability of an end-of-sequence or stop token, which is counted but in no Delta. `blamed` is
+    the field of the request without which there would be no error; None for a fault of the model or the engine.
     """
 
     reason: FinishReason
@@ -199,6 +200,7 @@ class Finished:
     segments: tuple[Segment, ...] = ()
     gates: Mapping[str, GateDecision] = field(default_factory=dict)  # by profile
     ending: tuple[TokenLogprob, ...] = ()  # one or none
+    blamed: str | None = None
 
 
 Event = PromptLogprobs | Delta | Finished

@@ -35,6 +35,16 @@ class Row:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
     unsteered: torch.Tensor | None = None  # logits of the shadow for the token to be drawn, [vocabulary]
 
+    @property
+    def blamed(self) -> str | None:
+        """Which field of the request is to blame for logits that are no numbers: a constraint that allows nothing, else
+        the strength of what steered; None if neither is."""
+        grammar = self.sequence.request.grammar
+        if grammar is not None and self.sampler.problem is not None:
+            return grammar.constraint.field
+        steered = any(not segment.mixture.is_neutral for segment in self.sequence.segments)
+        return "strength" if steered else None
+
     def score(self, start: int, logits: torch.Tensor) -> list[TokenLogprob]:
         """Log-probabilities of the prompt's tokens that a chunk from `start` on, `[tokens, vocabulary]`, predicts."""
         request = self.sequence.request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -42,7 +43,11 @@ async def compare(body: CompareBody, request: Request, service: ServiceDep, repo
 
 async def _start(body: CompareBody, service: Service) -> Generations:
     engine, sampling = service.engine, body.sampling()
-    timelines = [variant.wanted().timeline(service.registry.find) for variant in body.variants]
+    find = service.registry.find
+    timelines = [
+        variant.wanted().timeline(partial(find, param=f"variants[{place}]"))
+        for place, variant in enumerate(body.variants)
+    ]
     ids = await encode(engine.language_model.tokenizer, body.the_prompt(), body)
     profiles = profiles_of([entry for timeline in timelines for entry in timeline]) if body.projections else ()
     requests = [
@@ -57,7 +62,7 @@ async def _start(body: CompareBody, service: Service) -> Generations:
         )
         for timeline in timelines
     ]
-    return await Generations.run(engine, requests, most=service.most_generations)
+    return await Generations.run(engine, requests, most=service.most_generations, param="variants")
 
 
 def _whole(request: GenerationRequest, result: Result) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -46,7 +47,8 @@ async def generate(
 async def _start(body: GenerateBody, header: str | None, service: Service) -> Generations:
     engine = service.engine
     prompt, sampling, constraint = body.the_prompt(), body.sampling(), body.constraint()
-    timeline = body.wanted_steering(header).timeline(service.registry.find)
+    find = partial(service.registry.find, param="steering" if body.profile is None else "profile")
+    timeline = body.wanted_steering(header).timeline(find)
     ids = await encode(engine.language_model.tokenizer, prompt, body)
     return await Generations.start(
         engine,
@@ -71,4 +73,4 @@ async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIte
             elif isinstance(event, Delta) and (event.text or event.projections):
                 yield frame({**name, "delta": event.text, **told_projections(request, event.projections)})
     except Exception as error:
-        yield frame({**name, **reporter.describe(error)})
+        yield frame(reporter.describe(error))

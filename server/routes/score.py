@@ -14,7 +14,7 @@ from server.engine.protocol import GenerationRequest, SamplingParameters, TokenL
 from server.generations import Generations, Result, new_id
 from server.json_bodies import StrictRoute
 from server.logprobs import finite
-from server.prompts import encode_continuations
+from server.prompts import check_completions, encode_continuations
 from server.receipts import receipt
 from server.schemas.score import ScoreBody
 from server.schemas.steering_answers import ScoreAnswer
@@ -44,6 +44,7 @@ async def _start(body: ScoreBody, service: Service) -> Generations:
     mixture = wanted.resolve(service.registry.find)
     tokenizer = engine.language_model.tokenizer
     prompt, completions = await encode_continuations(tokenizer, body.the_prompt(), body.completions, body)
+    check_completions(completions, engine.language_model.vocab_size)
     requests = [
         GenerationRequest(
             new_id("score"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import torch
 from fastapi import APIRouter, Path
 
 from server.api_document import declare
@@ -11,6 +12,7 @@ from server.dependencies import EngineDep, RegistryDep
 from server.json_bodies import StrictRoute
 from server.schemas.steering_answers import ChangeAnswer, ResolveAnswer
 from server.schemas.steering_requests import ChangeBody, ResolveBody
+from steering_vectors.hooks import shifts_in
 from steering_vectors.mixture import Mixture, Term
 
 GenerationId = Annotated[str, Path(description="As the first event told it.", examples=["gen-c9f0f895"])]
@@ -59,7 +61,7 @@ async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -
         "steering": [
             {**entry, **_details(term)} for entry, term in zip(mixture.receipt(0), mixture.terms, strict=True)
         ],
-        "blocks": _blocks(mixture),
+        "blocks": _blocks(mixture, engine.language_model.dtype),
     }
     if len(timeline) > 1:
         answer["timeline"] = [
@@ -79,12 +81,13 @@ def _details(term: Term) -> dict[str, Any]:
     }
 
 
-def _blocks(mixture: Mixture) -> list[dict[str, Any]]:
-    """Of each block: the norm of the whole mix's shift, the usual norm of the residual there, and their ratio."""
+def _blocks(mixture: Mixture, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Of each block: the norm of the whole mix's shift, the usual norm of the residual there, and their ratio. Raises
+    SteeringError for a shift that the model's dtype does not hold."""
     found = []
-    for layer, shift in sorted(mixture.shifts().items()):
+    for layer, shift in sorted(shifts_in(mixture, dtype).items()):
         usual = next((n for term in mixture.terms if (n := term.profile.residual_norms.get(layer))), None)
-        norm = float(shift.norm())
+        norm = float(shift.double().norm())  # squares of what is finite may not be
         found.append(
             {
                 "block": layer,

@@ -114,6 +114,6 @@ class ErrorDetail(Answer):
 
 
 class ErrorAnswer(Answer):
-    """OpenAI's error object. In a stream that has begun, the same object comes as an event."""
+    """OpenAI's error object. A stream that fails on its way has it as its last event, before any `[DONE]`."""
 
     error: ErrorDetail = Field(description="The error.")

@@ -107,7 +107,7 @@ class ChatBody(OpenAIBody):
     )
 
     messages: list[MessageBody] = Field(description="The conversation; the model writes the next turn.")
-    max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
     logprobs: bool = Field(False, description="Tell the log-probability of each token.")
     top_logprobs: int = Field(
         0, ge=0, le=MOST_LOGPROBS, description="With logprobs: so many of the likeliest tokens at each place."

@@ -23,7 +23,7 @@ def _listed(value: Any) -> Any:
 StopStrings = Annotated[
     list[str], Field(max_length=MOST_STOPS), BeforeValidator(_listed), OrElse({"type": "string", "minLength": 1})
 ]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 

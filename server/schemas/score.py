@@ -33,5 +33,7 @@ class ScoreBody(OnePromptBody):
         """Raises SteeringError for a schedule: nothing is written here."""
         wanted = WantedSteering() if self.steering is None else self.steering.wanted()
         if any(term.schedule is not None for term in wanted.terms):
-            raise SteeringError("given completions are scored under one steering: leave the schedule out")
+            raise SteeringError(
+                "given completions are scored under one steering: leave the schedule out", param="steering.schedule"
+            )
         return wanted

@@ -1,0 +1,117 @@
+"""Made-up requests to a live server for as long as one likes: `make fuzz MINUTES=60`.
+
+Every round has a seed of its own, and two parts: schemathesis, which makes requests from the OpenAPI document and holds
+the answers to it, and bodies that work with something in them changed (`tests.mutations`). The first round in which an
+answer was a 5xx, late or against the document is the last, and tells the requests as curl commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from steering_vectors.models import load_model
+from tests.clients import schemathesis_cli
+from tests.clients.process import serving
+from tests.mutations import as_curl, check, examples, requests
+from tests.serving import save_profiles
+
+PART_SECONDS = 120  # of a round that schemathesis has
+MUTATED = 500  # requests of a round
+PATIENCE = 60.0  # seconds; later than that is never
+WHOLE = ("--output-sanitize", "false", "--output-truncate", "false")  # so that the curl commands repeat what was sent
+JSON = {"content-type": "application/json"}
+
+Part = Callable[[int, float], int]  # from a seed and the seconds left to the number of requests
+
+
+class Found(Exception):
+    """An answer that should not have been; the text tells the request."""
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long to go on.")] = 60.0,
+    first_seed: Annotated[int, typer.Option("--seed", help="The first round's; the next have the next.")] = 1,
+) -> None:
+    start, cases, number = time.monotonic(), 0, first_seed
+    with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as url:
+        parts: list[Part] = [_by_document(url, Path(folder)), _by_mutation(url)]
+        while (left := 60 * minutes - (time.monotonic() - start)) > 0:
+            try:
+                cases += sum(part(number, left) for part in parts)
+            except Found as found:
+                sys.exit(f"round with seed {number}, after {cases} cases:\n{found}")
+            print(f"seed {number}: {cases} cases in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+            number += 1
+    print(f"{number - first_seed} rounds, {cases} cases: no 5xx, nothing late, nothing against the document")
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    profiles = folder / "profiles"
+    profiles.mkdir()
+    save_profiles(profiles, load_model("demo").identity, "warm", "concise", unit=20.0, calibration={"kl_at_1": 0.1})
+    with serving(profiles, folder / "log", *schemathesis_cli.SMALL) as url:
+        yield url
+
+
+def _by_document(url: str, folder: Path) -> Part:
+    report = folder / "report.json"
+
+    def part(number: int, left: float) -> int:
+        seconds = str(max(1, round(min(PART_SECONDS, left))))
+        length = ("--seed", str(number), "--max-time", seconds, "--generation-database", "none")
+        done = schemathesis_cli.run(url, folder, *length, *WHOLE, "--report-json-path", str(report))
+        if done.returncode != 0:
+            raise Found(done.stdout + done.stderr)
+        return int(json.loads(report.read_text(encoding="utf-8"))["test_cases"]["generated"])
+
+    return part
+
+
+def _by_mutation(url: str) -> Part:
+    one_each = httpx.Limits(max_keepalive_connections=0)  # the server closes a connection after a 500
+    client = httpx.Client(base_url=url, timeout=PATIENCE, limits=one_each)
+    known = examples(client.get("/openapi.json").json())
+    kept = settings(
+        max_examples=MUTATED,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+
+    def part(number: int, _left: float) -> int:
+        sent = 0
+
+        @seed(number)
+        @kept
+        @given(request=requests(known))
+        def send(request: tuple[str, bytes]) -> None:
+            nonlocal sent
+            sent += 1
+            path, body = request
+            try:
+                check(client.post(path, content=body, headers=JSON))
+            except (AssertionError, ValueError, httpx.TransportError) as error:
+                raise Found(f"{error!r}\n{as_curl(url, path, body)}") from error
+
+        send()
+        return sent
+
+    return part
+
+
+if __name__ == "__main__":
+    typer.run(main)
