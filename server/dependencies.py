@@ -14,6 +14,7 @@ from server.errors import ErrorReporter
 from server.profiles import ProfileRegistry
 from server.service import Service
 from server.steering import EXAMPLE, HEADER
+from steering_vectors.errors import SteeringError
 
 
 async def _service(request: Request) -> Service:
@@ -38,6 +39,14 @@ SteeringHeader = Annotated[
         alias=HEADER, description="A steering string, for clients that cannot add fields to a body.", examples=[EXAMPLE]
     ),
 ]
+
+
+async def refuse_steering_header(request: Request) -> None:
+    """For routes whose bodies say what steers. Raises SteeringError."""
+    if HEADER in request.headers:
+        raise SteeringError(
+            f"the header {HEADER} does not steer here: leave it out, and say in the body what steers", param="steering"
+        )
 
 
 async def _engine(service: ServiceDep) -> Engine:

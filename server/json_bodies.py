@@ -1,4 +1,5 @@
-"""Reading JSON strictly: NaN, Infinity and halves of surrogate pairs are no JSON, and deep nesting is refused."""
+"""Reading JSON strictly: NaN, Infinity and halves of surrogate pairs are no JSON; deep nesting is refused, and so are
+names that occur twice in one object, of which a parser keeps the last and drops the others."""
 
 from __future__ import annotations
 
@@ -13,10 +14,13 @@ from pydantic_core import from_json
 
 class StrictRequest(Request):
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            read = from_json(body, allow_inf_nan=False)
+            json.loads(body, object_pairs_hook=_refuse_repeated)
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
+        return read
 
 
 class StrictRoute(APIRoute):
@@ -29,3 +33,11 @@ class StrictRoute(APIRoute):
             return await handle(StrictRequest(request.scope, request.receive))
 
         return handle_strictly
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object"
+        )

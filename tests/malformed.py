@@ -454,6 +454,18 @@ CASES = [
         b"warm",
         "both the model's alias 'demo:warm' and the header x-trimtab-steering steer: use only one of them",
     ),
+    *(
+        header(
+            path,
+            body,
+            b"warm",
+            "the header x-trimtab-steering does not steer here: leave it out, and say in the body what steers",
+        )
+        for path, body in (
+            ("/compare", {"prompt": "a", "variants": ["warm"]}),
+            ("/steering/resolve", {"steering": "warm"}),
+        )
+    ),
     # what is no JSON object
     raw("/v1/chat/completions", b'{"model": "demo",', f"{NO_JSON}: EOF while parsing a value at line 1 column 17"),
     raw("/v1/chat/completions", b'{"temperature": NaN}', f"{NO_JSON}: expected value at line 1 column 17"),
@@ -461,6 +473,9 @@ CASES = [
     raw("/v1/completions", b'{"prompt": "\\ud800"}', f"{NO_JSON}: unexpected end of hex escape at line 1 column 19"),
     raw("/v1/completions", b'{"prompt": "\xed\xa0\x80"}', f"{NO_JSON}: invalid unicode code point at line 1 column 13"),
     raw("/v1/completions", '{"prompt": "x"}'.encode("utf-16"), f"{NO_JSON}: expected value at line 1 column 1"),
+    raw(
+        "/generate", b'{"prompt": "a", "seed": 1, "seed": 2}', f"{NO_JSON}: the name 'seed' occurs twice in one object"
+    ),
     raw("/v1/completions", b'{"seed": 007}', f"{NO_JSON}: invalid number at line 1 column 11"),
     raw("/generate", b'{"max_tokens": 1' + b"0" * 5000 + b"}", f"{NO_JSON}: number out of range at line 1 column 4317"),
     raw(

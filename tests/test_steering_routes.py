@@ -221,10 +221,11 @@ def test_schedules_are_read_strictly() -> None:
             Schedule(points)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate", "/score"])
 def test_a_header_steers_clients_that_cannot_add_fields(client: httpx.Client, path: str) -> None:
     prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Hi"}
-    body = {**prompt, "max_tokens": 3, **({"model": "demo"} if "v1" in path else {})}
+    more = {"completions": [" there"]} if "score" in path else {"max_tokens": 3}
+    body = {**prompt, **more, **({"model": "demo"} if "v1" in path else {})}
     header = {"x-trimtab-steering": "warm@0.5+concise@-0.25"}
     told = client.post(path, json=body, headers=header).json()["steering"]
     assert [(one["name"], one["strength"]) for one in told] == [("warm", 0.5), ("concise", -0.25)]

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.answers import ending
 from server.api_document import declare
-from server.dependencies import ReporterDep, ServiceDep
+from server.dependencies import ReporterDep, ServiceDep, refuse_steering_header
 from server.engine.protocol import Delta, Finished, GenerationRequest
 from server.errors import ErrorReporter
 from server.generations import Generations, Result, new_id, profiles_of
@@ -23,7 +23,7 @@ from server.schemas.steering_answers import CompareAnswer, CompareEvent
 from server.service import Service
 from server.streams import EventStreamResponse, frame, while_connected
 
-router = APIRouter(tags=["steering"], route_class=StrictRoute)
+router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Depends(refuse_steering_header)])
 
 
 @router.post(

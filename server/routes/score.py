@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from server.answers import usage
 from server.api_document import declare
-from server.dependencies import ServiceDep
+from server.dependencies import ServiceDep, SteeringHeader
 from server.engine.protocol import GenerationRequest, SamplingParameters, TokenLogprob
 from server.generations import Generations, Result, new_id
 from server.json_bodies import StrictRoute
@@ -27,9 +27,9 @@ NOTHING_WRITTEN = SamplingParameters(max_tokens=0)
 
 
 @router.post("/score", summary="Score given completions", responses=declare(ScoreAnswer, 400, 404, 429, 503))
-async def score(body: ScoreBody, request: Request, service: ServiceDep) -> Response:
+async def score(body: ScoreBody, request: Request, service: ServiceDep, steering: SteeringHeader = None) -> Response:
     """Log-probabilities in nats of each completion's tokens after the prompt."""
-    generations = await _start(body, service)
+    generations = await _start(body, service, steering)
     results = await while_connected(request, generations.results())
     finished = [result.finished for result in results]
     scores = [
@@ -38,9 +38,9 @@ async def score(body: ScoreBody, request: Request, service: ServiceDep) -> Respo
     return JSONResponse({"scores": scores, "usage": usage(finished), "steering": receipt(finished)})
 
 
-async def _start(body: ScoreBody, service: Service) -> Generations:
+async def _start(body: ScoreBody, service: Service, header: str | None) -> Generations:
     engine = service.engine
-    wanted = body.wanted_steering()
+    wanted = body.wanted_steering(header)
     mixture = wanted.resolve(service.registry.find)
     tokenizer = engine.language_model.tokenizer
     prompt, completions = await encode_continuations(tokenizer, body.the_prompt(), body.completions, body)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Depends, Path
 
 from server.api_document import declare
-from server.dependencies import EngineDep, RegistryDep
+from server.dependencies import EngineDep, RegistryDep, refuse_steering_header
 from server.json_bodies import StrictRoute
 from server.schemas.steering_answers import ChangeAnswer, ResolveAnswer
 from server.schemas.steering_requests import ChangeBody, ResolveBody
@@ -17,7 +17,7 @@ from steering_vectors.mixture import Mixture, Term
 
 GenerationId = Annotated[str, Path(description="As the first event told it.", examples=["gen-c9f0f895"])]
 
-router = APIRouter(tags=["steering"], route_class=StrictRoute)
+router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Depends(refuse_steering_header)])
 
 
 @router.patch(

@@ -10,7 +10,7 @@ from server.schemas.body import Examples
 from server.schemas.openai import MOST_LOGPROBS
 from server.schemas.prompts import OnePrompt, OnePromptBody
 from server.schemas.steering import Steering
-from server.steering import WantedSteering
+from server.steering import HEADER, WantedSteering, parse_steering, refuse_two
 from steering_vectors.errors import SteeringError
 
 MOST_COMPLETIONS = 1024
@@ -29,8 +29,12 @@ class ScoreBody(OnePromptBody):
     steering: Steering | None = Field(None, description="What to steer by.")
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS, description="So many of the likeliest tokens at each place.")
 
-    def wanted_steering(self) -> WantedSteering:
-        """Raises SteeringError for a schedule: nothing is written here."""
+    def wanted_steering(self, header: str | None) -> WantedSteering:
+        """Raises SteeringError where the field and the header both steer, and for a schedule: nothing is written."""
+        field = None if self.steering is None else "the field steering"
+        refuse_two(field, None if header is None else f"the header {HEADER}")
+        if header is not None:
+            return WantedSteering(parse_steering(header))
         wanted = WantedSteering() if self.steering is None else self.steering.wanted()
         if any(term.schedule is not None for term in wanted.terms):
             raise SteeringError(
