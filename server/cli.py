@@ -74,6 +74,7 @@ def serve(
     max_queue: Annotated[int | None, flag("max_queue")] = None,
     prefill_chunk: Annotated[int | None, flag("prefill_chunk")] = None,
     prefix_reuse: Annotated[bool | None, flag("prefix_reuse", "--prefix-reuse/--no-prefix-reuse")] = None,
+    cpu_prepack: Annotated[bool | None, flag("cpu_prepack", "--cpu-prepack/--no-cpu-prepack")] = None,
     threads: Annotated[int | None, flag("threads")] = None,
     allow_model_mismatch: Annotated[
         bool | None, flag("allow_model_mismatch", "--allow-model-mismatch/--no-allow-model-mismatch")

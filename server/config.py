@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     prefix_reuse: bool = Field(
         True, description="Keep what was computed of a prompt for others that begin alike and are steered alike."
     )
+    cpu_prepack: bool = Field(
+        False, description="On a CPU, reorder and join the weights of linear layers at start, which makes them faster."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="How many threads torch computes with; else its own.")
     allow_model_mismatch: bool = Field(
         False, description="Serve profiles that were fitted on other weights of the same shape."

@@ -16,6 +16,7 @@ import torch
 
 from server.config import Settings
 from server.engine.engine import TorchEngine
+from server.engine.packing import pack
 from server.engine.protocol import Engine
 from server.profiles import ProfileRegistry
 from server.token_texts import TokenTexts
@@ -121,6 +122,8 @@ def build_engine(settings: Settings) -> Engine:
         torch.set_num_threads(settings.threads)
     _check_device(settings.device)
     language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter)
+    if settings.cpu_prepack:
+        pack(language_model.model)
     return TorchEngine(
         language_model,
         slots=settings.slots,
