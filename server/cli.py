@@ -73,6 +73,7 @@ def serve(
     served_model_name: Annotated[str | None, flag("served_model_name")] = None,
     max_queue: Annotated[int | None, flag("max_queue")] = None,
     prefill_chunk: Annotated[int | None, flag("prefill_chunk")] = None,
+    max_stall_ms: Annotated[float | None, flag("max_stall_ms")] = None,
     prefix_reuse: Annotated[bool | None, flag("prefix_reuse", "--prefix-reuse/--no-prefix-reuse")] = None,
     cpu_prepack: Annotated[bool | None, flag("cpu_prepack", "--cpu-prepack/--no-cpu-prepack")] = None,
     threads: Annotated[int | None, flag("threads")] = None,

@@ -130,6 +130,7 @@ def build_engine(settings: Settings) -> Engine:
         context=settings.context,
         max_queue=settings.max_queue,
         prefill_chunk=settings.prefill_chunk,
+        max_stall_ms=settings.max_stall_ms,
         prefix_reuse=settings.prefix_reuse,
         allow_model_mismatch=settings.allow_model_mismatch,
     )

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from server.engine.pacing import Pace
 from server.engine.protocol import GenerationRequest, SamplingParameters
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import Chunk, Sequence
 
 
 def sequence(name: str, prompt: int) -> Sequence:
@@ -17,8 +18,10 @@ def sequence(name: str, prompt: int) -> Sequence:
 
 def advance(scheduler: Scheduler) -> tuple[list[tuple[int, int, int]], list[int]]:
     """One step in which every finished prompt and every decoding row draws token 0."""
-    prefill, decoding = scheduler.schedule()
-    for chunk in [*prefill, *decoding]:
+    chunks = sorted((chunk for batch in scheduler.schedule() for chunk in batch), key=lambda chunk: chunk.slot)
+    decoding = [chunk for chunk in chunks if chunk.sequence.is_decoding]
+    prefill = [chunk for chunk in chunks if not chunk.sequence.is_decoding]
+    for chunk in chunks:
         draws = chunk.samples
         scheduler.advance(chunk)
         if draws:
@@ -101,3 +104,38 @@ def test_random_lives_leave_every_slot_free(seed: int) -> None:
 def test_steered_positions_are_counted_from_the_last_prompt_token() -> None:
     row = sequence("a", 5)
     assert row.steered_from is None
+
+
+def lengths(passes: list[list[Chunk]]) -> list[list[int]]:
+    return [[len(chunk) for chunk in one] for one in passes]
+
+
+def test_chunks_of_like_length_share_a_pass() -> None:
+    scheduler = Scheduler(slots=6, chunk_tokens=1000)
+    for name, prompt in (("a", 10), ("b", 200), ("c", 12), ("d", 1), ("e", 190), ("f", 11)):
+        scheduler.add(sequence(name, prompt))
+    scheduler.admit()
+    assert lengths(scheduler.schedule()) == [[200, 190], [10, 12, 11], [1]]
+
+
+def test_scored_chunks_have_passes_of_their_own() -> None:
+    scheduler = Scheduler(slots=3, chunk_tokens=1000)
+    scheduler.add(sequence("plain", 10))
+    scheduler.add(Sequence(GenerationRequest("scored", tuple(range(10)), prompt_logprobs=0)))
+    scheduler.add(Sequence(GenerationRequest("one", (5,), prompt_logprobs=0)))
+    scheduler.admit()
+    passes = scheduler.schedule()
+    assert [[chunk.sequence.request.id for chunk in one] for one in passes] == [["scored", "one"], ["plain"]]
+
+
+def test_prompts_take_what_decoding_rows_can_wait_for() -> None:
+    pace = Pace(100, 0.05)
+    scheduler = Scheduler(slots=2, chunk_tokens=100, pace=pace)
+    scheduler.add(sequence("short", 2))
+    scheduler.admit()
+    advance(scheduler)
+    scheduler.add(sequence("long", 500))
+    scheduler.admit()
+    assert [end - start for _, start, end in advance(scheduler)[0]] == [100]  # nothing is known yet
+    pace.note_prompts(100, 0.1)
+    assert [end - start for _, start, end in advance(scheduler)[0]] == [50]

@@ -12,6 +12,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
@@ -29,6 +30,7 @@ from server.engine.constraints import CompiledGrammar, GrammarCompiler, matcher_
 from server.engine.detokenizer import Detokenizer
 from server.engine.grammars import Grammars
 from server.engine.mailbox import Mailbox, Outbox
+from server.engine.pacing import Pace
 from server.engine.passes import Passes
 from server.engine.prefixes import Prefixes
 from server.engine.protocol import (
@@ -73,8 +75,9 @@ class TorchEngine:
 
     `slots` rows run at once and the rest queue, `max_queue` of them at most. `context` None takes the model's own
     limit, at most 4096; more than the model's limit is a ModelError. `prefill_chunk` is the number of prompt tokens
-    computed in one step, for all rows together, while others decode. `prefix_reuse`: whether what is computed of a
-    prompt is kept for others that begin alike and are steered alike.
+    computed at most in one step, for all rows together; and as many as take no longer than `max_stall_ms` while others
+    decode, None for 1.5 times what a token of these takes. `prefix_reuse`: whether what is computed of a prompt is kept
+    for others that begin alike and are steered alike.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class TorchEngine:
         context: int | None = None,
         max_queue: int = DEFAULT_QUEUE,
         prefill_chunk: int = DEFAULT_CHUNK,
+        max_stall_ms: float | None = None,
         prefix_reuse: bool = True,
         allow_model_mismatch: bool = False,
     ) -> None:
@@ -106,7 +110,9 @@ class TorchEngine:
         self._passes = Passes(self._runner)
         chunk = prefill_chunk if self._runner.chunked else self._context * slots
         self._prefixes = Prefixes(slots, self._runner.columns if prefix_reuse else None)
-        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk, prefixes=self._prefixes)
+        stall = math.inf if not self._runner.chunked else None if max_stall_ms is None else max_stall_ms / 1000
+        self._pace = Pace(chunk, stall)
+        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk, prefixes=self._prefixes, pace=self._pace)
         self._rows: dict[str, Row] = {}
         self._live: set[str] = set()
         self._ended: dict[str, None] = {}  # the latest, so that a late change is told from a wrong id
@@ -238,7 +244,7 @@ class TorchEngine:
                 self._finish(self._rows[sequence.request.id], "error", f"{type(error).__name__} while computing a step")
 
     def step(self) -> None:
-        """Admit what waits, then one pass over prompts and one over decoding rows."""
+        """Admit what waits, then the passes over prompts and one over decoding rows."""
         self._counts["steps"] += 1
         for sequence in self._scheduler.admit():
             self._bank.write(sequence.slot, sequence.mixture)
@@ -246,9 +252,16 @@ class TorchEngine:
             if sequence.scheduled and (due := sequence.take_scheduled()) is not None:
                 self._steer(sequence, due)
         for batch in self._scheduler.schedule():
-            for scores in (True, False):
-                if part := [chunk for chunk in batch if chunk.scores is scores]:
-                    self._compute(part, self._score(part) if scores else self._forward(part))
+            began = time.perf_counter()
+            self._compute(batch, self._score(batch) if batch[0].scores else self._forward(batch))
+            self._learn(batch, time.perf_counter() - began)
+
+    def _learn(self, batch: list[Chunk], seconds: float) -> None:
+        tokens = sum(map(len, batch))
+        if tokens == len(batch):
+            self._pace.note_decoding(seconds)
+        else:
+            self._pace.note_prompts(tokens, seconds)
 
     def _forward(self, batch: list[Chunk]) -> torch.Tensor:
         """The logits of each chunk's last token; those of its shadow are left with its row."""

@@ -10,21 +10,26 @@ from __future__ import annotations
 import heapq
 from collections import deque
 
+from server.engine.pacing import Pace
 from server.engine.prefixes import LEAST, Prefixes, Trace
 from server.engine.sequence import Chunk, Sequence
 
 UNDISTURBED = 2
+PASS = 32  # prompt tokens whose computing costs as much as one more pass
 
 
 class Scheduler:
     """Three verbs: `add`, `schedule`, `remove`.
 
-    `chunk_tokens` bounds the prompt tokens computed in one step, so that decoding rows wait no longer than that. While
-    no row decodes it may be `UNDISTURBED` times as many: then only newcomers wait.
+    `chunk_tokens` bounds the prompt tokens computed in one step, and `pace` those in a step in which rows decode. While
+    none does, it may be `UNDISTURBED` times as many: then only newcomers wait.
     """
 
-    def __init__(self, *, slots: int, chunk_tokens: int, prefixes: Prefixes | None = None) -> None:
+    def __init__(
+        self, *, slots: int, chunk_tokens: int, prefixes: Prefixes | None = None, pace: Pace | None = None
+    ) -> None:
         self.num_slots = slots
+        self._pace = pace or Pace(chunk_tokens)
         self._prefixes = prefixes or Prefixes(slots, None)
         self._chunk_tokens = chunk_tokens
         self._free = list(range(slots))
@@ -64,12 +69,17 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def schedule(self) -> tuple[list[Chunk], list[Chunk]]:
-        """The next step: chunks of prompts, and the decoding rows' next tokens; each in order of slot."""
+    def schedule(self) -> list[list[Chunk]]:
+        """The passes of the next step, each with its chunks in order of slot: chunks of prompts, those of like length
+        together, then single tokens, of rows that decode and of prompts that are all but computed."""
         rows = sorted(self._running.values(), key=lambda sequence: sequence.slot)
-        decoding = [Chunk(row, row.computed, len(row.ids)) for row in rows if row.is_decoding]
+        ones = [Chunk(row, row.computed, len(row.ids)) for row in rows if row.is_decoding]
         prompts = [row for row in rows if not row.is_decoding and row.leader is None]
-        return self._prefill(prompts, self._chunk_tokens * (1 if decoding else UNDISTURBED)), decoding
+        chunks = self._prefill(prompts, self._pace.tokens() if ones else self._chunk_tokens * UNDISTURBED)
+        ones += [chunk for chunk in chunks if len(chunk) == 1 and not chunk.scores]
+        passes = _alike([chunk for chunk in chunks if chunk.scores])
+        passes += _alike([chunk for chunk in chunks if len(chunk) > 1 and not chunk.scores])
+        return [sorted(one, key=lambda chunk: chunk.slot) for one in [*passes, ones] if one]
 
     def advance(self, chunk: Chunk) -> None:
         """Note that a chunk's KV has been computed."""
@@ -129,4 +139,18 @@ class Scheduler:
             length = min(share, row.prompt_end - row.computed)
             budget = max(0, budget - length)
             chunks.append(Chunk(row, row.computed, row.computed + length))
-        return sorted(chunks, key=lambda chunk: chunk.slot)
+        return chunks
+
+
+def _alike(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Chunks that are computed together: what pads the shorter ones of a pass costs less than another pass."""
+    passes: list[list[Chunk]] = []
+    padding = 0
+    for chunk in sorted(chunks, key=len, reverse=True):
+        padding += len(passes[-1][0]) - len(chunk) if passes else 0
+        if passes and padding <= PASS:
+            passes[-1].append(chunk)
+        else:
+            passes.append([chunk])
+            padding = 0
+    return passes

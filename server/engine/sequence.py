@@ -161,6 +161,9 @@ class Chunk:
     start: int
     end: int
 
+    def __len__(self) -> int:
+        return self.end - self.start
+
     @property
     def slot(self) -> int:
         return self.sequence.slot
