@@ -1,0 +1,179 @@
+"""What steering costs a decode step: rows × context × how many different steerings they have between them.
+
+    python benchmarks/throughput.py [--model smollm2-135m] [--rows 1,16] [--contexts 32,512] [--steerings 1,4,16]
+
+The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, alternating;
+the ratio is unsteered over steered time, so 1 means that steering is free and .98 that it costs two in a hundred. Of
+each run the median step counts, and of each case the median over pairs. Besides the given numbers of steerings there
+are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows have
+their steerings from among 256 profiles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.decode_steps import Step, TimedEngine
+from benchmarks.shapes import SHAPES, model_of
+from server.engine.packing import pack
+from server.engine.protocol import GenerationRequest, SamplingParameters
+from steering_vectors.mixture import Mixture, Term
+from steering_vectors.models import LanguageModel
+from steering_vectors.profile import Profile
+
+Timeline = Sequence[tuple[int, Mixture]]
+LOADED = 256
+_ids = itertools.count()
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"demo, a directory, or one of {', '.join(SHAPES)}.")] = "smollm2-135m",
+    rows: Annotated[str, typer.Option(help="Rows of a batch, comma-separated.")] = "1,4,16",
+    contexts: Annotated[str, typer.Option(help="Tokens of each prompt, comma-separated.")] = "32,512",
+    steerings: Annotated[str, typer.Option(help="Different steerings, comma-separated.")] = "1,4,16",
+    steps: Annotated[int, typer.Option(help="Tokens of a run.")] = 32,
+    pairs: Annotated[int, typer.Option(help="Pairs of a case.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
+    prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack.")] = True,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time per step against rows and context here.")] = None,
+) -> None:
+    torch.set_num_threads(threads)
+    language_model = model_of(model)
+    if prepack:
+        pack(language_model.model)
+    profiles = [_profile(language_model, seed) for seed in range(LOADED)]
+    cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
+    found = []
+    for batch, context in track(cases, description="measuring"):
+        sides = _sides(profiles, batch, steps, _numbers(steerings))
+        found += asyncio.run(_measure(language_model, sides, batch, context, steps, pairs))
+    figures = {"model": model, "threads": threads, "prepack": prepack, "pairs": pairs, "steps": steps, "cases": found}
+    _show(figures)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+    if plot is not None:
+        _draw(figures, plot)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _profile(model: LanguageModel, seed: int) -> Profile:
+    """A small direction at every block."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = {
+        layer: 1e-2 * torch.randn(model.hidden_size, generator=generator) for layer in range(model.num_layers)
+    }
+    return Profile(f"p{seed}", model.identity, directions, method="random", version=f"{seed:064d}")
+
+
+def _sides(profiles: list[Profile], rows: int, steps: int, steerings: list[int]) -> dict[str, list[Timeline]]:
+    """The rows' timelines, by what the case is called."""
+
+    def of(profile: Profile, strength: float = 1.0) -> Mixture:
+        return Mixture((Term(profile, strength),))
+
+    sides = {
+        f"{count} steerings": [[(0, of(profiles[row % count]))] for row in range(rows)]
+        for count in steerings
+        if count <= rows
+    }
+    sides[f"{LOADED} loaded"] = [[(0, of(profiles[(37 * row) % LOADED]))] for row in range(rows)]
+    sides["changing"] = [
+        [(token, of(profiles[row], 0.5 + token / steps)) for token in range(steps)] for row in range(rows)
+    ]
+    return sides
+
+
+async def _measure(
+    model: LanguageModel, sides: dict[str, list[Timeline]], rows: int, context: int, steps: int, pairs: int
+) -> list[dict[str, Any]]:
+    engine = TimedEngine(model, slots=rows, context=context + steps + 1)
+    plain: list[Timeline] = [[(0, Mixture())]] * rows
+    try:
+        await _run(engine, plain, context, steps)  # the first run computes the prompts and warms up
+        found = []
+        for name, timelines in sides.items():
+            taken = []
+            for pair in range(pairs):
+                order = (plain, timelines) if pair % 2 else (timelines, plain)
+                times = {id(side): await _run(engine, side, context, steps) for side in order}
+                taken.append((times[id(plain)].wall, times[id(timelines)].wall))
+            found.append({"rows": rows, "context": context, "case": name, **_compared(taken)})
+    finally:
+        await engine.close()
+    return found
+
+
+def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = sorted(plain / steered for plain, steered in pairs)
+    return {
+        "unsteered_ms": round(median(plain for plain, _ in pairs), 3),
+        "steered_ms": round(median(steered for _, steered in pairs), 3),
+        "ratio": round(median(ratios), 4),
+        "ratio_range": [round(ratios[0], 4), round(ratios[-1], 4)],
+    }
+
+
+async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int) -> Step:
+    engine.steps.clear()
+    await asyncio.gather(*(_drain(engine, _request(row, one, context, steps)) for row, one in enumerate(timelines)))
+    return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
+
+
+def _request(row: int, timeline: Timeline, context: int, steps: int) -> GenerationRequest:
+    generator = torch.Generator().manual_seed(row)
+    prompt = tuple(torch.randint(3, 1000, (context,), generator=generator).tolist())
+    sampling = SamplingParameters(temperature=0, max_tokens=steps, ignore_eos=True)
+    return GenerationRequest(f"run-{next(_ids)}", prompt, sampling, timeline[0][1], schedule=tuple(timeline[1:]))
+
+
+async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
+    async for _ in engine.generate(request):
+        pass
+
+
+def _show(figures: dict[str, Any]) -> None:
+    table = Table("rows", "context", "case", "unsteered ms", "steered ms", "ratio", "range", title=figures["model"])
+    for one in figures["cases"]:
+        low, high = one["ratio_range"]
+        cells = (one["rows"], one["context"], one["case"], one["unsteered_ms"], one["steered_ms"], one["ratio"])
+        table.add_row(*map(str, cells), f"{low}–{high}")
+    Console().print(table)
+
+
+def _draw(figures: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, (key, other) in zip(axes, (("rows", "context"), ("context", "rows")), strict=True):
+        for value in sorted({one[other] for one in figures["cases"]}):
+            points = {one[key]: one["unsteered_ms"] for one in figures["cases"] if one[other] == value}
+            axis.plot(sorted(points), [points[place] for place in sorted(points)], marker="o", label=f"{other} {value}")
+        axis.set(xlabel=key, ylabel="ms per step", ylim=(0, None))
+        axis.legend(frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
