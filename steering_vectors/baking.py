@@ -34,7 +34,7 @@ def bake(lm: LanguageModel, profile: Profile, strength: float) -> PreTrainedMode
     profile.check_model(lm.identity, allow_mismatch=False)
     if profile.operator != "add":
         raise FitError(f"profile {profile.name!r} ablates, which no constant bias can do: steer by request instead")
-    shifts = Mixture((Term(profile, strength),)).shifts()
+    shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     model = _with_biases(lm.model)
     blocks = find_blocks(model)
     for layer, shift in shifts.items():

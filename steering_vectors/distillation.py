@@ -124,7 +124,7 @@ def distill(
     """
     settings = settings or DistillSettings()
     profile.check_model(lm.identity, allow_mismatch=False)
-    shifts = Mixture((Term(profile, strength),)).shifts()
+    shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     if not shifts:
         raise FitError("at strength 0 there is nothing to distil")
     training, heldout = (_plain(part) for part in _parted(lm, pairs, settings, skip_long_rows))

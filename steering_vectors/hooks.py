@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steering_vectors.errors import FitError, SteeringError
 from steering_vectors.masks import hide
-from steering_vectors.mixture import Mixture
+from steering_vectors.mixture import Mixture, Shifts
 
 Rows = slice | torch.Tensor
 TINY = 1e-12
@@ -104,14 +104,13 @@ class Step:
     where: torch.Tensor | None
 
 
-def shifts_in(
-    mixture: Mixture, dtype: torch.dtype, device: torch.device | str | None = None
-) -> dict[int, torch.Tensor]:
-    """A mix's shifts per block, `[hidden]`, in a model's dtype. Raises SteeringError if one is too large for it."""
-    shifts = {layer: shift.to(device=device, dtype=dtype) for layer, shift in mixture.shifts().items()}
-    if not all(bool(shift.isfinite().all()) for shift in shifts.values()):
+def shifts_in(mixture: Mixture, dtype: torch.dtype, device: torch.device | str | None = None) -> Shifts:
+    """A mix's shifts in a model's dtype. Raises SteeringError if one is too large for it."""
+    shifts = mixture.shifts()
+    rows = shifts.rows.to(device=device, dtype=dtype)
+    if not bool(rows.isfinite().all()):
         raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
-    return shifts
+    return Shifts(shifts.layers, rows)
 
 
 class SteeringBank:
@@ -165,7 +164,7 @@ class SteeringBank:
             handle.remove()
         self._handles.clear()
 
-    def check(self, mixture: Mixture) -> dict[int, torch.Tensor]:
+    def check(self, mixture: Mixture) -> Shifts:
         """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
         return shifts_in(mixture, self._shift.dtype, self._shift.device)
 
@@ -176,9 +175,9 @@ class SteeringBank:
         """
         shifts = self.check(mixture)
         self.clear(row)
-        for layer, shift in shifts.items():
-            self._shift[layer, row] = shift
-        self._shifted[row] = tuple(shifts)
+        if shifts.layers:
+            self._shift[list(shifts.layers), row] = shifts.rows
+        self._shifted[row] = shifts.layers
         if ablations := mixture.ablations():
             device = self._shift.device
             self._ablations[row] = {
@@ -191,8 +190,8 @@ class SteeringBank:
     def clear(self, row: int) -> None:
         """Make a row unsteered."""
         self._busy.subtract(self._layers_of(row))
-        for layer in self._shifted.pop(row, ()):
-            self._shift[layer, row] = 0
+        if layers := self._shifted.pop(row, ()):
+            self._shift[list(layers), row] = 0
         self._ablations.pop(row, None)
         self._preserving.discard(row)
 

@@ -10,12 +10,14 @@ import json
 import math
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from steering_vectors.errors import SteeringError
 from steering_vectors.profile import CHOICES, ApplyTo, Profile
 
+_STACKS: WeakKeyDictionary[Profile, dict[tuple[int, ...] | None, torch.Tensor]] = WeakKeyDictionary()
 ROUNDING = 1e-9  # strengths that add up to the limit but for float rounding are within it
 
 
@@ -49,10 +51,21 @@ class Term:
     def active_layers(self) -> tuple[int, ...]:
         return self.profile.layers if self.layers is None else tuple(sorted(set(self.layers)))
 
-    def shift(self) -> dict[int, torch.Tensor]:
-        """α · unit · direction per block, float32 `[hidden]`."""
+    def shift(self) -> torch.Tensor:
+        """α · unit · direction of each active block, ascending, float32 `[blocks, hidden]`."""
         coefficient = torch.tensor(self.strength * self.profile.unit, dtype=torch.float32)
-        return {layer: coefficient * d for layer, d in self.profile.injected(self.layers).items()}
+        return coefficient * _stacked(self.profile, self.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shifts:
+    """What is added to the residual stream: `rows` float32 `[blocks, hidden]`, in the order of `layers`, ascending."""
+
+    layers: tuple[int, ...]
+    rows: torch.Tensor
+
+    def by_layer(self) -> dict[int, torch.Tensor]:
+        return dict(zip(self.layers, self.rows, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,16 +111,20 @@ class Mixture:
     def _is_idle(self, term: Term) -> bool:
         return term.strength == 0 or term.profile.name in self.closed
 
-    def shifts(self) -> dict[int, torch.Tensor]:
-        """Sum of the additive terms per block, float32 `[hidden]`; blocks without a term are absent.
+    def shifts(self) -> Shifts:
+        """Sum of the additive terms, at the blocks that have one.
 
         An overflow shows as an infinite entry; the bank refuses it.
         """
-        total: dict[int, torch.Tensor] = {}
-        for term in self._active("add"):
-            for layer, shift in term.shift().items():
-                total[layer] = total[layer] + shift if layer in total else shift
-        return total
+        terms = self._active("add")
+        layers = tuple(sorted({layer for term in terms for layer in term.active_layers}))
+        if len(terms) == 1:
+            return Shifts(layers, terms[0].shift())
+        hidden_size = terms[0].profile.model.hidden_size if terms else 0
+        total = torch.zeros(len(layers), hidden_size)
+        for term in terms:
+            total[[layers.index(layer) for layer in term.active_layers]] += term.shift()
+        return Shifts(layers, total)
 
     def ablations(self) -> dict[int, list[tuple[float, torch.Tensor]]]:
         """(β, unit vector `[hidden]`) pairs per block, in the order of the terms."""
@@ -185,3 +202,11 @@ class Mixture:
                 param="steering",
                 code="strength_out_of_range",
             )
+
+
+def _stacked(profile: Profile, layers: tuple[int, ...] | None) -> torch.Tensor:
+    """What one unit injects, `[blocks, hidden]`; kept as long as the profile, since strengths change at every step."""
+    kept = _STACKS.setdefault(profile, {})
+    if layers not in kept:
+        kept[layers] = torch.stack(list(profile.injected(layers).values()))
+    return kept[layers]

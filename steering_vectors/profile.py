@@ -44,7 +44,7 @@ class ModelIdentity:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Profile:
     """One steering profile.
 

@@ -191,7 +191,7 @@ def test_a_mix_is_summed_in_float32_and_cast_once() -> None:
     layers = (0, 1, 2)
     mixture = mix(*((tiny_profile(name=f"p{i}", layers=layers, seed=i, unit=0.37), 0.3) for i in range(5)))
     with banked(model, mixture, dtype=torch.bfloat16) as bank:
-        for layer, total in mixture.shifts().items():
+        for layer, total in mixture.shifts().by_layer().items():
             assert torch.equal(bank.shift[layer, 0], total.to(torch.bfloat16))
         before, _ = outputs(model)
         with bank.step(slice(0, 1)):

@@ -26,20 +26,20 @@ def mix(*terms: tuple[Profile, float], **fields: Any) -> Mixture:
 
 
 def test_a_term_shifts_by_strength_times_unit_times_direction() -> None:
-    shift = Term(WARM, -1.5).shift()
+    shift = mix((WARM, -1.5)).shifts().by_layer()
     assert list(shift) == [0, 2]
     assert all(torch.equal(shift[layer], -0.75 * WARM.directions[layer]) for layer in shift)
 
 
 def test_incremental_terms_are_differenced_before_the_unit_over_their_own_layers() -> None:
-    shift = Term(STEPS, 2.0, (2, 0)).shift()
+    shift = Mixture((Term(STEPS, 2.0, (2, 0)),)).shifts().by_layer()
     assert torch.equal(shift[0], 2.0 * STEPS.directions[0])
     assert torch.equal(shift[2], 2.0 * (STEPS.directions[2] - STEPS.directions[0]))
 
 
 def test_terms_are_summed_in_float32_block_by_block() -> None:
-    shifts = mix((WARM, 0.5), (TERSE, -0.25), (BARE, 1.0)).shifts()
-    assert sorted(shifts) == [0, 1, 2]
+    shifts = mix((WARM, 0.5), (TERSE, -0.25), (BARE, 1.0)).shifts().by_layer()
+    assert list(shifts) == [0, 1, 2]
     assert all(shift.dtype == torch.float32 for shift in shifts.values())
     assert torch.equal(shifts[0], 0.25 * WARM.directions[0])
     assert torch.equal(shifts[2], 0.25 * WARM.directions[2] + -0.5 * TERSE.directions[2])
@@ -132,7 +132,7 @@ def test_the_narrowest_active_profile_limits_a_mix() -> None:
 def test_neutral() -> None:
     for neutral in (Mixture(), mix((WARM, 0.0)), mix((WARM, 0.0), (BARE, 0))):
         assert neutral.is_neutral
-        assert neutral.shifts() == neutral.ablations() == {}
+        assert neutral.shifts().by_layer() == neutral.ablations() == {}
         assert neutral.digest() == ""
     assert not mix((WARM, 0.0), (TERSE, 1e-9)).is_neutral
 
@@ -210,6 +210,6 @@ def test_unequal_digests() -> None:
 @given(st.floats(-1, 1), st.floats(-1, 1))
 def test_a_mix_is_linear_in_its_strengths(warm: float, terse: float) -> None:
     both, alone, other = mix((WARM, warm), (TERSE, terse)), mix((WARM, warm)), mix((TERSE, terse))
-    for layer, shift in both.shifts().items():
-        parts = [part.shifts()[layer] for part in (alone, other) if layer in part.shifts()]
+    for layer, shift in both.shifts().by_layer().items():
+        parts = [part[layer] for part in (alone.shifts().by_layer(), other.shifts().by_layer()) if layer in part]
         torch.testing.assert_close(shift, torch.stack(parts).sum(0))

@@ -52,7 +52,7 @@ def shifted_by_position(timeline: Sequence[tuple[int, Mixture]]) -> Iterator[Non
             hidden = output[0] if isinstance(output, tuple) else output
             hidden = hidden.clone()
             for (start, mixture), end in zip(timeline, ends, strict=True):
-                if layer in (shifts := mixture.shifts()):
+                if layer in (shifts := mixture.shifts().by_layer()):
                     hidden[:, start:end] += shifts[layer]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 

@@ -85,7 +85,7 @@ def _blocks(mixture: Mixture, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Of each block: the norm of the whole mix's shift, the usual norm of the residual there, and their ratio. Raises
     SteeringError for a shift that the model's dtype does not hold."""
     found = []
-    for layer, shift in sorted(shifts_in(mixture, dtype).items()):
+    for layer, shift in shifts_in(mixture, dtype).by_layer().items():
         usual = next((n for term in mixture.terms if (n := term.profile.residual_norms.get(layer))), None)
         norm = float(shift.double().norm())  # squares of what is finite may not be
         found.append(
