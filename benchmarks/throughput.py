@@ -4,7 +4,8 @@
 
 The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, alternating;
 the ratio is unsteered over steered time, so 1 means that steering is free and .98 that it costs two in a hundred. Of
-each run the median step counts, and of each case the median over pairs. Besides the given numbers of steerings there
+each run the median step counts, and of each case the median over pairs; the CPU ratio is that of the engine's thread,
+which other programs disturb less. Besides the given numbers of steerings there
 are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows have
 their steerings from among 256 profiles.
 """
@@ -115,19 +116,20 @@ async def _measure(
             for pair in range(pairs):
                 order = (plain, timelines) if pair % 2 else (timelines, plain)
                 times = {id(side): await _run(engine, side, context, steps) for side in order}
-                taken.append((times[id(plain)].wall, times[id(timelines)].wall))
+                taken.append((times[id(plain)], times[id(timelines)]))
             found.append({"rows": rows, "context": context, "case": name, **_compared(taken)})
     finally:
         await engine.close()
     return found
 
 
-def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    ratios = sorted(plain / steered for plain, steered in pairs)
+def _compared(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
+    ratios = sorted(plain.wall / steered.wall for plain, steered in pairs)
     return {
-        "unsteered_ms": round(median(plain for plain, _ in pairs), 3),
-        "steered_ms": round(median(steered for _, steered in pairs), 3),
+        "unsteered_ms": round(median(plain.wall for plain, _ in pairs), 3),
+        "steered_ms": round(median(steered.wall for _, steered in pairs), 3),
         "ratio": round(median(ratios), 4),
+        "cpu_ratio": round(median(plain.cpu / steered.cpu for plain, steered in pairs), 4),
         "ratio_range": [round(ratios[0], 4), round(ratios[-1], 4)],
     }
 
@@ -151,11 +153,13 @@ async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
 
 
 def _show(figures: dict[str, Any]) -> None:
-    table = Table("rows", "context", "case", "unsteered ms", "steered ms", "ratio", "range", title=figures["model"])
+    table = Table(
+        "rows", "context", "case", "without", "with, ms", "ratio", "range", "CPU ratio", title=figures["model"]
+    )
     for one in figures["cases"]:
         low, high = one["ratio_range"]
         cells = (one["rows"], one["context"], one["case"], one["unsteered_ms"], one["steered_ms"], one["ratio"])
-        table.add_row(*map(str, cells), f"{low}–{high}")
+        table.add_row(*map(str, cells), f"{low}–{high}", str(one["cpu_ratio"]))
     Console().print(table)
 
 
