@@ -48,6 +48,7 @@ def figures(runs: Sequence[Done], spent: Spent) -> dict[str, Any]:
     """Rates a second, milliseconds of waits, and where the processors' time went."""
     check(runs)
     tokens, gaps = sum(done.job.tokens for done in runs), waits(runs)
+    steps = busy_seconds(runs) * len(gaps) / sum(gaps) if gaps else 1.0
     return {
         "requests": len(runs),
         "prompt_tokens": sum(len(done.job.prompt) for done in runs),
@@ -59,7 +60,7 @@ def figures(runs: Sequence[Done], spent: Spent) -> dict[str, Any]:
         "rows": round(sum(gaps) / spent.wall, 2),  # that decode, on average
         "first_token_ms": percentiles(first_waits(runs)),
         "between_tokens_ms": percentiles(gaps),
-        "processors": processors(spent, tokens, len(gaps) and sum(gaps) / len(gaps)),
+        "processors": processors(spent, tokens, steps),
     }
 
 
@@ -70,16 +71,25 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{rank}": round(float(value), 3) for rank, value in zip(PERCENTILES, found, strict=True)}
 
 
-def processors(spent: Spent, tokens: int, gap: float) -> dict[str, Any]:
+def busy_seconds(runs: Sequence[Done]) -> float:
+    """How long at least one request was under way."""
+    total, until = 0.0, float("-inf")
+    for done in sorted(runs, key=lambda done: done.due):
+        total += max(0.0, done.reply.ended - max(done.due, until))
+        until = max(until, done.reply.ended)
+    return total
+
+
+def processors(spent: Spent, tokens: int, steps: float) -> dict[str, Any]:
     """Of each thread: the part of the run in which it computed, milliseconds for 1,000 tokens, and milliseconds in a
-    step, whose length is the mean wait between tokens."""
+    step. A step is taken to last as long as the mean wait between tokens."""
     threads = spent.threads
     parts = {"engine": threads.engine, "event loop": threads.loop, "others": threads.others, "client": spent.client}
     return {
         name: {
             "of_wall": round(seconds / spent.wall, 4),
             "ms_per_1000_tokens": round(1e6 * seconds / tokens, 1),
-            "ms_per_step": round(1e3 * gap * seconds / spent.wall, 4),
+            "ms_per_step": round(1e3 * seconds / steps, 4),
         }
         for name, seconds in parts.items()
     } | {

@@ -1,8 +1,11 @@
 """Load on a live server over HTTP: rates, waits for the first and the next token, and where the time goes.
 
     python benchmarks/server.py --model demo|DIR|SHAPE [--streams 16 | --rate 2] [--requests 128] [--plot FILE.svg]
-    python benchmarks/server.py --against-engine     # tokens a second over HTTP ÷ those of the engine alone, in pairs
-    python benchmarks/server.py --long-prompts       # p99 of the wait between tokens ÷ its median, as prompts arrive
+    python benchmarks/server.py --against-engine
+    python benchmarks/server.py --model SHAPE --context 2048 --long-prompts --completions 512
+
+With `--against-engine`: output tokens a second over HTTP ÷ those of the engine alone, in pairs. With `--long-prompts`:
+p99 of the wait between tokens ÷ its median, while prompts of 1,024 tokens arrive.
 
 Requests are made up (`jobs`): mixed lengths, mixed profiles and strengths, streamed. The server is a process of its
 own, this one its only client, by 127.0.0.1. What threads spend is read from /proc. Without `--rate` streams are closed
@@ -155,13 +158,14 @@ def floor(engine: Alone, tokens: int) -> dict[str, Any]:
 
 
 def stalls(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
-    """Streams by themselves, then again while long prompts arrive, of which one token each is written."""
+    """Streams by themselves, then again while long prompts arrive, of which one token each is written. The streams'
+    own prompts are short, and each writes as much as the longest of `completions`, so that they seldom begin anew."""
     room = int(httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"])
     if room <= plan.long:
         raise typer.BadParameter(f"the context of {room} tokens holds no prompt of {plan.long}: set --long or --model")
     if plan.settings["slots"] <= plan.streams:
         raise typer.BadParameter("long prompts need slots beside those of the streams: more --slots")
-    client, length = plan.client(server), min(512, room - STEADY)
+    client, length = plan.client(server), min(plan.completions[1], room - STEADY)
     quiet, spent = client.timed(client.streams(steady(plan.target, length, plan.streams, seed=1), plan.streams))
     coming = make_jobs(plan.target, plan.arrivals, prompts=(plan.long,) * 2, completions=(1, 1), seed=2)
     (done, arrived), both = client.timed(_disturbed(client, plan, length, coming))

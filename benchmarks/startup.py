@@ -5,7 +5,7 @@
 The floor is a process that imports torch and transformers and loads the same model by `from_pretrained`. Both run
 alternately, each as a new process; medians are quoted. A server is ready when it says so and /ready agrees; it says so
 on stdout, so that nobody asks it while it loads. Memory is the resident set: when ready, and when every slot has been
-filled up to its context (the cache is memory only where it was written), over weights and cache by their shapes.
+filled up to its context; over weights and cache by their shapes, both of which are there from the beginning.
 `--cold` drops the files of all packages and of the model from the page cache first, as far as no running process has
 them mapped.
 """
@@ -46,7 +46,7 @@ FLOOR = """
 import sys, time
 began = time.perf_counter()
 import torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 imported = time.perf_counter()
 torch.set_num_threads(int(sys.argv[3]))
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -65,7 +65,7 @@ note("the command line")
 import torch
 note("torch")
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 note("transformers")
 import server.app
 note("the rest of the server")
@@ -145,7 +145,7 @@ def start_server(settings: Mapping[str, Any], *, fill: bool) -> Started:
     environment = {**os.environ, **{f"TRIMTAB_{key.upper()}": str(value) for key, value in settings.items()}}
     began = time.perf_counter()
     with process([*SERVER, "--port", str(port)], env=environment) as server:
-        with connected(port) as connection:
+        with connected(port, server) as connection:
             listens = time.perf_counter() - began
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
             connection.recv(1)  # once it has imported everything
@@ -188,15 +188,15 @@ def process(command: list[str], env: dict[str, str]) -> Iterator[Any]:
 
 
 @contextmanager
-def connected(port: int) -> Iterator[socket.socket]:
+def connected(port: int, server: subprocess.Popen[str]) -> Iterator[socket.socket]:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
             connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
             break
         except ConnectionRefusedError:
-            if time.monotonic() > deadline:
-                raise
+            if time.monotonic() > deadline or server.poll() is not None:
+                raise RuntimeError("the server ended, or took too long to listen") from None
             time.sleep(0.01)
     with connection:
         yield connection
@@ -295,10 +295,11 @@ def show(figures: dict[str, Any]) -> None:
 def show_memory(console: Console, figures: dict[str, Any]) -> None:
     held, resident = figures["bytes"], figures["resident"]
     table = Table(title=f"MiB; weights {held['weights'] / MIB:.1f}, cache {held['cache'] / MIB:.1f}")
-    for column in ("process", "resident", "of it no file's", "peak", "resident, less weights and cache"):
+    for column in ("process", "resident", "of it no file's", "peak", "resident less weights and cache"):
         table.add_column(column, justify="left" if column == "process" else "right")
-    for name, counted in {"ready": held["weights"], "filled": sum(held.values()), "floor": held["weights"]}.items():
-        if found := resident[name]:
+    for name, found in resident.items():
+        if found:
+            counted = held["weights"] if name == "floor" else sum(held.values())
             table.add_row(name, *(f"{value / MIB:.0f}" for value in (*found.values(), found["all"] - counted)))
     console.print(table)
 

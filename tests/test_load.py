@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from benchmarks.jobs import Job, Target, lengths_of, make_jobs
-from benchmarks.latencies import check, figures
+from benchmarks.latencies import busy_seconds, check, figures
 from benchmarks.load import Client
 from benchmarks.serving import Server
 from server.engine.engine import TorchEngine
@@ -40,6 +40,8 @@ def test_load(client: httpx.Client, target: Target, route: str, rate: float | No
     assert sorted(one.job.seed for one in done) == sorted(job.seed for job in jobs)
     assert found["output_tokens"] == sum(job.tokens for job in jobs)
     assert found["first_token_ms"]["p50"] > 0
+    assert 0 < busy_seconds(done) <= spent.wall
+    assert busy_seconds(done[:1]) == done[0].reply.ended - done[0].due
     assert found["processors"]["engine"]["of_wall"] > 0
     done[0] = replace(done[0], job=replace(done[0].job, tokens=99))
     with pytest.raises(RuntimeError, match="and 99 tokens were asked for"):
