@@ -28,6 +28,11 @@ LIMITS = httpx.Limits(max_connections=CONCURRENCY)
 @dataclass(frozen=True, slots=True)
 class Server:
     url: str
+    pid: int
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     def generate_all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """POST every body to /generate, `CONCURRENCY` at a time; answers in the order of the bodies."""
@@ -66,7 +71,7 @@ def serving(model: str, profiles: Path, **settings: Any) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(url, process)
-        yield Server(url)
+        yield Server(url, process.pid)
     finally:
         process.terminate()
         process.wait(30)

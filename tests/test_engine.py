@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,13 @@ def test_a_steering_counts_its_positions(language_model: LanguageModel) -> None:
     )
     # The last token that is drawn is never fed to the model.
     assert (generated.end.steered_tokens, everywhere.end.steered_tokens, idle.end.steered_tokens) == (8, 17, 0)
+
+
+def test_its_thread_is_known_by_name(language_model: LanguageModel) -> None:
+    async def main() -> None:
+        async with running(language_model) as engine:
+            await outcome(engine, request(prompts(language_model, [5])[0]))
+            names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+            assert "trimtab-engine\n" in names
+
+    asyncio.run(main())

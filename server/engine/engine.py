@@ -11,6 +11,8 @@ import math
 import queue
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -209,6 +211,7 @@ class TorchEngine:
     # What the engine's thread does.
 
     def _run(self) -> None:
+        _show_name()
         with torch.inference_mode():
             while not self._closing:
                 self._take_commands(wait=not self._scheduler.has_work)
@@ -275,6 +278,12 @@ class TorchEngine:
                 self._commands.get_nowait()()
             except queue.Empty:
                 return
+
+
+def _show_name() -> None:
+    """Let `top -H`, py-spy and /proc know this thread by its name, which Python keeps to itself before 3.14."""
+    with suppress(OSError):
+        Path("/proc/thread-self/comm").write_text(threading.current_thread().name)
 
 
 def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | Exception) -> None:

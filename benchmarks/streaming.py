@@ -1,0 +1,69 @@
+"""A client of streams that costs little: HTTP/1.1 over one kept connection, each event with the time it came.
+
+Events are read when all is over, so that measuring does not take the processor from what is measured. Speaks with our
+own server only: answers in chunks, an event in each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+PREFIX = b"data: "
+LAST = b"[DONE]"
+
+
+@dataclass(slots=True)
+class Reply:
+    """Seconds on this process's clock."""
+
+    sent: float
+    frames: list[tuple[float, bytes]] = field(default_factory=list)
+
+    @property
+    def ended(self) -> float:
+        return self.frames[-1][0]
+
+    def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Raises RuntimeError for an event that tells of an error."""
+        for came, frame in self.frames:
+            for line in frame.splitlines():
+                if line.startswith(PREFIX) and line != PREFIX + LAST:
+                    event = json.loads(line[len(PREFIX) :])
+                    if "error" in event:
+                        raise RuntimeError(f"a stream ended in an error: {event['error']}")
+                    yield came, event
+
+
+class Connection:
+    """`async with Connection(port) as connection:` one request after the other."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def __aenter__(self) -> Connection:
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    async def stream(self, path: str, body: bytes) -> Reply:
+        """POST and read to the end. Raises RuntimeError for any status but 200."""
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        reply = Reply(perf_counter())
+        self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        headers = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        if b" 200 " not in headers.split(b"\r\n", 1)[0] or b"transfer-encoding: chunked" not in headers:
+            raise RuntimeError(f"{path}: {headers.decode()}{(await self._reader.read(2000)).decode()}")
+        while size := int(await self._reader.readline(), 16):
+            reply.frames.append((perf_counter(), (await self._reader.readexactly(size + 2))[:-2]))
+        await self._reader.readline()
+        return reply
