@@ -7,12 +7,14 @@ sliding, chunked), evaluated at each row's own positions, so stock models run un
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -55,8 +57,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         slots, columns = self._shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(slots, key_states.shape[1], columns, key_states.shape[3])
-        self.values = value_states.new_zeros(slots, value_states.shape[1], columns, value_states.shape[3])
+        self.keys = _zeros((slots, key_states.shape[1], columns, key_states.shape[3]), key_states)
+        self.values = _zeros((slots, value_states.shape[1], columns, value_states.shape[3]), value_states)
         self.is_initialized = True
 
     def update(
@@ -118,6 +120,14 @@ class SlotCache(Cache):  # type: ignore[misc]
             if layer.is_initialized:
                 layer.keys[slot] = 0
                 layer.values[slot] = 0
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros that take no memory on a CPU until they are written: torch's own are written at once."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    flat = torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8))
+    return flat.view(like.dtype).view(shape)
 
 
 def active_span() -> Span:
