@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.config import PREFIX, Settings, load_settings
-from server.listener import Server, listen, url_of
+from server.listener import Server, listen, run_in_loop, url_of
 from steering_vectors.cli import FAILED, INTERRUPTED, register
 from steering_vectors.errors import TrimtabError
 
@@ -88,7 +88,7 @@ def serve(
     settings = load_settings(given)
     _log(settings.log_level)
     with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
-        asyncio.run(_serve(settings, listener))
+        run_in_loop(_serve(settings, listener))
 
 
 @app.command()

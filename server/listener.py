@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -44,6 +45,20 @@ def listen(host: str, port: int) -> socket.socket:
 def url_of(host: str, listener: socket.socket) -> str:
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run until it ends, in uvloop's event loop where that is installed: it writes to sockets at half the cost."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # not made for every platform
+        return None
+    return new_event_loop
 
 
 class Server(uvicorn.Server):

@@ -21,7 +21,7 @@ from server.app import create_app
 from server.config import Settings
 from server.engine.engine import TorchEngine
 from server.engine.protocol import Engine
-from server.listener import GRACE_SECONDS, Server, listen, url_of
+from server.listener import GRACE_SECONDS, Server, listen, run_in_loop, url_of
 from steering_vectors.models import load_model
 from steering_vectors.profile import ModelIdentity, Profile
 from steering_vectors.storage import save_profile
@@ -60,7 +60,7 @@ def live_server(
     listener = listen("127.0.0.1", 0)
     app = create_app(Settings(profiles=profiles, **settings), engine)
     server = Server(app, end=engine.close, grace=grace)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), name="live-server")
+    thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
     thread.start()
     try:
         with httpx.Client(base_url=url_of("127.0.0.1", listener), timeout=PATIENCE) as client:
