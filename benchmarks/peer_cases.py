@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
@@ -55,6 +56,9 @@ class Kind:
     venv: str | None = None
     arguments: tuple[str, ...] = ()
     commands: tuple[str, ...] = ("tokens", "decode", "prefill")
+
+    def command(self, python: Path) -> tuple[str, ...]:
+        return (str(python), self.script, *self.arguments)
 
 
 OURS = Kind("peer_trimtab.py", commands=("tokens", "decode", "prefill", "steered"))

@@ -28,7 +28,9 @@ class Library:
     def __init__(self, setup: Setup) -> None:
         self.version = f"{self.package} {version(self.package)}, transformers {transformers.__version__}"
         torch.set_num_threads(setup.threads)
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, torch_dtype=torch.bfloat16).eval()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            setup.model, config=_config(setup.model), torch_dtype=torch.bfloat16
+        ).eval()
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = 0
         self._blocks = self._model.config.num_hidden_layers
@@ -56,6 +58,15 @@ class Library:
     def _generate(self, directions: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         """Generate with `directions[l]` added to the output of block l."""
         raise NotImplementedError
+
+
+def _config(model: str) -> Any:
+    """The model's configuration, also where transformers is older than the name under which the base of its rotary
+    embedding is kept."""
+    config = transformers.AutoConfig.from_pretrained(model)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        config.rope_theta = config.rope_parameters["rope_theta"]
+    return config
 
 
 class Repeng(Library):

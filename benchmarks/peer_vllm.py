@@ -25,6 +25,7 @@ class Vllm:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{setup.threads - 1}",
+            "VLLM_CACHE_ROOT": f"{sys.prefix}/cache",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }

@@ -71,6 +71,8 @@ def main(
     if install:
         raise typer.Exit(_install(chosen, venvs))
     wanted = [case_of(name) for name in cases.split(",")]
+    if chart is not None and all(case.command != "decode" for case in wanted):
+        raise typer.BadParameter("--plot draws decode steps: add a case like B16P512 to --cases")
     with tempfile.TemporaryDirectory() as scratch:
         setup = _setup(shape, Path(scratch), wanted, steps, threads, steering)
         run = Run(wanted, pairs, steps, setup, venvs.absolute(), Path(scratch))
@@ -123,6 +125,7 @@ def _compare(run: Run, name: str, kind: Kind) -> None:
     """Measure one peer in all the cases it can be asked; what fails is noted, and the next peer's turn comes."""
     cases = [case for case in run.cases if case.command in kind.commands]
     python = Path(sys.executable) if kind.venv is None else VENVS[kind.venv].python(run.venvs)
+    variables = {} if kind.venv is None else VENVS[kind.venv].environment(run.venvs)
     if not cases:
         return
     if python is None:
@@ -131,8 +134,8 @@ def _compare(run: Run, name: str, kind: Kind) -> None:
         return
     try:
         with (
-            running(Path(sys.executable), OURS.script, OURS.arguments, run.setup, run.logs / "ours.log") as ours,
-            running(python, kind.script, kind.arguments, run.setup, run.logs / f"{name}.log") as theirs,
+            running(OURS.command(Path(sys.executable)), run.setup, run.logs / "ours.log") as ours,
+            running(kind.command(python), run.setup, run.logs / f"{name}.log", variables) as theirs,
         ):
             comparison = Comparison(name, ours, theirs, run.steps)
             run.versions |= {"trimtab": ours.version, name: theirs.version}
