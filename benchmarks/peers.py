@@ -78,12 +78,13 @@ def main(
         run = Run(wanted, pairs, steps, setup, venvs.absolute(), Path(scratch))
         for name, kind in chosen.items():
             _compare(run, name, kind)
-    show(run.outcomes, f"{shape}, bfloat16, {threads} threads, medians of {pairs} pairs", run.agreement)
+    if run.outcomes:
+        show(run.outcomes, f"{shape}, bfloat16, {threads} threads, medians of {pairs} pairs", run.agreement)
     for name, why in run.failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     if out is not None:
         out.write_text(json.dumps(_record(run, shape), indent=1) + "\n")
-    if chart is not None:
+    if chart is not None and any(outcome.unit == "ms" for outcome in run.outcomes):
         plot(run.outcomes, chart)
     raise typer.Exit(1 if run.failed else 0)
 
