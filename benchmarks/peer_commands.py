@@ -42,7 +42,8 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`rows` prompts of `context` random ids each, to which `new` tokens are added."""
+    """`rows` prompts of `context` random ids each, to which `new` tokens are added. Batches that differ in anything
+    have no prompt's beginning in common, so that no cache of beginnings helps."""
 
     rows: int
     context: int
@@ -52,7 +53,7 @@ class Batch:
 
     @property
     def prompts(self) -> list[list[int]]:
-        draw = random.Random(self.seed)
+        draw = random.Random(f"{self.seed} {self.rows} {self.context} {self.new}")
         return [[draw.randrange(FIRST_ID, self.vocabulary) for _ in range(self.context)] for _ in range(self.rows)]
 
 

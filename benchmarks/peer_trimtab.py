@@ -21,7 +21,7 @@ from benchmarks.peer_commands import Batch, Setup, serve, timed
 from server.engine.engine import DEFAULT_CHUNK, TorchEngine
 from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters
 from steering_vectors.mixture import Mixture, Term
-from steering_vectors.models import load_model
+from steering_vectors.models import LanguageModel, load_model
 from steering_vectors.profile import Profile
 
 STRENGTH = 0.02
@@ -44,17 +44,8 @@ class Trimtab:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         language_model = load_model(setup.model, dtype="bfloat16")
-        draw = torch.Generator().manual_seed(0)
-        self._steering = [Mixture()] * setup.rows
-        if setup.steered:
-            blocks = range(language_model.num_layers)
-            self._steering = [
-                Mixture((Term(Profile(f"row-{row}", language_model.identity, directions, method="random"), 1.0),))
-                for row in range(setup.rows)
-                for directions in [
-                    {block: STRENGTH * torch.randn(language_model.hidden_size, generator=draw) for block in blocks}
-                ]
-            ]
+        self._steering = _steerings(language_model, setup.rows)
+        self._decoding = self._steering if setup.steered else [Mixture()] * setup.rows
         length = setup.length + setup.rows * setup.length // DEFAULT_CHUNK
         self._engine = TimedEngine(language_model, slots=setup.rows, context=length)
         self.version = f"trimtab ({self._engine.stats().path})"
@@ -64,7 +55,7 @@ class Trimtab:
         """Rows begin one after another, as their prompts are computed: the first writes more than is measured."""
         self._engine.ends.clear()
         begun_early = batch.rows * batch.context // DEFAULT_CHUNK + 1
-        self._run(batch, batch.new + begun_early)
+        self._run(batch, batch.new + begun_early, self._decoding)
         ends = self._engine.ends
         return [
             after[0] - before[0]
@@ -73,17 +64,15 @@ class Trimtab:
         ][: batch.new]
 
     def prefill(self, batch: Batch) -> float:
-        return timed(lambda: self._run(batch, batch.new))
+        return timed(lambda: self._run(batch, batch.new, self._decoding))
 
     def tokens(self, batch: Batch) -> list[list[int]]:
-        return self._run(batch, batch.new, steered=False)
+        return self._run(batch, batch.new, [Mixture()] * batch.rows)
 
     def steered(self, batch: Batch) -> float:
-        return timed(lambda: self._run(batch, batch.new))
+        return timed(lambda: self._run(batch, batch.new, self._steering))
 
-    def _run(self, batch: Batch, new: int, *, steered: bool = True) -> list[list[int]]:
-        steering = self._steering if steered else [Mixture()] * batch.rows
-
+    def _run(self, batch: Batch, new: int, steering: list[Mixture]) -> list[list[int]]:
         async def all_rows() -> list[list[int]]:
             return list(await asyncio.gather(*self._rows(batch, new, steering)))
 
@@ -104,6 +93,17 @@ class Trimtab:
             elif isinstance(event, Finished) and event.reason != "length":
                 raise RuntimeError(f"a row ended with {event.reason}: {event.error}")
         return written
+
+
+def _steerings(language_model: LanguageModel, rows: int) -> list[Mixture]:
+    """A random direction at every block, other ones for each row."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (rows, language_model.num_layers, language_model.hidden_size)
+    profiles = [
+        Profile(f"row-{row}", language_model.identity, dict(enumerate(directions)), method="random")
+        for row, directions in enumerate(STRENGTH * torch.randn(shape, generator=draw))
+    ]
+    return [Mixture((Term(profile, 1.0),)) for profile in profiles]
 
 
 if __name__ == "__main__":
