@@ -1,0 +1,96 @@
+"""How a comparison with peers is shown: a table, and a chart of milliseconds a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+OURS = "trimtab"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One case against one peer: what each of a pair's sides took, in the case's unit, pair by pair."""
+
+    peer: str
+    case: str
+    unit: str
+    ours: tuple[float, ...]
+    theirs: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        return sorted(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        ratios = self.ratios
+        return {
+            "peer": self.peer,
+            "case": self.case,
+            "unit": self.unit,
+            "ours": median(self.ours),
+            "theirs": median(self.theirs),
+            "ratio": median(ratios),
+            "ratio_range": [ratios[0], ratios[-1]],
+            "pairs": [list(pair) for pair in zip(self.ours, self.theirs, strict=True)],
+        }
+
+
+def show(outcomes: Sequence[Outcome], title: str, agreement: Mapping[str, float]) -> None:
+    """A row for each outcome. `agreement`: the share of tokens on which a peer agrees with ours."""
+    table = Table(title=title, caption="ours ÷ peer's: below 1 is better for ms, above 1 for tok/s")
+    for column in ("peer", "case", "unit", "ours", "peer's", "ours ÷ peer's (range)", "agree"):
+        table.add_column(column, justify="left" if column in ("peer", "case", "unit") else "right")
+    for outcome in outcomes:
+        found = outcome.summary
+        low, high = found["ratio_range"]
+        table.add_row(
+            outcome.peer,
+            outcome.case,
+            outcome.unit,
+            f"{found['ours']:.4g}",
+            f"{found['theirs']:.4g}",
+            f"{found['ratio']:.3f} ({low:.3f}–{high:.3f})",
+            f"{agreement[outcome.peer]:.0%}",
+        )
+    Console(width=120).print(table)
+
+
+def plot(outcomes: Sequence[Outcome], file: Path) -> None:
+    """Bars of a step's milliseconds by case; ours is the median over all its pairs of the case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    decoded = [outcome for outcome in outcomes if outcome.unit == "ms"]
+    cases = list(dict.fromkeys(outcome.case for outcome in decoded))
+    peers = [OURS, *dict.fromkeys(outcome.peer for outcome in decoded)]
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    width = 0.8 / len(peers)
+    for number, peer in enumerate(peers):
+        heights = [_height(decoded, case, peer) for case in cases]
+        places = [place + (number - (len(peers) - 1) / 2) * width for place in range(len(cases))]
+        axes.bar(places, heights, width, label=peer, color="#c44e20" if peer == OURS else f"{0.25 + 0.12 * number:.2f}")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("milliseconds a step")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def _height(outcomes: Sequence[Outcome], case: str, peer: str) -> float:
+    """The median in milliseconds; nothing where the peer was not measured."""
+    found = [outcome for outcome in outcomes if outcome.case == case]
+    if peer == OURS:
+        return median(value for outcome in found for value in outcome.ours)
+    return next((median(outcome.theirs) for outcome in found if outcome.peer == peer), float("nan"))
