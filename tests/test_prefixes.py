@@ -222,6 +222,17 @@ def test_what_is_displaced_moves_to_the_slot_that_is_missed_least() -> None:
     assert oldest.cached == 0
 
 
+def test_what_was_only_scored_is_not_kept_for_long() -> None:
+    run = Run(2)
+    talk = list(range(1, 31))
+    run.run(run.add(talk))
+    for base in (100, 200, 300):
+        run.run(run.add([base + place for place in range(20)], prompt_logprobs=0))
+    again = run.add([*talk, 1])
+    run.run(again)
+    assert again.cached == 30
+
+
 @pytest.mark.parametrize("unseen", [{"prompt_logprobs": 0}])
 def test_what_must_be_seen_is_computed(unseen: dict[str, object]) -> None:
     run = Run(2)

@@ -16,7 +16,7 @@ from torch import nn
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import trace_inputs
 
-ROWS = 16  # that the order is chosen for; any other number works too
+ROWS = 1  # that the order is chosen for; it is no worse for sixteen, measured
 DTYPES = (torch.bfloat16, torch.float32)
 TOLERANCE = 0.03  # relative error of logits: sums in another order, in bfloat16
 REMEDY = "leave --cpu-prepack out"

@@ -96,10 +96,11 @@ class Prefixes:
     def forget(self, slot: int) -> None:
         self._traces[slot] = Trace()
 
-    def release(self, slot: int) -> None:
-        """Nothing runs in a slot any more; what it holds is kept until the slot is needed."""
+    def release(self, slot: int, *, continued: bool = True) -> None:
+        """Nothing runs in a slot any more; what it holds is kept until the slot is needed, and longer than that, in
+        another one, if it is likely to be continued."""
         self._clock += 1
-        self._used[slot] = self._clock
+        self._used[slot] = self._clock if continued else 0
 
     def longest(self, wanted: Trace) -> tuple[int, int]:
         """The slot that shares most with what is wanted, and how much; the latest used among equals."""
@@ -129,7 +130,7 @@ class Prefixes:
             self._swap(slot, source)
             return
         target = min((other for other in free if other not in (slot, source)), key=self._worth, default=slot)
-        if target != slot and self._worth(target) < self._worth(slot):
+        if target != slot and self._worth(target)[0] < self._worth(slot)[0]:
             self._move(slot, target, len(held))
             self._used[target] = self._used[slot]
 

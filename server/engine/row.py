@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -45,14 +46,6 @@ class Row:
         steered = any(not segment.mixture.is_neutral for segment in self.sequence.segments)
         return "strength" if steered else None
 
-    def score(self, start: int, logits: torch.Tensor) -> list[TokenLogprob]:
-        """Log-probabilities of the prompt's tokens that a chunk from `start` on, `[tokens, vocabulary]`, predicts."""
-        request = self.sequence.request
-        targets = request.prompt_ids[start + 1 : start + 1 + len(logits)]
-        found = token_logprobs(logits[: len(targets)], targets, [request.prompt_logprobs or 0] * len(targets))
-        self.scores += found
-        return found
-
     def decide(self, sums: Residuals) -> bool:
         """Add a chunk's summed residuals to what decides the prompt's gates; decide them, and tell so, once all but the
         prompt's last token are in."""
@@ -64,6 +57,25 @@ class Row:
         means = {name: total / sequence.computed for name, total in self.sums.items()}
         sequence.decide({name: _decided(gate, means[name]) for name, gate in sequence.undecided.items()})
         return True
+
+
+def score(rows: Sequence[Row], starts: Sequence[int], found: Sequence[torch.Tensor]) -> list[list[TokenLogprob]]:
+    """Log-probabilities of the prompts' tokens that chunks predict, whose logits `[tokens, vocabulary]` begin at these
+    positions; they are added to the rows' scores."""
+    targets: list[int] = []
+    tops: list[int] = []
+    parts: list[torch.Tensor] = []
+    for row, start, logits in zip(rows, starts, found, strict=True):
+        request = row.sequence.request
+        wanted = request.prompt_ids[start + 1 : start + 1 + len(logits)]
+        targets += wanted
+        tops += [request.prompt_logprobs or 0] * len(wanted)
+        parts.append(logits[: len(wanted)])
+    told = iter(token_logprobs(torch.cat(parts), targets, tops))
+    scores = [list(islice(told, len(part))) for part in parts]
+    for row, new in zip(rows, scores, strict=True):
+        row.scores += new
+    return scores
 
 
 @dataclass(frozen=True, slots=True)

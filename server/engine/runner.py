@@ -23,7 +23,7 @@ from steering_vectors.errors import ModelError
 from steering_vectors.hooks import PositionSelector, SteeringBank, record
 from steering_vectors.models import LanguageModel
 
-BUCKET = 64  # columns read are rounded up to a multiple of this
+BUCKET = 16  # columns read are rounded up to a multiple of this
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from server.engine.prefixes import LEAST, Prefixes, Trace
 from server.engine.sequence import Chunk, Sequence
 
 UNDISTURBED = 2
-PASS = 32  # prompt tokens whose computing costs as much as one more pass
+PASS = 128  # prompt tokens whose computing costs as much as one more pass, roughly
 
 
 class Scheduler:
@@ -97,7 +97,10 @@ class Scheduler:
             return
         for slot in sequence.slots:
             heapq.heappush(self._free, slot)
-            self._prefixes.release(slot) if sound else self._prefixes.forget(slot)
+            if sound:
+                self._prefixes.release(slot, continued=sequence.continued)
+            else:
+                self._prefixes.forget(slot)
 
     def running_sequences(self) -> list[Sequence]:
         return list(self._running.values())
@@ -124,7 +127,7 @@ class Scheduler:
         """The earlier sequence whose prompt, still to be computed, has most in common with a prompt, and how much."""
         leader, most = None, 0
         for other in self._running.values():
-            if other is sequence or not self._prefixes.shares:
+            if other is sequence or not self._prefixes.shares or not len(wanted):
                 break
             if not other.is_decoding and (shared := other.prompt_trace.shared(wanted)) > most:
                 leader, most = other, shared
@@ -143,14 +146,17 @@ class Scheduler:
 
 
 def _alike(chunks: list[Chunk]) -> list[list[Chunk]]:
-    """Chunks that are computed together: what pads the shorter ones of a pass costs less than another pass."""
-    passes: list[list[Chunk]] = []
-    padding = 0
-    for chunk in sorted(chunks, key=len, reverse=True):
-        padding += len(passes[-1][0]) - len(chunk) if passes else 0
-        if passes and padding <= PASS:
-            passes[-1].append(chunk)
-        else:
-            passes.append([chunk])
-            padding = 0
+    """Chunks that are computed together, so that what pads the shorter ones and the passes themselves cost least."""
+    ordered = sorted(chunks, key=len, reverse=True)
+    count = len(ordered)
+    costs, ends = [0] * (count + 1), [0] * count  # of the chunks from each one on, and where its pass ends
+    for first in reversed(range(count)):
+        width = len(ordered[first])
+        costs[first], ends[first] = min(
+            (PASS + (end - first) * width + costs[end], end) for end in range(first + 1, count + 1)
+        )
+    passes, first = [], 0
+    while first < count:
+        passes.append(ordered[first : ends[first]])
+        first = ends[first]
     return passes

@@ -109,6 +109,11 @@ class Sequence:
         return trace.head(self.prompt_length - max(1 + self.request.given, steered))
 
     @property
+    def continued(self) -> bool:
+        """Whether another request is likely to begin with this text: not one that only tells how likely it is."""
+        return self.request.prompt_logprobs is None or self.request.given > 0
+
+    @property
     def prompt_trace(self) -> Trace:
         """What the prompt's KV is made from, as it is steered now."""
         return Trace.of(self.ids[: self.prompt_length], self.steered_from, self.digest)

@@ -19,7 +19,7 @@ from server.engine.mailbox import Outbox
 from server.engine.pacing import Pace
 from server.engine.passes import Passes
 from server.engine.protocol import Delta, Finished, FinishReason, PromptLogprobs, SteeringChange, TokenLogprob
-from server.engine.row import Row, Told, tell
+from server.engine.row import Row, Told, score, tell
 from server.engine.runner import Runner
 from server.engine.sampling import NonFiniteLogits, sample
 from server.engine.scheduler import Scheduler
@@ -98,9 +98,10 @@ class Steps:
     def _score(self, batch: list[Chunk]) -> torch.Tensor:
         """Note the log-probabilities of prompts' tokens; the logits of each chunk's last token."""
         found = self._passes.forward_all(batch)
-        for chunk, logits in zip(batch, found, strict=True):
-            row = self._row(chunk)
-            if any(math.isnan(one.logprob) for one in row.score(chunk.scored_from, logits)):
+        rows = [self._row(chunk) for chunk in batch]
+        told = score(rows, [chunk.scored_from for chunk in batch], found)
+        for chunk, row, scores in zip(batch, rows, told, strict=True):
+            if any(math.isnan(one.logprob) for one in scores):
                 self.finish(row, "error", NOT_FINITE, blamed=row.blamed)
             elif chunk.end == chunk.sequence.prompt_length:
                 self.outbox.put(row.mailbox, PromptLogprobs(tuple(row.scores)))
