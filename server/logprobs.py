@@ -56,6 +56,8 @@ class CompletionLogprobs:
 
     def _alternatives(self, one: TokenLogprob) -> dict[str, float]:
         """The likeliest tokens and the chosen one; of tokens that read alike the likelier counts."""
+        if not one.top:
+            return {self._texts.text_of(one.token_id): finite(one.logprob)}
         found: dict[str, float] = {}
         for token_id, logprob in (*one.top, (one.token_id, one.logprob)):
             found.setdefault(self._texts.text_of(token_id), finite(logprob))

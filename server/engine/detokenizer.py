@@ -51,16 +51,26 @@ class Detokenizer:
     end at the same character, the longest counts. `matched_stop` is then set, and no text follows.
     """
 
-    __slots__ = ("_context", "_context_text", "_open", "_reading", "_stops", "_tokenizer", "_unsettled_prompt")
+    __slots__ = (
+        "_context",
+        "_context_text",
+        "_open",
+        "_prompt_ids",
+        "_reading",
+        "_stops",
+        "_tokenizer",
+        "_unsettled_prompt",
+    )
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._reading = _reading(tokenizer)
         self._stops = _StopStrings(stop)
         self._open: list[int] = []  # tokens whose text may still change
-        self._context = self._reading.end_of(prompt_ids)
-        self._context_text = _decode(tokenizer, self._context)
-        self._unsettled_prompt = self._settled(self._context_text) != self._context_text
+        self._prompt_ids: Sequence[int] | None = prompt_ids  # until there is text: many requests only score
+        self._context: list[int] = []
+        self._context_text = ""
+        self._unsettled_prompt = False
 
     @property
     def matched_stop(self) -> str | None:
@@ -79,9 +89,19 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The rest of the text. Nothing may be pushed afterwards."""
-        rest = self._stops.push(self._advance(len(self._open), str))
+        silent = self._prompt_ids is not None and not self._open
+        rest = "" if silent else self._stops.push(self._advance(len(self._open), str))
         self._context, self._context_text = [], ""
         return rest + self._stops.finish()
+
+    def _read_prompt(self) -> None:
+        """Make the prompt's end the first context."""
+        if self._prompt_ids is None:
+            return
+        self._context = self._reading.end_of(self._prompt_ids)
+        self._context_text = _decode(self._tokenizer, self._context)
+        self._unsettled_prompt = self._settled(self._context_text) != self._context_text
+        self._prompt_ids = None
 
     def _settled(self, text: str) -> str:
         """Without a last character that may be an incomplete one."""
@@ -89,6 +109,7 @@ class Detokenizer:
 
     def _advance(self, count: int, visible: Callable[[str], str]) -> str:
         """Move `count` open tokens into the context; returns what `visible` lets see of the text they add."""
+        self._read_prompt()
         context = self._context + self._open[:count]
         del self._open[:count]
         text = _decode(self._tokenizer, context)

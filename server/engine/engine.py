@@ -89,6 +89,7 @@ class TorchEngine:
         self._max_queue = max_queue
         self._allow_model_mismatch = allow_model_mismatch
         self._eos_ids = eos_ids(language_model)
+        self._vocab_size = language_model.vocab_size
         self._grammars = Grammars(GrammarCompiler(language_model.tokenizer, self._eos_ids))
         self._bank = SteeringBank(
             language_model.blocks,
@@ -132,7 +133,7 @@ class TorchEngine:
             sequence=Sequence(request),
             sampler=RowSampler(
                 request.sampling,
-                vocab_size=self._language_model.vocab_size,
+                vocab_size=self._vocab_size,
                 eos_ids=self._eos_ids,
                 prompt_ids=request.prompt_ids,
                 choice=request.choice,
@@ -196,9 +197,9 @@ class TorchEngine:
             raise Unavailable("the engine is shut down")
         if request.id in self._live:
             raise Conflict(f"a generation with id {request.id!r} is running already", param="id")
-        vocabulary, writes = self._language_model.vocab_size, request.sampling.max_tokens != 0
+        vocabulary, writes = self._vocab_size, request.sampling.max_tokens != 0
         check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
-        check_vocabulary(request.sampling, self._language_model.vocab_size)
+        check_vocabulary(request.sampling, self._vocab_size)
         check_options(request, slots=self._scheduler.num_slots)
         for profile in request.projections:
             self.load_profile(profile)

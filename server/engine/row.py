@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 
@@ -62,19 +61,14 @@ class Row:
 def score(rows: Sequence[Row], starts: Sequence[int], found: Sequence[torch.Tensor]) -> list[list[TokenLogprob]]:
     """Log-probabilities of the prompts' tokens that chunks predict, whose logits `[tokens, vocabulary]` begin at these
     positions; they are added to the rows' scores."""
-    targets: list[int] = []
-    tops: list[int] = []
-    parts: list[torch.Tensor] = []
+    scores = []
     for row, start, logits in zip(rows, starts, found, strict=True):
         request = row.sequence.request
         wanted = request.prompt_ids[start + 1 : start + 1 + len(logits)]
-        targets += wanted
-        tops += [request.prompt_logprobs or 0] * len(wanted)
-        parts.append(logits[: len(wanted)])
-    told = iter(token_logprobs(torch.cat(parts), targets, tops))
-    scores = [list(islice(told, len(part))) for part in parts]
-    for row, new in zip(rows, scores, strict=True):
+        # a row at a time: what the caches hold is read twice at the price of once
+        new = token_logprobs(logits[: len(wanted)], wanted, [request.prompt_logprobs or 0] * len(wanted))
         row.scores += new
+        scores.append(new)
     return scores
 
 
