@@ -23,6 +23,7 @@ from benchmarks.thread_times import ThreadTimes, thread_times
 from server.config import Settings
 from server.engine.engine import TorchEngine
 from server.engine.protocol import GenerationRequest
+from server.engine.threads import run_apart
 from server.service import build_engine
 from steering_vectors.storage import load_profile
 
@@ -71,7 +72,7 @@ def engine_alone(target: Target, **settings: Any) -> Iterator[EngineAlone]:
 
 
 async def _serve(settings: Settings) -> None:
-    engine = build_engine(settings)
+    engine = run_apart(lambda: build_engine(settings))
     assert isinstance(engine, TorchEngine)
     profiles = {path.stem: load_profile(path) for path in settings.profiles.iterdir()}
     while line := await asyncio.to_thread(sys.stdin.readline):

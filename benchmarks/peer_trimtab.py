@@ -21,6 +21,7 @@ from benchmarks.peer_commands import Batch, Setup, serve, timed
 from server.engine.engine import DEFAULT_CHUNK, TorchEngine
 from server.engine.packing import pack
 from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters
+from server.engine.threads import run_apart
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel, load_model
 from steering_vectors.profile import Profile
@@ -42,11 +43,16 @@ class TimedEngine(TorchEngine):
         self.ends.append((time.perf_counter(), found.generated_tokens, found.prompt_tokens))
 
 
+def _loaded(model: str) -> LanguageModel:
+    language_model = load_model(model, dtype="bfloat16")
+    pack(language_model.model)
+    return language_model
+
+
 class Trimtab:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
-        language_model = load_model(setup.model, dtype="bfloat16")
-        pack(language_model.model)
+        language_model = run_apart(lambda: _loaded(setup.model))
         self._steering = _steerings(language_model, setup.rows)
         self._decoding = self._steering if setup.steered else [Mixture()] * setup.rows
         length = setup.length + setup.rows * setup.length // DEFAULT_CHUNK

@@ -33,6 +33,7 @@ from benchmarks.decode_steps import Step, TimedEngine
 from benchmarks.shapes import SHAPES, model_of
 from server.engine.packing import pack
 from server.engine.protocol import GenerationRequest, SamplingParameters
+from server.engine.threads import run_apart
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
@@ -55,9 +56,7 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw time per step against rows and context here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    language_model = model_of(model)
-    if prepack:
-        pack(language_model.model)
+    language_model = run_apart(lambda: _loaded(model, prepack=prepack))
     profiles = [_profile(language_model, seed) for seed in range(LOADED)]
     cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
     found = []
@@ -70,6 +69,13 @@ def main(
         out.write_text(json.dumps(figures, indent=1) + "\n")
     if plot is not None:
         _draw(figures, plot)
+
+
+def _loaded(model: str, *, prepack: bool) -> LanguageModel:
+    language_model = model_of(model)
+    if prepack:
+        pack(language_model.model)
+    return language_model
 
 
 def _numbers(text: str) -> list[int]:

@@ -155,11 +155,20 @@ async def _announce(service: Service, url: str, stop: Callable[[], None]) -> Non
     except Exception:
         stop()
         raise
-    gc.collect()
-    gc.freeze()  # a million objects that stay: looking through them again costs a stream a tenth of a second
+    _settle()
     count = len(service.registry.served)
     profiles = "1 profile" if count == 1 else f"{count} profiles"
     print(f"trimtab serves {service.model_name} with {profiles} on {url}", flush=True)
+
+
+def _settle() -> None:
+    """What is loaded stays: leave its million objects out of garbage collections, which would hold up streams. And
+    what the event loop computes is small: the processors are the engine's, whose thread has its own number."""
+    import torch
+
+    gc.collect()
+    gc.freeze()
+    torch.set_num_threads(1)
 
 
 def _log(level: str) -> None:

@@ -59,7 +59,9 @@ class Settings(BaseSettings):
         True, description="Keep what was computed of a prompt for others that begin alike and are steered alike."
     )
     cpu_prepack: bool = Field(
-        False, description="On a CPU, reorder and join the weights of linear layers at start, which makes them faster."
+        False,
+        description="On a CPU, reorder and join the weights of linear layers at start and fuse the blocks between them "
+        "where their kind is known: several times as fast in bfloat16.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="How many threads torch computes with; else its own.")
     allow_model_mismatch: bool = Field(

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -18,6 +18,7 @@ from server.config import Settings
 from server.engine.engine import TorchEngine
 from server.engine.packing import pack
 from server.engine.protocol import Engine
+from server.engine.threads import run_apart
 from server.profiles import ProfileRegistry
 from server.token_texts import TokenTexts
 from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
@@ -99,7 +100,7 @@ class Service:
         try:
             self._engine = self._given
             if self._engine is None:
-                self._engine = await asyncio.to_thread(build_engine, self.settings)
+                self._engine = await asyncio.to_thread(run_apart, partial(build_engine, self.settings))
             self._registry = ProfileRegistry(self.settings.profiles, self._engine)
             await self._registry.start()
         except Exception as error:

@@ -46,8 +46,8 @@ def test_layers_of_one_input_are_one_product() -> None:
     packed = pack(model)
     blocks = len(model.model.layers)
     assert (packed.layers, packed.products) == (7 * blocks + 1, 4 * blocks + 1)
-    assert attention.q_proj._product is attention.k_proj._product is attention.v_proj._product
-    assert mlp.gate_proj._product is mlp.up_proj._product is not mlp.down_proj._product
+    assert attention.q_proj.product is attention.k_proj.product is attention.v_proj.product
+    assert mlp.gate_proj.product is mlp.up_proj.product is not mlp.down_proj.product
 
 
 def test_parts_are_of_the_input_at_hand() -> None:

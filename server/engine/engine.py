@@ -43,6 +43,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.selection import choose_runner
 from server.engine.sequence import Sequence
 from server.engine.steps import Steps
+from server.engine.threads import run_apart
 from steering_vectors.errors import (
     Conflict,
     Overloaded,
@@ -99,7 +100,7 @@ class TorchEngine:
             device=language_model.device,
         )
         self._bank.attach()
-        self._runner = choose_runner(language_model, self._bank, context=self._context)
+        self._runner = run_apart(lambda: choose_runner(language_model, self._bank, context=self._context))
         chunk = prefill_chunk if self._runner.chunked else self._context * slots
         self._prefixes = Prefixes(slots, self._runner.columns if prefix_reuse else None)
         stall = math.inf if not self._runner.chunked else None if max_stall_ms is None else max_stall_ms / 1000
@@ -110,6 +111,7 @@ class TorchEngine:
         self._ended: dict[str, None] = {}  # the latest, so that a late change is told from a wrong id
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
+        self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
         self._thread.start()
 
@@ -213,6 +215,7 @@ class TorchEngine:
 
     def _run(self) -> None:
         _show_name()
+        torch.set_num_threads(self._threads)  # of this thread: others may be given fewer
         with torch.inference_mode():
             while not self._closing:
                 self._take_commands(wait=not self._scheduler.has_work)

@@ -1,4 +1,4 @@
-"""Linear layers as oneDNN wants them: weights reordered once, and layers that read the same input joined into one.
+"""Linear layers as a processor wants them: weights reordered once, layers that read the same input joined into one.
 
 For a CPU. A plain bf16 matrix-vector product reads memory at half the rate of one over a reordered weight, and one wide
 product costs less than several narrow ones. Owns the swap of modules, decided by a dry run, not by names. Knows nothing
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from server.engine.cpu.weights import PackedWeight, pack_weight
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import trace_inputs
 
-ROWS = 1  # that the order is chosen for; it is no worse for sixteen, measured
 DTYPES = (torch.bfloat16, torch.float32)
 TOLERANCE = 0.03  # relative error of logits: sums in another order, in bfloat16
 REMEDY = "leave --cpu-prepack out"
@@ -37,18 +37,16 @@ class _Product:
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self._bias = _joined_bias(layers)
         self._sizes = [layer.out_features for layer in layers]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+        self.weight = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
     def part(self, index: int, given: torch.Tensor) -> torch.Tensor:
         if len(self._sizes) == 1:
-            return self._compute(given)
+            return self.weight.product(given)
         if self._input is not given or self._parts[index] is None:
-            self._input, self._parts = given, list(torch.split(self._compute(given), self._sizes, dim=-1))
+            self._input, self._parts = given, list(torch.split(self.weight.product(given), self._sizes, dim=-1))
         part = self._parts[index]
         assert part is not None
         self._parts[index] = None
@@ -56,9 +54,13 @@ class _Product:
             self._input = None
         return part
 
-    def _compute(self, given: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(given, self._weight, self._bias, "none", [], "")
-        return found
+
+def joined_weight(layers: Sequence[PackedLinear]) -> PackedWeight:
+    """The weight of these layers together. Raises ModelError if they were not packed as one, in this order."""
+    products = {layer.product for layer in layers}
+    if len(products) != 1 or [layer.index for layer in layers] != list(range(len(layers))):
+        raise ModelError("these layers do not share one weight")
+    return products.pop().weight
 
 
 class PackedLinear(nn.Module):
@@ -67,10 +69,10 @@ class PackedLinear(nn.Module):
     def __init__(self, layer: nn.Linear, product: _Product, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._product, self._index = product, index
+        self.product, self.index = product, index
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return self._product.part(self._index, given)
+        return self.product.part(self.index, given)
 
 
 def pack(model: nn.Module) -> Packed:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from server.engine.cpu.blocks import fuse
 from server.engine.kv_cache import Rows, SlotCache, Span, install_row_masks
 from server.engine.prefixes import Columns
 from steering_vectors.errors import ModelError
@@ -53,7 +54,7 @@ class Runner(ABC):
     `residuals` those at each row's last token of its latest pass, in `sums` the sum over that pass's tokens.
     """
 
-    path: ClassVar[str]
+    path: str
     chunked: bool = True  # whether a prompt may be computed in pieces
 
     def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
@@ -104,11 +105,12 @@ class Runner(ABC):
 
 
 class BatchedRunner(Runner):
-    """All rows in one forward pass over the slot cache."""
+    """All rows in one forward pass over the slot cache; `fused`: with the blocks' own forward replaced where `fuse`
+    knows a faster one. Raises ModelError if it knows none."""
 
     path = "batched"
 
-    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
+    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int, fused: bool = False) -> None:
         super().__init__(language_model, bank, context=context)
         projection = self.model.get_output_embeddings()
         if projection is None:
@@ -118,6 +120,9 @@ class BatchedRunner(Runner):
         self.cache = SlotCache(layers=layers, slots=bank.num_rows, context=context)
         self._selector = PositionSelector(projection)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self._fused = fuse(self._blocks) if fused else []
+        if self._fused:
+            self.path = "batched, fused blocks"
 
     def forward(self, batch: Items[Work]) -> torch.Tensor:
         width = max(len(work.ids) for work in batch)
@@ -159,6 +164,8 @@ class BatchedRunner(Runner):
 
     def close(self) -> None:
         self._selector.remove()
+        for block in self._fused:
+            block.detach()
 
     def _rows(self, batch: Items[Work], width: int) -> tuple[Rows, list[Work]]:
         """The batch's slots, as a slice where that is possible: reading the cache is then a view, not a copy.

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from server.engine.cpu.blocks import can_fuse
 from server.engine.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work, last_logits
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import SteeringBank
@@ -28,7 +29,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 def choose_runner(language_model: LanguageModel, bank: SteeringBank, *, context: int) -> Runner:
     """The fastest runner whose logits agree with the plain model. Raises ModelError if none does."""
+    fused = [lambda: BatchedRunner(language_model, bank, context=context, fused=True)]
     candidates: list[Callable[[], Runner]] = [
+        *(fused if can_fuse(language_model.blocks) else []),
         lambda: BatchedRunner(language_model, bank, context=context),
         lambda: RowRunner(language_model, bank, context=context, chunked=True),
         lambda: RowRunner(language_model, bank, context=context, chunked=False),

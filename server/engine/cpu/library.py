@@ -1,0 +1,195 @@
+"""The compiled kernels of this package: which of them this processor can run, and calling them with tensors.
+
+Owns the border to C: pointers, sizes and their checks. They are compiled when the package is installed, where there is
+a compiler; `load` is None where there is none, or where the processor is another, and everything works without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("avx512_bf16", "avx2")  # the better one first
+SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+LANES = 16  # outputs in a block of a packed weight
+LARGEST_HEAD = 512
+
+
+class _Attention(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "heads", "groups", "size", "columns", "length")),
+        *((name, c_float) for name in ("scaling", "epsilon")),
+    ]
+
+
+class _Product(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "weight", "bias", "added", "out")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs")),
+    ]
+
+
+@cache
+def load() -> Kernels | None:
+    """The best kernels that this processor runs, loaded once; None if there are none."""
+    for name in NAMES:
+        path = _path(name)
+        if path is None or not _runs(name):
+            continue
+        try:
+            return Kernels(path)
+        except OSError as error:  # compiled against another OpenMP than torch's
+            logger.warning("the kernels in %s cannot be loaded: %s", path.name, error)
+    return None
+
+
+def _path(name: str) -> Path | None:
+    places = (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((place for place in places if place.exists()), None)
+
+
+def _runs(name: str) -> bool:
+    """Whether the processor has the instructions, as Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    needed = {"avx2", "fma"} if name == "avx2" else {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+    return needed <= flags
+
+
+class Kernels:
+    """Functions over contiguous tensors of one dtype, bfloat16 or float32, on a CPU."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: most calls take microseconds
+        self.has_products = bool(library.has_products())
+        self._norm = {dtype: getattr(library, f"norm_{suffix}") for dtype, suffix in SUFFIXES.items()}
+        self._gated = {dtype: getattr(library, f"gated_{suffix}") for dtype, suffix in SUFFIXES.items()}
+        unlocked = ctypes.CDLL(str(path))
+        self._attend = {dtype: getattr(unlocked, f"attend_{suffix}") for dtype, suffix in SUFFIXES.items()}
+        for norm, gated, attend in zip(self._norm.values(), self._gated.values(), self._attend.values(), strict=True):
+            norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float]
+            gated.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+            attend.argtypes = [POINTER(_Attention), *[c_void_p] * 11]
+            norm.restype = gated.restype = attend.restype = None
+        if self.has_products:
+            self._product = unlocked.product
+            self._product.argtypes, self._product.restype = [POINTER(_Product)], None
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Root mean square normalisation of the last dimension."""
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self._norm[x.dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon)
+        return out
+
+    def gated(self, both: torch.Tensor) -> torch.Tensor:
+        """silu(g) · u of `[…, 2n]`, where g is the first half of the last dimension and u the second."""
+        size = both.shape[-1] // 2
+        out = both.new_empty((*both.shape[:-1], size))
+        self._gated[both.dtype](both.data_ptr(), out.data_ptr(), out.numel() // size, size)
+        return out
+
+    def attend(
+        self,
+        heads: Heads,
+        joined: torch.Tensor,
+        turn: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        columns: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of one new token a row, `[rows, 1, heads · size]`.
+
+        `joined` `[rows, 1, (heads + 2 · groups) · size]` are queries, keys and values before their position is turned
+        in by `turn`, cosines and sines `[rows, 1, size]`. Keys and values go to `columns` `[rows, 1]` of `slots`
+        `[rows, 1]` in the cache `[slots, groups, columns, size]`. `mask` bool `[rows, 1, 1, length]` tells the columns
+        that a row sees, its new one among them.
+        """
+        cosines, sines = turn
+        out = joined.new_empty((*joined.shape[:-1], heads.heads * heads.size))
+        described = _Attention(
+            joined.shape[0],
+            heads.heads,
+            heads.groups,
+            heads.size,
+            keys.shape[2],
+            mask.shape[-1],
+            heads.scaling,
+            heads.epsilon,
+        )
+        self._attend[joined.dtype](
+            described,
+            joined.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            None if heads.query_norm is None else heads.query_norm.data_ptr(),
+            None if heads.key_norm is None else heads.key_norm.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            slots.data_ptr(),
+            columns.data_ptr(),
+            mask.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """A bfloat16 weight `[outputs, inputs]` in the order in which `product` reads it, filled up with zeros to whole
+        blocks of outputs; the number of inputs is even."""
+        outputs, inputs = weight.shape
+        blocks = -(-outputs // LANES)
+        whole = torch.zeros(blocks * LANES, inputs, dtype=torch.bfloat16)
+        whole[:outputs] = weight
+        return whole.view(blocks, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
+
+    def product(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        outputs: int,
+        bias: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x Wᵀ + bias, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        out = x.new_empty((*x.shape[:-1], outputs))
+        self._product(
+            _Product(
+                x.data_ptr(),
+                packed.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                None if added is None else added.data_ptr(),
+                out.data_ptr(),
+                x.numel() // x.shape[-1],
+                x.shape[-1],
+                outputs,
+            )
+        )
+        return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """One block's attention: `heads` of queries share `groups` of keys and values, each of `size` numbers; the weights
+    of the norms of single heads, where the model has them, and their epsilon."""
+
+    heads: int
+    groups: int
+    size: int
+    scaling: float
+    query_norm: torch.Tensor | None = None
+    key_norm: torch.Tensor | None = None
+    epsilon: float = 0.0

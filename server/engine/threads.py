@@ -1,0 +1,28 @@
+"""Which threads torch's parallel sections may use.
+
+GNU's OpenMP keeps a team of workers for every thread that ever began a parallel section, and lets workers wait awake
+only while all teams together are no more than the processors: a second team makes every section wait for workers to be
+woken, 50 µs each. So one thread alone, the engine's, has a team that lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def run_apart(work: Callable[[], Result]) -> Result:
+    """Run `work` in a thread that ends with it, and so does its team. Raises what it raises."""
+    threads = torch.get_num_threads()
+
+    def with_threads() -> Result:
+        torch.set_num_threads(threads)
+        return work()
+
+    with ThreadPoolExecutor(1) as once:
+        return once.submit(with_threads).result()
