@@ -53,7 +53,7 @@ class Trimtab:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         language_model = run_apart(lambda: _loaded(setup.model))
-        self._steering = _steerings(language_model, setup.rows)
+        self._steering = run_apart(lambda: _steerings(language_model, setup.rows))
         self._decoding = self._steering if setup.steered else [Mixture()] * setup.rows
         length = setup.length + setup.rows * setup.length // DEFAULT_CHUNK
         self._engine = TimedEngine(language_model, slots=setup.rows, context=length, max_stall_ms=PATIENCE_MS)

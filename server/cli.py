@@ -133,12 +133,16 @@ def main() -> None:
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     """Serve until told to stop. Raises what went wrong if the model or the profiles cannot be loaded."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+    # the processors are the engine's alone; see server.engine.threads
+    settings = settings.model_copy(update={"threads": settings.threads or torch.get_num_threads()})
+    torch.set_num_threads(1)
     application = create_app(settings)
     service = application.state.service
     server = Server(application, end=service.close, access_log=settings.log_level == "debug")
@@ -162,13 +166,9 @@ async def _announce(service: Service, url: str, stop: Callable[[], None]) -> Non
 
 
 def _settle() -> None:
-    """What is loaded stays: leave its million objects out of garbage collections, which would hold up streams. And
-    what the event loop computes is small: the processors are the engine's, whose thread has its own number."""
-    import torch
-
+    """What is loaded stays: leave its million objects out of garbage collections, which would hold up streams."""
     gc.collect()
     gc.freeze()
-    torch.set_num_threads(1)
 
 
 def _log(level: str) -> None:

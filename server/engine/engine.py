@@ -112,8 +112,10 @@ class TorchEngine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._closing = False
         self._threads = torch.get_num_threads()
+        self._begun = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
         self._thread.start()
+        self._begun.wait()
 
     # What the event loop calls.
 
@@ -216,6 +218,7 @@ class TorchEngine:
     def _run(self) -> None:
         _show_name()
         torch.set_num_threads(self._threads)  # of this thread: others may be given fewer
+        self._begun.set()
         with torch.inference_mode():
             while not self._closing:
                 self._take_commands(wait=not self._scheduler.has_work)

@@ -17,12 +17,19 @@ Result = TypeVar("Result")
 
 
 def run_apart(work: Callable[[], Result]) -> Result:
-    """Run `work` in a thread that ends with it, and so does its team. Raises what it raises."""
+    """Run `work` in a thread that ends with it, and so does its team. Raises what it raises.
+
+    torch's number of threads is each thread's own, and what one sets is the default of those that come later: that is
+    left as it was.
+    """
     threads = torch.get_num_threads()
 
     def with_threads() -> Result:
         torch.set_num_threads(threads)
         return work()
 
-    with ThreadPoolExecutor(1) as once:
-        return once.submit(with_threads).result()
+    try:
+        with ThreadPoolExecutor(1) as once:
+            return once.submit(with_threads).result()
+    finally:
+        torch.set_num_threads(threads)
