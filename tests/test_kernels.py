@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -64,56 +65,94 @@ def test_what_is_no_number_stays_none() -> None:
     assert kernels().gated(both.bfloat16()).isnan().all()
 
 
-def rotated(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """`[rows, heads, size]` as Llama's code turns it."""
+def rotated(x: torch.Tensor, turn: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[…, size]` as Llama's code turns it."""
     cosines, sines = turn
     one, other = x.chunk(2, dim=-1)
     return x * cosines + torch.cat([-other, one], dim=-1) * sines
 
 
-@DTYPES
-@pytest.mark.parametrize(("heads", "groups", "size"), [(9, 3, 64), (14, 2, 64), (4, 4, 32), (8, 1, 24), (4, 2, 128)])
-@pytest.mark.parametrize("norms", [False, True])
-def test_attention_is_torchs(dtype: torch.dtype, heads: int, groups: int, size: int, norms: bool) -> None:
-    rows, length, slots = 4, 75, 6
-    joined = draw(rows, 1, (heads + 2 * groups) * size, dtype=dtype)
-    turn = (draw(rows, 1, size, dtype=dtype, seed=1), draw(rows, 1, size, dtype=dtype, seed=2))
-    keys, values = (draw(slots, groups, 90, size, dtype=dtype, seed=seed) for seed in (3, 4))
-    keys[:, :, 80:] = float("nan")  # nobody looks there
-    values[:, :, 80:] = float("nan")
-    where, columns = torch.tensor([[5], [0], [3], [2]]), torch.tensor([[74], [20], [0], [33]])
-    places = torch.arange(length)
-    mask = (places <= columns)[:, None, None]
-    mask[1, ..., :7] = False  # a window
-    mask[3, ..., 5] = False  # a hole
-    scaling, weights = size**-0.5, [draw(size, dtype=dtype, seed=seed) for seed in (5, 6)]
-    described = Heads(heads, groups, size, scaling, *(weights if norms else (None, None)), epsilon=1e-6)
+HEADS = pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(9, 3, 64), (14, 2, 64), (4, 4, 32), (8, 1, 24), (4, 2, 128)]
+)
+LENGTH = 75
 
-    queries, new_keys, new_values = joined.view(rows, -1, size).split([heads, groups, groups], dim=1)
-    if norms:
-        queries, new_keys = (
-            kernels().norm(x.contiguous(), weight, 1e-6) for x, weight in zip((queries, new_keys), weights, strict=True)
-        )
+
+def assert_attends(described: Heads, where: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor) -> None:
+    """Attention of bfloat16 or float32 tokens whose keys go to `columns` `[rows, queries]` of the slots `where`."""
+    dtype = torch.float32 if described.query_norm is None else described.query_norm.dtype
+    (rows, queries), (heads, groups, size) = columns.shape, (described.heads, described.groups, described.size)
+    joined = draw(rows, queries, (heads + 2 * groups) * size, dtype=dtype)
+    turn = (draw(rows, queries, size, dtype=dtype, seed=1), draw(rows, queries, size, dtype=dtype, seed=2))
+    keys, values = (draw(6, groups, 90, size, dtype=dtype, seed=seed) for seed in (3, 4))
+    keys[:, :, 80:], values[:, :, 80:] = float("nan"), float("nan")  # nobody looks there
+
+    new = joined.view(rows, queries, -1, size).split([heads, groups, groups], dim=2)
+    turned = [
+        rotated(kernels().norm(x.contiguous(), weight, 1e-6), [one.unsqueeze(2) for one in turn])
+        for x, weight in zip(new[:2], (described.query_norm, described.key_norm), strict=True)
+        if weight is not None
+    ]
     expected_keys, expected_values = keys.clone(), values.clone()
-    expected_keys[where[:, 0], :, columns[:, 0]] = rotated(new_keys, turn)
-    expected_values[where[:, 0], :, columns[:, 0]] = new_values
+    for row, slot in enumerate(where[:, 0].tolist()):
+        expected_keys[slot, :, columns[row]] = turned[1][row].transpose(0, 1)
+        expected_values[slot, :, columns[row]] = new[2][row].transpose(0, 1)
     expected = nn.functional.scaled_dot_product_attention(
-        rotated(queries, turn).unsqueeze(2).float(),
-        expected_keys[where[:, 0], :, :length].float(),
-        expected_values[where[:, 0], :, :length].float(),
+        turned[0].transpose(1, 2).float(),
+        expected_keys[where[:, 0], :, :LENGTH].float(),
+        expected_values[where[:, 0], :, :LENGTH].float(),
         attn_mask=mask,
-        scale=scaling,
+        scale=described.scaling,
         enable_gqa=True,
     ).to(dtype)
     found = kernels().attend(described, joined, turn, keys, values, where, columns, mask)
-    assert_alike(found, expected.reshape(rows, 1, heads * size))
+    assert_alike(found, expected.transpose(1, 2).reshape(rows, queries, heads * size))
     torch.testing.assert_close(keys, expected_keys, equal_nan=True)
     torch.testing.assert_close(values, expected_values, equal_nan=True)
+
+
+def described(heads: int, groups: int, size: int, dtype: torch.dtype) -> Heads:
+    query_norm, key_norm = (draw(size, dtype=dtype, seed=seed) for seed in (5, 6))
+    return Heads(heads, groups, size, size**-0.5, query_norm, key_norm, epsilon=1e-6)
+
+
+@DTYPES
+@HEADS
+def test_attention_of_a_token_is_torchs(dtype: torch.dtype, heads: int, groups: int, size: int) -> None:
+    where, columns = torch.tensor([[5], [0], [3], [2]]), torch.tensor([[74], [20], [0], [33]])
+    mask = (torch.arange(LENGTH) <= columns)[:, None, None]
+    mask[1, ..., :7] = False  # a window
+    mask[3, ..., 5] = False  # a hole
+    assert_attends(described(heads, groups, size, dtype), where, columns, mask)
+
+
+def test_attention_without_norms_of_heads_turns_what_it_is_given() -> None:
+    size, turn = 16, (draw(2, 1, 16, seed=1), draw(2, 1, 16, seed=2))
+    joined, keys, values = draw(2, 1, 3 * size), torch.zeros(2, 1, 9, size), torch.zeros(2, 1, 9, size)
+    columns, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    slots = torch.tensor([[1], [0]])
+    found = kernels().attend(Heads(1, 1, size, 0.25), joined, turn, keys, values, slots, columns, mask)
+    torch.testing.assert_close(found, joined[..., 2 * size :])  # one key: its value
+    torch.testing.assert_close(keys[[1, 0], 0, 0], rotated(joined[..., size : 2 * size], turn)[:, 0])
 
 
 needs_products = pytest.mark.skipif(
     load() is not None and not kernels().has_products, reason="this processor has no bfloat16 products"
 )
+
+
+@needs_products
+@HEADS
+@pytest.mark.parametrize("queries", [2, 37])
+def test_attention_of_a_prompt_is_torchs(heads: int, groups: int, size: int, queries: int) -> None:
+    if not kernels().takes_prompts(one := described(heads, groups, size, torch.bfloat16), torch.bfloat16):
+        assert size == 24  # no whole blocks
+        return
+    where, starts = torch.tensor([[5], [0], [3]]), torch.tensor([[0], [38], [9]])
+    columns = starts + torch.arange(queries)
+    mask = (torch.arange(LENGTH) <= columns.unsqueeze(-1)).unsqueeze(1)
+    mask[1, ..., :7] = False  # a window
+    assert_attends(one, where, columns, mask)
 
 
 @needs_products

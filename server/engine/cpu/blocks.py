@@ -1,4 +1,4 @@
-"""Decoder blocks of the common kind in eight calls for one new token a row, in place of some sixty operations.
+"""Decoder blocks of the common kind in eight calls, in place of some sixty operations.
 
 The kind: norm, attention with rotary positions, norm, gated SiLU network, both added to the stream (Llama, Mistral,
 Qwen 2 and 3, SmolLM and their like). Which blocks are of it is read off their parts, and proven by the comparison that
@@ -90,14 +90,17 @@ class FusedBlock:
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         turn = kwargs.get("position_embeddings")
-        if args or not isinstance(cache, SlotCache) or hidden_states.shape[1] != 1 or mask is None or turn is None:
+        if args or not isinstance(cache, SlotCache) or mask is None or turn is None or mask.dtype != torch.bool:
             return self._plain(hidden_states, *args, **kwargs)
-        layer = cache.layers[self._layer]
-        if not layer.is_initialized or turn[0].shape[-1] != self._heads.size or mask.dtype != torch.bool:
+        layer, heads = cache.layers[self._layer], self._heads
+        rows, queries, _ = hidden_states.shape
+        many = queries > 1 and not self._kernels.takes_prompts(heads, hidden_states.dtype)
+        turns = all((one.shape, one.dtype) == ((rows, queries, heads.size), hidden_states.dtype) for one in turn)
+        if many or not turns or not layer.is_initialized:
             return self._plain(hidden_states, *args, **kwargs)
-        return self._decode(hidden_states.contiguous(), layer, mask, turn)
+        return self._compute(hidden_states.contiguous(), layer, mask.contiguous(), turn)
 
-    def _decode(
+    def _compute(
         self, hidden: torch.Tensor, layer: Any, mask: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         kernels, span = self._kernels, active_span()

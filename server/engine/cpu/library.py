@@ -26,8 +26,10 @@ LARGEST_HEAD = 512
 
 class _Attention(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "heads", "groups", "size", "columns", "length")),
+        *((name, c_int64) for name in ("rows", "heads", "groups", "size", "columns", "length", "queries")),
         *((name, c_float) for name in ("scaling", "epsilon")),
+        *((name, c_void_p) for name in ("joined", "cosines", "sines", "query_norm", "key_norm")),
+        *((name, c_void_p) for name in ("keys", "values", "slots", "places", "mask", "out")),
     ]
 
 
@@ -81,11 +83,12 @@ class Kernels:
         for norm, gated, attend in zip(self._norm.values(), self._gated.values(), self._attend.values(), strict=True):
             norm.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float]
             gated.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
-            attend.argtypes = [POINTER(_Attention), *[c_void_p] * 11]
+            attend.argtypes = [POINTER(_Attention)]
             norm.restype = gated.restype = attend.restype = None
         if self.has_products:
-            self._product = unlocked.product
+            self._product, self._attend_prompts = unlocked.product, unlocked.attend_prompts
             self._product.argtypes, self._product.restype = [POINTER(_Product)], None
+            self._attend_prompts.argtypes, self._attend_prompts.restype = [POINTER(_Attention)], None
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Root mean square normalisation of the last dimension."""
@@ -112,27 +115,27 @@ class Kernels:
         columns: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of one new token a row, `[rows, 1, heads · size]`.
+        """Attention of new tokens over their row's slot, `[rows, queries, heads · size]`.
 
-        `joined` `[rows, 1, (heads + 2 · groups) · size]` are queries, keys and values before their position is turned
-        in by `turn`, cosines and sines `[rows, 1, size]`. Keys and values go to `columns` `[rows, 1]` of `slots`
-        `[rows, 1]` in the cache `[slots, groups, columns, size]`. `mask` bool `[rows, 1, 1, length]` tells the columns
-        that a row sees, its new one among them.
+        `joined` `[rows, queries, (heads + 2 · groups) · size]` are queries, keys and values before their position is
+        turned in by `turn`, cosines and sines `[rows, queries, size]`. Keys and values go to `columns`
+        `[rows, queries]` of `slots` `[rows, 1]` in the cache `[slots, groups, columns, size]`. `mask` bool
+        `[rows, 1, queries, length]` tells the columns that a token sees, the new ones among them. More than one query a
+        row needs `takes_prompts`.
         """
         cosines, sines = turn
-        out = joined.new_empty((*joined.shape[:-1], heads.heads * heads.size))
-        described = _Attention(
-            joined.shape[0],
+        rows, queries = joined.shape[:2]
+        out = joined.new_empty((rows, queries, heads.heads * heads.size))
+        given = _Attention(
+            rows,
             heads.heads,
             heads.groups,
             heads.size,
             keys.shape[2],
             mask.shape[-1],
+            queries,
             heads.scaling,
             heads.epsilon,
-        )
-        self._attend[joined.dtype](
-            described,
             joined.data_ptr(),
             cosines.data_ptr(),
             sines.data_ptr(),
@@ -145,7 +148,15 @@ class Kernels:
             mask.data_ptr(),
             out.data_ptr(),
         )
+        if queries == 1:
+            self._attend[joined.dtype](given)
+        else:
+            self._attend_prompts(given)
         return out
+
+    def takes_prompts(self, heads: Heads, dtype: torch.dtype) -> bool:
+        """Whether `attend` takes more than one query a row."""
+        return self.has_products and dtype == torch.bfloat16 and heads.size % LANES == 0
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """A bfloat16 weight `[outputs, inputs]` in the order in which `product` reads it, filled up with zeros to whole

@@ -1,0 +1,43 @@
+// What attention over the slots' keys is given: pointers to contiguous memory.
+
+#pragma once
+
+#include "rows.hpp"
+
+constexpr int64_t LARGEST_HEAD = 512;
+
+struct Attention {
+    int64_t rows, heads, groups, size;  // query heads, key heads, numbers a head
+    int64_t columns;                    // of the cache, a slot and head
+    int64_t length;                     // columns that the mask covers
+    int64_t queries;                    // new tokens a row
+    float scaling, epsilon;             // epsilon of the norms of single heads
+    const void* joined;                 // [rows, queries, (heads + 2 groups) size]: queries, keys and values
+    const void *cosines, *sines;        // [rows, queries, size]
+    const void *query_norm, *key_norm;  // [size], or missing
+    void *keys, *cached;                // [slots, groups, columns, size]: the cache's keys and values
+    const int64_t *slots, *places;      // [rows], and [rows, queries]: the columns where keys are written
+    const uint8_t* mask;                // [rows, queries, length]
+    void* out;                          // [rows, queries, heads size]
+
+    template <typename T> const T* new_head(int64_t row, int64_t query, int64_t head) const {
+        return (const T*)joined + ((row * queries + query) * (heads + 2 * groups) + head) * size;
+    }
+    template <typename T> T* cache(void* states, int64_t row, int64_t group) const {
+        return (T*)states + (slots[row] * groups + group) * columns * size;
+    }
+
+    // A new head turned by its token's position, after its norm if it has one.
+    template <typename T> void turn(const T* head, const void* norm, int64_t row, int64_t query, T* to) const {
+        const int64_t token = (row * queries + query) * size;
+        rotate(head, (const T*)norm, epsilon, (const T*)cosines + token, (const T*)sines + token, to, size);
+    }
+
+    // A token's key and value, of one group, into the cache.
+    template <typename T> void keep(int64_t row, int64_t query, int64_t group) const {
+        const int64_t place = places[row * queries + query] * size;
+        turn(new_head<T>(row, query, heads + group), key_norm, row, query, cache<T>(keys, row, group) + place);
+        std::memcpy(cache<T>(cached, row, group) + place, new_head<T>(row, query, heads + groups + group),
+                    size * sizeof(T));
+    }
+};
