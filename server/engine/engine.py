@@ -38,6 +38,7 @@ from server.engine.protocol import (
     SteeringChange,
 )
 from server.engine.row import Row
+from server.engine.runner import Runner
 from server.engine.sampling import RowSampler, check_vocabulary
 from server.engine.scheduler import Scheduler
 from server.engine.selection import choose_runner
@@ -92,15 +93,7 @@ class TorchEngine:
         self._eos_ids = eos_ids(language_model)
         self._vocab_size = language_model.vocab_size
         self._grammars = Grammars(GrammarCompiler(language_model.tokenizer, self._eos_ids))
-        self._bank = SteeringBank(
-            language_model.blocks,
-            rows=slots,
-            hidden_size=language_model.hidden_size,
-            dtype=language_model.dtype,
-            device=language_model.device,
-        )
-        self._bank.attach()
-        self._runner = run_apart(lambda: choose_runner(language_model, self._bank, context=self._context))
+        self._bank, self._runner = run_apart(lambda: _made_for(language_model, slots, self._context))
         chunk = prefill_chunk if self._runner.chunked else self._context * slots
         self._prefixes = Prefixes(slots, self._runner.columns if prefix_reuse else None)
         stall = math.inf if not self._runner.chunked else None if max_stall_ms is None else max_stall_ms / 1000
@@ -285,6 +278,19 @@ class TorchEngine:
                 self._commands.get_nowait()()
             except queue.Empty:
                 return
+
+
+def _made_for(language_model: LanguageModel, slots: int, context: int) -> tuple[SteeringBank, Runner]:
+    """What steers the model, and what runs it."""
+    bank = SteeringBank(
+        language_model.blocks,
+        rows=slots,
+        hidden_size=language_model.hidden_size,
+        dtype=language_model.dtype,
+        device=language_model.device,
+    )
+    bank.attach()
+    return bank, choose_runner(language_model, bank, context=context)
 
 
 def _show_name() -> None:
