@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]
         yield
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """Which bank rows run in this forward pass, in batch order, and where steering holds.
 
@@ -102,15 +103,21 @@ class Step:
 
     rows: Rows
     where: torch.Tensor | None
+    bank: torch.Tensor
+
+    @cached_property
+    def shifts(self) -> Sequence[torch.Tensor]:
+        """`[rows, 1, hidden]` of each block."""
+        return self.bank[:, self.rows].unsqueeze(2).unbind()
 
 
 def shifts_in(mixture: Mixture, dtype: torch.dtype, device: torch.device | str | None = None) -> Shifts:
     """A mix's shifts in a model's dtype. Raises SteeringError if one is too large for it."""
     shifts = mixture.shifts()
-    rows = shifts.rows.to(device=device, dtype=dtype)
-    if not bool(rows.isfinite().all()):
+    largest = torch.finfo(dtype).max
+    if shifts.layers and not (shifts.bound <= largest or float(shifts.rows.abs().max()) <= largest):  # NaN is not
         raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
-    return Shifts(shifts.layers, rows)
+    return Shifts(shifts.layers, shifts.rows.to(device=device, dtype=dtype))
 
 
 class SteeringBank:
@@ -174,9 +181,12 @@ class SteeringBank:
         Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
         """
         shifts = self.check(mixture)
+        if self._shifted.get(row) == shifts.layers and not mixture.ablations() and row not in self._ablations:
+            self._put(row, shifts)  # another strength of the same profiles: the common change
+            (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
+            return
         self.clear(row)
-        if shifts.layers:
-            self._shift[list(shifts.layers), row] = shifts.rows
+        self._put(row, shifts)
         self._shifted[row] = shifts.layers
         if ablations := mixture.ablations():
             device = self._shift.device
@@ -195,12 +205,18 @@ class SteeringBank:
         self._ablations.pop(row, None)
         self._preserving.discard(row)
 
+    def _put(self, row: int, shifts: Shifts) -> None:
+        if len(shifts.layers) == len(self._blocks):
+            self._shift[:, row] = shifts.rows
+        elif shifts.layers:
+            self._shift[list(shifts.layers), row] = shifts.rows
+
     @contextmanager
     def step(self, rows: Rows, where: torch.Tensor | None = None) -> Iterator[None]:
         """Steer the forward passes run inside; refuses nesting."""
         if self._step is not None:
             raise RuntimeError("a steering step is already under way")
-        self._step = Step(rows, where)
+        self._step = Step(rows, where, self._shift)
         try:
             yield
         finally:
@@ -211,7 +227,7 @@ class SteeringBank:
         """Make every forward pass of `model` a step of all rows, at the positions `where(args, kwargs)` tells."""
 
         def begin(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._step = Step(slice(None), where(args, kwargs))
+            self._step = Step(slice(None), where(args, kwargs), self._shift)
 
         def end(_module: nn.Module, _args: Any, _output: Any) -> None:
             self._step = None
@@ -231,15 +247,15 @@ class SteeringBank:
             step = self._step
             if step is None or self._busy[layer] <= 0:
                 return None
+            if step.where is None and type(output) is torch.Tensor and not (self._ablations or self._preserving):
+                return output + step.shifts[layer]  # what is most common, without a call between
             return with_block_output(output, self._steer(layer, block_output(output), step))
 
         return hook
 
     def _steer(self, layer: int, hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        shift = self._shift[layer, step.rows].unsqueeze(1).to(hidden)  # [rows, 1, hidden]
-        if step.where is not None:
-            shift = shift * step.where.unsqueeze(-1)
-        steered = hidden + shift
+        shift = step.shifts[layer].to(hidden)
+        steered = hidden + (shift if step.where is None else shift * step.where.unsqueeze(-1))
         if self._ablations or self._preserving:
             self._steer_rows(layer, hidden, steered, step)
         return steered

@@ -6,7 +6,6 @@ Owns the arithmetic of a mix (sums in float32, safe range, receipts). Knows noth
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,24 @@ import torch
 from steering_vectors.errors import SteeringError
 from steering_vectors.profile import CHOICES, ApplyTo, Profile
 
-_STACKS: WeakKeyDictionary[Profile, dict[tuple[int, ...] | None, torch.Tensor]] = WeakKeyDictionary()
+LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 1e-9  # strengths that add up to the limit but for float rounding are within it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shifts:
+    """What is added to the residual stream: `rows` float32 `[blocks, hidden]`, in the order of `layers`, ascending. No
+    entry is larger than `bound`, which is known without looking at them."""
+
+    layers: tuple[int, ...]
+    rows: torch.Tensor
+    bound: float = math.inf
+
+    def by_layer(self) -> dict[int, torch.Tensor]:
+        return dict(zip(self.layers, self.rows, strict=True))
+
+
+_UNIT_SHIFTS: WeakKeyDictionary[Profile, dict[tuple[int, ...] | None, Shifts]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,21 +66,17 @@ class Term:
     def active_layers(self) -> tuple[int, ...]:
         return self.profile.layers if self.layers is None else tuple(sorted(set(self.layers)))
 
-    def shift(self) -> torch.Tensor:
-        """α · unit · direction of each active block, ascending, float32 `[blocks, hidden]`."""
-        coefficient = torch.tensor(self.strength * self.profile.unit, dtype=torch.float32)
-        return coefficient * _stacked(self.profile, self.layers)
+    @property
+    def subset(self) -> tuple[int, ...] | None:
+        """The active blocks if they are not all of the profile's."""
+        return None if self.layers is None or self.active_layers == self.profile.layers else self.active_layers
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shifts:
-    """What is added to the residual stream: `rows` float32 `[blocks, hidden]`, in the order of `layers`, ascending."""
-
-    layers: tuple[int, ...]
-    rows: torch.Tensor
-
-    def by_layer(self) -> dict[int, torch.Tensor]:
-        return dict(zip(self.layers, self.rows, strict=True))
+    def shift(self) -> Shifts:
+        """α · unit · direction of each active block, float32."""
+        unit = _unit_shifts(self.profile, self.layers)
+        coefficient = self.strength * self.profile.unit
+        bound = unit.bound * abs(coefficient) if abs(coefficient) <= LARGEST else math.inf
+        return Shifts(unit.layers, unit.rows * coefficient, bound)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,14 +128,14 @@ class Mixture:
         An overflow shows as an infinite entry; the bank refuses it.
         """
         terms = self._active("add")
-        layers = tuple(sorted({layer for term in terms for layer in term.active_layers}))
         if len(terms) == 1:
-            return Shifts(layers, terms[0].shift())
-        hidden_size = terms[0].profile.model.hidden_size if terms else 0
-        total = torch.zeros(len(layers), hidden_size)
-        for term in terms:
-            total[[layers.index(layer) for layer in term.active_layers]] += term.shift()
-        return Shifts(layers, total)
+            return terms[0].shift()
+        parts = [term.shift() for term in terms]
+        layers = tuple(sorted({layer for part in parts for layer in part.layers}))
+        total = torch.zeros(len(layers), terms[0].profile.model.hidden_size if terms else 0)
+        for part in parts:
+            total[[layers.index(layer) for layer in part.layers]] += part.rows
+        return Shifts(layers, total, sum(part.bound for part in parts))
 
     def ablations(self) -> dict[int, list[tuple[float, torch.Tensor]]]:
         """(β, unit vector `[hidden]`) pairs per block, in the order of the terms."""
@@ -139,12 +150,11 @@ class Mixture:
         if self.is_neutral:
             return ""
         content = [
-            [term.profile.version or term.profile.content_digest(), float(term.strength), term.active_layers]
+            (term.profile.version or term.profile.content_digest(), float(term.strength), term.subset)
             for term in self.terms
             if not self._is_idle(term)
         ]
-        text = json.dumps([content, self.preserve_norm])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(repr((content, self.preserve_norm)).encode()).hexdigest()
 
     def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:
         """What was applied, one entry per profile, for the answer's `steering` field."""
@@ -204,9 +214,11 @@ class Mixture:
             )
 
 
-def _stacked(profile: Profile, layers: tuple[int, ...] | None) -> torch.Tensor:
-    """What one unit injects, `[blocks, hidden]`; kept as long as the profile, since strengths change at every step."""
-    kept = _STACKS.setdefault(profile, {})
+def _unit_shifts(profile: Profile, layers: tuple[int, ...] | None) -> Shifts:
+    """What one unit injects; kept as long as the profile, since strengths change at every step."""
+    kept = _UNIT_SHIFTS.setdefault(profile, {})
     if layers not in kept:
-        kept[layers] = torch.stack(list(profile.injected(layers).values()))
+        injected = profile.injected(layers)
+        rows = torch.stack(list(injected.values()))
+        kept[layers] = Shifts(tuple(injected), rows, float(rows.abs().max()))
     return kept[layers]

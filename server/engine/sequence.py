@@ -31,6 +31,9 @@ class Sequence:
     segments: list[Segment] = field(default_factory=list)
     scheduled: deque[tuple[int, Mixture]] = field(default_factory=deque)
     digest: str = ""  # of what steers it now
+    # First position at which that holds: the last prompt token, or 0; None for the untouched model. What was computed
+    # before the mix changed stays.
+    steered_from: int | None = None
 
     conditions: dict[str, Gate] = field(default_factory=dict)  # by profile, also those that join later
     gates: dict[str, GateDecision] = field(default_factory=dict)  # by profile, once they are decided
@@ -56,6 +59,8 @@ class Sequence:
 
     def _gated(self, mixture: Mixture) -> Mixture:
         """The mix without the profiles whose gate is not open."""
+        if not self.conditions:
+            return mixture
         opened = {name for name, gate in self.gates.items() if gate.opened}
         shut = frozenset(term.profile.name for term in mixture.gated if term.profile.name not in opened)
         return mixture if shut == mixture.closed else replace(mixture, closed=shut)
@@ -85,6 +90,8 @@ class Sequence:
         mixture = self._gated(mixture)
         self.segments.append(Segment(token, mixture, 0))
         self.digest = mixture.digest()
+        first = 0 if mixture.apply_to == "all" else self.prompt_length - self.request.given - 1
+        self.steered_from = first if self.digest else None
 
     def take_scheduled(self) -> Mixture | None:
         """The mix that is due for the next token, if another one is."""
@@ -147,15 +154,6 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return self.computed >= self.prompt_length
-
-    @property
-    def steered_from(self) -> int | None:
-        """First position at which steering holds: the last prompt token, or 0; None for the untouched model. What was
-        computed before the mix changed stays."""
-        mixture = self.mixture
-        if mixture.is_neutral:
-            return None
-        return 0 if mixture.apply_to == "all" else self.prompt_length - self.request.given - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
