@@ -82,6 +82,7 @@ def main(
     slots: Annotated[int, typer.Option(help="Rows of the server.")] = 20,
     context: Annotated[int | None, typer.Option(help="The server's context; else the model's, up to 4096.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    prepack: Annotated[bool, typer.Option(help="Serve with --cpu-prepack.")] = True,
     against_engine: Annotated[bool, typer.Option("--against-engine", help="In pairs with the engine alone.")] = False,
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 5,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="Waits while long prompts arrive.")] = False,
@@ -92,7 +93,9 @@ def main(
 ) -> None:
     if route not in ROUTES or (against_engine and long_prompts):
         raise typer.BadParameter(f"--route is {' or '.join(ROUTES)}; choose one of --against-engine and --long-prompts")
-    settings = {"slots": slots, "threads": threads, "dtype": dtype} | ({"context": context} if context else {})
+    settings = {"slots": slots, "threads": threads, "dtype": dtype, "cpu_prepack": prepack} | (
+        {"context": context} if context else {}
+    )
     with target(model, dtype=dtype, profiles=profiles) as made:
         ranges = (lengths_of(prompts), lengths_of(completions))
         plan = Plan(made, settings, route, streams, rate, requests, seconds, *ranges, pairs, long, arrivals)

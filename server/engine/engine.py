@@ -44,7 +44,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.selection import choose_runner
 from server.engine.sequence import Sequence
 from server.engine.steps import Steps
-from server.engine.threads import run_apart
+from server.engine.threads import run_apart, use_threads
 from steering_vectors.errors import (
     Conflict,
     Overloaded,
@@ -210,7 +210,7 @@ class TorchEngine:
 
     def _run(self) -> None:
         _show_name()
-        torch.set_num_threads(self._threads)  # of this thread: others may be given fewer
+        use_threads(self._threads)
         self._begun.set()
         with torch.inference_mode():
             while not self._closing:

@@ -16,6 +16,12 @@ import torch
 Result = TypeVar("Result")
 
 
+def use_threads(count: int) -> None:
+    """Give this thread so many threads, whatever others set later."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread's first question for its number takes the latest that any thread has set
+
+
 def run_apart(work: Callable[[], Result]) -> Result:
     """Run `work` in a thread that ends with it, and so does its team. Raises what it raises.
 
@@ -25,7 +31,7 @@ def run_apart(work: Callable[[], Result]) -> Result:
     threads = torch.get_num_threads()
 
     def with_threads() -> Result:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         return work()
 
     try:

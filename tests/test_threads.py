@@ -1,0 +1,67 @@
+"""Each thread has its own number of threads to compute with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from server.engine.engine import TorchEngine
+from server.engine.threads import run_apart
+from steering_vectors.models import wrap_model
+from tests.running import outcome, prompts, request
+from tests.tiny import tiny_model
+from tests.tiny_tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_number() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Watched(TorchEngine):
+    """Notes with how many threads each step computed."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self.counts: set[int] = set()
+        super().__init__(*given, **options)
+
+    def step(self) -> None:
+        super().step()
+        self.counts.add(torch.get_num_threads())
+
+
+@pytest.mark.parametrize(("own", "others"), [(3, 1), (1, 3)])
+def test_the_engine_keeps_its_number_when_others_get_another(own: int, others: int) -> None:
+    torch.set_num_threads(own)
+    language_model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    engine = Watched(language_model, slots=2, context=64)
+    torch.set_num_threads(others)
+
+    async def main() -> None:
+        (ids,) = prompts(language_model, [5])
+        await outcome(engine, request(ids, max_tokens=4))
+        await engine.close()
+
+    asyncio.run(main())
+    assert engine.counts == {own}
+    assert torch.get_num_threads() == others
+
+
+def test_work_apart_leaves_the_number_as_it_was() -> None:
+    torch.set_num_threads(2)
+
+    def work() -> int:
+        torch.set_num_threads(3)
+        return torch.get_num_threads()
+
+    assert run_apart(work) == 3
+    assert torch.get_num_threads() == 2
+    assert run_apart(torch.get_num_threads) == 2
+    with pytest.raises(ZeroDivisionError):
+        run_apart(lambda: 1 // 0)
