@@ -11,7 +11,8 @@
 
 namespace tiles {
 
-constexpr int64_t LANES = 16, PANEL = 8;  // outputs in a block; blocks that stay in the cache for all rows
+constexpr int64_t LANES = 16, PANEL = 9;  // outputs in a block; blocks that stay in the cache for all rows
+constexpr int64_t AHEAD = 4;              // blocks between what is multiplied and what is fetched
 
 struct Operands {
     const uint16_t* x;  // rows of `stride` numbers, of which `inputs` are taken, an even number
@@ -37,19 +38,19 @@ inline void tile(const Operands& o, int64_t row, int64_t block, const Store& sto
     const uint16_t* weight = o.weight + block * o.block;
     for (int64_t k = 0; k < pairs; k++) {
         __m512bh vectors[BLOCKS];
-#pragma GCC unroll 8
+#pragma GCC unroll 9
         for (int b = 0; b < BLOCKS; b++) {
             const uint16_t* from = weight + b * o.block + k * 2 * LANES;
             vectors[b] = (__m512bh)_mm512_loadu_si512(from);
             // the panel after this one comes meanwhile
-            if (ROWS == 8) _mm_prefetch((const char*)(from + PANEL / 2 * o.block), _MM_HINT_T1);
+            if (ROWS == 8) _mm_prefetch((const char*)(from + AHEAD * o.block), _MM_HINT_T1);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; m++) {
             int32_t pair;
             std::memcpy(&pair, x + m * o.stride + 2 * k, 4);
             const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 8
+#pragma GCC unroll 9
             for (int b = 0; b < BLOCKS; b++) sums[b][m] = _mm512_dpbf16_ps(sums[b][m], vectors[b], both);
         }
     }
@@ -59,7 +60,7 @@ inline void tile(const Operands& o, int64_t row, int64_t block, const Store& sto
 
 template <int ROWS, typename Store>
 void rows_of(const Operands& o, int64_t& row, int64_t first, int64_t end, const Store& store) {
-    constexpr int BLOCKS = ROWS == 1 ? 8 : ROWS == 8 ? 3 : 4;  // as many sums as there are registers
+    constexpr int BLOCKS = ROWS <= 2 ? 9 : 3;  // of a panel, as many as there are registers for their sums
     for (; row + ROWS <= o.rows; row += ROWS) {
         int64_t block = first;
         for (; block + BLOCKS <= end; block += BLOCKS) tile<BLOCKS, ROWS>(o, row, block, store);
