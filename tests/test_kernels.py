@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from server.engine.cpu.blocks import can_fuse
-from server.engine.cpu.library import Heads, Kernels, load
+from server.engine.cpu.library import Heads, Kernels, compiled, load
 from server.engine.engine import TorchEngine
 from server.engine.packing import pack
 from steering_vectors.models import wrap_model
@@ -24,10 +26,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # relative, of a norm
 
 
-def kernels() -> Kernels:
-    found = load()
-    assert found is not None
-    return found
+def fixture_over(libraries: list[Path]) -> Any:
+    """Kernels for this processor, and those for lesser ones that it runs too."""
+
+    @pytest.fixture(scope="module", params=libraries, ids=lambda path: path.name.partition(".")[0])
+    def made(request: pytest.FixtureRequest) -> Kernels:
+        return Kernels(request.param)
+
+    return made
+
+
+kernels = fixture_over(compiled())
+products = fixture_over([path for path in compiled() if Kernels(path).has_products])
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -42,27 +52,27 @@ def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @DTYPES
 @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 40), (64, 577)])
-def test_a_norm_is_torchs(dtype: torch.dtype, rows: int, size: int) -> None:
+def test_a_norm_is_torchs(kernels: Kernels, dtype: torch.dtype, rows: int, size: int) -> None:
     x, weight = draw(rows, 1, size, dtype=dtype), draw(size, dtype=dtype, seed=1)
     wide = x.float()
     expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
-    assert_alike(kernels().norm(x, weight, 1e-5), expected)
+    assert_alike(kernels.norm(x, weight, 1e-5), expected)
 
 
 @DTYPES
-def test_a_gated_unit_is_torchs(dtype: torch.dtype) -> None:
+def test_a_gated_unit_is_torchs(kernels: Kernels, dtype: torch.dtype) -> None:
     both = 4 * draw(20, 1, 2 * 1031, dtype=dtype)
     both[0, 0, :8] = torch.tensor([0, -1e-30, 90, -90, 1e4, -1e4, 3e38, -3e38])
     gate, up = both.chunk(2, dim=-1)
-    found = kernels().gated(both)
+    found = kernels.gated(both)
     assert_alike(found[1:], (nn.functional.silu(gate) * up)[1:])
     torch.testing.assert_close(found[0], (nn.functional.silu(gate) * up)[0])
 
 
-def test_what_is_no_number_stays_none() -> None:
+def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
     both = torch.tensor([[float("nan"), 1.0, 2.0, float("nan")]])
-    assert kernels().gated(both).isnan().all()
-    assert kernels().gated(both.bfloat16()).isnan().all()
+    assert kernels.gated(both).isnan().all()
+    assert kernels.gated(both.bfloat16()).isnan().all()
 
 
 def rotated(x: torch.Tensor, turn: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -78,7 +88,9 @@ HEADS = pytest.mark.parametrize(
 LENGTH = 75
 
 
-def assert_attends(described: Heads, where: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor) -> None:
+def assert_attends(
+    kernels: Kernels, described: Heads, where: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
+) -> None:
     """Attention of bfloat16 or float32 tokens whose keys go to `columns` `[rows, queries]` of the slots `where`."""
     dtype = torch.float32 if described.query_norm is None else described.query_norm.dtype
     (rows, queries), (heads, groups, size) = columns.shape, (described.heads, described.groups, described.size)
@@ -89,7 +101,7 @@ def assert_attends(described: Heads, where: torch.Tensor, columns: torch.Tensor,
 
     new = joined.view(rows, queries, -1, size).split([heads, groups, groups], dim=2)
     turned = [
-        rotated(kernels().norm(x.contiguous(), weight, 1e-6), [one.unsqueeze(2) for one in turn])
+        rotated(kernels.norm(x.contiguous(), weight, 1e-6), [one.unsqueeze(2) for one in turn])
         for x, weight in zip(new[:2], (described.query_norm, described.key_norm), strict=True)
         if weight is not None
     ]
@@ -105,7 +117,7 @@ def assert_attends(described: Heads, where: torch.Tensor, columns: torch.Tensor,
         scale=described.scaling,
         enable_gqa=True,
     ).to(dtype)
-    found = kernels().attend(described, joined, turn, keys, values, where, columns, mask)
+    found = kernels.attend(described, joined, turn, keys, values, where, columns, mask)
     assert_alike(found, expected.transpose(1, 2).reshape(rows, queries, heads * size))
     torch.testing.assert_close(keys, expected_keys, equal_nan=True)
     torch.testing.assert_close(values, expected_values, equal_nan=True)
@@ -118,63 +130,57 @@ def described(heads: int, groups: int, size: int, dtype: torch.dtype) -> Heads:
 
 @DTYPES
 @HEADS
-def test_attention_of_a_token_is_torchs(dtype: torch.dtype, heads: int, groups: int, size: int) -> None:
+def test_attention_of_a_token_is_torchs(
+    kernels: Kernels, dtype: torch.dtype, heads: int, groups: int, size: int
+) -> None:
     where, columns = torch.tensor([[5], [0], [3], [2]]), torch.tensor([[74], [20], [0], [33]])
     mask = (torch.arange(LENGTH) <= columns)[:, None, None]
     mask[1, ..., :7] = False  # a window
     mask[3, ..., 5] = False  # a hole
-    assert_attends(described(heads, groups, size, dtype), where, columns, mask)
+    assert_attends(kernels, described(heads, groups, size, dtype), where, columns, mask)
 
 
-def test_attention_without_norms_of_heads_turns_what_it_is_given() -> None:
+def test_attention_without_norms_of_heads_turns_what_it_is_given(kernels: Kernels) -> None:
     size, turn = 16, (draw(2, 1, 16, seed=1), draw(2, 1, 16, seed=2))
     joined, keys, values = draw(2, 1, 3 * size), torch.zeros(2, 1, 9, size), torch.zeros(2, 1, 9, size)
     columns, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, 1, 1, dtype=torch.bool)
     slots = torch.tensor([[1], [0]])
-    found = kernels().attend(Heads(1, 1, size, 0.25), joined, turn, keys, values, slots, columns, mask)
+    found = kernels.attend(Heads(1, 1, size, 0.25), joined, turn, keys, values, slots, columns, mask)
     torch.testing.assert_close(found, joined[..., 2 * size :])  # one key: its value
     torch.testing.assert_close(keys[[1, 0], 0, 0], rotated(joined[..., size : 2 * size], turn)[:, 0])
 
 
-needs_products = pytest.mark.skipif(
-    load() is not None and not kernels().has_products, reason="this processor has no bfloat16 products"
-)
-
-
-@needs_products
 @HEADS
 @pytest.mark.parametrize("queries", [2, 37])
-def test_attention_of_a_prompt_is_torchs(heads: int, groups: int, size: int, queries: int) -> None:
-    if not kernels().takes_prompts(one := described(heads, groups, size, torch.bfloat16), torch.bfloat16):
+def test_attention_of_a_prompt_is_torchs(products: Kernels, heads: int, groups: int, size: int, queries: int) -> None:
+    if not products.takes_prompts(one := described(heads, groups, size, torch.bfloat16), torch.bfloat16):
         assert size == 24  # no whole blocks
         return
     where, starts = torch.tensor([[5], [0], [3]]), torch.tensor([[0], [38], [9]])
     columns = starts + torch.arange(queries)
     mask = (torch.arange(LENGTH) <= columns.unsqueeze(-1)).unsqueeze(1)
     mask[1, ..., :7] = False  # a window
-    assert_attends(one, where, columns, mask)
+    assert_attends(products, one, where, columns, mask)
 
 
-@needs_products
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 16, 31])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (576, 1000), (1536, 17), (2, 1)])
-def test_a_product_is_torchs(rows: int, inputs: int, outputs: int) -> None:
+def test_a_product_is_torchs(products: Kernels, rows: int, inputs: int, outputs: int) -> None:
     x, weight = draw(rows, 1, inputs, dtype=torch.bfloat16), draw(outputs, inputs, dtype=torch.bfloat16, seed=1)
     bias, added = (draw(*shape, dtype=torch.bfloat16, seed=2) for shape in ((outputs,), (rows, 1, outputs)))
-    packed = kernels().pack(weight)
+    packed = products.pack(weight)
     for given, more in ((None, None), (bias, None), (bias, added), (None, added)):
         expected = nn.functional.linear(x, weight, given)
         expected = expected if more is None else expected + more
-        assert_alike(kernels().product(x, packed, outputs, given, more), expected)
+        assert_alike(products.product(x, packed, outputs, given, more), expected)
 
 
-@needs_products
-def test_a_row_of_a_product_is_what_it_is_alone() -> None:
+def test_a_row_of_a_product_is_what_it_is_alone(products: Kernels) -> None:
     x, weight = draw(37, 1, 96, dtype=torch.bfloat16), draw(200, 96, dtype=torch.bfloat16, seed=1)
-    packed = kernels().pack(weight)
-    together = kernels().product(x, packed, 200)
+    packed = products.pack(weight)
+    together = products.product(x, packed, 200)
     for row in range(37):
-        assert torch.equal(kernels().product(x[row : row + 1], packed, 200), together[row : row + 1])
+        assert torch.equal(products.product(x[row : row + 1], packed, 200), together[row : row + 1])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

@@ -43,15 +43,17 @@ class _Product(Structure):
 @cache
 def load() -> Kernels | None:
     """The best kernels that this processor runs, loaded once; None if there are none."""
-    for name in NAMES:
-        path = _path(name)
-        if path is None or not _runs(name):
-            continue
+    for path in compiled():
         try:
             return Kernels(path)
         except OSError as error:  # compiled against another OpenMP than torch's
             logger.warning("the kernels in %s cannot be loaded: %s", path.name, error)
     return None
+
+
+def compiled() -> list[Path]:
+    """The libraries that were compiled and that this processor runs, the best first."""
+    return [path for name in NAMES if _runs(name) and (path := _path(name)) is not None]
 
 
 def _path(name: str) -> Path | None:
