@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(VENV)/.runtime: Makefile pyproject.toml constraints.txt
+$(VENV)/.runtime: Makefile pyproject.toml constraints.txt $(wildcard server/engine/cpu/*.?pp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[schema]"
 	@touch $@
