@@ -168,19 +168,18 @@ def test_attention_of_a_prompt_is_torchs(products: Kernels, heads: int, groups: 
 def test_a_product_is_torchs(products: Kernels, rows: int, inputs: int, outputs: int) -> None:
     x, weight = draw(rows, 1, inputs, dtype=torch.bfloat16), draw(outputs, inputs, dtype=torch.bfloat16, seed=1)
     bias, added = (draw(*shape, dtype=torch.bfloat16, seed=2) for shape in ((outputs,), (rows, 1, outputs)))
-    packed = products.pack(weight)
     for given, more in ((None, None), (bias, None), (bias, added), (None, added)):
         expected = nn.functional.linear(x, weight, given)
         expected = expected if more is None else expected + more
-        assert_alike(products.product(x, packed, outputs, given, more), expected)
+        assert_alike(products.packed(weight, given)(x, more), expected)
 
 
 def test_a_row_of_a_product_is_what_it_is_alone(products: Kernels) -> None:
     x, weight = draw(37, 1, 96, dtype=torch.bfloat16), draw(200, 96, dtype=torch.bfloat16, seed=1)
-    packed = products.pack(weight)
-    together = products.product(x, packed, 200)
+    product = products.packed(weight)
+    together = product(x)
     for row in range(37):
-        assert torch.equal(products.product(x[row : row + 1], packed, 200), together[row : row + 1])
+        assert torch.equal(product(x[row : row + 1]), together[row : row + 1])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

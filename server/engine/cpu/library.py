@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -160,37 +161,37 @@ class Kernels:
         """Whether `attend` takes more than one query a row."""
         return self.has_products and dtype == torch.bfloat16 and heads.size % LANES == 0
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """A bfloat16 weight `[outputs, inputs]` in the order in which `product` reads it, filled up with zeros to whole
-        blocks of outputs; the number of inputs is even."""
+    def packed(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+        """x Wᵀ + b for a bfloat16 weight `[outputs, inputs]`, which is copied; the number of inputs is even."""
         outputs, inputs = weight.shape
         blocks = -(-outputs // LANES)
         whole = torch.zeros(blocks * LANES, inputs, dtype=torch.bfloat16)
         whole[:outputs] = weight
-        return whole.view(blocks, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
+        ordered = whole.view(blocks, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
+        return Product(self._product, ordered, inputs, outputs, None if bias is None else bias.contiguous())
 
-    def product(
-        self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        outputs: int,
-        bias: torch.Tensor | None = None,
-        added: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """x Wᵀ + bias, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
-        out = x.new_empty((*x.shape[:-1], outputs))
-        self._product(
-            _Product(
-                x.data_ptr(),
-                packed.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                None if added is None else added.data_ptr(),
-                out.data_ptr(),
-                x.numel() // x.shape[-1],
-                x.shape[-1],
-                outputs,
-            )
+
+class Product:
+    """A weight in the order in which the kernel reads it. One call at a time."""
+
+    def __init__(
+        self, function: Any, ordered: torch.Tensor, inputs: int, outputs: int, bias: torch.Tensor | None
+    ) -> None:
+        self._function, self._ordered, self._bias = function, ordered, bias
+        self._given = _Product(
+            weight=ordered.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            inputs=inputs,
+            outputs=outputs,
         )
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        given = self._given
+        out = x.new_empty((*x.shape[:-1], given.outputs))
+        given.x, given.out, given.rows = x.data_ptr(), out.data_ptr(), x.numel() // given.inputs
+        given.added = None if added is None else added.data_ptr()
+        self._function(given)
         return out
 
 

@@ -22,12 +22,10 @@ class PackedWeight(ABC):
 
 class _KernelWeight(PackedWeight):
     def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._kernels, self._bias = kernels, bias
-        self._outputs = weight.shape[0]
-        self._packed = kernels.pack(weight)
+        self._product = kernels.packed(weight, bias)
 
     def product(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        return self._kernels.product(x.contiguous(), self._packed, self._outputs, self._bias, added)
+        return self._product(x.contiguous(), added)
 
 
 class _OneDnnWeight(PackedWeight):
@@ -45,5 +43,5 @@ def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight
     kernels = load()
     suits = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
     if kernels is not None and kernels.has_products and suits:
-        return _KernelWeight(kernels, weight, None if bias is None else bias.contiguous())
+        return _KernelWeight(kernels, weight, bias)
     return _OneDnnWeight(weight, bias)
