@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from server.engine.cpu.blocks import can_fuse
-from server.engine.cpu.library import Heads, Kernels, compiled, load
+from server.engine.cpu.library import Heads, Kernels, Pass, WholeBlock, compiled, load
 from server.engine.engine import TorchEngine
 from server.engine.packing import pack
 from steering_vectors.models import wrap_model
@@ -117,7 +117,7 @@ def assert_attends(
         scale=described.scaling,
         enable_gqa=True,
     ).to(dtype)
-    found = kernels.attend(described, joined, turn, keys, values, where, columns, mask)
+    found = kernels.attend(described, joined, keys, values, Pass(turn, where, columns, mask))
     assert_alike(found, expected.transpose(1, 2).reshape(rows, queries, heads * size))
     torch.testing.assert_close(keys, expected_keys, equal_nan=True)
     torch.testing.assert_close(values, expected_values, equal_nan=True)
@@ -145,7 +145,7 @@ def test_attention_without_norms_of_heads_turns_what_it_is_given(kernels: Kernel
     joined, keys, values = draw(2, 1, 3 * size), torch.zeros(2, 1, 9, size), torch.zeros(2, 1, 9, size)
     columns, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, 1, 1, dtype=torch.bool)
     slots = torch.tensor([[1], [0]])
-    found = kernels.attend(Heads(1, 1, size, 0.25), joined, turn, keys, values, slots, columns, mask)
+    found = kernels.attend(Heads(1, 1, size, 0.25), joined, keys, values, Pass(turn, slots, columns, mask))
     torch.testing.assert_close(found, joined[..., 2 * size :])  # one key: its value
     torch.testing.assert_close(keys[[1, 0], 0, 0], rotated(joined[..., size : 2 * size], turn)[:, 0])
 
@@ -180,6 +180,33 @@ def test_a_row_of_a_product_is_what_it_is_alone(products: Kernels) -> None:
     together = product(x)
     for row in range(37):
         assert torch.equal(product(x[row : row + 1]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_a_whole_block_is_its_parts_one_after_the_other(products: Kernels, queries: int) -> None:
+    rows, size, inner, shape = 3, 48, 96, (6, 2, 20, 16)
+    heads = described(4, 2, 16, torch.bfloat16)
+    hidden = draw(rows, queries, size, dtype=torch.bfloat16)
+    norms = [(draw(size, dtype=torch.bfloat16, seed=seed), 1e-5) for seed in (1, 2)]
+    turn = (
+        draw(rows, queries, 16, dtype=torch.bfloat16, seed=3),
+        draw(rows, queries, 16, dtype=torch.bfloat16, seed=4),
+    )
+    columns = torch.tensor([[3], [0], [7]]) + torch.arange(queries)
+    mask = (torch.arange(16) <= columns.unsqueeze(-1)).unsqueeze(1)
+    given = Pass(turn, torch.tensor([[4], [0], [2]]), columns, mask)
+    kept, other = ([draw(*shape, dtype=torch.bfloat16, seed=seed) for seed in (5, 6)] for _ in range(2))
+    joined, output, gate_up, down = (
+        products.packed(draw(outputs, inputs, dtype=torch.bfloat16, seed=outputs), draw(outputs, dtype=torch.bfloat16))
+        for outputs, inputs in ((128, size), (size, 64), (2 * inner, size), (size, inner))
+    )
+
+    seen = products.attend(heads, joined(products.norm(hidden, *norms[0])), kept[0], kept[1], given)
+    between = output(seen, hidden)
+    expected = down(products.gated(gate_up(products.norm(between, *norms[1]))), between)
+    whole = WholeBlock(products, norms, heads, [joined, output, gate_up, down])
+    assert torch.equal(whole(hidden, other[0], other[1], given), expected)
+    assert all(map(torch.equal, other, kept))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

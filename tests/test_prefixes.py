@@ -193,14 +193,14 @@ def run_on(rows: list[Sequence]) -> int:
 
 
 def test_one_that_waits_goes_on_when_its_leader_ends() -> None:
-    run = Run(4, chunk_tokens=5)
+    run = Run(4, chunk_tokens=3)
     prompt = list(range(1, 101))
     leader, follower, third = (run.add(prompt) for _ in range(3))
     run.step()
-    assert (leader.computed, follower.computed, follower.leader) == (10, 0, leader)
+    assert (leader.computed, follower.computed, follower.leader) == (12, 0, leader)
     run.finish(leader, sound=False)
     run.step()
-    assert (follower.computed, third.leader) == (10, follower)
+    assert (follower.computed, third.leader) == (12, follower)
     run.run(follower)
     run.step()
     assert third.cached == 99

@@ -42,7 +42,7 @@ def test_admits_in_order_into_the_lowest_slots() -> None:
 
 
 def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
-    scheduler = Scheduler(slots=1, chunk_tokens=2)  # twice as many while nothing decodes
+    scheduler = Scheduler(slots=1, chunk_tokens=1)  # four times as many while nothing decodes
     scheduler.add(sequence("a", 10))
     scheduler.admit()
     steps = [advance(scheduler) for _ in range(5)]
@@ -63,7 +63,7 @@ def test_decoding_rows_run_in_every_step_beside_a_long_prompt() -> None:
 
 
 def test_short_prompts_are_not_starved_by_long_ones() -> None:
-    scheduler = Scheduler(slots=3, chunk_tokens=6)
+    scheduler = Scheduler(slots=3, chunk_tokens=3)
     for name, prompt in (("long", 500), ("short", 3), ("middle", 8)):
         scheduler.add(sequence(name, prompt))
     scheduler.admit()

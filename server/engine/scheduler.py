@@ -14,7 +14,7 @@ from server.engine.pacing import Pace
 from server.engine.prefixes import LEAST, Prefixes, Trace
 from server.engine.sequence import Chunk, Sequence
 
-UNDISTURBED = 2
+UNDISTURBED = 4
 PASS = 128  # prompt tokens whose computing costs as much as one more pass, roughly
 
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
+#include "vectors.hpp"
 #endif
 
 namespace {
@@ -120,8 +120,14 @@ void weigh(const float* chances, const uint8_t* seen, const Bfloat16* values, in
 }
 #endif
 
-// Scores into chances, in place: the softmax of the places that are seen, 0 elsewhere.
-inline void chances_of(float* scores, const uint8_t* seen, int64_t count, float scaling) {
+// Scores into chances, in place: e^(scaling · score) over its largest of the places that are seen, 0 elsewhere. Returns
+// their sum.
+inline float chances_of(float* scores, const uint8_t* seen, int64_t count, float scaling) {
+#ifdef __AVX512BF16__
+    return vectors::chances(scores, seen, count, scaling, [scores, count](__m512 found, int64_t place) {
+        _mm512_mask_storeu_ps(scores + place, vectors::lanes(count - place), found);
+    });
+#else
     float highest = -INFINITY, total = 0;
 #pragma omp simd reduction(max : highest)
     for (int64_t i = 0; i < count; i++) {
@@ -133,9 +139,8 @@ inline void chances_of(float* scores, const uint8_t* seen, int64_t count, float 
         scores[i] = seen[i] ? exponential(scores[i] - highest) : 0.0f;
         total += scores[i];
     }
-    const float share = 1.0f / total;
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) scores[i] *= share;
+    return total;
+#endif
 }
 
 // One row's queries of one key head.
@@ -152,7 +157,7 @@ template <typename T> void attend_group(const Attention& a, int64_t row, int64_t
     const int64_t span = end - first;
 
     thread_local std::vector<float> scratch;
-    scratch.resize(share * (d + span));
+    scratch.resize(share * (d + span + 1));
     float* sums = scratch.data();
     float* chances = sums + share * d;
     thread_local std::vector<T> queries;
@@ -160,10 +165,14 @@ template <typename T> void attend_group(const Attention& a, int64_t row, int64_t
     for (int64_t s = 0; s < share; s++)
         a.turn(a.new_head<T>(row, 0, group * share + s), a.query_norm, row, 0, queries.data() + s * d);
     scores_of(queries.data(), keys + first * d, share, d, span, chances);
-    for (int64_t s = 0; s < share; s++) chances_of(chances + s * span, seen + first, span, a.scaling);
+    float* totals = sums + share * (d + span);
+    for (int64_t s = 0; s < share; s++) totals[s] = chances_of(chances + s * span, seen + first, span, a.scaling);
     weigh(chances, seen + first, values + first * d, share, d, span, sums);
     T* result = (T*)a.out + (row * a.heads + group * share) * d;
-    for (int64_t i = 0; i < share * d; i++) result[i] = down<T>(sums[i]);
+    for (int64_t s = 0; s < share; s++) {
+        const float part = 1.0f / totals[s];
+        for (int64_t i = s * d; i < (s + 1) * d; i++) result[i] = down<T>(sums[i] * part);
+    }
 }
 
 template <typename T> void attend(const Attention& a) {

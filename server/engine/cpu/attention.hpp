@@ -6,18 +6,22 @@
 
 constexpr int64_t LARGEST_HEAD = 512;
 
-struct Attention {
-    int64_t rows, heads, groups, size;  // query heads, key heads, numbers a head
-    int64_t columns;                    // of the cache, a slot and head
+// What all blocks of a forward pass are given alike.
+struct Pass {
+    int64_t rows, queries;              // queries: new tokens a row
     int64_t length;                     // columns that the mask covers
-    int64_t queries;                    // new tokens a row
-    float scaling, epsilon;             // epsilon of the norms of single heads
-    const void* joined;                 // [rows, queries, (heads + 2 groups) size]: queries, keys and values
     const void *cosines, *sines;        // [rows, queries, size]
-    const void *query_norm, *key_norm;  // [size], or missing
-    void *keys, *cached;                // [slots, groups, columns, size]: the cache's keys and values
     const int64_t *slots, *places;      // [rows], and [rows, queries]: the columns where keys are written
     const uint8_t* mask;                // [rows, queries, length]
+};
+
+struct Attention : Pass {
+    int64_t heads, groups, size;        // query heads, key heads, numbers a head
+    int64_t columns;                    // of the cache, a slot and head
+    float scaling, epsilon;             // epsilon of the norms of single heads
+    const void* joined;                 // [rows, queries, (heads + 2 groups) size]: queries, keys and values
+    const void *query_norm, *key_norm;  // [size], or missing
+    void *keys, *cached;                // [slots, groups, columns, size]: the cache's keys and values
     void* out;                          // [rows, queries, heads size]
 
     template <typename T> const T* new_head(int64_t row, int64_t query, int64_t head) const {

@@ -1,4 +1,4 @@
-"""Decoder blocks of the common kind in eight calls, in place of some sixty operations.
+"""Decoder blocks of the common kind in one call, or in eight, in place of some sixty operations.
 
 The kind: norm, attention with rotary positions, norm, gated SiLU network, both added to the stream (Llama, Mistral,
 Qwen 2 and 3, SmolLM and their like). Which blocks are of it is read off their parts, and proven by the comparison that
@@ -9,12 +9,13 @@ nothing of rows' requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
-from server.engine.cpu.library import LARGEST_HEAD, SUFFIXES, Heads, Kernels, load
+from server.engine.cpu.library import LARGEST_HEAD, SUFFIXES, Heads, Kernels, Pass, WholeBlock, load
 from server.engine.kv_cache import SlotCache, active_span
 from server.engine.packing import PackedLinear, joined_weight
 from steering_vectors.errors import ModelError
@@ -34,7 +35,8 @@ def fuse(blocks: Sequence[nn.Module]) -> list[FusedBlock]:
     kernels = load()
     if kernels is None or not can_fuse(blocks):
         raise ModelError("the blocks are of a kind that is not fused")
-    fused = [FusedBlock(kernels, block, layer) for layer, block in enumerate(blocks)]
+    passes = _Passes()
+    fused = [FusedBlock(kernels, block, layer, passes) for layer, block in enumerate(blocks)]
     for one in fused:
         one.attach()
     return fused
@@ -57,11 +59,31 @@ def is_of_the_kind(block: Any) -> bool:
     )
 
 
+class _Passes:
+    """The pass that is under way, described once for all of its blocks."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] = ()
+        self._latest: Pass | None = None
+
+    def of(self, hidden: torch.Tensor, size: int, mask: Any, turn: Any) -> Pass | None:
+        """None if what the blocks are given is not what the kernels take, of heads of `size`."""
+        span = active_span()
+        now = (span, mask, turn)
+        if len(self._of) == len(now) and all(map(is_, self._of, now)):
+            return self._latest
+        expected = ((*hidden.shape[:2], size), hidden.dtype)
+        known = mask is not None and turn is not None and mask.dtype == torch.bool
+        suits = known and all((tuple(one.shape), one.dtype) == expected for one in turn)
+        self._of, self._latest = now, Pass(turn, span.row_index, span.columns, mask) if suits else None
+        return self._latest
+
+
 class FusedBlock:
     """Takes the place of a block's `forward`. Raises ModelError if its layers were not packed as they are used."""
 
-    def __init__(self, kernels: Kernels, block: Any, layer: int) -> None:
-        self._kernels, self._block, self._layer = kernels, block, layer
+    def __init__(self, kernels: Kernels, block: Any, layer: int, passes: _Passes) -> None:
+        self._kernels, self._block, self._layer, self._passes = kernels, block, layer, passes
         self._plain = block.forward
         attention, mlp = block.self_attn, block.mlp
         self._first, self._second = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
@@ -80,6 +102,12 @@ class FusedBlock:
             None if key_norm is None else key_norm.weight.detach(),
             0.0 if query_norm is None else _norm(query_norm)[1],
         )
+        self._takes_prompts = kernels.takes_prompts(self._heads, block.input_layernorm.weight.dtype)
+        products = [weight.kernel for weight in (self._joined, self._output, self._gate_up, self._down)]
+        known = [product for product in products if product is not None]
+        self._whole: WholeBlock | None = None
+        if len(known) == len(products):
+            self._whole = WholeBlock(kernels, (self._first, self._second), self._heads, known)
 
     def attach(self) -> None:
         self._block.forward = self
@@ -88,24 +116,22 @@ class FusedBlock:
         del self._block.forward
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        if args or not isinstance(cache, SlotCache) or (hidden_states.shape[1] > 1 and not self._takes_prompts):
+            return self._plain(hidden_states, *args, **kwargs)
+        layer = cache.layers[self._layer]
         turn = kwargs.get("position_embeddings")
-        if args or not isinstance(cache, SlotCache) or mask is None or turn is None or mask.dtype != torch.bool:
+        given = self._passes.of(hidden_states, self._heads.size, kwargs.get("attention_mask"), turn)
+        if given is None or not layer.is_initialized:
             return self._plain(hidden_states, *args, **kwargs)
-        layer, heads = cache.layers[self._layer], self._heads
-        rows, queries, _ = hidden_states.shape
-        many = queries > 1 and not self._kernels.takes_prompts(heads, hidden_states.dtype)
-        turns = all((one.shape, one.dtype) == ((rows, queries, heads.size), hidden_states.dtype) for one in turn)
-        if many or not turns or not layer.is_initialized:
-            return self._plain(hidden_states, *args, **kwargs)
-        return self._compute(hidden_states.contiguous(), layer, mask.contiguous(), turn)
+        if self._whole is not None:
+            return self._whole(hidden_states.contiguous(), layer.keys, layer.values, given)
+        return self._in_parts(hidden_states.contiguous(), layer, given)
 
-    def _compute(
-        self, hidden: torch.Tensor, layer: Any, mask: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        kernels, span = self._kernels, active_span()
+    def _in_parts(self, hidden: torch.Tensor, layer: Any, given: Pass) -> torch.Tensor:
+        kernels = self._kernels
         joined = self._joined.product(kernels.norm(hidden, *self._first))
-        seen = kernels.attend(self._heads, joined, turn, layer.keys, layer.values, span.row_index, span.columns, mask)
+        seen = kernels.attend(self._heads, joined, layer.keys, layer.values, given)
         hidden = self._output.product(seen, added=hidden)
         both = self._gate_up.product(kernels.norm(hidden, *self._second))
         return self._down.product(kernels.gated(both), added=hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -25,12 +26,19 @@ LANES = 16  # outputs in a block of a packed weight
 LARGEST_HEAD = 512
 
 
+class _Pass(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "queries", "length")),
+        *((name, c_void_p) for name in ("cosines", "sines", "slots", "places", "mask")),
+    ]
+
+
 class _Attention(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "heads", "groups", "size", "columns", "length", "queries")),
+        ("given", _Pass),
+        *((name, c_int64) for name in ("heads", "groups", "size", "columns")),
         *((name, c_float) for name in ("scaling", "epsilon")),
-        *((name, c_void_p) for name in ("joined", "cosines", "sines", "query_norm", "key_norm")),
-        *((name, c_void_p) for name in ("keys", "values", "slots", "places", "mask", "out")),
+        *((name, c_void_p) for name in ("joined", "query_norm", "key_norm", "keys", "values", "out")),
     ]
 
 
@@ -38,6 +46,18 @@ class _Product(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "weight", "bias", "added", "out")),
         *((name, c_int64) for name in ("rows", "inputs", "outputs")),
+    ]
+
+
+class _Norm(Structure):
+    _fields_ = [("weight", c_void_p), ("epsilon", c_float)]
+
+
+class _Block(Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("first", "second")),
+        *((name, _Product) for name in ("joined", "output", "gate_up", "down")),
+        ("attention", _Attention),
     ]
 
 
@@ -92,6 +112,9 @@ class Kernels:
             self._product, self._attend_prompts = unlocked.product, unlocked.attend_prompts
             self._product.argtypes, self._product.restype = [POINTER(_Product)], None
             self._attend_prompts.argtypes, self._attend_prompts.restype = [POINTER(_Attention)], None
+            self.block = unlocked.block
+            self.block.argtypes = [POINTER(_Block), POINTER(_Pass), c_void_p, c_void_p]
+            self.block.restype = None
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Root mean square normalisation of the last dimension."""
@@ -108,53 +131,22 @@ class Kernels:
         return out
 
     def attend(
-        self,
-        heads: Heads,
-        joined: torch.Tensor,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        slots: torch.Tensor,
-        columns: torch.Tensor,
-        mask: torch.Tensor,
+        self, heads: Heads, joined: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, given: Pass
     ) -> torch.Tensor:
         """Attention of new tokens over their row's slot, `[rows, queries, heads · size]`.
 
         `joined` `[rows, queries, (heads + 2 · groups) · size]` are queries, keys and values before their position is
-        turned in by `turn`, cosines and sines `[rows, queries, size]`. Keys and values go to `columns`
-        `[rows, queries]` of `slots` `[rows, 1]` in the cache `[slots, groups, columns, size]`. `mask` bool
-        `[rows, 1, queries, length]` tells the columns that a token sees, the new ones among them. More than one query a
-        row needs `takes_prompts`.
+        turned in. Keys and values go to the pass's columns of the cache `[slots, groups, columns, size]`. More than one
+        query a row needs `takes_prompts`.
         """
-        cosines, sines = turn
         rows, queries = joined.shape[:2]
         out = joined.new_empty((rows, queries, heads.heads * heads.size))
-        given = _Attention(
-            rows,
-            heads.heads,
-            heads.groups,
-            heads.size,
-            keys.shape[2],
-            mask.shape[-1],
-            queries,
-            heads.scaling,
-            heads.epsilon,
-            joined.data_ptr(),
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            None if heads.query_norm is None else heads.query_norm.data_ptr(),
-            None if heads.key_norm is None else heads.key_norm.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            slots.data_ptr(),
-            columns.data_ptr(),
-            mask.data_ptr(),
-            out.data_ptr(),
-        )
+        described = heads.described(keys, values)
+        described.given, described.joined, described.out = given.described, joined.data_ptr(), out.data_ptr()
         if queries == 1:
-            self._attend[joined.dtype](given)
+            self._attend[joined.dtype](described)
         else:
-            self._attend_prompts(given)
+            self._attend_prompts(described)
         return out
 
     def takes_prompts(self, heads: Heads, dtype: torch.dtype) -> bool:
@@ -178,7 +170,7 @@ class Product:
         self, function: Any, ordered: torch.Tensor, inputs: int, outputs: int, bias: torch.Tensor | None
     ) -> None:
         self._function, self._ordered, self._bias = function, ordered, bias
-        self._given = _Product(
+        self.given = _Product(
             weight=ordered.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
             inputs=inputs,
@@ -187,11 +179,54 @@ class Product:
 
     def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
-        given = self._given
+        given = self.given
         out = x.new_empty((*x.shape[:-1], given.outputs))
         given.x, given.out, given.rows = x.data_ptr(), out.data_ptr(), x.numel() // given.inputs
         given.added = None if added is None else added.data_ptr()
         self._function(given)
+        return out
+
+
+class Pass:
+    """What all blocks of one forward pass are given alike.
+
+    `turn`: cosines and sines `[rows, queries, size]` that turn a token's position into its heads. `columns`
+    `[rows, queries]` of `slots` `[rows, 1]`: where keys and values go. `mask` bool `[rows, 1, queries, length]`: the
+    columns that a token sees, the new ones among them.
+    """
+
+    def __init__(
+        self, turn: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        cosines, sines = (one.contiguous() for one in turn)
+        self._kept = cosines, sines, slots, columns, mask = cosines, sines, slots, columns, mask.contiguous()
+        rows, queries = columns.shape
+        pointers = (one.data_ptr() for one in self._kept)
+        self.described = _Pass(rows, queries, mask.shape[-1], *pointers)
+
+
+class WholeBlock:
+    """A block of these norms (weight and epsilon), heads and products, whose output is computed in one call."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        norms: Sequence[tuple[torch.Tensor, float]],
+        heads: Heads,
+        products: Sequence[Product],
+    ) -> None:
+        self._function, self._heads, self._kept = kernels.block, heads, (*norms, *products)
+        first, second = (_Norm(weight.data_ptr(), epsilon) for weight, epsilon in norms)
+        self._given = _Block(first, second, *(one.given for one in products))
+        self._keys = self._values = torch.empty(0)
+
+    def __call__(self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, given: Pass) -> torch.Tensor:
+        """`[rows, queries, hidden]` to the same; the cache `[slots, groups, columns, size]` takes keys and values."""
+        if keys is not self._keys or values is not self._values:
+            self._keys, self._values = keys, values
+            self._given.attention = self._heads.described(keys, values)
+        out = torch.empty_like(hidden)
+        self._function(self._given, given.described, hidden.data_ptr(), out.data_ptr())
         return out
 
 
@@ -207,3 +242,18 @@ class Heads:
     query_norm: torch.Tensor | None = None
     key_norm: torch.Tensor | None = None
     epsilon: float = 0.0
+
+    def described(self, keys: torch.Tensor, values: torch.Tensor) -> _Attention:
+        """All that is known before a pass."""
+        return _Attention(
+            heads=self.heads,
+            groups=self.groups,
+            size=self.size,
+            columns=keys.shape[2],
+            scaling=self.scaling,
+            epsilon=self.epsilon,
+            query_norm=None if self.query_norm is None else self.query_norm.data_ptr(),
+            key_norm=None if self.key_norm is None else self.key_norm.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+        )

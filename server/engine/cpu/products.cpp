@@ -2,8 +2,9 @@
 //
 // At few rows the time is that of reading the weights, at many that of the multiplications.
 
+#include "products.hpp"
+
 #include <algorithm>
-#include <cstdint>
 
 #ifdef __AVX512BF16__
 #include "tiles.hpp"
@@ -11,12 +12,6 @@
 #include <omp.h>
 
 using namespace tiles;
-
-struct Product {
-    const uint16_t *x, *weight, *bias, *added;  // bias [N] and added [M, N] may be missing
-    uint16_t* out;
-    int64_t rows, inputs, outputs;
-};
 
 static inline __m512 part(const uint16_t* from, __mmask16 present) {
     return widened(_mm256_maskz_loadu_epi16(present, from));

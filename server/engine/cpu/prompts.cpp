@@ -78,22 +78,12 @@ void attend_tile(const Attention& a, const Scratch& s, int64_t row, int64_t grou
     float shares[TILE];
     for (int64_t q = 0; q < count; q++) {
         const uint8_t* seen = a.mask + (row * a.queries + (first + q) / share) * a.length;
-        float* mine = scores.data() + q * s.inputs;
-        Bfloat16* to = (Bfloat16*)chances.data() + q * s.inputs;
-        const int64_t known = std::min(end, a.length);
-        float highest = -INFINITY, total = 0;
-#pragma omp simd reduction(max : highest)
-        for (int64_t i = 0; i < known; i++) {
-            mine[i] = seen[i] ? mine[i] * a.scaling : -INFINITY;
-            highest = mine[i] > highest ? mine[i] : highest;
-        }
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < known; i++) {
-            const float chance = mine[i] == -INFINITY ? 0.0f : exponential(mine[i] - highest);
-            total += chance;
-            to[i] = down<Bfloat16>(chance);
-        }
-        for (int64_t i = known; i < end; i++) to[i] = {0};
+        const float* mine = scores.data() + q * s.inputs;
+        uint16_t* to = chances.data() + q * s.inputs;
+        const auto keep = [to](__m512 found, int64_t place) {
+            _mm256_storeu_si256((__m256i*)(to + place), rounded(found));
+        };
+        const float total = vectors::chances(mine, seen, std::min(end, a.length), a.scaling, keep);
         shares[q] = total > 0 ? 1.0f / total : 0.0f;
     }
     const Operands weighing{chances.data(), s.inputs, count, end, s.values.data() + place * s.inputs * d,

@@ -5,14 +5,16 @@
 
 #pragma once
 
-#include <cstdint>
+#include "vectors.hpp"
+
 #include <cstring>
-#include <immintrin.h>
 
 namespace tiles {
 
-constexpr int64_t LANES = 16, PANEL = 9;  // outputs in a block; blocks that stay in the cache for all rows
-constexpr int64_t AHEAD = 4;              // blocks between what is multiplied and what is fetched
+using namespace vectors;  // a block has as many outputs as a vector has lanes
+
+constexpr int64_t PANEL = 9;  // blocks that stay in the cache for all rows
+constexpr int64_t AHEAD = 4;  // blocks between what is multiplied and what is fetched
 
 struct Operands {
     const uint16_t* x;  // rows of `stride` numbers, of which `inputs` are taken, an even number
@@ -20,12 +22,6 @@ struct Operands {
     const uint16_t* weight;
     int64_t block = LANES * inputs;  // numbers from one block of outputs to the next
 };
-
-inline __m512 widened(__m256i values) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
-}
-
-inline __m256i rounded(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 
 // `store(sums, row, block)` is given the sixteen sums of each row and block.
 template <int BLOCKS, int ROWS, typename Store>

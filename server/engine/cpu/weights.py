@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from server.engine.cpu.library import Kernels, load
+from server.engine.cpu.library import Kernels, Product, load
 
 ROWS = 1  # that oneDNN's order is chosen for; it is no worse for sixteen, measured
 
 
 class PackedWeight(ABC):
-    """A weight `[outputs, inputs]` with its bias."""
+    """A weight `[outputs, inputs]` with its bias; `kernel`: the product of our own, where it is that."""
+
+    kernel: Product | None = None
 
     @abstractmethod
     def product(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
@@ -22,7 +24,7 @@ class PackedWeight(ABC):
 
 class _KernelWeight(PackedWeight):
     def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._product = kernels.packed(weight, bias)
+        self.kernel = self._product = kernels.packed(weight, bias)
 
     def product(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         return self._product(x.contiguous(), added)

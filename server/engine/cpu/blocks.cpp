@@ -1,0 +1,69 @@
+// A decoder block of the common kind in one call, in bfloat16, for processors with AVX512-BF16:
+//
+//     h ← h + o(attention(qkv(norm(h))));   h ← h + down(silu(gate(norm(h))) · up(norm(h)))
+//
+// What is between two products stays in memory that is kept from block to block.
+
+#ifdef __AVX512BF16__
+#include "attention.hpp"
+#include "products.hpp"
+
+#include <vector>
+
+extern "C" void norm_bfloat16(const void* x, const void* weight, void* out, int64_t rows, int64_t size, float epsilon);
+extern "C" void gated_bfloat16(const void* both, void* out, int64_t rows, int64_t size);
+extern "C" void attend_bfloat16(const Attention* given);
+extern "C" void attend_prompts(const Attention* given);
+
+namespace {
+
+struct Norm {
+    const void* weight;
+    float epsilon;
+};
+
+// The numbers of one product's result.
+class Scratch {
+    std::vector<uint16_t> numbers;
+
+  public:
+    uint16_t* of(int64_t count) {
+        if (int64_t(numbers.size()) < count) numbers.resize(count);
+        return numbers.data();
+    }
+};
+
+void multiply(Product p, const uint16_t* x, int64_t tokens, uint16_t* out, const uint16_t* added = nullptr) {
+    p.x = x, p.rows = tokens, p.out = out, p.added = added;
+    product(&p);
+}
+
+}  // namespace
+
+struct Block {
+    Norm first, second;
+    Product joined, output, gate_up, down;  // queries, keys and values in one
+    Attention attention;                    // what does not change from pass to pass
+};
+
+// `hidden` [rows, queries, inputs] to `out` of the same shape.
+extern "C" void block(const Block* given, const Pass* pass, const uint16_t* hidden, uint16_t* out) {
+    thread_local Scratch normed, joined, seen, both, gated;
+    const Block& b = *given;
+    const int64_t tokens = pass->rows * pass->queries, size = b.joined.inputs, inner = b.down.inputs;
+    uint16_t* quiet = normed.of(tokens * size);
+
+    norm_bfloat16(hidden, b.first.weight, quiet, tokens, size, b.first.epsilon);
+    multiply(b.joined, quiet, tokens, joined.of(tokens * b.joined.outputs));
+    Attention a = b.attention;
+    static_cast<Pass&>(a) = *pass;
+    a.joined = joined.of(0), a.out = seen.of(tokens * b.output.inputs);
+    a.queries == 1 ? attend_bfloat16(&a) : attend_prompts(&a);
+    multiply(b.output, seen.of(0), tokens, out, hidden);
+
+    norm_bfloat16(out, b.second.weight, quiet, tokens, size, b.second.epsilon);
+    multiply(b.gate_up, quiet, tokens, both.of(tokens * 2 * inner));
+    gated_bfloat16(both.of(0), gated.of(tokens * inner), tokens, inner);
+    multiply(b.down, gated.of(0), tokens, out, out);
+}
+#endif
