@@ -50,7 +50,9 @@ class Settings(BaseSettings):
     )
     max_queue: int = Field(1024, ge=0, description="How many generations may wait; beyond it requests get a 429.")
     prefill_chunk: int = Field(
-        256, ge=1, description="The most prompt tokens of one step, for all together; four times as many if none decodes."
+        256,
+        ge=1,
+        description="The most prompt tokens of one step, for all together; four times as many if none decodes.",
     )
     max_stall_ms: float | None = Field(
         None, gt=0, description="How long rows that decode may wait for prompts; else 1.5 times as long as for a token."
