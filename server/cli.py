@@ -137,11 +137,12 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
+    from server.engine.threads import processors
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     # the processors are the engine's alone; see server.engine.threads
-    settings = settings.model_copy(update={"threads": settings.threads or torch.get_num_threads()})
+    settings = settings.model_copy(update={"threads": settings.threads or processors()})
     torch.set_num_threads(1)
     application = create_app(settings)
     service = application.state.service

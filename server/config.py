@@ -65,7 +65,9 @@ class Settings(BaseSettings):
         description="On a CPU, reorder and join the weights of linear layers at start and fuse the blocks between them "
         "where their kind is known: several times as fast in bfloat16.",
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="How many threads torch computes with; else its own.")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="How many threads compute; else one for each processor core it may use."
+    )
     allow_model_mismatch: bool = Field(
         False, description="Serve profiles that were fitted on other weights of the same shape."
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from server.engine.engine import TorchEngine
-from server.engine.threads import run_apart
+from server.engine.threads import processors, run_apart
 from steering_vectors.models import wrap_model
 from tests.running import outcome, prompts, request
 from tests.tiny import tiny_model
@@ -65,3 +67,17 @@ def test_work_apart_leaves_the_number_as_it_was() -> None:
     assert run_apart(torch.get_num_threads) == 2
     with pytest.raises(ZeroDivisionError):
         run_apart(lambda: 1 // 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+def test_no_more_threads_than_this_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    torch.set_num_threads(len(allowed))
+    assert processors() <= len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert processors() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    torch.set_num_threads(1)  # who asks torch for fewer gets fewer
+    assert processors() == 1
