@@ -1,6 +1,6 @@
 """How long a server takes from its command to ready, what for, and what it holds in memory.
 
-    python benchmarks/startup.py --model demo|DIR|SHAPE [--pairs 5] [--cold] [--context 512] [--json FILE]
+    python benchmarks/startup.py --model demo|DIR|SHAPE [--pairs 5] [--prepack] [--cold] [--json FILE]
 
 The floor is a process that imports torch and transformers and loads the same model by `from_pretrained`. Both run
 alternately, each as a new process; medians are quoted. A server is ready when it says so and /ready agrees; it says so
@@ -78,6 +78,10 @@ note("making the application")
 torch.set_num_threads(settings.threads)
 language_model = load_model(settings.model, dtype=settings.dtype)
 note("loading the model")
+if settings.cpu_prepack:
+    from server.engine.packing import pack
+    pack(language_model.model)
+    note("packing its weights")
 engine = TorchEngine(language_model, slots=settings.slots, context=settings.context)
 note("choosing how to run it")
 print(json.dumps(seconds))
@@ -102,6 +106,7 @@ def main(
     slots: Annotated[int, typer.Option(help="Rows of the server.")] = 16,
     context: Annotated[int, typer.Option(help="The server's context.")] = 512,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    prepack: Annotated[bool, typer.Option(help="Serve with --cpu-prepack.")] = False,
     pairs: Annotated[int, typer.Option(help="How often both are started; one more start warms up, unless cold.")] = 5,
     cold: Annotated[bool, typer.Option("--cold", help="Drop files from the page cache before each start.")] = False,
     fill: Annotated[bool, typer.Option(help="Fill every slot, to see the memory of a server at work.")] = True,
@@ -112,7 +117,7 @@ def main(
         source = str(save_shape(model, Path(scratch), dtype=number)) if model in SHAPES else model
         directory = DEMO_DIRECTORY if source == DEMO else Path(source)
         settings = {"model": source, "dtype": dtype, "slots": slots, "context": context, "threads": threads}
-        settings["profiles"] = scratch
+        settings |= {"profiles": scratch, "cpu_prepack": prepack}
         sides: Sequence[Callable[[], Any]] = (
             lambda: start_server(settings, fill=fill),
             lambda: start_floor(directory, dtype, threads),
@@ -123,7 +128,8 @@ def main(
         figures = {**settings, "model": model, "cold": cold, **figures_of(taken[0 if cold else 1 :])}
         del figures["profiles"]
         figures["stages"] = stages(settings)
-    figures["bytes"] = {"weights": weights(directory, number), "cache": cache(directory, number, slots, context)}
+        held = {"weights": weights(directory, number), "cache": cache(directory, number, slots, context)}
+        figures["bytes"] = held
     show(figures)
     if out is not None:
         out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 
 from server.engine.packing import PackedLinear, pack, packs
 from steering_vectors.errors import ModelError
-from steering_vectors.models import LanguageModel, wrap_model
+from steering_vectors.models import LanguageModel, load_model, wrap_model
 from tests.running import mixture, prompts, random_profile, request, run_all
 from tests.tiny import STEERABLE, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -86,6 +89,20 @@ def test_bfloat16_agrees_within_its_rounding() -> None:
         pack(model)
         error = (model(input_ids=ids, use_cache=False).logits.float() - plain).norm() / plain.norm()
     assert error < 0.02
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux")
+def test_the_checkpoint_is_let_go(tmp_path: Path) -> None:
+    def is_mapped() -> bool:
+        gc.collect()
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    language_model = load_model(str(tmp_path))
+    assert is_mapped()
+    pack(language_model.model)
+    assert not is_mapped()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_oss"])

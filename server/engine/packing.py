@@ -91,7 +91,15 @@ def pack(model: nn.Module) -> Packed:
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {REMEDY}") from failure
     if not error <= TOLERANCE:
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {REMEDY}")
+    _leave_file(model)
     return packed
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy the weights that were not packed: while one of them is a view of the mapped checkpoint, all of it stays
+    resident."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]]) -> Packed:
