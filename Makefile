@@ -35,7 +35,7 @@ profiles: $(VENV)/.runtime  ## Fit the demo profiles that are missing
 
 test: export HF_HUB_OFFLINE := 1
 test: lint types $(VENV)/.dev  ## Lint, type-check and run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt tests/clients/node/package-lock.json
 	$(PYTHON) -m venv $(CLIENTS)
