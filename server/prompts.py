@@ -7,7 +7,8 @@ are `steering_vectors.chat`'s, or of the engine's limits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,17 @@ from steering_vectors.errors import RequestError
 
 Prompt = str | list[int] | tuple[Message, ...]
 LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
+
+
+@contextmanager
+def naming_field(prompt: Prompt) -> Iterator[None]:
+    """What is wrong with a prompt is said of the field that holds it, `messages` where it is a conversation."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param == "prompt" and isinstance(prompt, tuple):
+            error.param = "messages"
+        raise
 
 
 async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: EncodingBody) -> tuple[int, ...]:

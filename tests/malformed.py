@@ -14,6 +14,7 @@ JSON = "application/json"
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 COMPLETION = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
 FIELD = re.compile(r"(?:unknown )?field '([^']+)'|([a-z_]+(?:\[\d+\])?)")  # how a message begins that names a field
+LONG = [{"role": "user", "content": "Hello " * 99}]
 NO_OBJECT = "it should be a valid dictionary or object to extract fields from, not"
 PROMPT_FORMS = "it must be a string or a list of token ids, or a list of either, and not empty"
 NEITHER = "send either prompt or messages: neither is given"
@@ -103,6 +104,7 @@ CASES = [
         "both the model's alias 'demo:warm' and the field steering steer: use only one of them",
         "steering",
     ),
+    chat({"messages": LONG}, "the prompt has …", "messages"),
     chat({"messages": []}, "messages is empty; send at least one message"),
     chat({"messages": None}, "field 'messages' is missing"),
     chat({"messages": "Hello"}, "field 'messages': it should be a valid list, not \"Hello\""),
@@ -336,6 +338,14 @@ CASES = [
         {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
         "send either prompt or messages: both are given",
         "prompt",
+    ),
+    *(
+        post(path, {"messages": LONG, **more}, "the prompt has …", "messages")
+        for path, more in (
+            ("/generate", {}),
+            ("/compare", {"variants": ["warm"]}),
+            ("/score", {"completions": ["a"]}),
+        )
     ),
     post("/generate", {"prompt": ["a"]}, "field 'prompt': it must be a string or a list of token ids, and not empty"),
     post("/generate", {"prompt": "a", "model": "demo"}, "unknown field 'model'"),

@@ -16,7 +16,7 @@ from server.engine.protocol import Delta, Finished, GenerationRequest
 from server.errors import ErrorReporter
 from server.generations import Generations, Result, new_id, profiles_of
 from server.json_bodies import StrictRoute
-from server.prompts import encode
+from server.prompts import encode, naming_field
 from server.receipts import told_projections
 from server.schemas.compare import CompareBody
 from server.schemas.steering_answers import CompareAnswer, CompareEvent
@@ -48,7 +48,8 @@ async def _start(body: CompareBody, service: Service) -> Generations:
         variant.wanted().timeline(partial(find, param=f"variants[{place}]"))
         for place, variant in enumerate(body.variants)
     ]
-    ids = await encode(engine.language_model.tokenizer, body.the_prompt(), body)
+    prompt = body.the_prompt()
+    ids = await encode(engine.language_model.tokenizer, prompt, body)
     profiles = profiles_of([entry for timeline in timelines for entry in timeline]) if body.projections else ()
     requests = [
         GenerationRequest(
@@ -62,7 +63,8 @@ async def _start(body: CompareBody, service: Service) -> Generations:
         )
         for timeline in timelines
     ]
-    return await Generations.run(engine, requests, most=service.most_generations, param="variants")
+    with naming_field(prompt):
+        return await Generations.run(engine, requests, most=service.most_generations, param="variants")
 
 
 def _whole(request: GenerationRequest, result: Result) -> dict[str, Any]:

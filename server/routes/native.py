@@ -15,7 +15,7 @@ from server.engine.protocol import Delta, Finished
 from server.errors import ErrorReporter
 from server.generations import Generations
 from server.json_bodies import StrictRoute
-from server.prompts import encode
+from server.prompts import encode, naming_field
 from server.receipts import told_projections
 from server.schemas.native import GenerateBody
 from server.schemas.native_answers import GenerateAnswer, GenerateEvent
@@ -49,16 +49,16 @@ async def _start(body: GenerateBody, header: str | None, service: Service) -> Ge
     prompt, sampling, constraint = body.the_prompt(), body.sampling(), body.constraint()
     find = partial(service.registry.find, param="steering" if body.profile is None else "profile")
     timeline = body.wanted_steering(header).timeline(find)
-    ids = await encode(engine.language_model.tokenizer, prompt, body)
-    return await Generations.start(
-        engine,
-        [ids],
-        sampling,
-        timeline,
-        most=service.most_generations,
-        projections=body.projections,
-        constraint=constraint,
-    )
+    with naming_field(prompt):
+        return await Generations.start(
+            engine,
+            [await encode(engine.language_model.tokenizer, prompt, body)],
+            sampling,
+            timeline,
+            most=service.most_generations,
+            projections=body.projections,
+            constraint=constraint,
+        )
 
 
 async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ from server.engine.protocol import Finished
 from server.errors import ErrorReporter
 from server.generations import Generations, new_id
 from server.json_bodies import StrictRoute
-from server.prompts import Prompt, echo, encode
+from server.prompts import Prompt, echo, encode, naming_field
 from server.schemas.openai import ChatBody, CompletionBody, OpenAIBody
 from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
 from server.schemas.prompts import messages_of
@@ -101,20 +101,20 @@ async def _start(
     timeline = body.wanted_steering(service.model_name, header).timeline(service.registry.find)
     sampling, constraint, logprobs = body.sampling(), body.constraint(), body.most_likely
     body.check_stream_options()
-    ids = [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts]
     scored = logprobs if body.echoes else None
-    generations = await Generations.start(
-        engine,
-        ids,
-        sampling,
-        timeline,
-        n=body.n,
-        most=most,
-        logprobs=logprobs,
-        prompt_logprobs=scored,
-        projections=body.projections,
-        constraint=constraint,
-    )
+    with naming_field(prompts[0]):
+        generations = await Generations.start(
+            engine,
+            [await encode(engine.language_model.tokenizer, prompt, body) for prompt in prompts],
+            sampling,
+            timeline,
+            n=body.n,
+            most=most,
+            logprobs=logprobs,
+            prompt_logprobs=scored,
+            projections=body.projections,
+            constraint=constraint,
+        )
     return generations, {
         "model": body.model,
         "fingerprint": service.fingerprint,

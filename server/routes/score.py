@@ -14,7 +14,7 @@ from server.engine.protocol import GenerationRequest, SamplingParameters, TokenL
 from server.generations import Generations, Result, new_id
 from server.json_bodies import StrictRoute
 from server.logprobs import finite
-from server.prompts import check_completions, encode_continuations
+from server.prompts import check_completions, encode_continuations, naming_field
 from server.receipts import receipt
 from server.schemas.score import ScoreBody
 from server.schemas.steering_answers import ScoreAnswer
@@ -43,7 +43,8 @@ async def _start(body: ScoreBody, service: Service, header: str | None) -> Gener
     wanted = body.wanted_steering(header)
     mixture = wanted.resolve(service.registry.find)
     tokenizer = engine.language_model.tokenizer
-    prompt, completions = await encode_continuations(tokenizer, body.the_prompt(), body.completions, body)
+    given = body.the_prompt()
+    prompt, completions = await encode_continuations(tokenizer, given, body.completions, body)
     check_completions(completions, engine.language_model.vocab_size)
     requests = [
         GenerationRequest(
@@ -56,7 +57,8 @@ async def _start(body: ScoreBody, service: Service, header: str | None) -> Gener
         )
         for completion in completions
     ]
-    return await Generations.run(engine, requests, most=service.most_generations, param="completions")
+    with naming_field(given):
+        return await Generations.run(engine, requests, most=service.most_generations, param="completions")
 
 
 def _score(texts: TokenTexts, request: GenerationRequest, result: Result) -> dict[str, Any]:
