@@ -1,0 +1,29 @@
+"""Bringing small tensors to the model's device without making the host wait for it.
+
+A copy from ordinary memory to a GPU waits until all that was asked of the GPU before is done. One from pinned memory
+does not, and torch's allocator of pinned memory reuses a block only once its copies are done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on the model's device; itself where that is the CPU."""
+    device = torch.device(device)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return staged(tensor).to(device, non_blocking=True)
+
+
+def staged(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor in pinned memory, for a copy that does not block; itself where there is no GPU to copy it to."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def tensor_on(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Numbers, as `torch.tensor` takes them, on the model's device."""
+    return sent(torch.tensor(values, dtype=dtype), device)
