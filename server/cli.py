@@ -71,6 +71,8 @@ def serve(
     context: Annotated[int | None, flag("context")] = None,
     dtype: Annotated[str | None, flag("dtype")] = None,
     device: Annotated[str | None, flag("device")] = None,
+    gpu_memory_utilization: Annotated[float | None, flag("gpu_memory_utilization")] = None,
+    cuda_graphs: Annotated[bool | None, flag("cuda_graphs", "--cuda-graphs/--no-cuda-graphs")] = None,
     served_model_name: Annotated[str | None, flag("served_model_name")] = None,
     max_queue: Annotated[int | None, flag("max_queue")] = None,
     prefill_chunk: Annotated[int | None, flag("prefill_chunk")] = None,

@@ -15,14 +15,17 @@ from functools import cached_property, partial
 import torch
 
 from server.config import Settings
+from server.engine.admission import checked_context
 from server.engine.engine import TorchEngine
+from server.engine.memory_probe import CudaMeter, planned
 from server.engine.packing import pack
 from server.engine.protocol import Engine
+from server.engine.scheduler import UNDISTURBED
 from server.engine.threads import run_apart
 from server.profiles import ProfileRegistry
 from server.token_texts import TokenTexts
 from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
-from steering_vectors.models import load_model
+from steering_vectors.models import LanguageModel, load_model
 from steering_vectors.storage import installed_version
 
 logger = logging.getLogger(__name__)
@@ -125,16 +128,34 @@ def build_engine(settings: Settings) -> Engine:
     language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter)
     if settings.cpu_prepack:
         pack(language_model.model)
+    slots, context = _sizes(settings, language_model)
     return TorchEngine(
         language_model,
-        slots=settings.slots,
-        context=settings.context,
+        slots=slots,
+        context=context,
         max_queue=settings.max_queue,
         prefill_chunk=settings.prefill_chunk,
         max_stall_ms=settings.max_stall_ms,
         prefix_reuse=settings.prefix_reuse,
+        static_decoding=settings.cuda_graphs,
         allow_model_mismatch=settings.allow_model_mismatch,
     )
+
+
+def _sizes(settings: Settings, language_model: LanguageModel) -> tuple[int, int]:
+    """Slots and context: on a GPU, what fits its memory. Raises ModelError if what was asked for does not."""
+    context = checked_context(language_model, settings.context)
+    if language_model.device.type != "cuda":
+        return settings.slots, context
+    plan = planned(
+        language_model,
+        CudaMeter(language_model.device),
+        slots=settings.slots if "slots" in settings.model_fields_set else None,
+        context=context,
+        tokens=UNDISTURBED * settings.prefill_chunk,
+        utilization=settings.gpu_memory_utilization,
+    )
+    return (settings.slots if plan is None else plan.slots), context
 
 
 def _check_device(device: str) -> None:
