@@ -6,6 +6,7 @@ does not, and torch's allocator of pinned memory reuses a block only once its co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,3 +28,8 @@ def staged(tensor: torch.Tensor) -> torch.Tensor:
 def tensor_on(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers, as `torch.tensor` takes them, on the model's device."""
     return sent(torch.tensor(values, dtype=dtype), device)
+
+
+def picked(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """A copy of these of the tensor's rows."""
+    return tensor[tensor_on(list(places), tensor.device)]
