@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     cuda_graphs: bool | None = Field(
         None, description="On CUDA, replay decoding steps as graphs; else where the model allows it."
     )
+    tensor_parallel: bool = Field(
+        False, description="Under torchrun, split the model among its processes; the first one serves."
+    )
     served_model_name: str | None = Field(
         None, pattern=SINGLE_WORD, description="The name of the model in /v1; else its hub id or directory."
     )
@@ -95,6 +98,20 @@ class Settings(BaseSettings):
             for flag, value in given.items():
                 if value is not None:
                     raise ValueError(f"{flag} is for GPUs: leave it out, or serve with --device cuda")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        """What a model in parts cannot be combined with is refused."""
+        if self.tensor_parallel:
+            given = {"--adapter": self.adapter, "--cpu-prepack": self.cpu_prepack, "--cuda-graphs": self.cuda_graphs}
+            for flag, value in given.items():
+                if value:
+                    raise ValueError(f"{flag} does not go with --tensor-parallel: leave one of them out")
+            if ":" in self.device:
+                raise ValueError("--device names one device; with --tensor-parallel give cpu or cuda alone")
+            if "RANK" not in os.environ:
+                raise ValueError("--tensor-parallel needs torchrun: torchrun --nproc-per-node 2 -m server.cli serve …")
         return self
 
 

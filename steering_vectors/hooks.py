@@ -151,6 +151,11 @@ class SteeringBank:
         self._busy: Counter[int] = Counter()  # layer -> rows that act there
         self._step: Step | None = None
         self._handles: list[RemovableHandle] = []
+        self._watcher: Callable[[int, Mixture | None], None] | None = None
+
+    def watch(self, watcher: Callable[[int, Mixture | None], None]) -> None:
+        """Have `watcher` called before each change with the row and its mix, None for one that is cleared."""
+        self._watcher = watcher
 
     @property
     def num_rows(self) -> int:
@@ -184,11 +189,13 @@ class SteeringBank:
         Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
         """
         shifts = self.check(mixture)
+        if self._watcher is not None:
+            self._watcher(row, mixture)
         if self._shifted.get(row) == shifts.layers and not mixture.ablations() and row not in self._ablations:
             self._put(row, shifts)  # another strength of the same profiles: the common change
             (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
             return
-        self.clear(row)
+        self._erase(row)
         self._put(row, shifts)
         self._shifted[row] = shifts.layers
         if ablations := mixture.ablations():
@@ -202,6 +209,11 @@ class SteeringBank:
 
     def clear(self, row: int) -> None:
         """Make a row unsteered."""
+        if self._watcher is not None:
+            self._watcher(row, None)
+        self._erase(row)
+
+    def _erase(self, row: int) -> None:
         self._busy.subtract(self._layers_of(row))
         if self._shifted.pop(row, ()):
             self._shift[:, row] = 0
