@@ -14,15 +14,13 @@ import torch
 
 def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A CPU tensor on the model's device; itself where that is the CPU."""
-    device = torch.device(device)
-    if device.type == "cpu" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return staged(tensor).to(device, non_blocking=True)
+    ready = staged(tensor, device)
+    return ready.to(device, non_blocking=ready is not tensor)
 
 
-def staged(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor in pinned memory, for a copy that does not block; itself where there is no GPU to copy it to."""
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+def staged(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor in pinned memory, for a copy that does not block; itself where the device is none of CUDA's."""
+    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
 
 
 def tensor_on(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:

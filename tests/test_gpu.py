@@ -91,6 +91,21 @@ def test_graphs_are_what_runs(architecture: str) -> None:
         runner.close()
 
 
+def test_what_cannot_be_recorded_is_run_otherwise() -> None:
+    """An architecture that asks for a tensor's value within a pass; the recording that failed leaves nothing behind."""
+    here, there = wrap_model(tiny_model("dbrx"), tiny_tokenizer()), on_cuda("dbrx")
+    with bank_of(there) as bank:
+        runner = choose_runner(there, bank, context=CONTEXT)
+        assert type(runner) is BatchedRunner
+        runner.close()
+    profile = random_profile(here, scale=2.0)
+    found, expected = (
+        run_all(one, [request([5, 6, 7 + i], mixture(profile, i % 2), max_tokens=8) for i in range(4)])
+        for one in (there, here)
+    )
+    assert [one.ids for one in found] == [one.ids for one in expected]
+
+
 def test_steering_changed_between_replays_takes_effect() -> None:
     """Nothing is recorded anew; each replay equals the ordinary pass, for strengths, and rows that cease to be steered;
     and for texts that grow into the next bucket of columns."""

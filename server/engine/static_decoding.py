@@ -68,7 +68,7 @@ class Inputs:
         slots = torch.tensor([work.slot for work in batch])
         values[slots, :PLACE] = torch.tensor([[work.ids[0], work.start, work.start] for work in batch])
         values[: len(batch), PLACE] = slots
-        self.held[:rows].copy_(staged(values), non_blocking=True)
+        self.held[:rows].copy_(staged(values, self.held.device), non_blocking=True)
 
 
 class StaticRunner(BatchedRunner):
