@@ -111,7 +111,7 @@ def replayed(step: Callable[[], None]) -> Replay:
     return lambda: recorded()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "falcon_alibi"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_recorded_step_follows_what_is_written_to_buffers(architecture: str) -> None:
     """A strength that changes, rows that begin and cease to be steered, join and leave: nothing is recorded anew."""
     language_model = tiny(architecture)
