@@ -41,20 +41,49 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "rope_theta": 1000000.0,
     },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
 }
 EOS = 0
 
 
-def model_of(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LanguageModel:
-    """The demo model, a directory, or one of `SHAPES` with random weights."""
+def model_of(
+    name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str | torch.device = "cpu"
+) -> LanguageModel:
+    """The demo model, a directory, or one of `SHAPES` with random weights, which are made on the device."""
     if name not in SHAPES:
-        return load_model(name, dtype={torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype])
+        names = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+        return load_model(name, dtype=names[dtype], device=str(device))
     torch.manual_seed(seed)
     fields = dict(SHAPES[name])
     config = AutoConfig.for_model(
         fields.pop("model_type"), bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS, **fields
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     return wrap_model(model, tokenizer_of(config.vocab_size), name=name)
 
 

@@ -1,13 +1,15 @@
 """What steering costs a decode step: rows × context × how many different steerings they have between them.
 
     python benchmarks/throughput.py [--model smollm2-135m] [--rows 1,16] [--contexts 32,512] [--steerings 1,4,16]
+    python benchmarks/throughput.py --device cuda --model llama-3.1-8b --rows 1,8,32,128 --steerings 1,8,64 --generate
 
 The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, alternating;
 the ratio is unsteered over steered time, so 1 means that steering is free and .98 that it costs two in a hundred. Of
 each run the median step counts, and of each case the median over pairs; the CPU ratio is that of the engine's thread,
 which other programs disturb less. Besides the given numbers of steerings there
 are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows have
-their steerings from among 256 profiles.
+their steerings from among 256 profiles. The floor is the bytes that a step reads over the bandwidth that a large copy
+has on the same device. `--generate`: the median step of transformers' generate with hooks, one steering for all rows.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.decode_steps import Step, TimedEngine
+from benchmarks.floors import Reads, bandwidth
+from benchmarks.hooked_generate import milliseconds
 from benchmarks.shapes import SHAPES, model_of
 from server.engine.packing import pack
 from server.engine.protocol import GenerationRequest, SamplingParameters
@@ -51,19 +55,41 @@ def main(
     steps: Annotated[int, typer.Option(help="Tokens of a run.")] = 32,
     pairs: Annotated[int, typer.Option(help="Pairs of a case.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
-    prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack.")] = True,
+    prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack, on a CPU.")] = True,
+    device: Annotated[str, typer.Option(help="Where the model runs, as torch names it.")] = "cpu",
+    graphs: Annotated[bool, typer.Option(help="On CUDA, replay steps as graphs where that is possible.")] = True,
+    generate: Annotated[bool, typer.Option(help="Measure generate with hooks, too.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time per step against rows and context here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    language_model = run_apart(lambda: _loaded(model, prepack=prepack))
+    prepack = prepack and device == "cpu"
+    language_model, reads = run_apart(lambda: _loaded(model, prepack=prepack, device=device))
+    rate = bandwidth(language_model.device)
     profiles = [_profile(language_model, seed) for seed in range(LOADED)]
     cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
     found = []
     for batch, context in track(cases, description="measuring"):
         sides = _sides(profiles, batch, steps, _numbers(steerings))
-        found += asyncio.run(_measure(language_model, sides, batch, context, steps, pairs))
-    figures = {"model": model, "threads": threads, "prepack": prepack, "pairs": pairs, "steps": steps, "cases": found}
+        read = reads.step(rows=batch, context=context + steps // 2)
+        beside: dict[str, Any] = {"floor_ms": round(1e3 * read / rate, 3)}
+        if generate:
+            prompts = [_prompt(row, context) for row in range(batch)]
+            spent = milliseconds(language_model, profiles[0], prompts, steps=steps, repeats=pairs)
+            beside["generate_ms"] = round(spent, 3)
+        static = None if graphs else False
+        cases_of = asyncio.run(_measure(language_model, sides, batch, context, steps, pairs, static))
+        found += [{**one, **beside} for one in cases_of]
+    figures = {
+        "model": model,
+        "device": _described(language_model.device),
+        "bandwidth_gb_s": round(rate / 1e9, 1),
+        "threads": threads,
+        "prepack": prepack,
+        "pairs": pairs,
+        "steps": steps,
+        "cases": found,
+    }
     _show(figures)
     if out is not None:
         out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -71,11 +97,16 @@ def main(
         _draw(figures, plot)
 
 
-def _loaded(model: str, *, prepack: bool) -> LanguageModel:
-    language_model = model_of(model)
+def _described(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _loaded(model: str, *, prepack: bool, device: str) -> tuple[LanguageModel, Reads]:
+    language_model = model_of(model, device=device)
+    reads = Reads.of(language_model)
     if prepack:
         pack(language_model.model)
-    return language_model
+    return language_model, reads
 
 
 def _numbers(text: str) -> list[int]:
@@ -110,9 +141,15 @@ def _sides(profiles: list[Profile], rows: int, steps: int, steerings: list[int])
 
 
 async def _measure(
-    model: LanguageModel, sides: dict[str, list[Timeline]], rows: int, context: int, steps: int, pairs: int
+    model: LanguageModel,
+    sides: dict[str, list[Timeline]],
+    rows: int,
+    context: int,
+    steps: int,
+    pairs: int,
+    static: bool | None,
 ) -> list[dict[str, Any]]:
-    engine = TimedEngine(model, slots=rows, context=context + steps + 1)
+    engine = TimedEngine(model, slots=rows, context=context + steps + 1, static_decoding=static)
     plain: list[Timeline] = [[(0, Mixture())]] * rows
     try:
         await _run(engine, plain, context, steps)  # the first run computes the prompts and warms up
@@ -123,7 +160,8 @@ async def _measure(
                 order = (plain, timelines) if pair % 2 else (timelines, plain)
                 times = {id(side): await _run(engine, side, context, steps) for side in order}
                 taken.append((times[id(plain)], times[id(timelines)]))
-            found.append({"rows": rows, "context": context, "case": name, **_compared(taken)})
+            path = engine.stats().path
+            found.append({"rows": rows, "context": context, "case": name, "path": path, **_compared(taken)})
     finally:
         await engine.close()
     return found
@@ -147,10 +185,14 @@ async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, ste
 
 
 def _request(row: int, timeline: Timeline, context: int, steps: int) -> GenerationRequest:
-    generator = torch.Generator().manual_seed(row)
-    prompt = tuple(torch.randint(3, 1000, (context,), generator=generator).tolist())
     sampling = SamplingParameters(temperature=0, max_tokens=steps, ignore_eos=True)
+    prompt = tuple(_prompt(row, context))
     return GenerationRequest(f"run-{next(_ids)}", prompt, sampling, timeline[0][1], schedule=tuple(timeline[1:]))
+
+
+def _prompt(row: int, context: int) -> list[int]:
+    generator = torch.Generator().manual_seed(row)
+    return [int(token) for token in torch.randint(3, 1000, (context,), generator=generator)]
 
 
 async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
@@ -159,13 +201,13 @@ async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
 
 
 def _show(figures: dict[str, Any]) -> None:
-    table = Table(
-        "rows", "context", "case", "without", "with, ms", "ratio", "range", "CPU ratio", title=figures["model"]
-    )
+    heads = ("rows", "context", "case", "floor", "without", "with, ms", "ratio", "range", "CPU ratio", "generate")
+    table = Table(*heads, title=f"{figures['model']}, {figures['cases'][0]['path']}, {figures['bandwidth_gb_s']} GB/s")
     for one in figures["cases"]:
         low, high = one["ratio_range"]
-        cells = (one["rows"], one["context"], one["case"], one["unsteered_ms"], one["steered_ms"], one["ratio"])
-        table.add_row(*map(str, cells), f"{low}–{high}", str(one["cpu_ratio"]))
+        names = ("rows", "context", "case", "floor_ms", "unsteered_ms", "steered_ms", "ratio")
+        cells = (*(one[name] for name in names), f"{low}–{high}", one["cpu_ratio"], one.get("generate_ms", ""))
+        table.add_row(*map(str, cells))
     Console().print(table)
 
 

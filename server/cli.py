@@ -10,6 +10,7 @@ import asyncio
 import gc
 import importlib.metadata
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -71,6 +72,9 @@ def serve(
     context: Annotated[int | None, flag("context")] = None,
     dtype: Annotated[str | None, flag("dtype")] = None,
     device: Annotated[str | None, flag("device")] = None,
+    gpu_memory_utilization: Annotated[float | None, flag("gpu_memory_utilization")] = None,
+    cuda_graphs: Annotated[bool | None, flag("cuda_graphs", "--cuda-graphs/--no-cuda-graphs")] = None,
+    tensor_parallel: Annotated[bool | None, flag("tensor_parallel", "--tensor-parallel/--no-tensor-parallel")] = None,
     served_model_name: Annotated[str | None, flag("served_model_name")] = None,
     max_queue: Annotated[int | None, flag("max_queue")] = None,
     prefill_chunk: Annotated[int | None, flag("prefill_chunk")] = None,
@@ -88,6 +92,11 @@ def serve(
     given = {name: value for name, value in invocation.params.items() if value is not None}
     settings = load_settings(given)
     _log(settings.log_level)
+    if settings.tensor_parallel and os.environ["RANK"] != "0":
+        from server.service import follow
+
+        follow(settings)
+        return
     with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
         run_in_loop(_serve(settings, listener))
 

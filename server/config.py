@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from steering_vectors.errors import TrimtabError
@@ -36,7 +36,13 @@ class Settings(BaseSettings):
     profiles: Path = Field(Path("profiles"), description="The directory of profiles; it is watched for changes.")
     host: str = Field("127.0.0.1", pattern=SINGLE_WORD, description="The address to listen on; 0.0.0.0 is all.")
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes any free one.")
-    slots: int = Field(16, ge=1, le=4096, description="How many generations run at once; the rest wait in a queue.")
+    slots: int = Field(
+        16,
+        ge=1,
+        le=4096,
+        description="How many generations run at once; the rest wait in a queue. On CUDA, if it is not given, as many "
+        "as memory holds, up to 128.",
+    )
     context: int | None = Field(
         None, ge=2, description="The most tokens of prompt and completion together; else the model's, up to 4096."
     )
@@ -45,6 +51,18 @@ class Settings(BaseSettings):
     )
     adapter: Path | None = Field(None, description="A LoRA in peft's format, merged into the model at start.")
     device: str = Field("cpu", pattern=r"^[a-z]+(:\d+)?$", description="Where the model runs, as torch names it.")
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="The share of a GPU's memory that may be in use, else 0.9; slots must fit into it.",
+    )
+    cuda_graphs: bool | None = Field(
+        None, description="On CUDA, replay decoding steps as graphs; else where the model allows it."
+    )
+    tensor_parallel: bool = Field(
+        False, description="Under torchrun, split the model among its processes; the first one serves."
+    )
     served_model_name: str | None = Field(
         None, pattern=SINGLE_WORD, description="The name of the model in /v1; else its hub id or directory."
     )
@@ -75,6 +93,30 @@ class Settings(BaseSettings):
         None, description="A file of keys, one a line; if set, requests need one as a bearer token."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        """What is for GPUs alone is not ignored elsewhere."""
+        if not self.device.startswith("cuda"):
+            given = {"--gpu-memory-utilization": self.gpu_memory_utilization, "--cuda-graphs": self.cuda_graphs or None}
+            for flag, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{flag} is for GPUs: leave it out, or serve with --device cuda")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        """What a model in parts cannot be combined with is refused."""
+        if self.tensor_parallel:
+            given = {"--adapter": self.adapter, "--cpu-prepack": self.cpu_prepack, "--cuda-graphs": self.cuda_graphs}
+            for flag, value in given.items():
+                if value:
+                    raise ValueError(f"{flag} does not go with --tensor-parallel: leave one of them out")
+            if ":" in self.device:
+                raise ValueError("--device names one device; with --tensor-parallel give cpu or cuda alone")
+            if "RANK" not in os.environ:
+                raise ValueError("--tensor-parallel needs torchrun: torchrun --nproc-per-node 2 -m server.cli serve …")
+        return self
 
 
 def load_settings(given: Mapping[str, Any] | None = None) -> Settings:
@@ -108,6 +150,8 @@ def read_api_keys(path: Path) -> frozenset[str]:
 
 
 def _describe(detail: Any) -> str:
+    if not detail["loc"]:  # of several settings together
+        return str(detail["ctx"]["error"])
     name = str(detail["loc"][0])
     flag = f"--{name.replace('_', '-')} ({PREFIX}{name.upper()})"
     message = str(detail["msg"])

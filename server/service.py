@@ -15,14 +15,18 @@ from functools import cached_property, partial
 import torch
 
 from server.config import Settings
-from server.engine.engine import TorchEngine
+from server.engine.admission import checked_context
+from server.engine.engine import TorchEngine, follower_of
+from server.engine.memory_probe import CudaMeter, planned
 from server.engine.packing import pack
+from server.engine.parallel import Channel
 from server.engine.protocol import Engine
+from server.engine.scheduler import UNDISTURBED
 from server.engine.threads import run_apart
 from server.profiles import ProfileRegistry
 from server.token_texts import TokenTexts
 from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
-from steering_vectors.models import load_model
+from steering_vectors.models import LanguageModel, load_model
 from steering_vectors.storage import installed_version
 
 logger = logging.getLogger(__name__)
@@ -119,22 +123,61 @@ class Service:
 
 def build_engine(settings: Settings) -> Engine:
     """Load the model and set up its engine; takes seconds to minutes. Raises ModelError."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    _check_device(settings.device)
-    language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter)
-    if settings.cpu_prepack:
-        pack(language_model.model)
+    channel = Channel(settings.device) if settings.tensor_parallel else None
+    language_model, slots, context = _loaded(settings, channel)
     return TorchEngine(
         language_model,
-        slots=settings.slots,
-        context=settings.context,
+        slots=slots,
+        context=context,
         max_queue=settings.max_queue,
         prefill_chunk=settings.prefill_chunk,
         max_stall_ms=settings.max_stall_ms,
         prefix_reuse=settings.prefix_reuse,
+        static_decoding=settings.cuda_graphs if channel is None else False,
+        channel=channel,
         allow_model_mismatch=settings.allow_model_mismatch,
     )
+
+
+def follow(settings: Settings) -> None:
+    """Hold a part of the model for the process that serves, until that one ends. Raises ModelError."""
+    channel = Channel(settings.device)
+    language_model, slots, context = _loaded(settings, channel)
+    follower_of(language_model, slots, context, channel).run()
+
+
+def _loaded(settings: Settings, channel: Channel | None) -> tuple[LanguageModel, int, int]:
+    """The model, or this process's part of it, with slots and context."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    _check_device(settings.device)
+    language_model = load_model(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        adapter=settings.adapter,
+        parted=channel is not None,
+    )
+    if settings.cpu_prepack:
+        pack(language_model.model)
+    slots, context = _sizes(settings, language_model)
+    return language_model, slots if channel is None else channel.least(slots), context
+
+
+def _sizes(settings: Settings, language_model: LanguageModel) -> tuple[int, int]:
+    """Slots and context: on a GPU, what fits its memory. Raises ModelError if what was asked for does not."""
+    context = checked_context(language_model, settings.context)
+    if language_model.device.type != "cuda":
+        return settings.slots, context
+    plan = planned(
+        language_model,
+        CudaMeter(language_model.device),
+        slots=settings.slots if "slots" in settings.model_fields_set else None,
+        context=context,
+        tokens=UNDISTURBED * settings.prefill_chunk,
+        utilization=settings.gpu_memory_utilization,
+    )
+    return (settings.slots if plan is None else plan.slots), context
 
 
 def _check_device(device: str) -> None:

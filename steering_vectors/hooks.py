@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from steering_vectors.errors import FitError, SteeringError
 from steering_vectors.masks import hide
 from steering_vectors.mixture import Mixture, Shifts
+from steering_vectors.transfers import sent, tensor_on
 
 Rows = slice | torch.Tensor
 TINY = 1e-12
@@ -98,12 +99,14 @@ def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]
 class Step:
     """Which bank rows run in this forward pass, in batch order, and where steering holds.
 
-    `where` is bool `[rows, positions]`; None means at every position.
+    `where` is bool `[rows, positions]`; None means at every position. `always`: at every block, also where the rows'
+    shifts are zeros now: what is recorded once and replayed must not depend on which rows are steered today.
     """
 
     rows: Rows
     where: torch.Tensor | None
     bank: torch.Tensor
+    always: bool = False
 
     @cached_property
     def shifts(self) -> Sequence[torch.Tensor]:
@@ -111,13 +114,13 @@ class Step:
         return self.bank[:, self.rows].unsqueeze(2).unbind()
 
 
-def shifts_in(mixture: Mixture, dtype: torch.dtype, device: torch.device | str | None = None) -> Shifts:
-    """A mix's shifts in a model's dtype. Raises SteeringError if one is too large for it."""
+def shifts_in(mixture: Mixture, dtype: torch.dtype) -> Shifts:
+    """A mix's shifts in a model's dtype, on the CPU. Raises SteeringError if one is too large for it."""
     shifts = mixture.shifts()
     largest = torch.finfo(dtype).max
     if shifts.layers and not (shifts.bound <= largest or float(shifts.rows.abs().max()) <= largest):  # NaN is not
         raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
-    return Shifts(shifts.layers, shifts.rows.to(device=device, dtype=dtype))
+    return Shifts(shifts.layers, shifts.rows.to(dtype))
 
 
 class SteeringBank:
@@ -148,6 +151,11 @@ class SteeringBank:
         self._busy: Counter[int] = Counter()  # layer -> rows that act there
         self._step: Step | None = None
         self._handles: list[RemovableHandle] = []
+        self._watcher: Callable[[int, Mixture | None], None] | None = None
+
+    def watch(self, watcher: Callable[[int, Mixture | None], None]) -> None:
+        """Have `watcher` called before each change with the row and its mix, None for one that is cleared."""
+        self._watcher = watcher
 
     @property
     def num_rows(self) -> int:
@@ -173,7 +181,7 @@ class SteeringBank:
 
     def check(self, mixture: Mixture) -> Shifts:
         """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
-        return shifts_in(mixture, self._shift.dtype, self._shift.device)
+        return shifts_in(mixture, self._shift.dtype)
 
     def write(self, row: int, mixture: Mixture) -> None:
         """Give a row its mix: summed in float32, cast once to the model's dtype.
@@ -181,11 +189,13 @@ class SteeringBank:
         Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
         """
         shifts = self.check(mixture)
+        if self._watcher is not None:
+            self._watcher(row, mixture)
         if self._shifted.get(row) == shifts.layers and not mixture.ablations() and row not in self._ablations:
             self._put(row, shifts)  # another strength of the same profiles: the common change
             (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
             return
-        self.clear(row)
+        self._erase(row)
         self._put(row, shifts)
         self._shifted[row] = shifts.layers
         if ablations := mixture.ablations():
@@ -199,24 +209,37 @@ class SteeringBank:
 
     def clear(self, row: int) -> None:
         """Make a row unsteered."""
+        if self._watcher is not None:
+            self._watcher(row, None)
+        self._erase(row)
+
+    def _erase(self, row: int) -> None:
         self._busy.subtract(self._layers_of(row))
-        if layers := self._shifted.pop(row, ()):
-            self._shift[list(layers), row] = 0
+        if self._shifted.pop(row, ()):
+            self._shift[:, row] = 0
         self._ablations.pop(row, None)
         self._preserving.discard(row)
 
     def _put(self, row: int, shifts: Shifts) -> None:
         if len(shifts.layers) == len(self._blocks):
-            self._shift[:, row] = shifts.rows
+            self._shift[:, row] = sent(shifts.rows, self._shift.device)
         elif shifts.layers:
-            self._shift[list(shifts.layers), row] = shifts.rows
+            layers = tensor_on(list(shifts.layers), self._shift.device)
+            self._shift[layers, row] = sent(shifts.rows, self._shift.device)
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether what the rows' shifts hold is all that steers them: a step with `always` is then the whole of it."""
+        return not (self._ablations or self._preserving)
 
     @contextmanager
-    def step(self, rows: Rows, where: torch.Tensor | None = None) -> Iterator[None]:
-        """Steer the forward passes run inside; refuses nesting."""
+    def step(self, rows: Rows, where: torch.Tensor | None = None, *, always: bool = False) -> Iterator[None]:
+        """Steer the forward passes run inside; refuses nesting. `always`: see `Step`; it bears additions alone."""
         if self._step is not None:
             raise RuntimeError("a steering step is already under way")
-        self._step = Step(rows, where, self._shift)
+        if always and not self.only_adds:
+            raise RuntimeError("a row ablates or keeps norms, which a recorded step cannot follow")
+        self._step = Step(rows, where, self._shift, always)
         try:
             yield
         finally:
@@ -245,7 +268,7 @@ class SteeringBank:
     def _hook_for(self, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             step = self._step
-            if step is None or self._busy[layer] <= 0:
+            if step is None or not (step.always or self._busy[layer] > 0):
                 return None
             if step.where is None and type(output) is torch.Tensor and not (self._ablations or self._preserving):
                 return output + step.shifts[layer]  # what is most common, without a call between

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
 from steering_vectors.adapters import merge_adapter
@@ -60,18 +61,21 @@ class LanguageModel:
         return int(self.model.config.get_text_config().vocab_size)
 
 
-def load_model(model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None) -> LanguageModel:
+def load_model(
+    model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None, parted: bool = False
+) -> LanguageModel:
     """Load `demo`, a directory or a hub id; only safetensors weights, no remote code.
 
     `dtype` is auto (the checkpoint's), float32, bfloat16 or float16. An `adapter` is a folder in peft's format, merged
-    into the weights: the result is another model, whose profiles are its own. Raises ModelError with the remedy.
+    into the weights: the result is another model, whose profiles are its own. `parted`: each process of torch's process
+    group holds a part of the weights, and all run the same passes. Raises ModelError with the remedy.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     source = str(DEMO_DIRECTORY) if model == DEMO else model
     _check_source(source)
     tokenizer = _load_tokenizer(source)
-    network = _load_network(source, DTYPES.get(dtype, "auto"), device)
+    network = _load_network(source, DTYPES.get(dtype, "auto"), None if parted else device)
     if adapter is not None:
         network = merge_adapter(network, adapter)
     return wrap_model(network, tokenizer, name=_served_name(model))
@@ -184,12 +188,14 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_network(source: str, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+def _load_network(source: str, dtype: torch.dtype | str, device: str | None) -> PreTrainedModel:
+    """On a device; None: this process's part, on the device that is this process's."""
+    options = {} if device is not None else {"distributed_config": DistributedConfig(tp_plan="auto")}
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
-        network = network.to(device).eval().requires_grad_(False)
+        network = (network if device is None else network.to(device)).eval().requires_grad_(False)
     except Exception as error:  # a stranger's files: anything can be wrong in them
         raise ModelError(f"model {source!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):

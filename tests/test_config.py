@@ -68,6 +68,18 @@ def test_senseless_values_are_refused_by_name(name: str, value: Any, text: str) 
     assert failure.value.message.startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [({"cuda_graphs": True}, "--cuda-graphs"), ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization")],
+)
+def test_what_is_for_gpus_is_refused_on_a_cpu(given: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigurationError) as failure:
+        load_settings(given)
+    assert failure.value.message == f"{flag} is for GPUs: leave it out, or serve with --device cuda"
+    assert load_settings({**given, "device": "cuda:0"}).device == "cuda:0"
+    assert load_settings({"cuda_graphs": False}).cuda_graphs is False
+
+
 def test_every_setting_is_a_flag_of_serve() -> None:
     shown = CliRunner().invoke(cli.app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     assert [name for name in Settings.model_fields if f"--{name.replace('_', '-')}" not in shown] == []

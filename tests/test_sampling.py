@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -372,3 +373,39 @@ def test_ids_beyond_the_vocabulary_are_refused(wish: SamplingParameters, param: 
     assert caught.value.param == param
     with pytest.raises(RequestError):
         sampler(wish)
+
+
+@pytest.mark.parametrize("wish", SHAPES, ids=label)
+@pytest.mark.parametrize("spread", [0.0, 0.01, 2.0, 30.0])
+def test_without_looking_at_values_the_mass_is_bitwise_the_same(wish: SamplingParameters, spread: float) -> None:
+    """What is done on a GPU: equal logits, few values many times, narrow and wide distributions."""
+    logits = spread * torch.randn(6, 700, generator=torch.Generator().manual_seed(5))
+    logits[1] = logits[1].round()
+    logits[2, 100:] = -math.inf
+    logits[3, ::3] = logits[3, 0]
+    parameters = [wish] * 6
+    unseen = probability_mass(logits.clone(), parameters, waits=False)
+    assert torch.equal(unseen, probability_mass(logits.clone(), parameters))
+
+
+def test_without_looking_at_values_the_tokens_are_the_same() -> None:
+    """Rows of all kinds in one batch; and where one is not sound, the others' next draw is the one they would have."""
+    wishes = [*SHAPES, SamplingParameters(temperature=0.0), SamplingParameters(presence_penalty=1.0, min_tokens=2)]
+    logits = 2 * torch.randn(len(wishes), 300, generator=torch.Generator().manual_seed(6))
+
+    def sides() -> list[list[RowSampler]]:
+        return [[sampler(replace(wish, seed=7), vocab=300) for wish in wishes] for _ in range(2)]
+
+    seen, unseen = sides()
+    broken = logits.clone()
+    broken[0, 5], broken[3] = math.nan, -math.inf
+    for rows, waits in ((seen, True), (unseen, False)):
+        with pytest.raises(NonFiniteLogits) as failure:
+            sample(broken, rows, waits=waits)
+        assert failure.value.rows == (0, 3)
+    for _ in range(20):
+        tokens = [sample(logits, rows, waits=waits) for rows, waits in ((seen, True), (unseen, False))]
+        assert tokens[0] == tokens[1]
+        for rows in (seen, unseen):
+            for row, token in zip(rows, tokens[0], strict=True):
+                row.observe(token)

@@ -29,6 +29,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.grammars import Grammars
 from server.engine.mailbox import Mailbox
 from server.engine.pacing import Pace
+from server.engine.parallel import Channel, Follower, LeadingRunner
 from server.engine.prefixes import Prefixes
 from server.engine.protocol import (
     Constraint,
@@ -71,7 +72,8 @@ class TorchEngine:
     limit, at most 4096; more than the model's limit is a ModelError. `prefill_chunk` is the number of prompt tokens
     computed at most in one step, for all rows together; and as many as take no longer than `max_stall_ms` while others
     decode, None for 1.5 times what a token of these takes. `prefix_reuse`: whether what is computed of a prompt is kept
-    for others that begin alike and are steered alike.
+    for others that begin alike and are steered alike. `static_decoding`: as `choose_runner` takes it.
+    `channel`: to the processes that hold the model's other parts, each of which runs `follower_of` at the same time.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class TorchEngine:
         prefill_chunk: int = DEFAULT_CHUNK,
         max_stall_ms: float | None = None,
         prefix_reuse: bool = True,
+        static_decoding: bool | None = None,
+        channel: Channel | None = None,
         allow_model_mismatch: bool = False,
     ) -> None:
         self._language_model = language_model
@@ -93,7 +97,9 @@ class TorchEngine:
         self._eos_ids = eos_ids(language_model)
         self._vocab_size = language_model.vocab_size
         self._grammars = Grammars(GrammarCompiler(language_model.tokenizer, self._eos_ids))
-        self._bank, self._runner = run_apart(lambda: _made_for(language_model, slots, self._context))
+        self._bank, self._runner = run_apart(lambda: _made_for(language_model, slots, self._context, static_decoding))
+        if channel is not None:
+            self._runner = LeadingRunner(language_model, self._runner, channel)
         chunk = prefill_chunk if self._runner.chunked else self._context * slots
         self._prefixes = Prefixes(slots, self._runner.columns if prefix_reuse else None)
         stall = math.inf if not self._runner.chunked else None if max_stall_ms is None else max_stall_ms / 1000
@@ -280,7 +286,15 @@ class TorchEngine:
                 return
 
 
-def _made_for(language_model: LanguageModel, slots: int, context: int) -> tuple[SteeringBank, Runner]:
+def follower_of(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> Follower:
+    """What a process that does not serve does beside the one that does."""
+    bank, runner = _made_for(language_model, slots, context, False)
+    return Follower(runner, bank, channel)
+
+
+def _made_for(
+    language_model: LanguageModel, slots: int, context: int, static: bool | None
+) -> tuple[SteeringBank, Runner]:
     """What steers the model, and what runs it."""
     bank = SteeringBank(
         language_model.blocks,
@@ -290,7 +304,7 @@ def _made_for(language_model: LanguageModel, slots: int, context: int) -> tuple[
         device=language_model.device,
     )
     bank.attach()
-    return bank, choose_runner(language_model, bank, context=context)
+    return bank, choose_runner(language_model, bank, context=context, static=static)
 
 
 def _show_name() -> None:

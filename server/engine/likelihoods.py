@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.engine.protocol import TokenLogprob
 from steering_vectors.steered import kl_divergence
+from steering_vectors.transfers import tensor_on
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
@@ -21,13 +22,16 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]
     `tops` says how many of the likeliest tokens each row lists, in descending order, the lowest id first among equals.
     """
     logits = logits.float()
-    normaliser = logits.logsumexp(dim=-1)
-    targets = torch.tensor(list(token_ids), device=logits.device).unsqueeze(1)
-    chosen = (logits.gather(1, targets).squeeze(1) - normaliser).tolist()
-    likeliest = _likeliest(logits, normaliser, max(tops, default=0))
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    targets = tensor_on(list(token_ids), logits.device).unsqueeze(1)
+    columns = [logits.gather(1, targets) - normaliser]
+    if most := min(max(tops, default=0), logits.shape[1]):
+        values, ids = logits.topk(most, dim=-1)
+        columns += [values - normaliser, ids]
+    rows = torch.cat([column.double() for column in columns], dim=1).tolist()  # all by one copy from the device
     return [
-        TokenLogprob(token_id, logprob, tuple(row[:top]))
-        for token_id, logprob, row, top in zip(token_ids, chosen, likeliest, tops, strict=True)
+        TokenLogprob(token_id, row[0], _likeliest(row[1:])[:top])
+        for token_id, row, top in zip(token_ids, rows, tops, strict=True)
     ]
 
 
@@ -37,10 +41,7 @@ def divergence(steered: Tensor, base: Tensor) -> float:
     return max(float(kl_divergence(*log_probs)), 0.0)
 
 
-def _likeliest(logits: Tensor, normaliser: Tensor, most: int) -> list[list[tuple[int, float]]]:
-    if not most:
-        return [[] for _ in range(len(logits))]
-    values, ids = logits.topk(min(most, logits.shape[1]), dim=-1)
-    logprobs = values - normaliser.unsqueeze(1)
-    rows = zip(ids.tolist(), logprobs.tolist(), strict=True)
-    return [sorted(zip(*row, strict=True), key=lambda pair: (-pair[1], pair[0])) for row in rows]
+def _likeliest(found: list[float]) -> tuple[tuple[int, float], ...]:
+    """Ids with log-probabilities, of which the list has all, then all the ids."""
+    logprobs, ids = found[: len(found) // 2], map(int, found[len(found) // 2 :])
+    return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda pair: (-pair[1], pair[0])))

@@ -13,6 +13,7 @@ import torch
 from server.engine.row import Residuals
 from server.engine.runner import Runner, Work
 from server.engine.sequence import Chunk
+from steering_vectors.transfers import picked
 
 
 class Passes:
@@ -29,7 +30,7 @@ class Passes:
             return logits, {}
         places = {work.slot: place for place, work in enumerate(works)}
         shadows = {chunk.sequence.request.id: logits[places[chunk.sequence.shadow or 0]] for chunk in shadowed}
-        return logits[[places[chunk.slot] for chunk in batch]], shadows
+        return picked(logits, [places[chunk.slot] for chunk in batch]), shadows
 
     def forward_all(self, batch: Sequence[Chunk]) -> list[torch.Tensor]:
         """Logits of each chunk's tokens from the first scored one on, `[tokens, vocabulary]` a chunk."""

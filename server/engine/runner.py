@@ -23,6 +23,7 @@ from server.engine.prefixes import Columns
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import PositionSelector, SteeringBank, record
 from steering_vectors.models import LanguageModel
+from steering_vectors.transfers import picked, tensor_on
 
 BUCKET = 16  # columns read are rounded up to a multiple of this
 
@@ -128,7 +129,7 @@ class BatchedRunner(Runner):
         width = max(len(work.ids) for work in batch)
         rows, padded = self._rows(batch, width)
         logits = self._logits(rows, padded, width, self._tensor([[len(work.ids) - 1] for work in padded]))[:, 0]
-        return logits if len(padded) == len(batch) else logits[[work.slot - padded[0].slot for work in batch]]
+        return logits if len(padded) == len(batch) else picked(logits, [work.slot - padded[0].slot for work in batch])
 
     def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
         width = max(len(work.ids) for work in batch)
@@ -179,7 +180,7 @@ class BatchedRunner(Runner):
             by_slot = {work.slot: work for work in batch}
             idle = [by_slot.get(slot) or Work(slot, [0], self.context) for slot in range(first, end)]
             return slice(first, end), idle
-        return torch.tensor([work.slot for work in batch], device=self.device), list(batch)
+        return self._tensor([work.slot for work in batch]), list(batch)
 
     def _inputs(self, batch: Items[Work], rows: Rows, width: int) -> tuple[Span, torch.Tensor]:
         ids, positions, columns = [], [], []
@@ -205,7 +206,7 @@ class BatchedRunner(Runner):
         return self._tensor([row + [False] * (width - len(row)) for row in steered])
 
     def _tensor(self, values: Any) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)
+        return tensor_on(values, self.device)
 
 
 class RowRunner(Runner):

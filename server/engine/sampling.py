@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from server.engine.constraints import Matcher, allowed_tokens
 from server.engine.errors import reject
 from server.engine.protocol import SamplingParameters
+from steering_vectors.transfers import picked, sent, tensor_on
 
 _UNIT = 2**40  # mass of a row's likeliest token; 2^22 such tokens still sum within an int64
 _BUCKETS, _PER_NAT = 4096, 128.0  # 32 nats below the maximum: what lies lower has no mass
@@ -29,6 +30,7 @@ _LEAST_TEMPERATURE = 1e-30  # a smaller one would vanish in float32, and 0 / 0 i
 
 _Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
 _Values = np.ndarray[tuple[int], np.dtype[np.float32]]
+_Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class NonFiniteLogits(Exception):
@@ -83,7 +85,7 @@ class RowSampler:
     from the operating system. Raises RequestError as `check_vocabulary` does.
     """
 
-    __slots__ = ("_chosen", "_random", "bias", "counts", "forbidden", "matcher", "parameters")
+    __slots__ = ("_chosen", "_random", "_unused", "bias", "counts", "forbidden", "matcher", "parameters")
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class RowSampler:
         self.forbidden = _ending_ids(parameters, eos_ids, vocab_size) if parameters.min_tokens else None
         self._chosen = 0
         self._random = random.Random(_stream_seed(parameters.seed, choice))
+        self._unused: list[float] = []
 
     def observe(self, token_id: int) -> None:
         """Take note that this token was chosen for the sequence."""
@@ -135,43 +138,63 @@ class RowSampler:
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this sequence's stream."""
-        return self._random.random()
+        return self._unused.pop() if self._unused else self._random.random()
+
+    def take_back(self, number: float) -> None:
+        """The number taken last was not used: it is the next one again."""
+        self._unused.append(number)
 
 
 @torch.no_grad()
-def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+def sample(logits: Tensor, rows: Sequence[RowSampler], *, waits: bool | None = None) -> list[int]:
     """The next token id of every row; logits `[rows, vocabulary]` of any float dtype are left as they are.
 
     -inf excludes a token. Among equal logits the lowest id wins, in argmax as at the border of top-k and top-p. A row
-    with a temperature takes one number from its stream. Raises NonFiniteLogits.
+    with a temperature takes one number from its stream. Raises NonFiniteLogits, and then none was taken. `waits`: look
+    at values on the way, which spares work, and is done on a CPU; else at the end only, by one copy from the device.
     """
+    waits = logits.device.type == "cpu" if waits is None else waits
     assert logits.shape[0] == len(rows)
     logits = logits.float() if logits.dtype == torch.float64 else logits
     tokens = _likeliest(logits)
+    if waits:
+        _refuse(tokens.tolist())
     if any(row.edits_logits for row in rows):
         logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         _edit(logits, rows)
-        tokens = _likeliest(logits)
+        tokens = torch.where(tokens < 0, tokens, _likeliest(logits))
+        if waits:
+            _refuse(tokens.tolist())
     drawn = [place for place, row in enumerate(rows) if not row.greedy]
-    for part in _parts(drawn, logits):
-        for place, token_id in zip(part, _draw(logits[part].float(), [rows[i] for i in part]), strict=True):
-            tokens[place] = token_id
-    return tokens
+    numbers = [rows[place].uniform() for place in drawn]
+    for start, part in _parts(drawn, logits):
+        _draw(logits, rows, part, numbers[start : start + len(part)], tokens, waits=waits)
+    found: list[int] = tokens.tolist()
+    try:
+        _refuse(found)
+    except NonFiniteLogits:
+        for place, number in zip(drawn, numbers, strict=True):
+            rows[place].take_back(number)
+        raise
+    return found
 
 
-def _likeliest(logits: Tensor) -> list[int]:
-    """The argmax of every row. A NaN wins, so the maxima tell whether all rows are sound; NonFiniteLogits if not."""
+def _likeliest(logits: Tensor) -> Tensor:
+    """The argmax of every row, -1 where the row is not sound. A NaN wins, so the maxima tell."""
     highest, best = logits.max(dim=-1)
-    broken = [place for place, value in enumerate(highest.tolist()) if not math.isfinite(value)]
-    if broken:
+    return torch.where(highest.isfinite(), best, -1)
+
+
+def _refuse(tokens: Sequence[int]) -> None:
+    """Raise NonFiniteLogits if some rows have no token."""
+    if broken := [place for place, token_id in enumerate(tokens) if token_id < 0]:
         raise NonFiniteLogits(broken)
-    return [int(token_id) for token_id in best.tolist()]
 
 
-def _parts(places: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
-    """Rows to draw together: all on an accelerator, and on a CPU as many as its caches hold."""
-    size = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(places)
-    return (places[start : start + size] for start in range(0, len(places), max(1, size)))
+def _parts(places: Sequence[int], logits: Tensor) -> Iterator[tuple[int, Sequence[int]]]:
+    """Rows to draw together, and how many come before: all on an accelerator, on a CPU as many as its caches hold."""
+    size = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(places))
+    return ((start, places[start : start + size]) for start in range(0, len(places), size))
 
 
 def _edit(logits: Tensor, rows: Sequence[RowSampler]) -> None:
@@ -203,9 +226,9 @@ def _constrain(logits: Tensor, rows: Sequence[RowSampler]) -> None:
         if (early := rows[place].forbidden) is not None and np.delete(allowed[index], early).any():
             allowed[index, early] = False
     places = list(matchers)
-    part = _rows(logits, places).masked_fill_(torch.from_numpy(~allowed).to(logits.device), -math.inf)
+    part = _rows(logits, places).masked_fill_(sent(torch.from_numpy(~allowed), logits.device), -math.inf)
     if part is not logits:
-        logits[places] = part
+        logits[tensor_on(places, logits.device)] = part
 
 
 def _penalise(flat: Tensor, starts: Sequence[int], rows: Sequence[RowSampler]) -> None:
@@ -225,57 +248,74 @@ def _penalise(flat: Tensor, starts: Sequence[int], rows: Sequence[RowSampler]) -
     flat[where] = values - _tensor(flat, np.concatenate(reductions).astype(np.float32))
 
 
-def _draw(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """One token for each row by inverting its cumulative mass in the order of the vocabulary."""
-    mass = probability_mass(logits, [row.parameters for row in rows])
+def _draw(
+    logits: Tensor,
+    rows: Sequence[RowSampler],
+    part: Sequence[int],
+    numbers: Sequence[float],
+    tokens: Tensor,
+    *,
+    waits: bool,
+) -> None:
+    """Write a token for each row of a part into `tokens`, where it has one: its cumulative mass is inverted, in the
+    order of the vocabulary, at its number in [0, 1)."""
+    places = slice(None) if len(part) == len(rows) else tensor_on(list(part), logits.device)
+    scratch = logits[places].to(torch.float32, copy=isinstance(places, slice))
+    if not waits:
+        sound = tokens[places] >= 0
+        scratch.masked_fill_(~sound.unsqueeze(-1), 0)  # no index may come of what is no number
+    mass = probability_mass(scratch, [rows[place].parameters for place in part], waits=waits)
     cumulative = mass.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    uniform = torch.tensor([[row.uniform()] for row in rows], dtype=torch.float64).to(logits.device)
+    uniform = tensor_on(numbers, logits.device, torch.float64).unsqueeze(-1)
     target = (uniform * total).long().minimum(total - 1)  # the product may be rounded up to the total
-    return [int(token_id) for token_id in torch.searchsorted(cumulative, target, right=True).squeeze(-1).tolist()]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    tokens[places] = drawn if waits else torch.where(sound, drawn, -1)
 
 
-def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
+def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters], *, waits: bool = True) -> Tensor:
     """Integer weights `[rows, vocabulary]` in proportion to each row's probabilities; 0 for what cannot be drawn.
 
     Float32 `logits` are used up as working space. The likeliest token has 2^40; what is less likely than 2^-40 of it
-    has 0. Temperature, top_k, top_p (of the mass that top_k left) and min_p are applied, penalties are not.
+    has 0. Temperature, top_k, top_p (of the mass that top_k left) and min_p are applied, penalties are not. `waits`:
+    values may be looked at on the way.
     """
     scaled = logits.sub_(logits.amax(dim=-1, keepdim=True))
     if any(wish.temperature != 1 for wish in parameters):
         temperatures = [[max(wish.temperature, _LEAST_TEMPERATURE)] for wish in parameters]
-        scaled.div_(torch.tensor(temperatures, dtype=scaled.dtype).to(scaled.device))
+        scaled.div_(tensor_on(temperatures, scaled.device, scaled.dtype))
     mass = scaled.exp().mul_(_UNIT).long()
-    _keep_top_k(scaled, mass, [wish.top_k for wish in parameters])
-    _keep_top_p(scaled, mass, [wish.top_p for wish in parameters])
+    head = _shortest_head if waits else _shortest_head_unseen
+    _keep_top_k(scaled, mass, [wish.top_k for wish in parameters], head)
+    _keep_top_p(scaled, mass, [wish.top_p for wish in parameters], head)
     if any(wish.min_p for wish in parameters):
         floor = [[math.ceil(wish.min_p * _UNIT)] for wish in parameters]
-        mass.masked_fill_(mass < torch.tensor(floor).to(mass.device), 0)
+        mass.masked_fill_(mass < tensor_on(floor, mass.device), 0)
     return mass
 
 
-def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int]) -> None:
+def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int], head: _Head) -> None:
     index = [place for place, k in enumerate(top_k) if 0 < k < mass.shape[1]]
     if index:
         present = (_rows(mass, index) > 0).long()
-        need = torch.tensor([[top_k[place]] for place in index]).to(mass.device)
-        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)))
+        need = tensor_on([[top_k[place]] for place in index], mass.device)
+        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)), head)
 
 
-def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float]) -> None:
+def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float], head: _Head) -> None:
     index = [place for place, p in enumerate(top_p) if p < 1]
     if index:
         part = _rows(mass, index)
         total = part.sum(dim=-1, keepdim=True)
-        share = torch.tensor([[top_p[place]] for place in index], dtype=torch.float64).to(mass.device)
-        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total))
+        share = tensor_on([[top_p[place]] for place in index], mass.device, torch.float64)
+        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total), head)
 
 
-def _zero_below(scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor) -> None:
-    keep = _shortest_head(_rows(scaled, index), weight, need)
+def _zero_below(scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor, head: _Head) -> None:
+    keep = head(_rows(scaled, index), weight, need)
     part = _rows(mass, index).mul_(keep)
     if part is not mass:
-        mass[index] = part
+        mass[tensor_on(list(index), mass.device)] = part
 
 
 def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
@@ -297,19 +337,41 @@ def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
     threshold = values.gather(-1, last)
     keep = scaled >= threshold
     if bool(((values >= threshold).sum(dim=-1, keepdim=True) > last + 1).any()):
-        tied = scaled == threshold
-        spare = last + 1 - (values > threshold).sum(dim=-1, keepdim=True)
-        keep &= ~tied | (tied.cumsum(dim=-1) <= spare)
+        tied = (scaled == threshold).logical_and_(weight > 0)  # an earlier bound may have left none of its mass
+        each = ordered.masked_fill(values != threshold, 0).amax(dim=-1, keepdim=True)
+        short = need - before - ordered.masked_fill(values <= threshold, 0).sum(dim=-1, keepdim=True)
+        keep &= ~tied | (tied.cumsum(dim=-1) <= (short + each - 1) // each)
     return keep
+
+
+def _shortest_head_unseen(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
+    """The same without looking at any value: the border's bits are found eleven and ten at a time.
+
+    The distance from the maximum, read as an integer, orders tokens as the distance does.
+    """
+    distance = scaled.abs().view(torch.int32)  # [rows, vocabulary], of 31 bits
+    border = torch.zeros_like(need)
+    inside = weight  # of the tokens that agree with the border so far
+    before = torch.zeros_like(need)  # of those on its near side
+    for bits, shift in ((11, 20), (10, 10), (10, 0)):
+        digit = (distance >> shift).long() & (2**bits - 1)
+        weights = torch.zeros(len(scaled), 2**bits, dtype=torch.int64, device=scaled.device)
+        reached = weights.scatter_add_(-1, digit, inside).cumsum(dim=-1)
+        found = torch.searchsorted(reached, need - before).clamp_(max=2**bits - 1)  # [rows, 1]
+        before += (reached - weights).gather(-1, found)
+        inside = inside * (digit == found)
+        border = border << bits | found
+    last = inside.cumsum(dim=-1) - inside < need - before  # among equals the lowest ids
+    return (distance < border) | ((distance == border) & last)
 
 
 def _rows(whole: Tensor, index: Sequence[int]) -> Tensor:
     """These rows, ascending; not a copy where they are all."""
-    return whole if len(index) == len(whole) else whole[index]
+    return whole if len(index) == len(whole) else picked(whole, index)
 
 
 def _tensor(like: Tensor, array: _Ids | _Values) -> Tensor:
-    return torch.from_numpy(array).to(like.device)
+    return sent(torch.from_numpy(array), like.device)
 
 
 def _stream_seed(seed: int | None, choice: int) -> int:

@@ -13,7 +13,9 @@ from itertools import pairwise
 import torch
 
 from server.engine.cpu.blocks import can_fuse
+from server.engine.cuda_graphs import GraphRunner
 from server.engine.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work, last_logits
+from server.engine.static_decoding import StaticRunner
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel
@@ -27,16 +29,14 @@ CHUNK = 5
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
-def choose_runner(language_model: LanguageModel, bank: SteeringBank, *, context: int) -> Runner:
-    """The fastest runner whose logits agree with the plain model. Raises ModelError if none does."""
-    fused = [lambda: BatchedRunner(language_model, bank, context=context, fused=True)]
-    candidates: list[Callable[[], Runner]] = [
-        *(fused if can_fuse(language_model.blocks) else []),
-        lambda: BatchedRunner(language_model, bank, context=context),
-        lambda: RowRunner(language_model, bank, context=context, chunked=True),
-        lambda: RowRunner(language_model, bank, context=context, chunked=False),
-        lambda: RecomputingRunner(language_model, bank, context=context),
-    ]
+def choose_runner(
+    language_model: LanguageModel, bank: SteeringBank, *, context: int, static: bool | None = None
+) -> Runner:
+    """The fastest runner whose logits agree with the plain model. Raises ModelError if none does.
+
+    `static`: decode over static buffers, which a CUDA device replays as graphs; None: on CUDA where that agrees; True:
+    on any device, and nothing else will do."""
+    candidates = _candidates(language_model, bank, context, static)
     reasons = []
     for make in candidates:
         runner: Runner | None = None
@@ -53,7 +53,30 @@ def choose_runner(language_model: LanguageModel, bank: SteeringBank, *, context:
             reasons.append(f"{runner.path}: logits differ by {error:.2g}")
         if runner is not None:
             runner.close()
-    raise ModelError(f"{language_model.identity.architecture} cannot be served: " + "; ".join(reasons))
+    kind = language_model.identity.architecture
+    if static:
+        raise ModelError(f"{kind} cannot decode over static buffers ({'; '.join(reasons)}): leave --cuda-graphs out")
+    raise ModelError(f"{kind} cannot be served: " + "; ".join(reasons))
+
+
+def _candidates(
+    language_model: LanguageModel, bank: SteeringBank, context: int, static: bool | None
+) -> list[Callable[[], Runner]]:
+    """What may run a model, fastest first."""
+    on_cuda = language_model.device.type == "cuda"
+    kind = GraphRunner if on_cuda else StaticRunner
+    over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]
+    if static:
+        return over_buffers
+    fused = [lambda: BatchedRunner(language_model, bank, context=context, fused=True)]
+    return [
+        *(over_buffers if on_cuda and static is None else []),
+        *(fused if can_fuse(language_model.blocks) else []),
+        lambda: BatchedRunner(language_model, bank, context=context),
+        lambda: RowRunner(language_model, bank, context=context, chunked=True),
+        lambda: RowRunner(language_model, bank, context=context, chunked=False),
+        lambda: RecomputingRunner(language_model, bank, context=context),
+    ]
 
 
 def disagreement(runner: Runner, language_model: LanguageModel) -> float:

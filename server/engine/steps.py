@@ -26,6 +26,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
 from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
+from steering_vectors.transfers import picked
 
 NOT_FINITE = "the model's logits are not finite; the strength may be too high"
 
@@ -121,7 +122,7 @@ class Steps:
                 self.finish(self._row(chunk), "length")
         drawing = [index for index, chunk in enumerate(batch) if chunk.samples and chunk.sequence.finish is None]
         if drawing:
-            logits = logits if len(drawing) == len(batch) else logits[drawing]
+            logits = logits if len(drawing) == len(batch) else picked(logits, drawing)
             self._draw([self._row(batch[index]) for index in drawing], logits)
 
     def _draw(self, rows: list[Row], logits: torch.Tensor) -> None:
@@ -132,7 +133,7 @@ class Steps:
                 self.finish(row, "error", row.sampler.problem or NOT_FINITE, blamed=row.blamed)
             sound = [index for index in range(len(rows)) if index not in failure.rows]
             if sound:
-                self._draw([rows[index] for index in sound], logits[sound])
+                self._draw([rows[index] for index in sound], picked(logits, sound))
             return
         residuals = self._passes.residuals()
         for row, token, told in zip(rows, tokens, tell(rows, logits, tokens, residuals), strict=True):
