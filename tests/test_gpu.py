@@ -11,8 +11,9 @@ import torch
 from server.engine.admission import checked_context
 from server.engine.engine import TorchEngine
 from server.engine.memory_probe import CudaMeter, planned
+from server.engine.row_sampler import RowSampler
 from server.engine.runner import BatchedRunner, Work
-from server.engine.sampling import RowSampler, sample
+from server.engine.sampling import sample
 from server.engine.selection import choose_runner
 from server.engine.static_decoding import StaticRunner
 from steering_vectors.errors import ModelError

@@ -19,8 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from server.engine.probabilities import probability_mass
 from server.engine.protocol import SamplingParameters
-from server.engine.sampling import NonFiniteLogits, RowSampler, check_vocabulary, probability_mass, sample
+from server.engine.row_sampler import RowSampler, check_vocabulary
+from server.engine.sampling import NonFiniteLogits, sample
 from steering_vectors.errors import RequestError
 
 VOCAB = 97

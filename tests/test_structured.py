@@ -19,7 +19,8 @@ import torch
 from server.engine.constraints import CompiledGrammar, GrammarCompiler, allowed_tokens
 from server.engine.engine import TorchEngine
 from server.engine.protocol import Constraint, Delta, Finished, GenerationRequest, SamplingParameters
-from server.engine.sampling import RowSampler, sample
+from server.engine.row_sampler import RowSampler
+from server.engine.sampling import sample
 from steering_vectors.chat import encode_prompt
 from steering_vectors.errors import RequestError
 from steering_vectors.models import LanguageModel, wrap_model

@@ -39,8 +39,8 @@ from server.engine.protocol import (
     SteeringChange,
 )
 from server.engine.row import Row
+from server.engine.row_sampler import RowSampler, check_vocabulary
 from server.engine.runner import Runner
-from server.engine.sampling import RowSampler, check_vocabulary
 from server.engine.scheduler import Scheduler
 from server.engine.selection import choose_runner
 from server.engine.sequence import Sequence

@@ -15,7 +15,7 @@ from server.engine.likelihoods import divergence, token_logprobs
 from server.engine.mailbox import Mailbox
 from server.engine.projections import projection
 from server.engine.protocol import GateDecision, TokenLogprob
-from server.engine.sampling import RowSampler
+from server.engine.row_sampler import RowSampler
 from server.engine.sequence import Sequence as TokenSequence
 from steering_vectors.gate import Gate
 
