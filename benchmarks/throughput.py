@@ -8,8 +8,8 @@ the ratio is unsteered over steered time, so 1 means that steering is free and .
 each run the median step counts, and of each case the median over pairs; the CPU ratio is that of the engine's thread,
 which other programs disturb less. Besides the given numbers of steerings there
 are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows have
-their steerings from among 256 profiles. The floor is the bytes that a step reads over the bandwidth that a large copy
-has on the same device. `--generate`: the median step of transformers' generate with hooks, one steering for all rows.
+their steerings from among 256 profiles. The floor is that of `benchmarks.floors`. `--generate`: the median step of
+transformers' generate with hooks, one steering for all rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.decode_steps import Step, TimedEngine
-from benchmarks.floors import Reads, bandwidth
+from benchmarks.floors import Cost, Device
 from benchmarks.hooked_generate import milliseconds
 from benchmarks.shapes import SHAPES, model_of
 from server.engine.packing import pack
@@ -64,15 +64,15 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     prepack = prepack and device == "cpu"
-    language_model, reads = run_apart(lambda: _loaded(model, prepack=prepack, device=device))
-    rate = bandwidth(language_model.device)
+    language_model, cost = run_apart(lambda: _loaded(model, prepack=prepack, device=device))
+    measured = Device.measured(language_model.device, language_model.dtype)
     profiles = [_profile(language_model, seed) for seed in range(LOADED)]
     cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
     found = []
     for batch, context in track(cases, description="measuring"):
         sides = _sides(profiles, batch, steps, _numbers(steerings))
-        read = reads.step(rows=batch, context=context + steps // 2)
-        beside: dict[str, Any] = {"floor_ms": round(1e3 * read / rate, 3)}
+        floor = cost.floor_ms(measured, rows=batch, context=context + steps // 2)
+        beside: dict[str, Any] = {"floor_ms": round(floor, 3)}
         if generate:
             prompts = [_prompt(row, context) for row in range(batch)]
             spent = milliseconds(language_model, profiles[0], prompts, steps=steps, repeats=pairs)
@@ -83,7 +83,8 @@ def main(
     figures = {
         "model": model,
         "device": _described(language_model.device),
-        "bandwidth_gb_s": round(rate / 1e9, 1),
+        "bandwidth_gb_s": round(measured.bandwidth / 1e9, 1),
+        "rate_gop_s": round(measured.rate / 1e9),
         "threads": threads,
         "prepack": prepack,
         "pairs": pairs,
@@ -101,12 +102,12 @@ def _described(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _loaded(model: str, *, prepack: bool, device: str) -> tuple[LanguageModel, Reads]:
+def _loaded(model: str, *, prepack: bool, device: str) -> tuple[LanguageModel, Cost]:
     language_model = model_of(model, device=device)
-    reads = Reads.of(language_model)
+    cost = Cost.of(language_model)
     if prepack:
         pack(language_model.model)
-    return language_model, reads
+    return language_model, cost
 
 
 def _numbers(text: str) -> list[int]:
@@ -202,13 +203,18 @@ async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
 
 def _show(figures: dict[str, Any]) -> None:
     heads = ("rows", "context", "case", "floor", "without", "with, ms", "ratio", "range", "CPU ratio", "generate")
-    table = Table(*heads, title=f"{figures['model']}, {figures['cases'][0]['path']}, {figures['bandwidth_gb_s']} GB/s")
+    table = Table(*heads, title=_title(figures))
     for one in figures["cases"]:
         low, high = one["ratio_range"]
         names = ("rows", "context", "case", "floor_ms", "unsteered_ms", "steered_ms", "ratio")
         cells = (*(one[name] for name in names), f"{low}–{high}", one["cpu_ratio"], one.get("generate_ms", ""))
         table.add_row(*map(str, cells))
-    Console().print(table)
+    Console(width=120).print(table)
+
+
+def _title(figures: dict[str, Any]) -> str:
+    rates = f"{figures['bandwidth_gb_s']} GB/s, {figures['rate_gop_s']} billion operations/s"
+    return f"{figures['model']}, {figures['cases'][0]['path']}, {rates}"
 
 
 def _draw(figures: dict[str, Any], path: Path) -> None:
