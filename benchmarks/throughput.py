@@ -31,6 +31,7 @@ from rich.table import Table
 
 from benchmarks.decode_steps import Step, TimedEngine
 from benchmarks.shapes import SHAPES, model_of
+from server.config import load_settings
 from server.engine.packing import pack
 from server.engine.protocol import GenerationRequest, SamplingParameters
 from server.engine.threads import run_apart
@@ -52,18 +53,27 @@ def main(
     pairs: Annotated[int, typer.Option(help="Pairs of a case.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
     prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack.")] = True,
+    quantize: Annotated[str | None, typer.Option(help="Serve as with --quantize: int8 or int4.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time per step against rows and context here.")] = None,
 ) -> None:
     torch.set_num_threads(threads)
-    language_model = run_apart(lambda: _loaded(model, prepack=prepack))
+    language_model = run_apart(lambda: _loaded(model, prepack=prepack, quantize=quantize))
     profiles = [_profile(language_model, seed) for seed in range(LOADED)]
     cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
     found = []
     for batch, context in track(cases, description="measuring"):
         sides = _sides(profiles, batch, steps, _numbers(steerings))
         found += asyncio.run(_measure(language_model, sides, batch, context, steps, pairs))
-    figures = {"model": model, "threads": threads, "prepack": prepack, "pairs": pairs, "steps": steps, "cases": found}
+    figures = {
+        "model": model,
+        "threads": threads,
+        "prepack": prepack,
+        "quantize": quantize,
+        "pairs": pairs,
+        "steps": steps,
+        "cases": found,
+    }
     _show(figures)
     if out is not None:
         out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -71,10 +81,10 @@ def main(
         _draw(figures, plot)
 
 
-def _loaded(model: str, *, prepack: bool) -> LanguageModel:
+def _loaded(model: str, *, prepack: bool, quantize: str | None) -> LanguageModel:
     language_model = model_of(model)
-    if prepack:
-        pack(language_model.model)
+    if prepack or quantize is not None:
+        pack(language_model.model, load_settings({"quantize": quantize}).quantize)
     return language_model
 
 

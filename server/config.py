@@ -63,6 +63,11 @@ class Settings(BaseSettings):
         description="On a CPU, reorder and join the weights of linear layers at start and fuse the blocks between them "
         "where their kind is known: several times as fast in bfloat16.",
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None,
+        description="On a CPU with AVX512-BF16, hold the weights of linear layers in 8 or 4 bits, packed as by "
+        "--cpu-prepack, which it includes: small batches are faster and memory is saved, at some cost in quality.",
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="How many threads torch computes with; else its own.")
     allow_model_mismatch: bool = Field(
         False, description="Serve profiles that were fitted on other weights of the same shape."

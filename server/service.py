@@ -62,9 +62,9 @@ class Service:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells one model, dtype and version of this server from another, as OpenAI's `system_fingerprint`."""
+        """Tells one model, its numbers and version of this server from another, as OpenAI's `system_fingerprint`."""
         lm = self.engine.language_model
-        described = f"{lm.identity.fingerprint}/{lm.dtype}/{installed_version()}"
+        described = f"{lm.identity.fingerprint}/{self.settings.quantize or lm.dtype}/{installed_version()}"
         return f"fp_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
     @cached_property
@@ -123,8 +123,8 @@ def build_engine(settings: Settings) -> Engine:
         torch.set_num_threads(settings.threads)
     _check_device(settings.device)
     language_model = load_model(settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter)
-    if settings.cpu_prepack:
-        pack(language_model.model)
+    if settings.cpu_prepack or settings.quantize is not None:
+        pack(language_model.model, settings.quantize)
     return TorchEngine(
         language_model,
         slots=settings.slots,
