@@ -172,7 +172,7 @@ def test_greedy_text_of_the_demo_model_is_that_of_the_quantised_model(kind: Kind
             logits = plain.model(input_ids=together).logits[0, len(ids) - 1 : -1]
         chosen = logits.gather(1, together[0, len(ids) :].unsqueeze(1)).squeeze(1)
         assert len(one.ids) == 24
-        assert (logits.amax(dim=1) - chosen <= 0.02 * logits.std(dim=1) * 4).all()
+        assert (logits.amax(dim=1) - chosen <= 0.08 * logits.std(dim=1)).all()
 
 
 @NEEDS_KERNELS
