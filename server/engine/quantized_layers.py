@@ -62,7 +62,8 @@ def quantize_layers(
             quantized[layer] = quantize(layer.weight, of_group)
             plain = dequantize(quantized[layer]).to(layer.weight.dtype)
             layer.weight = nn.Parameter(plain, requires_grad=False)  # a new one: embeddings may share the old one
-    logger.info("%d linear layers are quantised to %s, %.0f %% of the weights", len(layers), kind, 100 * share)
+    told = "%d linear layers are quantised to %s, %.1f %% of the weights besides embeddings and the output layer"
+    logger.info(told, len(layers), kind, 100 * share)
     return quantized
 
 
