@@ -35,6 +35,7 @@ from benchmarks.decode_steps import Step, TimedEngine
 from benchmarks.floors import Cost, Device
 from benchmarks.hooked_generate import milliseconds
 from benchmarks.shapes import SHAPES, model_of
+from server.config import load_settings
 from server.engine.packing import pack
 from server.engine.protocol import GenerationRequest, SamplingParameters
 from server.engine.threads import run_apart
@@ -56,6 +57,7 @@ def main(
     pairs: Annotated[int, typer.Option(help="Pairs of a case.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
     prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack, on a CPU.")] = True,
+    quantize: Annotated[str | None, typer.Option(help="Serve as with --quantize: int8 or int4.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs, as torch names it.")] = "cpu",
     graphs: Annotated[bool, typer.Option(help="On CUDA, replay steps as graphs where that is possible.")] = True,
     generate: Annotated[bool, typer.Option(help="Measure generate with hooks, too.")] = False,
@@ -64,7 +66,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     prepack = prepack and device == "cpu"
-    language_model, cost = run_apart(lambda: _loaded(model, prepack=prepack, device=device))
+    language_model, cost = run_apart(lambda: _loaded(model, prepack=prepack, quantize=quantize, device=device))
     measured = Device.measured(language_model.device, language_model.dtype)
     profiles = [_profile(language_model, seed) for seed in range(LOADED)]
     cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
@@ -87,6 +89,7 @@ def main(
         "rate_gop_s": round(measured.rate / 1e9),
         "threads": threads,
         "prepack": prepack,
+        "quantize": quantize,
         "pairs": pairs,
         "steps": steps,
         "cases": found,
@@ -102,11 +105,11 @@ def _described(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _loaded(model: str, *, prepack: bool, device: str) -> tuple[LanguageModel, Cost]:
+def _loaded(model: str, *, prepack: bool, quantize: str | None, device: str) -> tuple[LanguageModel, Cost]:
     language_model = model_of(model, device=device)
     cost = Cost.of(language_model)
-    if prepack:
-        pack(language_model.model)
+    if prepack or quantize is not None:
+        pack(language_model.model, load_settings({"quantize": quantize}).quantize)
     return language_model, cost
 
 

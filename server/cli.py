@@ -81,6 +81,7 @@ def serve(
     max_stall_ms: Annotated[float | None, flag("max_stall_ms")] = None,
     prefix_reuse: Annotated[bool | None, flag("prefix_reuse", "--prefix-reuse/--no-prefix-reuse")] = None,
     cpu_prepack: Annotated[bool | None, flag("cpu_prepack", "--cpu-prepack/--no-cpu-prepack")] = None,
+    quantize: Annotated[str | None, flag("quantize")] = None,
     threads: Annotated[int | None, flag("threads")] = None,
     allow_model_mismatch: Annotated[
         bool | None, flag("allow_model_mismatch", "--allow-model-mismatch/--no-allow-model-mismatch")

@@ -66,9 +66,9 @@ class Service:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells one model, dtype and version of this server from another, as OpenAI's `system_fingerprint`."""
+        """Tells one model, its numbers and version of this server from another, as OpenAI's `system_fingerprint`."""
         lm = self.engine.language_model
-        described = f"{lm.identity.fingerprint}/{lm.dtype}/{installed_version()}"
+        described = f"{lm.identity.fingerprint}/{self.settings.quantize or lm.dtype}/{installed_version()}"
         return f"fp_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
     @cached_property
@@ -158,8 +158,8 @@ def _loaded(settings: Settings, channel: Channel | None) -> tuple[LanguageModel,
         adapter=settings.adapter,
         parted=channel is not None,
     )
-    if settings.cpu_prepack:
-        pack(language_model.model)
+    if settings.cpu_prepack or settings.quantize is not None:
+        pack(language_model.model, settings.quantize)
     slots, context = _sizes(settings, language_model)
     return language_model, slots if channel is None else channel.least(slots), context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from server.engine.cpu.blocks import can_fuse
 from server.engine.cpu.library import Heads, Kernels, Pass, WholeBlock, compiled, load
 from server.engine.engine import TorchEngine
 from server.engine.packing import pack
+from server.engine.quantization import Kind, Quantized, dequantize, quantize
 from steering_vectors.models import wrap_model
 from tests.running import mixture, prompts, random_profile, request, run_all
 from tests.tiny import tiny_model
@@ -174,10 +175,43 @@ def test_a_product_is_torchs(products: Kernels, rows: int, inputs: int, outputs:
         assert_alike(products.packed(weight, given)(x, more), expected)
 
 
-def test_a_row_of_a_product_is_what_it_is_alone(products: Kernels) -> None:
+QUANTISED = pytest.mark.parametrize("kind", get_args(Kind))
+
+
+@QUANTISED
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 16, 31])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (576, 1000), (1536, 17), (2, 1), (6, 33), (172, 70)])
+def test_a_quantised_product_is_that_of_its_numbers(
+    products: Kernels, kind: Kind, rows: int, inputs: int, outputs: int
+) -> None:
+    x, weight = draw(rows, 1, inputs, dtype=torch.bfloat16), quantize(draw(outputs, inputs, seed=1), kind)
+    bias, added = (draw(*shape, dtype=torch.bfloat16, seed=2) for shape in ((outputs,), (rows, 1, outputs)))
+    for given, more in ((None, None), (bias, None), (bias, added), (None, added)):
+        wide = nn.functional.linear(x.float(), dequantize(weight), None if given is None else given.float())
+        expected = wide.bfloat16() if more is None else wide.bfloat16() + more
+        assert_alike(products.quantized(weight, given)(x, more), expected)
+
+
+@QUANTISED
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+def test_whole_numbers_are_multiplied_exactly(products: Kernels, kind: Kind, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    low, groups = (-127, 1) if kind == "int8" else (-8, 6)
+    codes = torch.randint(low, -low, (50, 172), generator=generator, dtype=torch.int8)
+    scales = (2.0 ** torch.randint(-3, 4, (50, groups), generator=generator)).bfloat16()
+    weight = Quantized(kind, codes, scales)
+    x = torch.randint(-9, 10, (rows, 172), generator=generator).bfloat16()
+    expected = (x.double() @ dequantize(weight).double().T).float().bfloat16()
+    assert torch.equal(products.quantized(weight)(x), expected)
+
+
+@pytest.mark.parametrize("kind", [None, *get_args(Kind)])
+def test_a_row_of_a_product_is_what_it_is_alone(products: Kernels, kind: Kind | None) -> None:
     x, weight = draw(37, 1, 96, dtype=torch.bfloat16), draw(200, 96, dtype=torch.bfloat16, seed=1)
-    product = products.packed(weight)
+    product = products.packed(weight) if kind is None else products.quantized(quantize(weight, kind))
     together = product(x)
+    for rows in (2, 3, 7, 9, 18):
+        assert torch.equal(product(x[5 : 5 + rows]), together[5 : 5 + rows])
     for row in range(37):
         assert torch.equal(product(x[row : row + 1]), together[row : row + 1])
 

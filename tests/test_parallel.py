@@ -61,5 +61,7 @@ def test_what_does_not_go_with_parts_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert load_settings({"tensor_parallel": True}).tensor_parallel
     with pytest.raises(ConfigurationError, match="--cpu-prepack does not go with --tensor-parallel"):
         load_settings({"tensor_parallel": True, "cpu_prepack": True})
+    with pytest.raises(ConfigurationError, match="--quantize does not go with --tensor-parallel"):
+        load_settings({"tensor_parallel": True, "quantize": "int8"})
     with pytest.raises(ConfigurationError, match="with --tensor-parallel give cpu or cuda alone"):
         load_settings({"tensor_parallel": True, "device": "cuda:1"})

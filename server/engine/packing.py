@@ -7,19 +7,22 @@ of what a layer is for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from server.engine.cpu.weights import PackedWeight, pack_weight
+from server.engine.cpu.weights import PackedWeight, pack_quantized, pack_weight
+from server.engine.quantization import Kind, Quantized, joined
+from server.engine.quantized_layers import check_quantizes, quantize_layers
 from steering_vectors.errors import ModelError
 from steering_vectors.hooks import trace_inputs
 
 DTYPES = (torch.bfloat16, torch.float32)
 TOLERANCE = 0.03  # relative error of logits: sums in another order, in bfloat16
-REMEDY = "leave --cpu-prepack out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,12 @@ class _Product:
     The first of the layers to be called computes for all; each takes its part once.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
         self._sizes = [layer.out_features for layer in layers]
-        self.weight = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
+        if quantized:
+            self.weight = pack_quantized(joined(quantized), _joined_bias(layers))
+        else:
+            self.weight = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
@@ -75,24 +81,42 @@ class PackedLinear(nn.Module):
         return self.product.part(self.index, given)
 
 
-def pack(model: nn.Module) -> Packed:
+def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
     """Swap the linear layers that a pass over two tokens calls; the model is for inference on this CPU from then on.
 
-    Raises ModelError if this CPU has no such products for the model, or the model's code wants more of a linear layer
-    than its product; it is of no use then.
+    With a `kind`, their weights are quantised first, and the model is the quantised one. Raises ModelError if this CPU
+    has no such products for the model, or the model's code wants more of a linear layer than its product; it is of no
+    use then.
     """
-    if not packs(model):
-        raise ModelError(f"oneDNN packs no weights of this kind here; {REMEDY}")
+    remedy = f"leave --{'cpu-prepack' if kind is None else 'quantize'} out"
+    if kind is not None:
+        check_quantizes(model, kind, remedy)
+    elif not packs(model):
+        raise ModelError(f"oneDNN packs no weights of this kind here; {remedy}")
+    groups = _groups(model)
+    quantized = {} if kind is None else quantize_layers(model, groups, kind, remedy)
     plain = _dry_run(model)
-    packed = _swap(model, _groups(model))
+    packed = _swap(model, groups, quantized)
+    del groups, quantized  # the plain weights
+    _leave_file(model)
+    _give_back()
     try:
         error = float((_dry_run(model) - plain).norm() / plain.norm())
     except Exception as failure:  # whatever a model's code does with a layer that is no nn.Linear
-        raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {REMEDY}") from failure
+        raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
     if not error <= TOLERANCE:
-        raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {REMEDY}")
-    _leave_file(model)
+        raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
     return packed
+
+
+def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> Packed:
+    parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+    for group in groups:
+        product = _Product(group, [quantized[layer] for layer in group if layer in quantized])
+        for index, layer in enumerate(group):
+            parent, name = parents[id(layer)]
+            setattr(parent, name, PackedLinear(layer, product, index))
+    return Packed(sum(map(len, groups)), len(groups))
 
 
 def _leave_file(model: nn.Module) -> None:
@@ -102,14 +126,10 @@ def _leave_file(model: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]]) -> Packed:
-    parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
-    for group in groups:
-        product = _Product(group)
-        for index, layer in enumerate(group):
-            parent, name = parents[id(layer)]
-            setattr(parent, name, PackedLinear(layer, product, index))
-    return Packed(sum(map(len, groups)), len(groups))
+def _give_back() -> None:
+    """Let the system have what the plain weights took: glibc keeps it, as it lies between what is still in use."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def packs(model: nn.Module) -> bool:

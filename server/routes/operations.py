@@ -38,5 +38,6 @@ async def version(service: ServiceDep) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "model": settings.served_model_name or settings.model,
         "dtype": settings.dtype,
+        "quantize": settings.quantize,
         "device": settings.device,
     }

@@ -174,6 +174,7 @@ class Version(Answer):
             "transformers": "5.23.0",
             "model": "demo",
             "dtype": "auto",
+            "quantize": None,
             "device": "cpu",
         },
     )
@@ -183,4 +184,5 @@ class Version(Answer):
     transformers: str = Field(description="Of transformers.")
     model: str = Field(description="The model, as the server was told.")
     dtype: str = Field(description="The number format, as the server was told.")
+    quantize: Literal["int8", "int4"] | None = Field(description="What linear layers are quantised to, if they are.")
     device: str = Field(description="Where it runs, as the server was told.")

@@ -76,7 +76,9 @@ class OpenAIHead(Answer):
     id: str = Field(description="The id of the answer, the same in all of its chunks.")
     created: int = Field(description=CREATED)
     model: str = Field(description="The model as the request named it.")
-    system_fingerprint: str = Field(description="Tells one model, dtype and version of the server from another.")
+    system_fingerprint: str = Field(
+        description="Tells one model, its number format and version of the server from another."
+    )
 
 
 class ChatCompletion(OpenAIHead):

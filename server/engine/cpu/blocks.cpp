@@ -35,7 +35,7 @@ class Scratch {
 
 void multiply(Product p, const uint16_t* x, int64_t tokens, uint16_t* out, const uint16_t* added = nullptr) {
     p.x = x, p.rows = tokens, p.out = out, p.added = added;
-    product(&p);
+    multiply_rows(p);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #ifdef __AVX512BF16__
+#include "quantized.hpp"
 #include "tiles.hpp"
 
 #include <omp.h>
@@ -17,10 +18,7 @@ static inline __m512 part(const uint16_t* from, __mmask16 present) {
     return widened(_mm256_maskz_loadu_epi16(present, from));
 }
 
-extern "C" int has_products() { return 1; }
-
-extern "C" void product(const Product* given) {
-    const Product& p = *given;
+void multiply_rows(const Product& p) {
     const auto store = [&p](__m512 sum, int64_t row, int64_t block) {
         const int64_t first = block * LANES, place = row * p.outputs + first;
         const __mmask16 present = __mmask16((1u << std::min(LANES, p.outputs - first)) - 1);
@@ -33,10 +31,19 @@ extern "C" void product(const Product* given) {
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const Operands operands{p.x, p.inputs, p.rows, p.inputs, p.weight};
-        multiply(operands, blocks * thread / threads, blocks * (thread + 1) / threads, store);
+        const int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
+        if (p.kind == BFLOAT16) {
+            multiply(Operands{p.x, p.inputs, p.rows, p.inputs, (const uint16_t*)p.weight}, first, last, store);
+        } else {
+            const Codes codes{p.x, p.rows, p.inputs, (const uint8_t*)p.weight, p.scales};
+            p.kind == INT8 ? multiply<Int8>(codes, first, last, store) : multiply<Int4>(codes, first, last, store);
+        }
     }
 }
+
+extern "C" int has_products() { return 1; }
+
+extern "C" void product(const Product* given) { multiply_rows(*given); }
 
 #else
 

@@ -1,5 +1,5 @@
 """Weights of linear layers in the order in which a processor reads them: by our own kernel for bfloat16 where the
-processor has its instructions, else by oneDNN."""
+processor has its instructions, else by oneDNN. Weights of 8 and 4 bits by our own kernel alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 
 from server.engine.cpu.library import Kernels, Product, load
+from server.engine.quantization import Quantized
+from steering_vectors.errors import ModelError
 
 ROWS = 1  # that oneDNN's order is chosen for; it is no worse for sixteen, measured
 
@@ -23,8 +25,8 @@ class PackedWeight(ABC):
 
 
 class _KernelWeight(PackedWeight):
-    def __init__(self, kernels: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.kernel = self._product = kernels.packed(weight, bias)
+    def __init__(self, product: Product) -> None:
+        self.kernel = self._product = product
 
     def product(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         return self._product(x.contiguous(), added)
@@ -42,8 +44,28 @@ class _OneDnnWeight(PackedWeight):
 
 def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
     """The weight for this processor; it is copied."""
-    kernels = load()
-    suits = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    if kernels is not None and kernels.has_products and suits:
-        return _KernelWeight(kernels, weight, bias)
+    kernels = _products()
+    if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
+        return _KernelWeight(kernels.packed(weight, bias))
     return _OneDnnWeight(weight, bias)
+
+
+def pack_quantized(weight: Quantized, bias: torch.Tensor | None) -> PackedWeight:
+    """A weight of 8 or 4 bits; it is copied. Its bias and what it is multiplied by are bfloat16.
+
+    Raises ModelError unless `has_quantized` and its inputs are even in number.
+    """
+    kernels = _products()
+    if kernels is None or weight.codes.shape[1] % 2:
+        raise ModelError(f"there is no {weight.kind} product of {weight.codes.shape[1]} inputs on this processor")
+    return _KernelWeight(kernels.quantized(weight, bias))
+
+
+def has_quantized() -> bool:
+    """Whether there are products over quantised weights for this processor."""
+    return _products() is not None
+
+
+def _products() -> Kernels | None:
+    kernels = load()
+    return kernels if kernels is not None and kernels.has_products else None
