@@ -17,6 +17,7 @@ from server.engine.threads import run_apart
 from steering_vectors.models import LanguageModel
 
 LARGE = {"cpu": 2**28, "cuda": 2**33}  # bytes of a tensor, far more than caches hold
+BITS = {None: (16.0, 16.0), "int8": (8.0, 8.0), "int4": (4.5, 8.0)}  # of a weight, and of one of the output layer
 SIDE = {"cpu": 1024, "cuda": 8192}  # of two matrices
 REPEATS = 5
 
@@ -61,17 +62,19 @@ class Cost:
     position_operations: int
 
     @classmethod
-    def of(cls, language_model: LanguageModel) -> Cost:
-        """Of a model whose layers are not packed yet."""
+    def of(cls, language_model: LanguageModel, quantize: str | None = None) -> Cost:
+        """Of a model whose layers are not packed yet; `quantize` as for a server, of a model in bfloat16."""
         model = language_model.model
         embedding, projection = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         count = sum(one.numel() for one in model.parameters())
         if embedding.data_ptr() != projection.data_ptr():
             count -= embedding.numel()
+        inner, output = (bits / 16 for bits in BITS[quantize])
+        read = (count - projection.numel()) * inner + projection.numel() * output
         config, size = model.config.get_text_config(), embedding.element_size()
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            weights=count * size,
+            weights=int(read * size),
             row=embedding.shape[1] * size,
             position=2 * config.num_hidden_layers * config.num_key_value_heads * head * size,
             token_operations=2 * count,

@@ -107,7 +107,7 @@ def _described(device: torch.device) -> str:
 
 def _loaded(model: str, *, prepack: bool, quantize: str | None, device: str) -> tuple[LanguageModel, Cost]:
     language_model = model_of(model, device=device)
-    cost = Cost.of(language_model)
+    cost = Cost.of(language_model, quantize)
     if prepack or quantize is not None:
         pack(language_model.model, load_settings({"quantize": quantize}).quantize)
     return language_model, cost
@@ -156,7 +156,7 @@ async def _measure(
     engine = TimedEngine(model, slots=rows, context=context + steps + 1, static_decoding=static)
     plain: list[Timeline] = [[(0, Mixture())]] * rows
     try:
-        await _run(engine, plain, context, steps)  # the first run computes the prompts and warms up
+        await _write(engine, plain, context, steps)  # computes the prompts, which later runs find, and warms up
         found = []
         for name, timelines in sides.items():
             taken = []
@@ -184,8 +184,12 @@ def _compared(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
 
 async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int) -> Step:
     engine.steps.clear()
-    await asyncio.gather(*(_drain(engine, _request(row, one, context, steps)) for row, one in enumerate(timelines)))
+    await _write(engine, timelines, context, steps)
     return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
+
+
+async def _write(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int) -> None:
+    await asyncio.gather(*(_drain(engine, _request(row, one, context, steps)) for row, one in enumerate(timelines)))
 
 
 def _request(row: int, timeline: Timeline, context: int, steps: int) -> GenerationRequest:
