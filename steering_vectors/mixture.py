@@ -137,6 +137,14 @@ class Mixture:
             total[[layers.index(layer) for layer in part.layers]] += part.rows
         return Shifts(layers, total, sum(part.bound for part in parts))
 
+    def scaled(self) -> tuple[Shifts, float] | None:
+        """One profile's unit shifts and what they are multiplied by, for a mix that does nothing but add these; None
+        for any other."""
+        if len(self.terms) != 1 or self.terms[0].profile.operator != "add" or self.is_neutral:
+            return None
+        (term,) = self.terms
+        return _unit_shifts(term.profile, term.layers), term.strength * term.profile.unit
+
     def ablations(self) -> dict[int, list[tuple[float, torch.Tensor]]]:
         """(β, unit vector `[hidden]`) pairs per block, in the order of the terms."""
         pairs: dict[int, list[tuple[float, torch.Tensor]]] = {}

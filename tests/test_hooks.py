@@ -25,6 +25,7 @@ TUPLES = ("gpt2", "gptj", "bloom", "mpt", "rwkv")
 IDS = torch.randint(2, 300, (3, 10), generator=torch.Generator().manual_seed(0))
 WARM = tiny_profile(name="warm", layers=(1,), unit=0.5)
 TERSE = tiny_profile(name="terse", layers=(0, 2), seed=1)
+EVERYWHERE = tiny_profile(name="everywhere", layers=(0, 1, 2), seed=3, unit=0.37)
 BARE = tiny_profile(name="bare", layers=(1,), operator="ablate", seed=2)
 
 
@@ -208,12 +209,29 @@ def test_a_block_in_another_dtype_keeps_it() -> None:
     assert {hidden.dtype for hidden in after} == {torch.bfloat16}
 
 
-def test_a_shift_that_overflows_is_refused_and_leaves_the_row() -> None:
-    bank = SteeringBank([torch.nn.Identity()] * 3, rows=1, hidden_size=HIDDEN, dtype=torch.float16)
-    bank.write(0, mix((WARM, 1.0)))
+def empty_bank(rows: int, dtype: torch.dtype) -> SteeringBank:
+    return SteeringBank([torch.nn.Identity()] * 3, rows=rows, hidden_size=HIDDEN, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_strength_is_what_a_fresh_bank_is_given(dtype: torch.dtype) -> None:
+    bank = empty_bank(2, dtype)
+    for strength, preserve in ((1.0, False), (-0.3, True), (1 / 3, False), (0.0, True), (0.7, False)):
+        mixture, fresh = mix((EVERYWHERE, strength), preserve_norm=preserve), empty_bank(2, dtype)
+        bank.write(1, mixture)
+        fresh.write(1, mixture)
+        assert torch.equal(bank.shift, fresh.shift)
+        assert bank.only_adds == fresh.only_adds
+    assert bank.shift[:, 1].any()
+
+
+@pytest.mark.parametrize("profile", [WARM, EVERYWHERE], ids=lambda profile: profile.name)
+def test_a_shift_that_overflows_is_refused_and_leaves_the_row(profile: Profile) -> None:
+    bank = empty_bank(1, torch.float16)
+    bank.write(0, mix((profile, 1.0)))
     kept = bank.shift.clone()
     with pytest.raises(SteeringError) as refusal:
-        bank.write(0, Mixture((Term(WARM, 1e9),), allow_beyond_safe=True))
+        bank.write(0, Mixture((Term(profile, 1e9),), allow_beyond_safe=True))
     assert str(refusal.value) == "the shift overflows the model's dtype: use a smaller strength"
     assert torch.equal(bank.shift, kept)
 
