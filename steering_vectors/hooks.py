@@ -151,6 +151,7 @@ class SteeringBank:
         self._preserving: set[int] = set()
         self._busy: Counter[int] = Counter()  # layer -> rows that act there
         self._step: Step | None = None
+        self._claimed: int | None = None  # the layer whose block adds its shifts itself
         self._handles: list[RemovableHandle] = []
         self._watcher: Callable[[int, Mixture | None], None] | None = None
 
@@ -262,7 +263,23 @@ class SteeringBank:
         try:
             yield
         finally:
-            self._step = None
+            self._step = self._claimed = None
+
+    def claim(self, layer: int, rows: int) -> torch.Tensor | None:
+        """The shifts `[rows, 1, hidden]` of the step under way, for a block that adds them to its output itself: its
+        hook then leaves that output alone. None where there is nothing to add, or more to do than to add them to so
+        many rows at all positions: then the hook does all of it."""
+        step = self._step
+        if step is None or step.where is not None or not self.only_adds or not self._acts(layer, step):
+            return None
+        shifts = step.shifts[layer]
+        if len(shifts) != rows:
+            return None
+        self._claimed = layer
+        return shifts
+
+    def _acts(self, layer: int, step: Step) -> bool:
+        return step.always or self._busy[layer] > 0
 
     @contextmanager
     def steps(self, model: nn.Module, where: Callable[[Any, Any], torch.Tensor | None]) -> Iterator[None]:
@@ -287,7 +304,10 @@ class SteeringBank:
     def _hook_for(self, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             step = self._step
-            if step is None or not (step.always or self._busy[layer] > 0):
+            if step is None or not self._acts(layer, step):
+                return None
+            if self._claimed == layer:
+                self._claimed = None
                 return None
             if step.where is None and type(output) is torch.Tensor and not (self._ablations or self._preserving):
                 return output + step.shifts[layer]  # what is most common, without a call between

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -234,6 +234,38 @@ def test_a_shift_that_overflows_is_refused_and_leaves_the_row(profile: Profile) 
         bank.write(0, Mixture((Term(profile, 1e9),), allow_beyond_safe=True))
     assert str(refusal.value) == "the shift overflows the model's dtype: use a smaller strength"
     assert torch.equal(bank.shift, kept)
+
+
+def test_a_block_that_claims_its_shifts_gets_them_once() -> None:
+    model = tiny_model("llama")
+    block = blocks_of(model)[1]
+    plain = block.forward
+
+    def adds_itself(*args: object, **kwargs: object) -> torch.Tensor:
+        shifts = bank.claim(1, 1)
+        hidden: torch.Tensor = plain(*args, **kwargs)
+        return hidden if shifts is None else hidden + shifts
+
+    with banked(model, mix((EVERYWHERE, 1.0)), mix((BARE, 1.0))) as bank:
+        with bank.step(slice(0, 1)):
+            expected = outputs(model)[1]
+        assert bank.claim(1, 1) is None  # no step is under way
+        block.forward = adds_itself
+        with bank.step(slice(0, 1)):
+            assert torch.equal(outputs(model)[1], expected)
+            assert bank.claim(1, 1) is None  # a row ablates
+        bank.clear(1)
+        with bank.step(slice(0, 1)):
+            assert torch.equal(outputs(model)[1], expected)
+            assert bank.claim(1, 2) is None  # so many rows it is not
+        del block.forward
+        with suppress(KeyboardInterrupt), bank.step(slice(0, 1)):
+            bank.claim(1, 1)
+            raise KeyboardInterrupt
+        with bank.step(slice(0, 1)):  # what was claimed then is forgotten
+            assert torch.equal(outputs(model)[1], expected)
+        with bank.step(slice(0, 1), torch.ones(1, 10, dtype=torch.bool)):
+            assert bank.claim(1, 1) is None  # its hook knows the positions
 
 
 def test_rewriting_and_clearing_leave_nothing_behind() -> None:

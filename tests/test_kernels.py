@@ -16,6 +16,8 @@ from server.engine.cpu.library import Heads, Kernels, Pass, WholeBlock, compiled
 from server.engine.engine import TorchEngine
 from server.engine.packing import pack
 from server.engine.quantization import Kind, Quantized, dequantize, quantize
+from server.engine.runner import BatchedRunner, Work
+from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import wrap_model
 from tests.running import mixture, prompts, random_profile, request, run_all
 from tests.tiny import tiny_model
@@ -241,6 +243,8 @@ def test_a_whole_block_is_its_parts_one_after_the_other(products: Kernels, queri
     whole = WholeBlock(products, norms, heads, [joined, output, gate_up, down])
     assert torch.equal(whole(hidden, other[0], other[1], given), expected)
     assert all(map(torch.equal, other, kept))
+    shift = draw(rows, 1, size, dtype=torch.bfloat16, seed=7)
+    assert torch.equal(whole(hidden, other[0], other[1], given, shift), expected + shift)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
@@ -259,6 +263,35 @@ def test_fused_blocks_write_what_plain_ones_write(architecture: str, dtype: torc
         assert [one.ids for one in found] == [one.ids for one in expected]
     else:  # logits of random weights lie closer together than bfloat16's rounding
         assert [one.ids[:1] for one in found] == [one.ids[:1] for one in expected]
+
+
+def test_whole_blocks_steer_as_hooks_do() -> None:
+    """The same shifts on the same rows, whether a block adds them or its hook does; hooks do where rows ablate."""
+    language_model = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
+    pack(language_model.model)
+    bank = SteeringBank(language_model.blocks, rows=3, hidden_size=language_model.hidden_size, dtype=torch.bfloat16)
+    bank.attach()
+    runner = BatchedRunner(language_model, bank, context=32, fused=True)
+    works = [Work(slot, ids, 0, steered_from=0) for slot, ids in enumerate(prompts(language_model, [6, 6, 6]))]
+    steered = [random_profile(language_model, seed=seed, scale=2.0) for seed in (0, 1)]
+    turned = random_profile(language_model, seed=2, operator="ablate")
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            return runner.forward(works)
+
+    plain = logits()
+    for row, profile in enumerate(steered):
+        bank.write(row, mixture(profile))
+    by_blocks = logits()
+    assert (by_blocks[:2] != plain[:2]).any(-1).all()
+    assert torch.equal(by_blocks[2], plain[2])
+    bank.write(2, mixture(turned))  # no block adds anything itself now
+    by_hooks = logits()
+    assert torch.equal(by_hooks[:2], by_blocks[:2])
+    assert not torch.equal(by_hooks[2], plain[2])
+    runner.close()
+    bank.detach()
 
 
 @pytest.mark.parametrize(("architecture", "path"), [("qwen3", "batched, fused blocks"), ("gemma2", "batched")])

@@ -121,7 +121,7 @@ class BatchedRunner(Runner):
         self.cache = SlotCache(layers=layers, slots=bank.num_rows, context=context)
         self._selector = PositionSelector(projection)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self._fused = fuse(self._blocks) if fused else []
+        self._fused = fuse(self._blocks, bank) if fused else []
         if self._fused:
             self.path = "batched, fused blocks"
 

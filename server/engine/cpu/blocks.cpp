@@ -7,6 +7,7 @@
 #ifdef __AVX512BF16__
 #include "attention.hpp"
 #include "products.hpp"
+#include "vectors.hpp"
 
 #include <vector>
 
@@ -33,6 +34,21 @@ class Scratch {
     }
 };
 
+// to ← to + shift, of all tokens of a row alike.
+void shift_rows(uint16_t* to, const uint16_t* shift, int64_t rows, int64_t queries, int64_t size) {
+    using namespace vectors;
+#pragma omp parallel for if (rows * queries * size >= SERIAL)
+    for (int64_t token = 0; token < rows * queries; token++) {
+        const uint16_t* from = shift + token / queries * size;
+        for (int64_t i = 0; i < size; i += LANES) {
+            const __mmask16 there = lanes(size - i);
+            const __m512 shifted = _mm512_add_ps(widened(_mm256_maskz_loadu_epi16(there, to + token * size + i)),
+                                                 widened(_mm256_maskz_loadu_epi16(there, from + i)));
+            _mm256_mask_storeu_epi16(to + token * size + i, there, rounded(shifted));
+        }
+    }
+}
+
 void multiply(Product p, const uint16_t* x, int64_t tokens, uint16_t* out, const uint16_t* added = nullptr) {
     p.x = x, p.rows = tokens, p.out = out, p.added = added;
     multiply_rows(p);
@@ -46,8 +62,9 @@ struct Block {
     Attention attention;                    // what does not change from pass to pass
 };
 
-// `hidden` [rows, queries, inputs] to `out` of the same shape.
-extern "C" void block(const Block* given, const Pass* pass, const uint16_t* hidden, uint16_t* out) {
+// `hidden` [rows, queries, inputs] to `out` of the same shape; to which `shift` [rows, inputs] is added, if there is one.
+extern "C" void block(const Block* given, const Pass* pass, const uint16_t* hidden, const uint16_t* shift,
+                      uint16_t* out) {
     thread_local Scratch normed, joined, seen, both, gated;
     const Block& b = *given;
     const int64_t tokens = pass->rows * pass->queries, size = b.joined.inputs, inner = b.down.inputs;
@@ -65,5 +82,6 @@ extern "C" void block(const Block* given, const Pass* pass, const uint16_t* hidd
     multiply(b.gate_up, quiet, tokens, both.of(tokens * 2 * inner));
     gated_bfloat16(both.of(0), gated.of(tokens * inner), tokens, inner);
     multiply(b.down, gated.of(0), tokens, out, out);
+    if (shift != nullptr) shift_rows(out, shift, pass->rows, pass->queries, size);
 }
 #endif

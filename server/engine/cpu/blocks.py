@@ -19,6 +19,7 @@ from server.engine.cpu.library import LARGEST_HEAD, SUFFIXES, Heads, Kernels, Pa
 from server.engine.kv_cache import SlotCache, active_span
 from server.engine.packing import PackedLinear, joined_weight
 from steering_vectors.errors import ModelError
+from steering_vectors.hooks import SteeringBank
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -30,13 +31,14 @@ def can_fuse(blocks: Sequence[nn.Module]) -> bool:
     return load() is not None and all(map(is_of_the_kind, blocks))
 
 
-def fuse(blocks: Sequence[nn.Module]) -> list[FusedBlock]:
-    """Give each block its faster forward. Raises ModelError if they are of another kind."""
+def fuse(blocks: Sequence[nn.Module], bank: SteeringBank) -> list[FusedBlock]:
+    """Give each block its faster forward, which adds the bank's shifts itself where that is all there is to do. Raises
+    ModelError if the blocks are of another kind."""
     kernels = load()
     if kernels is None or not can_fuse(blocks):
         raise ModelError("the blocks are of a kind that is not fused")
     passes = _Passes()
-    fused = [FusedBlock(kernels, block, layer, passes) for layer, block in enumerate(blocks)]
+    fused = [FusedBlock(kernels, block, layer, passes, bank) for layer, block in enumerate(blocks)]
     for one in fused:
         one.attach()
     return fused
@@ -82,8 +84,8 @@ class _Passes:
 class FusedBlock:
     """Takes the place of a block's `forward`. Raises ModelError if its layers were not packed as they are used."""
 
-    def __init__(self, kernels: Kernels, block: Any, layer: int, passes: _Passes) -> None:
-        self._kernels, self._block, self._layer, self._passes = kernels, block, layer, passes
+    def __init__(self, kernels: Kernels, block: Any, layer: int, passes: _Passes, bank: SteeringBank) -> None:
+        self._kernels, self._block, self._layer, self._passes, self._bank = kernels, block, layer, passes, bank
         self._plain = block.forward
         attention, mlp = block.self_attn, block.mlp
         self._first, self._second = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
@@ -106,7 +108,7 @@ class FusedBlock:
         products = [weight.kernel for weight in (self._joined, self._output, self._gate_up, self._down)]
         known = [product for product in products if product is not None]
         self._whole: WholeBlock | None = None
-        if len(known) == len(products):
+        if len(known) == len(products) and bank.shift.dtype == torch.bfloat16:
             self._whole = WholeBlock(kernels, (self._first, self._second), self._heads, known)
 
     def attach(self) -> None:
@@ -125,7 +127,8 @@ class FusedBlock:
         if given is None or not layer.is_initialized:
             return self._plain(hidden_states, *args, **kwargs)
         if self._whole is not None:
-            return self._whole(hidden_states.contiguous(), layer.keys, layer.values, given)
+            shift = self._bank.claim(self._layer, len(hidden_states))
+            return self._whole(hidden_states.contiguous(), layer.keys, layer.values, given, shift)
         return self._in_parts(hidden_states.contiguous(), layer, given)
 
     def _in_parts(self, hidden: torch.Tensor, layer: Any, given: Pass) -> torch.Tensor:

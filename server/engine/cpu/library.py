@@ -118,7 +118,7 @@ class Kernels:
             self._product.argtypes, self._product.restype = [POINTER(_Product)], None
             self._attend_prompts.argtypes, self._attend_prompts.restype = [POINTER(_Attention)], None
             self.block = unlocked.block
-            self.block.argtypes = [POINTER(_Block), POINTER(_Pass), c_void_p, c_void_p]
+            self.block.argtypes = [POINTER(_Block), POINTER(_Pass), c_void_p, c_void_p, c_void_p]
             self.block.restype = None
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -271,13 +271,22 @@ class WholeBlock:
         self._given = _Block(first, second, *(one.given for one in products))
         self._keys = self._values = torch.empty(0)
 
-    def __call__(self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, given: Pass) -> torch.Tensor:
-        """`[rows, queries, hidden]` to the same; the cache `[slots, groups, columns, size]` takes keys and values."""
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        given: Pass,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`[rows, queries, hidden]` to the same; the cache `[slots, groups, columns, size]` takes keys and values.
+        `shift` `[rows, 1, hidden]` is added to the output, rounded as that is."""
         if keys is not self._keys or values is not self._values:
             self._keys, self._values = keys, values
             self._given.attention = self._heads.described(keys, values)
         out = torch.empty_like(hidden)
-        self._function(self._given, given.described, hidden.data_ptr(), out.data_ptr())
+        shift_at = None if shift is None else shift.data_ptr()
+        self._function(self._given, given.described, hidden.data_ptr(), shift_at, out.data_ptr())
         return out
 
 
