@@ -230,13 +230,17 @@ def _draw(figures: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, (key, other) in zip(axes, (("rows", "context"), ("context", "rows")), strict=True):
         for value in sorted({one[other] for one in figures["cases"]}):
-            points = {one[key]: one["unsteered_ms"] for one in figures["cases"] if one[other] == value}
-            axis.plot(sorted(points), [points[place] for place in sorted(points)], marker="o", label=f"{other} {value}")
-        axis.set(xlabel=key, ylabel="ms per step", ylim=(0, None))
-        axis.legend(frameon=False)
+            chosen = [one for one in figures["cases"] if one[other] == value]
+            places = sorted({one[key] for one in chosen})
+            taken = [median(one["steered_ms"] for one in chosen if one[key] == place) for place in places]
+            floors = [next(one["floor_ms"] for one in chosen if one[key] == place) for place in places]
+            (line,) = axis.plot(places, taken, marker="o", label=f"{other} {value}")
+            axis.plot(places, floors, linestyle=":", color=line.get_color())
+        axis.set(xlabel=key, ylabel="ms a step, steered; dotted: the floor", ylim=(0, None))
+        axis.legend(frameon=False, fontsize="small")
     figure.savefig(path)
 
 
