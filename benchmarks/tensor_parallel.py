@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from server.engine.runner import BatchedRunner, Work
-from steering_vectors.hooks import SteeringBank, record
+from steering_vectors.bank import SteeringBank
+from steering_vectors.hooks import record
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel, load_model, wrap_model
 from steering_vectors.profile import Profile

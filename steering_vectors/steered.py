@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from steering_vectors.bank import SteeringBank
 from steering_vectors.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import PositionSelector, SteeringBank
+from steering_vectors.hooks import PositionSelector
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import SteeringError
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel, find_blocks, identify
 from steering_vectors.profile import ApplyTo, Profile

@@ -16,8 +16,8 @@ from server.engine.runner import BatchedRunner, Work
 from server.engine.sampling import sample
 from server.engine.selection import choose_runner
 from server.engine.static_decoding import StaticRunner
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel, wrap_model
 from tests.running import mixture, prompts, random_profile, request, run_all
 from tests.tiny import tiny_model

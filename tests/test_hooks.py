@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import SteeringError
-from steering_vectors.hooks import PositionSelector, SteeringBank, record, with_block_output
+from steering_vectors.hooks import PositionSelector, record, with_block_output
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import find_blocks
 from steering_vectors.profile import Profile

@@ -21,6 +21,7 @@ OFFLINE_ORDER = (
     "profile",
     "mixture",
     "hooks",
+    "bank",
     "models",
     "activations",
     "methods",

@@ -13,7 +13,8 @@ from server.engine.prefixes import Trace
 from server.engine.protocol import Delta, Finished, GenerationRequest
 from server.engine.runner import BatchedRunner, Work
 from server.engine.selection import choose_runner
-from steering_vectors.hooks import SteeringBank, record
+from steering_vectors.bank import SteeringBank
+from steering_vectors.hooks import record
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel, wrap_model
 from tests.running import Outcome, mixture, outcome, prompts, random_profile, request, run_all, running

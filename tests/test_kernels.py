@@ -17,7 +17,7 @@ from server.engine.engine import TorchEngine
 from server.engine.packing import pack
 from server.engine.quantization import Kind, Quantized, dequantize, quantize
 from server.engine.runner import BatchedRunner, Work
-from steering_vectors.hooks import SteeringBank
+from steering_vectors.bank import SteeringBank
 from steering_vectors.models import wrap_model
 from tests.running import mixture, prompts, random_profile, request, run_all
 from tests.tiny import tiny_model

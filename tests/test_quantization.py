@@ -19,8 +19,8 @@ from server.engine.quantized_layers import quantize_layers
 from server.engine.runner import BatchedRunner
 from server.engine.selection import TOLERANCE, disagreement
 from server.service import Service, build_engine
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel, load_model, wrap_model
 from tests.running import request, run_all
 from tests.serving import live_server, save_profiles

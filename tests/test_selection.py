@@ -9,8 +9,8 @@ from server.engine.admission import context_limit
 from server.engine.engine import TorchEngine
 from server.engine.runner import BatchedRunner, RecomputingRunner, RowRunner
 from server.engine.selection import choose_runner, disagreement
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel, wrap_model
 from tests.running import mixture, prompts, random_profile, reference_ids, request, run_all
 from tests.tiny import OTHERS, REQUIRED, STEERABLE, tiny_model

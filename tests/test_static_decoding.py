@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from server.engine.runner import BatchedRunner, Work
 from server.engine.selection import choose_runner
 from server.engine.static_decoding import Replay, StaticRunner, bucket, run_as_it_is
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel, wrap_model
 from tests.running import mixture, prompts, random_profile, reference_ids, request, run_all

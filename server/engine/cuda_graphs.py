@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from server.engine.static_decoding import Replay, StaticRunner
-from steering_vectors.hooks import SteeringBank
+from steering_vectors.bank import SteeringBank
 from steering_vectors.models import LanguageModel
 
 WARM_UP = 2

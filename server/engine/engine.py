@@ -46,13 +46,13 @@ from server.engine.selection import choose_runner
 from server.engine.sequence import Sequence
 from server.engine.steps import Steps
 from server.engine.threads import run_apart, use_threads
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import (
     Conflict,
     Overloaded,
     Unavailable,
     UnknownGeneration,
 )
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile

@@ -15,8 +15,8 @@ import torch
 
 from server.engine.memory_plan import UTILIZATION, Need, Plan, plan
 from server.engine.runner import BatchedRunner, Work
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError, first_line
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from server.engine.prefixes import Columns
 from server.engine.runner import Runner, Work
-from steering_vectors.hooks import SteeringBank
+from steering_vectors.bank import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel
 

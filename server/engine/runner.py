@@ -20,8 +20,9 @@ import torch
 from server.engine.cpu.blocks import fuse
 from server.engine.kv_cache import Rows, SlotCache, Span, install_row_masks
 from server.engine.prefixes import Columns
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import PositionSelector, SteeringBank, record
+from steering_vectors.hooks import PositionSelector, record
 from steering_vectors.models import LanguageModel
 from steering_vectors.transfers import picked, tensor_on
 

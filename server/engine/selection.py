@@ -16,8 +16,8 @@ from server.engine.cpu.blocks import can_fuse
 from server.engine.cuda_graphs import GraphRunner
 from server.engine.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work, last_logits
 from server.engine.static_decoding import StaticRunner
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ import torch
 
 from server.engine.kv_cache import Span
 from server.engine.runner import BatchedRunner, Work
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import first_line
-from steering_vectors.hooks import SteeringBank
 from steering_vectors.models import LanguageModel
 from steering_vectors.transfers import staged
 

@@ -24,7 +24,7 @@ from server.engine.runner import Runner
 from server.engine.sampling import NonFiniteLogits, sample
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
-from steering_vectors.hooks import SteeringBank
+from steering_vectors.bank import SteeringBank
 from steering_vectors.mixture import Mixture
 from steering_vectors.transfers import picked
 

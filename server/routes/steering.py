@@ -12,7 +12,7 @@ from server.dependencies import EngineDep, RegistryDep, refuse_steering_header
 from server.json_bodies import StrictRoute
 from server.schemas.steering_answers import ChangeAnswer, ResolveAnswer
 from server.schemas.steering_requests import ChangeBody, ResolveBody
-from steering_vectors.hooks import shifts_in
+from steering_vectors.bank import shifts_in
 from steering_vectors.mixture import Mixture, Term
 
 GenerationId = Annotated[str, Path(description="As the first event told it.", examples=["gen-c9f0f895"])]

@@ -18,8 +18,8 @@ from torch import nn
 from server.engine.cpu.library import LARGEST_HEAD, SUFFIXES, Heads, Kernels, Pass, WholeBlock, load
 from server.engine.kv_cache import SlotCache, active_span
 from server.engine.packing import PackedLinear, joined_weight
+from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
-from steering_vectors.hooks import SteeringBank
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}

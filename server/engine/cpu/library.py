@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from server.engine.cpu.orders import LANES, ordered, ordered_codes, ordered_scales
 from server.engine.quantization import Quantized
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 NAMES = ("avx512_bf16", "avx2")  # the better one first
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"}
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-LANES = 16  # outputs in a block of a packed weight
 KINDS = {"int8": 1, "int4": 2}  # as products.hpp has them
 LARGEST_HEAD = 512
 
@@ -161,47 +161,13 @@ class Kernels:
     def packed(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
         """x Wᵀ + b for a bfloat16 weight `[outputs, inputs]`, which is copied; the number of inputs is even."""
         outputs, inputs = weight.shape
-        blocks = -(-outputs // LANES)
-        whole = torch.zeros(blocks * LANES, inputs, dtype=torch.bfloat16)
-        whole[:outputs] = weight
-        ordered = whole.view(blocks, LANES, inputs // 2, 2).transpose(1, 2).contiguous()
-        return Product(self._product, ordered, inputs, outputs, bias)
+        return Product(self._product, ordered(weight), inputs, outputs, bias)
 
     def quantized(self, weight: Quantized, bias: torch.Tensor | None = None) -> Product:
         """x Wᵀ + b for a weight of 8 or 4 bits `[outputs, inputs]`, which is copied; the number of inputs is even."""
         outputs, inputs = weight.codes.shape
-        blocks = -(-outputs // LANES)
-        ordered = ORDERS[weight.kind](_blocks(weight.codes, blocks, 4 if weight.kind == "int8" else 8))
-        scales = torch.zeros(blocks * LANES, weight.scales.shape[1], dtype=torch.bfloat16)
-        scales[:outputs] = weight.scales
-        scales = scales.view(blocks, LANES, -1).transpose(1, 2).contiguous()
-        return Product(self._product, ordered, inputs, outputs, bias, KINDS[weight.kind], scales)
-
-
-def _blocks(codes: torch.Tensor, blocks: int, size: int) -> torch.Tensor:
-    """`[blocks, vectors, pairs, 32]`: the codes of a vector's pairs of inputs, of sixteen outputs two each."""
-    outputs, inputs = codes.shape
-    vectors = -(-inputs // size)
-    whole = torch.zeros(blocks * LANES, vectors * size, dtype=torch.int8)
-    whole[:outputs, :inputs] = codes
-    return whole.view(blocks, LANES, vectors, size // 2, 2).permute(0, 2, 3, 1, 4).reshape(blocks, vectors, -1, 32)
-
-
-def _order_bytes(codes: torch.Tensor) -> torch.Tensor:
-    """Sign and magnitude `[blocks, vectors, 64]`, every eight codes of the one pair beside eight of the other."""
-    signed = codes.abs() | (codes < 0).to(torch.int8) * -128
-    return signed.view(*codes.shape[:3], 4, 8).transpose(2, 3).contiguous()
-
-
-def _order_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Words `[blocks, vectors, 32]` of four nibbles, one of each pair."""
-    nibbles = (codes & 15).to(torch.int32)
-    words = sum(nibbles[:, :, pair] << 4 * pair for pair in range(4))
-    assert isinstance(words, torch.Tensor)
-    return words.to(torch.uint16).contiguous()
-
-
-ORDERS = {"int8": _order_bytes, "int4": _order_nibbles}
+        codes, scales = ordered_codes(weight), ordered_scales(weight)
+        return Product(self._product, codes, inputs, outputs, bias, KINDS[weight.kind], scales)
 
 
 class Product:
