@@ -60,6 +60,7 @@ class PeerProcess:
         if not answer:
             raise PeerFailed(f"no answer within {seconds:g} s, or the process ended:\n{self._last_words()}")
         os.killpg(self._process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         found = json.loads(answer)
         if "failed" in found:
             raise PeerFailed(f"{found['failed']}\n{self._last_words()}")
