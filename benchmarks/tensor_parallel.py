@@ -95,13 +95,7 @@ def _outputs(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> list[torch.
 def _generated(language_model: LanguageModel, profile: Profile | None) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Logits at each of a few greedy steps of two rows through the engine's runner, of which one is steered; their
     tokens."""
-    bank = SteeringBank(
-        language_model.blocks,
-        rows=2,
-        hidden_size=language_model.hidden_size,
-        dtype=language_model.dtype,
-        device=language_model.device,
-    )
+    bank = SteeringBank.over(language_model, rows=2)
     bank.attach()
     runner = BatchedRunner(language_model, bank, context=64)
     try:

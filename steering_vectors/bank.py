@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from steering_vectors.errors import SteeringError
 from steering_vectors.hooks import block_output, hook_outputs, hook_passes, registered, with_block_output
 from steering_vectors.mixture import Mixture, Shifts
 from steering_vectors.transfers import sent, tensor_on
+
+if TYPE_CHECKING:
+    from steering_vectors.models import LanguageModel
 
 Rows = slice | torch.Tensor
 TINY = 1e-12
@@ -90,6 +93,12 @@ class SteeringBank:
         """Have `watcher` called before each change with the row and its mix, None for one that is cleared."""
         self._watcher = watcher
 
+    @classmethod
+    def over(cls, language_model: LanguageModel, *, rows: int) -> SteeringBank:
+        """A bank for a model's blocks, in its dtype and on its device, not attached yet."""
+        lm = language_model
+        return cls(lm.blocks, rows=rows, hidden_size=lm.hidden_size, dtype=lm.dtype, device=lm.device)
+
     @property
     def num_rows(self) -> int:
         return self._shift.shape[1]
@@ -127,7 +136,7 @@ class SteeringBank:
             self._watcher(row, mixture)
         if self._shifted.get(row) == shifts.layers and not mixture.ablations() and row not in self._ablations:
             self._put(row, shifts)  # another strength of the same profiles: the common change
-            (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
+            self._note_norm(row, mixture)
             return
         self._erase(row)
         self._put(row, shifts)
@@ -137,8 +146,7 @@ class SteeringBank:
             self._ablations[row] = {
                 layer: [(beta, unit.to(device)) for beta, unit in pairs] for layer, pairs in ablations.items()
             }
-        if mixture.preserve_norm:
-            self._preserving.add(row)
+        self._note_norm(row, mixture)
         self._busy.update(self._layers_of(row))
 
     def _rescale(self, row: int, mixture: Mixture) -> bool:
@@ -154,8 +162,11 @@ class SteeringBank:
         if self._watcher is not None:
             self._watcher(row, mixture)
         torch.mul(unit.rows, factor, out=self._shift[:, row])
-        (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
+        self._note_norm(row, mixture)
         return True
+
+    def _note_norm(self, row: int, mixture: Mixture) -> None:
+        (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
 
     def clear(self, row: int) -> None:
         """Make a row unsteered."""
@@ -235,7 +246,7 @@ class SteeringBank:
             if self._claimed == layer:
                 self._claimed = None
                 return None
-            if step.where is None and type(output) is torch.Tensor and not (self._ablations or self._preserving):
+            if step.where is None and type(output) is torch.Tensor and self.only_adds:
                 return output + step.shifts[layer]  # what is most common, without a call between
             return with_block_output(output, self._steer(layer, block_output(output), step))
 
@@ -244,7 +255,7 @@ class SteeringBank:
     def _steer(self, layer: int, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         shift = step.shifts[layer].to(hidden)
         steered = hidden + (shift if step.where is None else shift * step.where.unsqueeze(-1))
-        if self._ablations or self._preserving:
+        if not self.only_adds:
             self._steer_rows(layer, hidden, steered, step)
         return steered
 

@@ -156,7 +156,7 @@ def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
     projection = lm.model.get_output_embeddings()
     if projection is None:
         raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
-    bank = SteeringBank(lm.blocks, rows=1, hidden_size=lm.hidden_size, dtype=lm.dtype, device=lm.device)
+    bank = SteeringBank.over(lm, rows=1)
     selector = PositionSelector(projection)
     bank.attach()
     try:

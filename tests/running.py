@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from server.engine.engine import TorchEngine
 from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters
+from steering_vectors.bank import SteeringBank
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
@@ -65,6 +66,18 @@ def run_all(language_model: LanguageModel, requests: Sequence[GenerationRequest]
             return await asyncio.gather(*(outcome(engine, generation) for generation in requests))
 
     return asyncio.run(main())
+
+
+@contextmanager
+def attached_bank(language_model: LanguageModel, rows: int) -> Iterator[SteeringBank]:
+    """A bank whose hooks are registered inside, where no gradients are kept."""
+    bank = SteeringBank.over(language_model, rows=rows)
+    bank.attach()
+    try:
+        with torch.inference_mode():
+            yield bank
+    finally:
+        bank.detach()
 
 
 def random_profile(

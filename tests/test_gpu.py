@@ -16,10 +16,9 @@ from server.engine.runner import BatchedRunner, Work
 from server.engine.sampling import sample
 from server.engine.selection import choose_runner
 from server.engine.static_decoding import StaticRunner
-from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
 from steering_vectors.models import LanguageModel, wrap_model
-from tests.running import mixture, prompts, random_profile, request, run_all
+from tests.running import attached_bank, mixture, prompts, random_profile, request, run_all
 from tests.tiny import tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -33,23 +32,6 @@ SLOTS, CONTEXT = 6, 300
 
 def on_cuda(architecture: str) -> LanguageModel:
     return wrap_model(tiny_model(architecture).to("cuda"), tiny_tokenizer())
-
-
-@contextmanager
-def bank_of(language_model: LanguageModel) -> Iterator[SteeringBank]:
-    bank = SteeringBank(
-        language_model.blocks,
-        rows=SLOTS,
-        hidden_size=language_model.hidden_size,
-        dtype=language_model.dtype,
-        device="cuda",
-    )
-    bank.attach()
-    try:
-        with torch.inference_mode():
-            yield bank
-    finally:
-        bank.detach()
 
 
 @contextmanager
@@ -83,7 +65,7 @@ def test_greedy_tokens_on_cuda_equal_those_on_the_cpu(architecture: str, graphs:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_graphs_are_what_runs(architecture: str) -> None:
     language_model = on_cuda(architecture)
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runner = choose_runner(language_model, bank, context=CONTEXT)
         assert runner.path == "batched, CUDA graphs"
         runner.close()
@@ -95,7 +77,7 @@ def test_graphs_are_what_runs(architecture: str) -> None:
 def test_what_cannot_be_recorded_is_run_otherwise() -> None:
     """An architecture that asks for a tensor's value within a pass; the recording that failed leaves nothing behind."""
     here, there = wrap_model(tiny_model("dbrx"), tiny_tokenizer()), on_cuda("dbrx")
-    with bank_of(there) as bank:
+    with attached_bank(there, SLOTS) as bank:
         runner = choose_runner(there, bank, context=CONTEXT)
         assert type(runner) is BatchedRunner
         runner.close()
@@ -112,7 +94,7 @@ def test_steering_changed_between_replays_takes_effect() -> None:
     and for texts that grow into the next bucket of columns."""
     language_model = on_cuda("llama")
     profiles = [random_profile(language_model, f"p{row}", seed=row, scale=2.0) for row in range(3)]
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         graphs = choose_runner(language_model, bank, context=CONTEXT, static=True)
         ordinary = BatchedRunner(language_model, bank, context=CONTEXT)
         rows = prompts(language_model, [125, 7, 60])
@@ -138,7 +120,7 @@ def test_a_step_waits_for_nothing_but_its_tokens() -> None:
     """A change of strength, the pass and the choice among logits; the one copy of tokens comes after."""
     language_model = on_cuda("llama")
     profile = random_profile(language_model, scale=2.0)
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runner = choose_runner(language_model, bank, context=CONTEXT, static=True)
         runner.forward([Work(slot, ids, 0) for slot, ids in enumerate(prompts(language_model, [9, 4]))])
         works = [[Work(0, [5], 9 + step, 0), Work(1, [6], 4 + step, 0)] for step in range(2)]

@@ -30,9 +30,7 @@ def language_model(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 def bank_for(language_model: LanguageModel, rows: int = 4) -> SteeringBank:
-    return SteeringBank(
-        language_model.blocks, rows=rows, hidden_size=language_model.hidden_size, dtype=language_model.dtype
-    )
+    return SteeringBank.over(language_model, rows=rows)
 
 
 def engine_step(language_model: LanguageModel, bank: SteeringBank) -> torch.Tensor:

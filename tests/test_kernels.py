@@ -269,7 +269,7 @@ def test_whole_blocks_steer_as_hooks_do() -> None:
     """The same shifts on the same rows, whether a block adds them or its hook does; hooks do where rows ablate."""
     language_model = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
     pack(language_model.model)
-    bank = SteeringBank(language_model.blocks, rows=3, hidden_size=language_model.hidden_size, dtype=torch.bfloat16)
+    bank = SteeringBank.over(language_model, rows=3)
     bank.attach()
     runner = BatchedRunner(language_model, bank, context=32, fused=True)
     works = [Work(slot, ids, 0, steered_from=0) for slot, ids in enumerate(prompts(language_model, [6, 6, 6]))]

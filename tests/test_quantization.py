@@ -150,7 +150,7 @@ def test_fused_blocks_compute_the_quantised_model(kind: Kind, architecture: str)
     packed = wrapped(tiny_model(architecture).bfloat16())
     plain = wrapped(quantized_plainly(tiny_model(architecture).bfloat16(), kind))
     pack(packed.model, kind)
-    bank = SteeringBank(packed.blocks, rows=4, hidden_size=packed.hidden_size, dtype=packed.dtype, device=packed.device)
+    bank = SteeringBank.over(packed, rows=4)
     runner = BatchedRunner(packed, bank, context=64, fused=True)
     assert disagreement(runner, plain) <= TOLERANCE[torch.bfloat16]
     runner.close()

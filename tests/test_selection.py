@@ -44,9 +44,7 @@ def tiny(architecture: str, **overrides: object) -> LanguageModel:
 
 
 def bank_for(language_model: LanguageModel) -> SteeringBank:
-    return SteeringBank(
-        language_model.blocks, rows=4, hidden_size=language_model.hidden_size, dtype=language_model.dtype
-    )
+    return SteeringBank.over(language_model, rows=4)
 
 
 # ALiBi, attention sinks, soft-capping, chunked attention, layers without positions, latent attention

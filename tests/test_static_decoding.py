@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from steering_vectors.bank import SteeringBank
 from steering_vectors.errors import ModelError
 from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel, wrap_model
-from tests.running import mixture, prompts, random_profile, reference_ids, request, run_all
+from tests.running import attached_bank, mixture, prompts, random_profile, reference_ids, request, run_all
 from tests.tiny import REQUIRED, tiny_model
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -28,19 +27,6 @@ ARCHITECTURES = (*REQUIRED, "bloom", "gpt_oss", "gemma2", "llama4_text", "deepse
 
 def tiny(architecture: str) -> LanguageModel:
     return wrap_model(tiny_model(architecture), tiny_tokenizer(), name=architecture)
-
-
-@contextmanager
-def bank_of(language_model: LanguageModel, rows: int = SLOTS) -> Iterator[SteeringBank]:
-    bank = SteeringBank(
-        language_model.blocks, rows=rows, hidden_size=language_model.hidden_size, dtype=language_model.dtype
-    )
-    bank.attach()
-    try:
-        with torch.inference_mode():
-            yield bank
-    finally:
-        bank.detach()
 
 
 class Decoding:
@@ -89,7 +75,7 @@ TIMELINE: list[tuple[tuple[int, ...], dict[int, float]]] = [
 def test_logits_equal_those_of_the_batched_runner(architecture: str) -> None:
     language_model = tiny(architecture)
     rows = dict(zip((0, 1, 3, 4), prompts(language_model, [140, 3, 30, 125]), strict=True))
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runners = [kind(language_model, bank, context=CONTEXT) for kind in (BatchedRunner, StaticRunner)]
         ordinary, static = (Decoding(runner, rows) for runner in runners)
         for number, (slots, strengths) in enumerate(TIMELINE):
@@ -116,7 +102,7 @@ def test_a_recorded_step_follows_what_is_written_to_buffers(architecture: str) -
     """A strength that changes, rows that begin and cease to be steered, join and leave: nothing is recorded anew."""
     language_model = tiny(architecture)
     rows = dict(zip((0, 1, 3, 4), prompts(language_model, [14, 3, 30, 12]), strict=True))
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runners = [
             BatchedRunner(language_model, bank, context=CONTEXT),
             StaticRunner(language_model, bank, context=CONTEXT, record=replayed),
@@ -137,7 +123,7 @@ def test_a_write_between_two_runs_of_a_step_takes_effect() -> None:
     """And one that leaves the bank as it was leaves the logits as they were, bit for bit."""
     language_model = tiny("llama")
     profile = random_profile(language_model, scale=2.0)
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runner = StaticRunner(language_model, bank, context=CONTEXT, record=replayed)
         runner.forward([Work(0, prompts(language_model, [9])[0], 0)])
 
@@ -158,7 +144,7 @@ def test_what_is_not_an_addition_takes_the_ordinary_path() -> None:
     language_model = tiny("llama")
     ablating = random_profile(language_model, operator="ablate")
     adding = random_profile(language_model, scale=2.0)
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runners = [kind(language_model, bank, context=CONTEXT) for kind in (BatchedRunner, StaticRunner)]
         rows = dict(enumerate(prompts(language_model, [9, 4])))
         pair = [Decoding(runner, rows) for runner in runners]
@@ -204,7 +190,7 @@ def test_a_step_that_cannot_be_recorded_later_is_run_as_it_is(caplog: pytest.Log
             raise torch.OutOfMemoryError("out of memory")
         return run_as_it_is(step)
 
-    with bank_of(language_model) as bank:
+    with attached_bank(language_model, SLOTS) as bank:
         runner = StaticRunner(language_model, bank, context=CONTEXT, record=scarce)
         with pytest.raises(torch.OutOfMemoryError):
             runner.forward([Work(0, [5], 0)])
@@ -219,7 +205,7 @@ def test_a_step_that_cannot_be_recorded_later_is_run_as_it_is(caplog: pytest.Log
 
 def test_static_buffers_where_they_cannot_be_used_are_an_error() -> None:
     language_model = tiny("mamba")
-    with bank_of(language_model) as bank, pytest.raises(ModelError, match="leave --cuda-graphs out"):
+    with attached_bank(language_model, SLOTS) as bank, pytest.raises(ModelError, match="leave --cuda-graphs out"):
         choose_runner(language_model, bank, context=64, static=True)
 
 

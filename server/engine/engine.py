@@ -296,13 +296,7 @@ def _made_for(
     language_model: LanguageModel, slots: int, context: int, static: bool | None
 ) -> tuple[SteeringBank, Runner]:
     """What steers the model, and what runs it."""
-    bank = SteeringBank(
-        language_model.blocks,
-        rows=slots,
-        hidden_size=language_model.hidden_size,
-        dtype=language_model.dtype,
-        device=language_model.device,
-    )
+    bank = SteeringBank.over(language_model, rows=slots)
     bank.attach()
     return bank, choose_runner(language_model, bank, context=context, static=static)
 

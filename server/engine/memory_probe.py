@@ -106,13 +106,7 @@ class _KeptBySlots:
     """A few slots, to be measured."""
 
     def __init__(self, language_model: LanguageModel, context: int) -> None:
-        self._bank = SteeringBank(
-            language_model.blocks,
-            rows=ROWS,
-            hidden_size=language_model.hidden_size,
-            dtype=language_model.dtype,
-            device=language_model.device,
-        )
+        self._bank = SteeringBank.over(language_model, rows=ROWS)
         self._runner = BatchedRunner(language_model, self._bank, context=context)
         self._vocabulary = language_model.vocab_size
 

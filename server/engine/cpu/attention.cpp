@@ -95,7 +95,7 @@ void weigh_some(const float* chances, const uint8_t* seen, const Bfloat16* value
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 const __m256i half = _mm256_loadu_si256((const __m256i*)(values + place * size + first + 16 * i));
-                value[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+                value[i] = vectors::widened(half);
             }
 #pragma GCC unroll 4
             for (int s = 0; s < SHARE; s++) {

@@ -4,8 +4,6 @@
 
 #include "products.hpp"
 
-#include <algorithm>
-
 #ifdef __AVX512BF16__
 #include "quantized.hpp"
 #include "tiles.hpp"
@@ -21,7 +19,7 @@ static inline __m512 part(const uint16_t* from, __mmask16 present) {
 void multiply_rows(const Product& p) {
     const auto store = [&p](__m512 sum, int64_t row, int64_t block) {
         const int64_t first = block * LANES, place = row * p.outputs + first;
-        const __mmask16 present = __mmask16((1u << std::min(LANES, p.outputs - first)) - 1);
+        const __mmask16 present = lanes(p.outputs - first);
         if (p.bias != nullptr) sum = _mm512_add_ps(sum, part(p.bias + first, present));
         __m256i result = rounded(sum);
         if (p.added != nullptr) result = rounded(_mm512_add_ps(widened(result), part(p.added + place, present)));
