@@ -17,10 +17,11 @@ from steering_vectors.batches import Encoded
 from steering_vectors.calibration import SAMPLED_TOKENS
 from steering_vectors.profile import Profile
 from steering_vectors.propensity import Sides, propensity
-from steering_vectors.steered import SteeredModel, kl_divergence
+from steering_vectors.steered import SteeredModel, eos_ids, kl_divergence
 
 Ids = list[int]
 Rewrite = Callable[[Ids], Ids]
+Judge = Callable[[str, bool], bool]  # of a reply, and whether it ended by itself
 
 
 class Condition(Protocol):
@@ -102,12 +103,13 @@ def measure(
     plain: SteeredModel,
     prompts: Sequence[Ids],
     sides: Sides,
-    judge: Callable[[str], bool],
+    judge: Judge,
     *,
     tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The wanted-manner share of replies, their cost, and the accuracy on held-out pairs.
+    """The wanted-manner share of replies, their cost, and the accuracy on held-out pairs. A reply has ended if its last
+    token is one that ends a text, and not because `tokens` were written.
 
     KL is over as many tokens of a reply as calibration samples; later ones cost more, as texts drift apart.
     """
@@ -116,10 +118,13 @@ def measure(
     calibrated: list[Encoded] = [(ids[: start + SAMPLED_TOKENS], start) for ids, start in examples]
     texts = plain.lm.tokenizer.batch_decode(replies, skip_special_tokens=True)
     sums, counts = plain.log_likelihoods(examples, steer=False)
-    marks = [bool(judge(text)) for text in texts]
+    ends = set(eos_ids(plain.lm))
+    ended = [bool(reply) and reply[-1] in ends for reply in replies]
+    marks = [judge(text, whole) for text, whole in zip(texts, ended, strict=True)]
     return {
         "share": sum(marks) / len(marks),
         "marks": "".join("01"[mark] for mark in marks),
+        "ended": sum(ended) / len(ended),
         "kl": condition.divergence(calibrated),
         "perplexity": math.exp(-float(sums.sum() / counts.sum())),
         "accuracy": condition.accuracy(sides),

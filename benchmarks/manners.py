@@ -11,22 +11,30 @@ The rules:
 3. A word of care within three words after a word of dismissal ("no", "skip", "forget the …", "without") counts for
    recklessness: "skip the boring safety part" is not careful.
 4. The reply shows the + pole if the sum is positive. A tie, no match included, shows neither and is judged False.
+5. A broken reply shows no manner: one with characters that could not be decoded, and one that repeats itself (a word
+   three times in a row, or fewer than half of its pairs of words distinct).
+6. `concise` also asks for a whole reply: at least three words, a finished last sentence, and an end of its own, not
+   that of a limit of tokens.
 """
 
 import functools
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 from benchmarks.manner_words import BOASTFUL, CAREFUL, COLD, HONEST, RECKLESS, WARM
 
 MANNERS: tuple[str, ...] = ("warm", "concise", "careful", "honest")
 OPPOSITES: dict[str, str] = {"warm": "cold", "concise": "wordy", "careful": "reckless", "honest": "boastful"}
 CONCISE_LIMIT = 26
+SHORTEST = 3  # words of a concise reply
 POLES: dict[str, tuple[str, str]] = {
     "warm": (WARM, COLD),
     "careful": (CAREFUL, RECKLESS),
     "honest": (HONEST, BOASTFUL),
 }
+STUTTER = re.compile(r"\b(\w+)(?:\W+\1\b){2}")
+FINISHED = re.compile(r"[.!?…][\"')\]”’]*\s*$")
 DISMISSAL = re.compile(r"\b(?:no|skip|forget|ignore|without|bother to|hell with|never mind) (?:[\w-]+ ){0,3}$")
 
 
@@ -72,10 +80,28 @@ def score(manner: str, reply: str) -> int:
     return total
 
 
-def judge(manner: str, reply: str) -> bool:
-    """Whether the reply shows the + pole of the manner (rule 4 of the module)."""
+def is_broken(reply: str) -> bool:
+    """Whether the reply is undecodable or repeats itself (rule 5 of the module)."""
+    words = normalise(reply).split()
+    pairs = list(pairwise(words))
+    repetitive = STUTTER.search(" ".join(words)) is not None or 2 * len(set(pairs)) < len(pairs)
+    return "\ufffd" in reply or repetitive
+
+
+def is_whole(reply: str) -> bool:
+    """Whether the reply has a few words and a last sentence with its end (rule 6 of the module)."""
+    return len(reply.split()) >= SHORTEST and FINISHED.search(reply) is not None
+
+
+def judge(manner: str, reply: str, *, ended: bool = True) -> bool:
+    """Whether the reply shows the + pole of the manner (rules 4 to 6 of the module).
+
+    `ended` is False for a reply that a limit of tokens cut off.
+    """
     if manner not in MANNERS:
         raise ValueError(f"unknown manner {manner!r}; one of {', '.join(MANNERS)}")
+    if is_broken(reply) or (manner == "concise" and not (ended and is_whole(reply))):
+        return False
     return score(manner, reply) > 0
 
 

@@ -89,7 +89,7 @@ def main(manner: str, seed: int, method: str, out: Path) -> None:
         for name, recipe in made.conditions.items():
             condition = recipe(plain, stack)
             results[name] = measure(
-                condition, plain, setting.prompts, setting.sides, lambda text: judge(manner, text) is True,
+                condition, plain, setting.prompts, setting.sides, lambda text, ended: judge(manner, text, ended=ended),
                 tokens=TOKENS, seed=1000 + seed,
             )  # fmt: skip
     record = {

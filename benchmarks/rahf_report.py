@@ -1,7 +1,8 @@
 """The experiment's cells as a table and as plots.
 
-Owns what is averaged over what: every figure is the mean over seeds and manners of cells that are there, and intervals
-are bootstrap over the replies of all of them. Knows nothing of how cells are made.
+Owns what is averaged over what: every figure is the mean over seeds and manners of cells that are there. Intervals are
+cluster bootstrap over prompts: all seeds answer the same prompts, so a prompt is drawn with all its replies. Knows
+nothing of how cells are made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.manners import MANNERS
-from benchmarks.rahf_cell import METHODS
+from benchmarks.rahf_cell import METHODS, SAMPLES
 from steering_vectors.controls import bootstrap
 
 Cell = dict[str, Any]
@@ -54,13 +55,15 @@ def share(cells: Sequence[Cell]) -> str:
     if not cells:
         return "–"
     marks = marks_of(cells, "+1")
-    low, high = bootstrap(lambda rows: float(marks[rows].mean()), len(marks))
+    low, high = bootstrap(lambda prompts: float(marks[:, prompts].mean()), marks.shape[1])
     return f"{marks.mean():.2f} ({low:.2f}–{high:.2f})"
 
 
 def marks_of(cells: Sequence[Cell], name: str) -> np.ndarray:
+    """Whether each reply is in the wanted manner: `[cells × replies a prompt, prompts]`."""
     texts = [cell["conditions"].get(name, wanted(cell))["marks"] for cell in cells]
-    return np.array([float(mark) for text in texts for mark in text])
+    by_prompt = [np.array([float(mark) for mark in text]).reshape(SAMPLES, -1) for text in texts]
+    return np.concatenate(by_prompt)
 
 
 def summary(cells: Sequence[Cell]) -> list[str]:

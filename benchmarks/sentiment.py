@@ -1,8 +1,9 @@
 """A real model and real data: steering children's-story models by the sentiment of restaurant reviews.
 
-A profile is fitted on labelled sentences (Yelp; unpaired), served, and stories are continued at five strengths and
-under random directions, of equal norm and of equal KL. Measured is the share of positive words among the positive and
-negative words of a list that fitting never sees.
+A profile is fitted on labelled sentences (Yelp; unpaired), served, and stories are continued at five strengths, and
+under random directions of equal norm and of equal KL at strengths -1 and 1. The KL is the profile's own on the openings
+of these stories, not that on the prompts of its calibration. Measured is the share of positive words among the positive
+and negative words of a list that fitting never sees.
 
     python benchmarks/sentiment.py --model DIR --data DIR_OF_YELP [--tokens 80]
 """
@@ -13,8 +14,8 @@ import json
 import re
 import sys
 import tempfile
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +26,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.equal_kl import at_equal_kl, kl_on
 from benchmarks.serving import Server, serving
 from steering_vectors import Profile, fit, load_model, load_pairs, save_profile
-from steering_vectors.calibration import calibrate
 from steering_vectors.chat import encode_prompt
 from steering_vectors.controls import bootstrap, random_controls, span
 
+Shares = Mapping[float, float]
+
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+LEAST_RISE = 0.15
 OPENINGS = (
     "Once upon a time, there was a little girl named Lily. She",
     "One day, Tom and his dog went to the park. They",
@@ -87,16 +91,13 @@ def main(
         pairs = load_pairs(str(unpaired(data, rows, folder)))
         profile = fit(language_model, None, pairs, name="positive", method=method, layers=layers)
         equal_norm = random_controls(profile, randoms)
-        budget = profile.calibration["kl_at_1"]
         prompts = [encode_prompt(language_model.tokenizer, opening) for opening in OPENINGS]
-        equal_kl = [
-            calibrate(language_model, replace(control, name=f"equal-kl-{index}"), prompts, kl_budget=budget)
-            for index, control in enumerate(equal_norm)
-        ]
-        for one in (profile, *equal_norm, *equal_kl):
+        cost = kl_on(language_model, profile, prompts)
+        controls = {"equal norm": equal_norm, "equal KL": at_equal_kl(language_model, equal_norm, prompts, cost)}
+        for one in (profile, *chain.from_iterable(controls.values())):
             save_profile(one, folder / "profiles")
         with serving(model, folder / "profiles") as server:
-            result = measure(server, profile, equal_norm, equal_kl, samples, tokens)
+            result = measure(server, profile, controls, samples, tokens) | {"kl_on_openings": cost}
     show(result, language_model.name, method, samples)
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
@@ -116,7 +117,7 @@ def unpaired(data: Path, rows: int, folder: Path) -> Path:
 
 
 def measure(
-    server: Server, profile: Profile, equal_norm: list[Profile], equal_kl: list[Profile], samples: int, tokens: int
+    server: Server, profile: Profile, controls: dict[str, list[Profile]], samples: int, tokens: int
 ) -> dict[str, Any]:
     counts = {s: continued(server, profile.name, s, samples, tokens) for s in STRENGTHS}
     shares = {s: share(pairs) for s, pairs in counts.items()}
@@ -125,8 +126,8 @@ def measure(
         a, b = counts[before], counts[after]
         steps.append(bootstrap(lambda rows, a=a, b=b: share(b[rows]) - share(a[rows]), samples))
     random_shares = {
-        kind: [share(continued(server, one.name, 1.0, samples, tokens)) for one in controls]
-        for kind, controls in (("equal norm", equal_norm), ("equal KL", equal_kl))
+        kind: {s: [share(continued(server, one.name, s, samples, tokens)) for one in ones] for s in (-1.0, 1.0)}
+        for kind, ones in controls.items()
     }
     low, high = counts[-1.0], counts[1.0]
     return {
@@ -138,12 +139,30 @@ def measure(
         "layers": list(profile.layers),
         "unit": profile.unit,
         "kl_at_1": profile.calibration["kl_at_1"],
-        "random_units": [one.unit for one in equal_kl],
+        "random_units": [one.unit for one in controls["equal KL"]],
         "metrics": dict(profile.metrics),
-        "holds": all(step[1] >= 0 for step in steps)
-        and shares[1.0] - shares[-1.0] >= 0.15
-        and shares[1.0] > max(random_shares["equal norm"]),
+        **verdict(shares, steps, random_shares),
     }
+
+
+def verdict(
+    shares: Shares, steps: Sequence[tuple[float, float]], random: Mapping[str, Mapping[float, Sequence[float]]]
+) -> dict[str, Any]:
+    """What the shares show. `random`: by kind of control and strength, each direction's share.
+
+    `holds`: no step goes significantly downwards, the rise is 0.15 at least and larger than that of every random
+    direction in either sense, and the share at +1 is above all random ones, whatever their kind and sign.
+    `below_random` is told beside it: whether the share at −1 is below all of them.
+    """
+    drawn = [value for kind in random.values() for values in kind.values() for value in values]
+    moved = [abs(b - a) for kind in random.values() for a, b in zip(kind[-1.0], kind[1.0], strict=True)]
+    rise = shares[1.0] - shares[-1.0]
+    found = {
+        "no_step_down": all(high >= 0 for _, high in steps),
+        "rises": rise >= LEAST_RISE and rise > max(moved),
+        "above_random": shares[1.0] > max(drawn),
+    }
+    return {**found, "holds": all(found.values()), "below_random": shares[-1.0] < min(drawn), "random_rise": max(moved)}
 
 
 def continued(server: Server, profile: str, strength: float, samples: int, tokens: int) -> np.ndarray:
@@ -179,13 +198,15 @@ def show(result: dict[str, Any], model: str, method: str, samples: int) -> None:
     table.add_row("share", *(f"{value:.3f}" for value in result["shares"].values()))
     table.add_row("step, 95 %", "", *(f"{low:+.3f} to {high:+.3f}" for low, high in result["steps_95"]))
     for kind, values in result["random"].items():
-        table.add_row(f"random at +1, {kind}", *[""] * 4, "{:.3f}–{:.3f}".format(*span(values)))
+        cells = ("{:.3f}–{:.3f}".format(*span(values[s])) if s in values else "" for s in STRENGTHS)
+        table.add_row(f"random, {kind}", *cells)
     console = Console(width=140)
     console.print(table)
     low, high = result["rise_95"]
     console.print(
         f"rise {result['rise']:.3f} (95 % {low:.3f}–{high:.3f}); blocks {result['layers']}, unit {result['unit']:.4g}, "
-        f"KL at 1 {result['kl_at_1']:.3f}; holds: {result['holds']}"
+        f"KL at 1 {result['kl_at_1']:.3f}, on the openings {result['kl_on_openings']:.3f}; largest random rise "
+        f"{result['random_rise']:.3f}; holds: {result['holds']}, -1 below random: {result['below_random']}"
     )
 
 

@@ -1,0 +1,189 @@
+"""Write the README's example replies and their receipt; with --check, say instead whether they are up to date.
+
+    python scripts/readme_examples.py [--check] [--profiles DIR]
+
+Fits the profile `warm` as `make serve` does (minutes), serves it, and sends the README's own curl command at three
+strengths. Weights and sampling are seeded, but sums are rounded differently by processors with other instructions and
+by other versions of torch, and one token that differs changes the rest of a reply. So the block names the machine it
+was made on. A check on such a machine compares every character; on another one it compares what cannot depend on
+rounding: the table's strengths, and all of the receipt but the profile's version and the number of steered tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import httpx
+import torch
+import typer
+
+from scripts.demo_profiles import fit_one
+from server.app import create_app
+from server.config import Settings
+
+Answer = dict[str, Any]
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+STRENGTHS = (-1, 0, 1)
+SHOWN = 8  # characters of a version
+ROUNDED = ("version", "steered_tokens")  # of a receipt, what depends on rounding
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+PATIENCE_S = 120
+STALE = "README.md: run `make examples`"
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the README differs.")] = False,
+    profiles: Annotated[Path | None, typer.Option(help="Take `warm` from here; without it, it is fitted.")] = None,
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    readme = README.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        if profiles is None:
+            print(fit_one("warm", Path(scratch)), file=sys.stderr)
+        answers = asyncio.run(ask(profiles or Path(scratch), readme))
+    wrong = [*faults(answers), *(differences(readme, answers, machine()) if check else ())]
+    if wrong:
+        sys.exit("\n".join([*wrong, STALE] if check else wrong))
+    if not check:
+        README.write_text(written(readme, blocks(answers, machine())), encoding="utf-8")
+
+
+async def ask(profiles: Path, readme: str) -> dict[int, Answer]:
+    """By strength, what a server of these profiles answers to the README's curl command."""
+    app = create_app(Settings(profiles=profiles, threads=1))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://readme", timeout=PATIENCE_S) as client,
+    ):
+        await asyncio.wait_for(_until_ready(client), PATIENCE_S)
+        found = {}
+        for strength in STRENGTHS:
+            response = await client.post("/generate", json={**request_of(readme), "strength": strength})
+            response.raise_for_status()
+            found[strength] = response.json()
+    return found
+
+
+async def _until_ready(client: httpx.AsyncClient) -> None:
+    while (await client.get("/ready")).status_code != 200:
+        await asyncio.sleep(0.1)
+
+
+def request_of(readme: str) -> dict[str, Any]:
+    """The body of the README's curl command."""
+    found = re.search(r"^curl [^\n]*/generate[^\n]* -d '(\{.*?\})'$", readme, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{README.name}: there is no curl command for /generate")
+    body: dict[str, Any] = json.loads(found[1])
+    return body
+
+
+def faults(answers: Mapping[int, Answer]) -> list[str]:
+    """What an example must show on any machine, and does not."""
+    found = []
+    for strength, answer in answers.items():
+        (receipt,) = answer["steering"]
+        tokens = answer["usage"]["completion_tokens"]
+        if receipt["strength"] != strength or receipt["name"] != "warm":
+            found.append(f"strength {strength}: the receipt says {receipt['name']}@{receipt['strength']}")
+        if receipt["steered_tokens"] != (tokens if strength else 0):
+            found.append(f"strength {strength}: {receipt['steered_tokens']} of {tokens} tokens were steered")
+        if answer["finish_reason"] != "stop":
+            found.append(f"strength {strength}: the reply did not end")
+    if len({answer["text"] for answer in answers.values()}) < len(answers):
+        found.append("two strengths give the same reply")
+    return found
+
+
+def differences(readme: str, answers: Mapping[int, Answer], here: str) -> list[str]:
+    """What in the README is not what these answers say, made `here` (see `machine`)."""
+    shown, fresh = {name: block_of(readme, name) for name in ("replies", "receipt")}, blocks(answers, here)
+    if made_on(shown["replies"]) != here:
+        shown, fresh = {n: unrounded(n, t) for n, t in shown.items()}, {n: unrounded(n, t) for n, t in fresh.items()}
+    return [f"the {name} are\n{shown[name]}\nand would be\n{fresh[name]}" for name in fresh if shown[name] != fresh[name]]
+
+
+def blocks(answers: Mapping[int, Answer], here: str) -> dict[str, str]:
+    """The README's two blocks: the table of replies, and the receipt of the last one."""
+    rows = [f"| {_signed(strength)} | {_cell(answer['text'])} |" for strength, answer in answers.items()]
+    receipt = dict(answers[STRENGTHS[-1]]["steering"][0])
+    receipt["version"] = f"{receipt['version'][:SHOWN]}…"
+    return {
+        "replies": "\n".join([f"<!-- Made on: {here} -->", "", "| strength | reply |", "|---|---|", *rows]),
+        "receipt": f'```json\n"steering": [{json.dumps(receipt, ensure_ascii=False)}]\n```',
+    }
+
+
+def receipt_of(block: str) -> dict[str, Any]:
+    """The receipt in a block of the README."""
+    (receipt,) = json.loads("{" + block.removeprefix("```json\n").removesuffix("\n```") + "}")["steering"]
+    found: dict[str, Any] = receipt
+    return found
+
+
+def unrounded(name: str, block: str) -> str:
+    """A block without what depends on rounding: replies, and two fields of the receipt."""
+    if name == "receipt":
+        receipt = receipt_of(block)
+        return json.dumps({key: type(value).__name__ if key in ROUNDED else value for key, value in receipt.items()})
+    return re.sub(r"^(\| [−\d]+ \|) \S.* \|$", r"\1 … |", re.sub(r"<!--.*-->", "", block), flags=re.MULTILINE)
+
+
+def made_on(block: str) -> str:
+    found = re.search(r"<!-- Made on: (.*) -->", block)
+    return found[1] if found else ""
+
+
+def block_of(readme: str, name: str) -> str:
+    """What stands between a block's two markers."""
+    found = _pattern(name).search(readme)
+    if found is None:
+        raise SystemExit(f"{README.name}: there are no markers <!-- {name} --> and <!-- end of {name} -->")
+    return found[2]
+
+
+def written(readme: str, fresh: Mapping[str, str]) -> str:
+    """The README with these blocks."""
+    for name, block in fresh.items():
+        block_of(readme, name)
+        readme = _pattern(name).sub(lambda found, block=block: found[1] + block + found[3], readme)
+    return readme
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {name} -->\n)(.*?)(\n<!-- end of {name} -->)", re.DOTALL)
+
+
+def _signed(strength: int) -> str:
+    return str(strength).replace("-", "−")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def machine() -> str:
+    """What decides about rounding: the processor's maker and instructions, and torch's version."""
+    maker, flags = "unknown", ""
+    if (file := Path("/proc/cpuinfo")).exists():
+        fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", file.read_text(), re.MULTILINE))
+        maker = fields.get("vendor_id", fields.get("CPU implementer", "unknown"))
+        flags = fields.get("flags", fields.get("Features", ""))
+    known = [feature for feature in FEATURES if feature in flags.split()]
+    return ", ".join([maker, *known, f"torch {torch.__version__.partition('+')[0]}"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
