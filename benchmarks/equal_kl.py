@@ -17,17 +17,24 @@ from steering_vectors.steered import steerable
 Prompts = Sequence[Sequence[int]]
 
 
-def kl_on(language_model: LanguageModel, profile: Profile, prompts: Prompts, *, seed: int = 0) -> float:
+def kl_on(
+    language_model: LanguageModel, profile: Profile, prompts: Prompts, *, tokens: int = SAMPLED_TOKENS, seed: int = 0
+) -> float:
     """KL(steered‖base) in nats per token at strength 1, over texts of the steered model as calibration samples them."""
     rows = [prompts[index % len(prompts)] for index in range(max(ROWS, len(prompts)))]
     with steerable(language_model) as steered:
         steered.write(profile, 1.0)
-        texts = steered.continuations(rows, tokens=SAMPLED_TOKENS, seed=seed)
+        texts = steered.continuations(rows, tokens=tokens, seed=seed)
         return cost_of(steered, profile, texts).per_token
 
 
 def at_equal_kl(
-    language_model: LanguageModel, controls: Sequence[Profile], prompts: Prompts, budget: float
+    language_model: LanguageModel,
+    controls: Sequence[Profile],
+    prompts: Prompts,
+    budget: float,
+    *,
+    tokens: int = SAMPLED_TOKENS,
 ) -> list[Profile]:
     """The controls, renamed `equal-kl-0` and so on, with units at which strength 1 costs `budget` on these prompts.
 
@@ -35,6 +42,7 @@ def at_equal_kl(
     """
     found = []
     for index, control in enumerate(controls):
-        own = calibrate(language_model, replace(control, name=f"equal-kl-{index}"), prompts, kl_budget=budget)
+        named = replace(control, name=f"equal-kl-{index}")
+        own = calibrate(language_model, named, prompts, kl_budget=budget, tokens=tokens)
         found.append(replace(own, max_strength=control.max_strength))
     return found

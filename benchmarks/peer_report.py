@@ -36,7 +36,9 @@ class Outcome:
             "case": self.case,
             "unit": self.unit,
             "ours": median(self.ours),
+            "ours_range": [min(self.ours), max(self.ours)],
             "theirs": median(self.theirs),
+            "theirs_range": [min(self.theirs), max(self.theirs)],
             "ratio": median(ratios),
             "ratio_range": [ratios[0], ratios[-1]],
             "pairs": [list(pair) for pair in zip(self.ours, self.theirs, strict=True)],
@@ -46,21 +48,25 @@ class Outcome:
 def show(outcomes: Sequence[Outcome], title: str, agreement: Mapping[str, float]) -> None:
     """A row for each outcome. `agreement`: the share of tokens on which a peer agrees with ours."""
     table = Table(title=title, caption="ours ÷ peer's: below 1 is better for ms, above 1 for tok/s")
-    for column in ("peer", "case", "unit", "ours", "peer's", "ours ÷ peer's (range)", "agree"):
+    for column in ("peer", "case", "unit", "ours (range)", "peer's (range)", "ours ÷ peer's (range)", "agree"):
         table.add_column(column, justify="left" if column in ("peer", "case", "unit") else "right")
     for outcome in outcomes:
         found = outcome.summary
-        low, high = found["ratio_range"]
         table.add_row(
             outcome.peer,
             outcome.case,
             outcome.unit,
-            f"{found['ours']:.4g}",
-            f"{found['theirs']:.4g}",
-            f"{found['ratio']:.3f} ({low:.3f}–{high:.3f})",
+            _with_range(found, "ours", ".4g"),
+            _with_range(found, "theirs", ".4g"),
+            _with_range(found, "ratio", ".3f"),
             f"{agreement[outcome.peer]:.0%}",
         )
     Console(width=120).print(table)
+
+
+def _with_range(summary: Mapping[str, Any], name: str, form: str) -> str:
+    low, high = summary[f"{name}_range"]
+    return f"{summary[name]:{form}} ({low:{form}}–{high:{form}})"
 
 
 def plot(outcomes: Sequence[Outcome], file: Path) -> None:

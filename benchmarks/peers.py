@@ -3,11 +3,12 @@
     python benchmarks/peers.py --install [--venvs DIR]          # the peers' environments, once
     python benchmarks/peers.py [--venvs DIR] [--peers llama,vllm] [--cases B1P32,prefill] [--pairs 5] [--json FILE]
 
-A peer and our side are a process each; they are measured in turn (ours, peer, ours, peer, …), and the one that is not
-measured is stopped. Ratios are medians over the pairs of one run. Cases: B16P512 is 16 rows with 512 tokens in context,
-the milliseconds of a step that gives each row a token; `prefill` is 16 prompts of 512 tokens; `steered` is sixteen
-requests with sixteen steerings, against libraries that steer one at a time. First both sides write a few tokens after
-the same prompts, unsteered, and it is told how many agree: that they run the same model.
+A peer and our side are a process each; they are measured in pairs whose order alternates, and the one that is not
+measured is stopped. Figures are medians over the pairs of one run, with their ranges. Cases: B16P512 is 16 rows with
+512 tokens in context, the milliseconds of a step that gives each row a token; `prefill` is 16 prompts of 512 tokens;
+`steered` is sixteen requests with sixteen steerings, against libraries that steer one at a time. First both sides write
+a few tokens after the same prompts, unsteered: a peer of whose tokens less than 80 % are ours runs another model, and
+fails.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     python benchmarks/throughput.py [--model smollm2-135m] [--rows 1,16] [--contexts 32,512] [--steerings 1,4,16]
     python benchmarks/throughput.py --device cuda --model llama-3.1-8b --rows 1,8,32,128 --steerings 1,8,64 --generate
 
-The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, alternating;
-the ratio is unsteered over steered time, so 1 means that steering is free and .98 that it costs two in a hundred. Of
-each run the median step counts, and of each case the median over pairs; the CPU ratio is that of the engine's thread,
-which other programs disturb less. Besides the given numbers of steerings there
-are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows have
-their steerings from among 256 profiles. The floor is that of `benchmarks.floors`. `--generate`: the median step of
+The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, in an order
+that alternates. Each pair has prompts of its own, which are computed before it for both sides, since only steps that
+decode are timed; the first pair warms up. The ratio is unsteered over steered time, so 1 means that steering is free
+and .98 that it costs two in a hundred. Of each run the median step counts, and of each case the median over pairs; the
+CPU ratio is that of the engine's thread, which other programs disturb less. Besides the given numbers of steerings
+there are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows
+have their steerings from among 256 profiles. The floor is that of `benchmarks.floors`. `--generate`: the median step of
 transformers' generate with hooks, one steering for all rows.
 """
 
@@ -156,16 +157,16 @@ async def _measure(
     engine = TimedEngine(model, slots=rows, context=context + steps + 1, static_decoding=static)
     plain: list[Timeline] = [[(0, Mixture())]] * rows
     try:
-        await _write(engine, plain, context, steps)  # computes the prompts, which later runs find, and warms up
         found = []
         for name, timelines in sides.items():
             taken = []
-            for pair in range(pairs):
+            for pair in range(pairs + 1):
+                await _write(engine, plain, context, steps, pair)  # computes the prompts, which both sides find
                 order = (plain, timelines) if pair % 2 else (timelines, plain)
-                times = {id(side): await _run(engine, side, context, steps) for side in order}
+                times = {id(side): await _run(engine, side, context, steps, pair) for side in order}
                 taken.append((times[id(plain)], times[id(timelines)]))
             path = engine.stats().path
-            found.append({"rows": rows, "context": context, "case": name, "path": path, **_compared(taken)})
+            found.append({"rows": rows, "context": context, "case": name, "path": path, **_compared(taken[1:])})
     finally:
         await engine.close()
     return found
@@ -182,24 +183,25 @@ def _compared(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
     }
 
 
-async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int) -> Step:
+async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int, pair: int) -> Step:
     engine.steps.clear()
-    await _write(engine, timelines, context, steps)
+    await _write(engine, timelines, context, steps, pair)
     return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
 
 
-async def _write(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int) -> None:
-    await asyncio.gather(*(_drain(engine, _request(row, one, context, steps)) for row, one in enumerate(timelines)))
+async def _write(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int, pair: int) -> None:
+    prompts = [_prompt(len(timelines) * pair + row, context) for row in range(len(timelines))]
+    requests = (_request(prompt, one, steps) for prompt, one in zip(prompts, timelines, strict=True))
+    await asyncio.gather(*(_drain(engine, request) for request in requests))
 
 
-def _request(row: int, timeline: Timeline, context: int, steps: int) -> GenerationRequest:
+def _request(prompt: list[int], timeline: Timeline, steps: int) -> GenerationRequest:
     sampling = SamplingParameters(temperature=0, max_tokens=steps, ignore_eos=True)
-    prompt = tuple(_prompt(row, context))
-    return GenerationRequest(f"run-{next(_ids)}", prompt, sampling, timeline[0][1], schedule=tuple(timeline[1:]))
+    return GenerationRequest(f"run-{next(_ids)}", tuple(prompt), sampling, timeline[0][1], schedule=tuple(timeline[1:]))
 
 
-def _prompt(row: int, context: int) -> list[int]:
-    generator = torch.Generator().manual_seed(row)
+def _prompt(seed: int, context: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
     return [int(token) for token in torch.randint(3, 1000, (context,), generator=generator)]
 
 

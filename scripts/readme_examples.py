@@ -112,7 +112,9 @@ def differences(readme: str, answers: Mapping[int, Answer], here: str) -> list[s
     shown, fresh = {name: block_of(readme, name) for name in ("replies", "receipt")}, blocks(answers, here)
     if made_on(shown["replies"]) != here:
         shown, fresh = {n: unrounded(n, t) for n, t in shown.items()}, {n: unrounded(n, t) for n, t in fresh.items()}
-    return [f"the {name} are\n{shown[name]}\nand would be\n{fresh[name]}" for name in fresh if shown[name] != fresh[name]]
+    return [
+        f"the {name} are\n{shown[name]}\nand would be\n{fresh[name]}" for name in fresh if shown[name] != fresh[name]
+    ]
 
 
 def blocks(answers: Mapping[int, Answer], here: str) -> dict[str, str]:
