@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve profiles test test-clients fuzz lint format types docs bench demo clean
+.PHONY: help install dev serve profiles test test-clients fuzz lint format types docs examples check-examples bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,13 @@ format: $(VENV)/.dev  ## Rewrite the code in the house's format
 
 docs: $(VENV)/.dev  ## Write docs/api.md from the server's routes
 	$(BIN)/python scripts/api_docs.py
+
+examples: $(VENV)/.dev  ## Write the README's example replies (fits a profile: minutes)
+	$(BIN)/python scripts/readme_examples.py
+
+check-examples: export HF_HUB_OFFLINE := 1
+check-examples: $(VENV)/.dev  ## Check the README's example replies (the same minutes)
+	$(BIN)/python scripts/readme_examples.py --check
 
 bench: $(VENV)/.dev profiles  ## Measure what steering does on the demo model
 	$(BIN)/python benchmarks/dose_response.py

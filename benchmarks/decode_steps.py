@@ -108,6 +108,7 @@ def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
         "added": median(added),
         "added_range": [added[0], added[-1]],
         "ratio": median(given / free for given, free in pairs),
+        "pairs": [list(pair) for pair in pairs],
     }
 
 

@@ -180,6 +180,7 @@ def _compared(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
         "ratio": round(median(ratios), 4),
         "cpu_ratio": round(median(plain.cpu / steered.cpu for plain, steered in pairs), 4),
         "ratio_range": [round(ratios[0], 4), round(ratios[-1], 4)],
+        "pairs_ms": [[round(plain.wall, 3), round(steered.wall, 3)] for plain, steered in pairs],
     }
 
 
