@@ -15,10 +15,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
 
 import pytest
 import torch
+from hypothesis import settings
 
 from steering_vectors.models import LanguageModel, load_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+# The same examples at every run, however busy the processors are. HYPOTHESIS_PROFILE=random draws others each time.
+settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+settings.register_profile("random", derandomize=False, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
 
 
 @pytest.fixture(scope="session", autouse=True)

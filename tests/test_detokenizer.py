@@ -145,7 +145,7 @@ Ids = st.lists(st.integers(0, 10**6), max_size=24)
 
 
 @pytest.mark.parametrize("kind", [*WINDOWED, *WHOLE, *STORED])
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(prompt=Ids, completion=Ids, sizes=st.lists(st.integers(0, 4), max_size=4))
 @example(prompt=[0], completion=[], sizes=[])
 def test_invariant_4_joined_stream_equals_text(
@@ -164,7 +164,7 @@ Byte = st.sampled_from(
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace-fallback", "stories260k"])
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(
     data=st.lists(Byte, max_size=28),
     start=st.integers(0, 28),
@@ -327,7 +327,7 @@ def test_stop_strings(text: str, stop: list[str], expected: str, matched: str | 
     assert ("".join(parts), found) == (expected, matched)
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.text("abc", max_size=30),
     stop=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3),

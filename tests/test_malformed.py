@@ -40,7 +40,7 @@ def test_every_case_is_another() -> None:
     assert len(set(asked)) == len(asked)
 
 
-@settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(request=requests(examples(DOCUMENT)))
 def test_whatever_is_sent_there_is_an_answer(client: httpx.Client, request: tuple[str, bytes]) -> None:
     path, body = request

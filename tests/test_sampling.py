@@ -317,7 +317,7 @@ Wishes = st.builds(
 )
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40)
 @given(wishes=st.lists(Wishes, min_size=1, max_size=8), seed=st.integers(0, 1000))
 def test_a_rows_tokens_are_the_same_alone_and_among_any_neighbours(wishes: list[SamplingParameters], seed: int) -> None:
     together, alone = ([sampler(wish, choice=i) for i, wish in enumerate(wishes)] for _ in range(2))
