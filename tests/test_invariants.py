@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from os.path import commonprefix
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from server.engine.prefixes import Trace
 from server.engine.protocol import Delta, Finished, GenerationRequest
@@ -19,7 +22,7 @@ from steering_vectors.mixture import Mixture
 from steering_vectors.models import LanguageModel, wrap_model
 from tests.running import Outcome, mixture, outcome, prompts, random_profile, request, run_all, running
 from tests.tiny import tiny_model
-from tests.tiny_tokenizers import tiny_tokenizer
+from tests.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "mistral", "gpt2", "falcon_alibi", "gpt_oss", "jamba"]
 
@@ -111,20 +114,31 @@ def test_invariant_3_greedy_tokens_do_not_depend_on_neighbours_or_chunks(languag
     assert [len(ids) for ids in together] == [n for _, _, n in rows]
 
 
-def test_invariant_4_joined_stream_equals_the_text(demo: LanguageModel) -> None:
-    text = "🙂 日本語 naïve café — ok 👩‍👩‍👧"
-    tokenizer = tiny_tokenizer()
+@pytest.mark.parametrize("make", [tiny_tokenizer, byte_fallback_tokenizer])
+@pytest.mark.parametrize("cut", [0, 1, 3])  # bytes of the last character that the completion has to bring
+def test_invariant_4_joined_stream_equals_the_text(make: Callable[[], PreTrainedTokenizerBase], cut: int) -> None:
+    tokenizer = make()
     language_model = wrap_model(tiny_model("llama"), tokenizer)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    outcomes = run_all(
-        language_model,
-        [request(ids[:3], temperature=1.5, seed=seed, max_tokens=40, ignore_eos=True) for seed in range(16)],
-    )
+    ids = tokenizer("naïve 日本語 🙂", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == "naïve 日本語 🙂"
+    emoji, prompt = ids[-4:], ids[: len(ids) - cut]
+    often = dict.fromkeys(emoji, 4.0)  # many characters that begin, and some that end
+    draws = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
+    outcomes = run_all(language_model, [request(prompt, **draws, logit_bias=often, seed=seed) for seed in range(16)])
+    forced = [request(prompt, max_tokens=1, logit_bias={token: 100.0}) for token in ids[len(prompt) :][:1]]
+    before = decoded(tokenizer, prompt)
+    for one in [*outcomes, *run_all(language_model, forced)]:
+        whole = decoded(tokenizer, [*prompt, *one.ids])
+        assert one.text == whole[len(commonprefix([before, whole])) :]
     for one in outcomes:
-        whole = tokenizer.decode([*ids[:3], *one.ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        prompt = tokenizer.decode(ids[:3], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert prompt + one.text == whole or "\ufffd" in prompt
         assert len(one.ids) == 40
+        assert sum(map(bool, one.deltas)) > 4  # it is streamed, not sent at the end
+    assert len({one.text for one in outcomes}) == 16
+    assert any("\ufffd" in one.text for one in outcomes)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
@@ -151,14 +165,12 @@ def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
         for (ids, layers), (prompt, steering) in zip(held, rows, strict=True):
             bank.write(0, steering)
             first = 0 if steering.apply_to == "all" else len(prompt) - 1
-            where = torch.tensor([[position >= first for position in range(len(ids))]])
             scratch = BatchedRunner(language_model, bank, context=64)
             with torch.inference_mode():
                 scratch.forward([Work(0, ids, 0, first)])
             for (keys, values), layer in zip(layers, scratch.cache.layers, strict=True):
                 torch.testing.assert_close(keys[:, : len(ids)], layer.keys[0, :, : len(ids)], rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(values[:, : len(ids)], layer.values[0, :, : len(ids)], rtol=1e-4, atol=1e-5)
-            assert where.sum() == len(ids) - first
             scratch.close()
     finally:
         bank.detach()
