@@ -15,7 +15,7 @@ CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "ma
 COMPLETION = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
 FIELD = re.compile(r"(?:unknown )?field '([^']+)'|([a-z_]+(?:\[\d+\])?)")  # how a message begins that names a field
 LONG = [{"role": "user", "content": "Hello " * 99}]
-NO_OBJECT = "it should be a valid dictionary or object to extract fields from, not"
+NO_OBJECT = "it should …, not"
 PROMPT_FORMS = "it must be a string or a list of token ids, or a list of either, and not empty"
 NEITHER = "send either prompt or messages: neither is given"
 UNSERVED = "profile 'kind' is not served; served are: concise, warm"
@@ -28,8 +28,13 @@ NO_JSON = "the body is not valid JSON"
 SEND_JSON = "send JSON, with the header Content-Type: application/json"
 
 
+def says(told: str, message: str) -> bool:
+    """Whether that is the message, in which … stands for anything."""
+    return re.fullmatch(".*".join(re.escape(part) for part in message.split("…")), told, re.DOTALL) is not None
+
+
 class Case(NamedTuple):
-    """A request and its answer; a message that ends in … goes on with what varies, or what another library says."""
+    """A request and its answer; … in a message stands for what varies, or for what another library says."""
 
     method: str
     path: str
@@ -91,7 +96,7 @@ CASES = [
         "model 'other' is not served; this server has 'demo' and, steered, 'demo:PROFILE@STRENGTH'",
         status=404,
     ),
-    chat({"model": 5}, "field 'model': it should be a valid string, not 5"),
+    chat({"model": 5}, "field 'model': it should …, not 5"),
     chat(
         {"model": "demo:"},
         "the steering is empty; write for example 'warm@0.8+concise@-0.3', or leave it out",
@@ -107,17 +112,17 @@ CASES = [
     chat({"messages": LONG}, "the prompt has …", "messages"),
     chat({"messages": []}, "messages is empty; send at least one message"),
     chat({"messages": None}, "field 'messages' is missing"),
-    chat({"messages": "Hello"}, "field 'messages': it should be a valid list, not \"Hello\""),
+    chat({"messages": "Hello"}, "field 'messages': it should …, not \"Hello\""),
     chat({"messages": [1]}, f"field 'messages[0]': {NO_OBJECT} 1"),
     chat({"messages": [{}]}, "field 'messages[0].role' is missing"),
     chat({"messages": [{"role": "user", "content": None}]}, "field 'messages[0].content' is missing"),
     chat(
         {"messages": [{"role": "user", "content": 1}]},
-        "field 'messages[0].content': it should be a valid string, not 1",
+        "field 'messages[0].content': it should …, not 1",
     ),
     chat(
         {"messages": [{"role": "tool", "content": "x"}]},
-        "field 'messages[0].role': it should be 'system', 'developer', 'user' or 'assistant', not \"tool\"",
+        "field 'messages[0].role': it should …'system'…'developer'…'user'…'assistant', not \"tool\"",
     ),
     chat(
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]},
@@ -134,62 +139,62 @@ CASES = [
     chat({"temprature": 1}, "unknown field 'temprature'"),
     chat({"temprature": None}, "unknown field 'temprature'"),
     chat({"[x]": 1}, "unknown field '[x]'"),
-    chat({"max_tokens": True}, "field 'max_tokens': it should be a valid integer, not true"),
+    chat({"max_tokens": True}, "field 'max_tokens': it should …, not true"),
     chat({"max_tokens": 0}, "max_tokens must be at least 1; 0 is for completions with echo"),
-    chat({"max_tokens": "5"}, "field 'max_tokens': it should be a valid integer, not \"5\""),
+    chat({"max_tokens": "5"}, "field 'max_tokens': it should …, not \"5\""),
     chat(
         {"max_completion_tokens": 2},
         "max_tokens and max_completion_tokens differ: set only one of them",
         "max_completion_tokens",
     ),
-    chat({"max_completion_tokens": 0}, "field 'max_completion_tokens': it should be greater than or equal to 1, not 0"),
+    chat({"max_completion_tokens": 0}, "field 'max_completion_tokens': it should …1, not 0"),
     chat({"min_tokens": -1}, "min_tokens must be 0 or more, not -1"),
     chat({"min_tokens": 2}, "min_tokens (2) is more than max_tokens (1)"),
     chat({"temperature": -1}, "temperature must lie in 0 to 100, not -1.0"),
-    chat({"temperature": "hot"}, "field 'temperature': it should be a valid number, not \"hot\""),
-    chat({"temperature": 10**400}, "field 'temperature': it should be a valid number"),
+    chat({"temperature": "hot"}, "field 'temperature': it should …, not \"hot\""),
+    chat({"temperature": 10**400}, "field 'temperature': it should …"),
     chat({"top_p": 0}, "top_p must lie above 0 and up to 1, not 0.0"),
-    chat({"top_k": -2}, "field 'top_k': it should be greater than or equal to -1, not -2"),
+    chat({"top_k": -2}, "field 'top_k': it should …-1, not -2"),
     chat({"min_p": 1.5}, "min_p must lie in 0 to 1, not 1.5"),
     chat({"repetition_penalty": 0}, "repetition_penalty must lie in 0.01 to 100, not 0.0"),
     chat({"presence_penalty": 3}, "presence_penalty must lie in -2 to 2, not 3.0"),
     chat({"frequency_penalty": -2.5}, "frequency_penalty must lie in -2 to 2, not -2.5"),
-    chat({"seed": 2**63}, "field 'seed': it should be less than 9223372036854775808, not 9223372036854775808"),
-    chat({"seed": 1.5}, "field 'seed': it should be a valid integer, not 1.5"),
-    chat({"n": 0}, "field 'n': it should be greater than or equal to 1, not 0"),
+    chat({"seed": 2**63}, "field 'seed': it should …9223372036854775808, not 9223372036854775808"),
+    chat({"seed": 1.5}, "field 'seed': it should …, not 1.5"),
+    chat({"n": 0}, "field 'n': it should …1, not 0"),
     chat({"n": 7}, f"n: {TOO_MANY}"),
-    chat({"n": 129}, "field 'n': it should be less than or equal to 128, not 129"),
+    chat({"n": 129}, "field 'n': it should …128, not 129"),
     chat({"stop": ""}, "a stop string must not be empty", "stop"),
-    chat({"stop": [1]}, "field 'stop[0]': it should be a valid string, not 1"),
-    chat({"stop": ["x"] * 17}, "field 'stop': list should have at most 16 items after validation, not 17"),
+    chat({"stop": [1]}, "field 'stop[0]': it should …, not 1"),
+    chat({"stop": ["x"] * 17}, "field 'stop': …16…, not 17"),
     chat({"stop_token_ids": [3072]}, "stop_token_ids names token 3072, but this model's token ids go from 0 to 3071"),
     chat(
         {"stop_token_ids": [1] * 1025},
-        "field 'stop_token_ids': list should have at most 1024 items after validation, not 1025",
+        "field 'stop_token_ids': …1024…, not 1025",
     ),
-    chat({"logprobs": 2}, "field 'logprobs': it should be a valid boolean, not 2"),
+    chat({"logprobs": 2}, "field 'logprobs': it should …, not 2"),
     chat({"top_logprobs": 2}, "top_logprobs needs logprobs: set logprobs to true"),
-    chat({"logprobs": True, "top_logprobs": 21}, "field 'top_logprobs': it should be less than or equal to 20, not 21"),
+    chat({"logprobs": True, "top_logprobs": 21}, "field 'top_logprobs': it should …20, not 21"),
     chat({"echo": True}, "field 'echo' is not supported: leave it out or set it to false"),
     chat({"tools": [{}]}, "field 'tools' is not supported: leave it out or set it to []"),
     chat(
         {"parallel_tool_calls": 1},
         "field 'parallel_tool_calls' is not supported: leave it out or set it to true or set it to false",
     ),
-    chat({"metadata": {"a": 1}}, "field 'metadata.a': it should be a valid string, not 1"),
-    chat({"stream": "yes"}, "field 'stream': it should be a valid boolean, not \"yes\""),
+    chat({"metadata": {"a": 1}}, "field 'metadata.a': it should …, not 1"),
+    chat({"stream": "yes"}, "field 'stream': it should …, not \"yes\""),
     chat({"stream_options": {"include_usage": True}}, "stream_options is for streams only: set stream to true"),
     chat({"stream": True, "stream_options": {"include": True}}, "unknown field 'stream_options.include'"),
     chat(
         {"response_format": {"type": "xml"}},
-        "field 'response_format.type': it should be 'text', 'json_object' or 'json_schema', not \"xml\"",
+        "field 'response_format.type': it should …'text'…'json_object'…'json_schema', not \"xml\"",
     ),
     chat({"response_format": "json"}, f"field 'response_format': {NO_OBJECT} \"json\""),
     chat(
         {"chat_template_kwargs": {"tokenize": True}},
         "chat_template_kwargs cannot set 'tokenize': it is set by the server; leave it out",
     ),
-    chat({"chat_template_kwargs": []}, "field 'chat_template_kwargs': it should be a valid dictionary, not []"),
+    chat({"chat_template_kwargs": []}, "field 'chat_template_kwargs': it should …, not []"),
     # steering
     chat({"steering": "kind"}, UNSERVED, "steering", status=404),
     chat({"steering": "warm#00000000"}, "profile 'warm' is served in version…", "steering", status=404),
@@ -210,24 +215,24 @@ CASES = [
     ),
     chat({"steering": 3}, f"field 'steering': {NO_OBJECT} 3"),
     chat({"steering": {}}, "field 'steering.profiles' is missing"),
-    chat({"steering": {"profiles": "warm"}}, "field 'steering.profiles': it should be a valid list, not \"warm\""),
+    chat({"steering": {"profiles": "warm"}}, "field 'steering.profiles': it should …, not \"warm\""),
     chat(
         {"steering": {"profiles": [], "apply_to": "prompt"}},
-        "field 'steering.apply_to': it should be 'generated' or 'all', not \"prompt\"",
+        "field 'steering.apply_to': it should …'generated'…'all', not \"prompt\"",
     ),
     chat(
         {"steering": {"profiles": [], "preserve_norm": 1}},
-        "field 'steering.preserve_norm': it should be a valid boolean, not 1",
+        "field 'steering.preserve_norm': it should …, not 1",
     ),
     chat(term(amount=1), "unknown field 'steering.profiles[0].amount'"),
-    chat(term(strength="1"), "field 'steering.profiles[0].strength': it should be a valid number, not \"1\""),
+    chat(term(strength="1"), "field 'steering.profiles[0].strength': it should …, not \"1\""),
     chat(
         term(layers=[]),
         "profile 'warm': the list of layers is empty; leave it out to use all of them",
         "steering.layers",
     ),
     chat(term(layers=[2]), "profile 'warm' has no direction at layer 2; it has layers [1, 3, 5, 7]", "steering.layers"),
-    chat(term(layers=["1"]), "field 'steering.profiles[0].layers[0]': it should be a valid integer, not \"1\""),
+    chat(term(layers=["1"]), "field 'steering.profiles[0].layers[0]': it should …, not \"1\""),
     chat(
         {"steering": {"profiles": [{"name": "warm", "strength": 1e308}], "allow_beyond_safe": True}},
         OVERFLOW,
@@ -260,11 +265,11 @@ CASES = [
     chat(term(schedule=[{"from_token": 0}]), "field 'steering.profiles[0].schedule[0].strength' is missing"),
     chat(
         term(schedule=points((-1, 1))),
-        "field 'steering.profiles[0].schedule[0].from_token': it should be greater than or equal to 0, not -1",
+        "field 'steering.profiles[0].schedule[0].from_token': it should …0, not -1",
     ),
     chat(
-        term(schedule=points((5000, 1))),
-        "field 'steering.profiles[0].schedule[0].from_token': it should be less than or equal to 4096, not 5000",
+        term(schedule=points((4097, 1))),
+        "field 'steering.profiles[0].schedule[0].from_token': it should …4096, not 4097",
     ),
     chat(term(schedule=points((0, 9))), f"strength 9 of profile 'warm' is {BEYOND}"),
     chat(
@@ -272,7 +277,7 @@ CASES = [
     ),
     chat(
         term(schedule=points((0, 1)), interpolation="cubic"),
-        "field 'steering.profiles[0].interpolation': it should be 'step' or 'linear', not \"cubic\"",
+        "field 'steering.profiles[0].interpolation': it should …'step'…'linear', not \"cubic\"",
     ),
     # completions
     completion({"prompt": None}, "field 'prompt' is missing"),
@@ -290,8 +295,8 @@ CASES = [
     completion({"prompt": ["x"] * 7}, f"prompt: {TOO_MANY}"),
     completion({"max_tokens": 0}, "max_tokens must be at least 1; 0 is for completions with echo"),
     completion({"max_completion_tokens": 1}, "unknown field 'max_completion_tokens'"),
-    completion({"logprobs": 21}, "field 'logprobs': it should be less than or equal to 20, not 21"),
-    completion({"logprobs": True}, "field 'logprobs': it should be a valid integer, not true"),
+    completion({"logprobs": 21}, "field 'logprobs': it should …20, not 21"),
+    completion({"logprobs": True}, "field 'logprobs': it should …, not true"),
     completion({"top_logprobs": 2}, "field 'top_logprobs' is not supported: leave it out or set it to 0"),
     completion({"best_of": 2}, "field 'best_of' is not supported: leave it out or set it to 1"),
     completion({"suffix": "x"}, "field 'suffix' is not supported: leave it out or set it to \"\""),
@@ -300,36 +305,34 @@ CASES = [
         "with echo the prompt's tokens are scored, so they are steered: leave apply_to out or set it to all",
         "steering.apply_to",
     ),
-    completion({"logit_bias": {"1": 101}}, "field 'logit_bias.1': it should be less than or equal to 100, not 101"),
-    completion({"logit_bias": {"1": "x"}}, "field 'logit_bias.1': it should be a valid number, not \"x\""),
-    completion(
-        {"logit_bias": {"x": 1}}, "field 'logit_bias.x': string should match pattern '^(0|[1-9][0-9]{0,8})$', not \"x\""
-    ),
+    completion({"logit_bias": {"1": 101}}, "field 'logit_bias.1': it should …100, not 101"),
+    completion({"logit_bias": {"1": "x"}}, "field 'logit_bias.1': it should …, not \"x\""),
+    completion({"logit_bias": {"x": 1}}, "field 'logit_bias.x': …^(0|[1-9][0-9]{0,8})$…, not \"x\""),
     completion(
         {"logit_bias": {"1": 1, "01": 2}},
-        "field 'logit_bias.01': string should match pattern '^(0|[1-9][0-9]{0,8})$', not \"01\"",
+        "field 'logit_bias.01': …^(0|[1-9][0-9]{0,8})$…, not \"01\"",
     ),
     completion(
         {"logit_bias": {"3072": 1}}, "logit_bias names token 3072, but this model's token ids go from 0 to 3071"
     ),
-    completion({"guided_regex": 1}, "field 'guided_regex': it should be a valid string, not 1"),
+    completion({"guided_regex": 1}, "field 'guided_regex': it should …, not 1"),
     completion({"guided_regex": "(?=a)"}, "guided_regex cannot be compiled…"),
     completion({"guided_regex": "[^\\s\\S]"}, "guided_regex cannot be followed…"),
-    completion({"guided_choice": [1]}, "field 'guided_choice[0]': it should be a valid string, not 1"),
+    completion({"guided_choice": [1]}, "field 'guided_choice[0]': it should …, not 1"),
     completion(
         {"guided_choice": ["x"] * 1025},
-        "field 'guided_choice': list should have at most 1024 items after validation, not 1025",
+        "field 'guided_choice': …1024…, not 1025",
     ),
     completion({"guided_grammar": ""}, "guided_grammar cannot be compiled…"),
     completion({"guided_grammar": "start: start"}, "guided_grammar cannot be followed…"),
     completion({"guided_grammar": 'start: "a" start', "max_tokens": 9}, "guided_grammar cannot be followed…"),
-    completion({"guided_json": []}, "field 'guided_json': it should be a valid dictionary, not []"),
+    completion({"guided_json": []}, "field 'guided_json': it should …, not []"),
     completion({"guided_json": {"$ref": "#"}}, "guided_json cannot be followed…"),
     completion({"guided_json": {"$ref": "http://localhost/x"}}, "guided_json cannot be compiled…"),
     completion({"guided_json": {"type": "integer", "minimum": 5, "maximum": 1}}, "guided_json cannot be compiled…"),
     completion(
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
-        "field 'response_format.json_schema.name': string should match pattern '^[a-zA-Z0-9_-]{1,64}$', not \"a b\"",
+        "field 'response_format.json_schema.name': …^[a-zA-Z0-9_-]{1,64}$…, not \"a b\"",
     ),
     # the native routes
     post("/generate", {}, NEITHER, "prompt"),
@@ -354,7 +357,7 @@ CASES = [
     post(
         "/generate",
         {"prompt": "a", "profile": ["warm"]},
-        "field 'profile': it should be a valid string, not [\"warm\"]",
+        "field 'profile': it should …, not [\"warm\"]",
     ),
     post(
         "/generate", {"prompt": "a", "strength": 0.5}, "strength is given without profile: name the profile it is for"
@@ -377,14 +380,14 @@ CASES = [
     post(
         "/compare",
         {"prompt": "x", "variants": []},
-        "field 'variants': list should have at least 1 item after validation, not 0",
+        "field 'variants': …1…",
     ),
     post("/compare", {"prompt": "x", "variants": [1]}, f"field 'variants[0]': {NO_OBJECT} 1"),
     post("/compare", {"prompt": "x", "variants": ["warm"] * 7}, f"variants: {TOO_MANY}"),
     post(
         "/compare",
         {"prompt": "x", "variants": ["warm"] * 9},
-        "field 'variants': list should have at most 8 items after validation, not 9",
+        "field 'variants': …8…, not 9",
     ),
     post("/compare", {"prompt": "x", "variants": ["warm", "warm@9"]}, f"strength 9 of profile 'warm' is {BEYOND}"),
     post(
@@ -405,7 +408,7 @@ CASES = [
     post(
         "/score",
         {"prompt": "x", "completions": []},
-        "field 'completions': list should have at least 1 item after validation, not 0",
+        "field 'completions': …1…",
     ),
     post("/score", {"prompt": "x", "completions": [""]}, "completions[0] holds no token of this model"),
     post(
@@ -417,7 +420,7 @@ CASES = [
     post(
         "/score",
         {"prompt": "x", "completions": ["y"] * 1025},
-        "field 'completions': list should have at most 1024 items after validation, not 1025",
+        "field 'completions': …1024…, not 1025",
     ),
     post("/score", {"prompt": "x", "completions": ["y"], "max_tokens": 3}, "unknown field 'max_tokens'"),
     post(
@@ -477,32 +480,32 @@ CASES = [
         )
     ),
     # what is no JSON object
-    raw("/v1/chat/completions", b'{"model": "demo",', f"{NO_JSON}: EOF while parsing a value at line 1 column 17"),
-    raw("/v1/chat/completions", b'{"temperature": NaN}', f"{NO_JSON}: expected value at line 1 column 17"),
-    raw("/v1/chat/completions", b'{"temperature": -Infinity}', f"{NO_JSON}: invalid number at line 1 column 18"),
-    raw("/v1/completions", b'{"prompt": "\\ud800"}', f"{NO_JSON}: unexpected end of hex escape at line 1 column 19"),
-    raw("/v1/completions", b'{"prompt": "\xed\xa0\x80"}', f"{NO_JSON}: invalid unicode code point at line 1 column 13"),
-    raw("/v1/completions", '{"prompt": "x"}'.encode("utf-16"), f"{NO_JSON}: expected value at line 1 column 1"),
+    raw("/v1/chat/completions", b'{"model": "demo",', f"{NO_JSON}: …"),
+    raw("/v1/chat/completions", b'{"temperature": NaN}', f"{NO_JSON}: …"),
+    raw("/v1/chat/completions", b'{"temperature": -Infinity}', f"{NO_JSON}: …"),
+    raw("/v1/completions", b'{"prompt": "\\ud800"}', f"{NO_JSON}: …"),
+    raw("/v1/completions", b'{"prompt": "\xed\xa0\x80"}', f"{NO_JSON}: …"),
+    raw("/v1/completions", '{"prompt": "x"}'.encode("utf-16"), f"{NO_JSON}: …"),
     raw(
         "/generate", b'{"prompt": "a", "seed": 1, "seed": 2}', f"{NO_JSON}: the name 'seed' occurs twice in one object"
     ),
-    raw("/v1/completions", b'{"seed": 007}', f"{NO_JSON}: invalid number at line 1 column 11"),
-    raw("/generate", b'{"max_tokens": 1' + b"0" * 5000 + b"}", f"{NO_JSON}: number out of range at line 1 column 4317"),
+    raw("/v1/completions", b'{"seed": 007}', f"{NO_JSON}: …"),
+    raw("/generate", b'{"max_tokens": 1' + b"0" * 5000 + b"}", f"{NO_JSON}: …"),
     raw(
         "/generate",
         b'{"prompt": "a", "temperature": 1e999}',
-        "field 'temperature': it should be a finite number, not Infinity",
+        "field 'temperature': it should …, not Infinity",
         "temperature",
     ),
-    raw("/generate", b"[" * 10_000, f"{NO_JSON}: recursion limit exceeded at line 1 column 202"),
-    raw("/generate", b"\xff", f"{NO_JSON}: expected value at line 1 column 1"),
+    raw("/generate", b"[" * 10_000, f"{NO_JSON}: …"),
+    raw("/generate", b"\xff", f"{NO_JSON}: …"),
     raw("/generate", b"", "the body is missing: send a JSON object"),
     raw("/generate", b"null", f"the body: {NO_OBJECT} null"),
     raw("/compare", b"[{}]", f"the body: {NO_OBJECT} [{{}}]"),
-    raw("/compare", b'{"prompt": "x"} {}', f"{NO_JSON}: trailing characters at line 1 column 17"),
-    raw("/score", b'{"prompt": "x",}', f"{NO_JSON}: trailing comma at line 1 column 16"),
+    raw("/compare", b'{"prompt": "x"} {}', f"{NO_JSON}: …"),
+    raw("/score", b'{"prompt": "x",}', f"{NO_JSON}: …"),
     raw("/score", b'"x"', f'the body: {NO_OBJECT} "x"'),
-    raw("/steering/resolve", b"{'steering': 'warm'}", f"{NO_JSON}: key must be a string at line 1 column 2"),
+    raw("/steering/resolve", b"{'steering': 'warm'}", f"{NO_JSON}: …"),
     raw("/steering/resolve", b'{"steering": "warm"}', SEND_JSON, kind="text/plain"),
     raw("/generate", b"prompt=a", SEND_JSON, kind="application/x-www-form-urlencoded"),
     # routes and methods

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -12,13 +13,57 @@ from typing import Any
 import torch
 
 from server.engine.engine import TorchEngine
-from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters
+from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters, SteeringChange
 from steering_vectors.bank import SteeringBank
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import LanguageModel
 from steering_vectors.profile import Profile
 
+PATIENCE = 20.0
 _ids = count()
+
+
+class HeldEngine(TorchEngine):
+    """An engine that takes no more steps than a test lets it, so that what happens between two tokens is certain."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self._left: int | None = None
+        self._until_change = False
+        self._go, self._held = threading.Event(), threading.Event()
+        self.cancelled: list[str] = []
+        super().__init__(*given, **options)
+
+    def hold(self, after: int = 0, *, until_change: bool = False) -> None:
+        """Wait after so many more steps until `go`, or until a change of steering is asked for."""
+        self._go.clear()
+        self._held.clear()
+        self._left, self._until_change = after, until_change
+
+    def until_held(self) -> None:
+        assert self._held.wait(PATIENCE), "it has no step to take"
+
+    def go(self) -> None:
+        self._left = None
+        self._go.set()
+
+    def step(self) -> None:
+        left = self._left
+        if left == 0:
+            self._held.set()
+            assert self._go.wait(PATIENCE), "the test never let it go"
+        elif left is not None:
+            self._left = left - 1
+        super().step()
+
+    def set_steering(self, request_id: str, mixture: Mixture) -> Awaitable[SteeringChange]:
+        changed = super().set_steering(request_id, mixture)
+        if self._until_change:
+            self.go()
+        return changed
+
+    def cancel(self, request_id: str) -> bool:
+        self.cancelled.append(request_id)
+        return super().cancel(request_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +94,8 @@ async def outcome(engine: TorchEngine, generation: GenerationRequest) -> Outcome
 
 
 @asynccontextmanager
-async def running(language_model: LanguageModel, **options: Any) -> AsyncIterator[TorchEngine]:
-    engine = TorchEngine(language_model, **options)
+async def running(language_model: LanguageModel, **options: Any) -> AsyncIterator[HeldEngine]:
+    engine = HeldEngine(language_model, **options)
     try:
         yield engine
         engine._scheduler.check_integrity()

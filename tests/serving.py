@@ -19,14 +19,12 @@ import torch
 
 from server.app import create_app
 from server.config import Settings
-from server.engine.engine import TorchEngine
 from server.engine.protocol import Engine
 from server.listener import GRACE_SECONDS, Server, listen, run_in_loop, url_of
 from steering_vectors.models import load_model
 from steering_vectors.profile import ModelIdentity, Profile
 from steering_vectors.storage import save_profile
-
-PATIENCE = 20.0
+from tests.running import PATIENCE, HeldEngine
 
 
 def random_profile(identity: ModelIdentity, name: str, *, seed: int = 0, **fields: Any) -> Profile:
@@ -43,9 +41,9 @@ def save_profiles(directory: Path, identity: ModelIdentity, *names: str, **field
 
 
 @contextmanager
-def demo_engine(**options: Any) -> Iterator[TorchEngine]:
+def demo_engine(**options: Any) -> Iterator[HeldEngine]:
     """An engine on its own copy of the demo model in float32."""
-    engine = TorchEngine(load_model("demo", dtype="float32"), **options)
+    engine = HeldEngine(load_model("demo", dtype="float32"), **options)
     try:
         yield engine
     finally:
@@ -77,7 +75,7 @@ def engine_fixture(**options: Any) -> Any:
     """A module's `engine`: as `demo_engine` makes it."""
 
     @pytest.fixture(scope="module", name="engine")
-    def made() -> Iterator[TorchEngine]:
+    def made() -> Iterator[HeldEngine]:
         with demo_engine(**options) as engine:
             yield engine
 
@@ -88,7 +86,7 @@ def profiles_fixture(*names: str, **fields: Any) -> Any:
     """A module's `profiles`: a directory with a random profile of each name for its `engine`."""
 
     @pytest.fixture(scope="module", name="profiles")
-    def made(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def made(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory = tmp_path_factory.mktemp("profiles")
         save_profiles(directory, engine.language_model.identity, *names, **fields)
         return directory
@@ -100,7 +98,7 @@ def client_fixture(**settings: Any) -> Any:
     """A module's `client`: of a live server on its `engine` and `profiles`."""
 
     @pytest.fixture(scope="module", name="client")
-    def made(engine: TorchEngine, profiles: Path) -> Iterator[httpx.Client]:
+    def made(engine: Engine, profiles: Path) -> Iterator[httpx.Client]:
         with live_server(engine, profiles, **settings) as client:
             yield client
 

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from server.schemas.native_answers import (
 )
 from server.schemas.openai_answers import ChatChunk, ChatCompletion, Completion, CompletionChunk, ModelEntry, ModelList
 from server.schemas.steering_answers import ChangeAnswer, CompareAnswer, CompareEvent, ResolveAnswer, ScoreAnswer
+from tests.running import HeldEngine
 from tests.serving import client_fixture, engine_fixture, live_server, profiles_fixture, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,26 +95,40 @@ def test_examples_have_the_form_they_illustrate(kind: type[Answer]) -> None:
 
 
 @pytest.mark.parametrize(("path", "method", "route"), ROUTES, ids=lambda value: value if type(value) is str else "")
-def test_the_examples_work(client: httpx.Client, path: str, method: str, route: dict[str, Any]) -> None:
+def test_the_examples_work(
+    client: httpx.Client, engine: HeldEngine, path: str, method: str, route: dict[str, Any]
+) -> None:
     """What the document shows can be sent as it stands to a server with these profiles."""
     for parameter in route.get("parameters", []):
-        path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
+        if parameter["name"] != "generation_id":
+            path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
     body = None
     if "requestBody" in route:
         schema = route["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         body = SCHEMAS[schema]["examples"][0]
-    if "409" not in route["responses"]:
+    if "{" not in path:
         assert client.request(method, path, json=body).status_code == 200
+        return
+    with generation(client, engine) as name:
+        answer = client.request(method, path.replace("{generation_id}", name), json=body)
+        assert answer.status_code == 200, answer.text
 
 
-def test_answers_about_steering_have_the_form_that_is_stated(client: httpx.Client) -> None:
+@contextmanager
+def generation(client: httpx.Client, engine: HeldEngine) -> Iterator[str]:
+    """The id of one that runs until its steering is changed, and then to its end."""
+    engine.hold(after=2, until_change=True)
+    body = {"prompt": "Bread", "max_tokens": 20, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/generate", json=body) as stream:
+        lines = stream.iter_lines()  # which, once forgotten, closes the stream
+        yield json.loads(next(lines).removeprefix("data: "))["id"]
+
+
+def test_answers_about_steering_have_the_form_that_is_stated(client: httpx.Client, engine: HeldEngine) -> None:
     score = {"prompt": "Bread", "completions": [" is"], "steering": "warm", "top_logprobs": 2}
     ScoreAnswer.model_validate(client.post("/score", json=score).json())
     ResolveAnswer.model_validate(client.post("/steering/resolve", json={"steering": SCHEDULED}).json())
-    body = {"prompt": "Bread", "max_tokens": 450, "ignore_eos": True, "stream": True}
-    with client.stream("POST", "/generate", json=body) as stream:
-        lines = stream.iter_lines()
-        name = json.loads(next(lines).removeprefix("data: "))["id"]
+    with generation(client, engine) as name:
         ChangeAnswer.model_validate(client.patch(f"/generations/{name}", json={"steering": "warm"}).json())
 
 

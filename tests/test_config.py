@@ -20,6 +20,7 @@ from server.config import (
 )
 from server.engine import engine
 from server.listener import listen
+from tests.malformed import says
 
 
 def test_defaults() -> None:
@@ -52,20 +53,20 @@ def test_an_empty_variable_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("port", 65536, "--port (TRIMTAB_PORT): input should be less than or equal to 65535, not 65536"),
-        ("port", -1, "--port (TRIMTAB_PORT): input should be greater than or equal to 0, not -1"),
-        ("slots", 0, "--slots (TRIMTAB_SLOTS): input should be greater than or equal to 1, not 0"),
-        ("context", 1, "--context (TRIMTAB_CONTEXT): input should be greater than or equal to 2, not 1"),
-        ("threads", 0, "--threads (TRIMTAB_THREADS): input should be greater than or equal to 1, not 0"),
-        ("dtype", "int8", "--dtype (TRIMTAB_DTYPE): input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
-        ("device", "../cpu", "--device (TRIMTAB_DEVICE): string should match pattern"),
-        ("served_model_name", "a b", "--served-model-name (TRIMTAB_SERVED_MODEL_NAME): string should match"),
+        ("port", 65536, "--port (TRIMTAB_PORT): …65535, not 65536"),
+        ("port", -1, "--port (TRIMTAB_PORT): …0, not -1"),
+        ("slots", 0, "--slots (TRIMTAB_SLOTS): …1, not 0"),
+        ("context", 1, "--context (TRIMTAB_CONTEXT): …2, not 1"),
+        ("threads", 0, "--threads (TRIMTAB_THREADS): …1, not 0"),
+        ("dtype", "int8", "--dtype (TRIMTAB_DTYPE): …'auto'…'float32'…'bfloat16'…'float16'"),
+        ("device", "../cpu", "--device (TRIMTAB_DEVICE): …"),
+        ("served_model_name", "a b", "--served-model-name (TRIMTAB_SERVED_MODEL_NAME): …"),
     ],
 )
 def test_senseless_values_are_refused_by_name(name: str, value: Any, text: str) -> None:
     with pytest.raises(ConfigurationError) as failure:
         load_settings({name: value})
-    assert failure.value.message.startswith(text)
+    assert says(failure.value.message, f"{text}…")
 
 
 @pytest.mark.parametrize(
@@ -118,8 +119,8 @@ def test_errors_of_the_command_are_one_line_and_exit_code_2(
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert leaving.value.code == 2
-    error = "error: --slots (TRIMTAB_SLOTS): input should be greater than or equal to 1, not 0\n"
-    assert capsys.readouterr().err == error
+    error = "error: --slots (TRIMTAB_SLOTS): …1, not 0\n"
+    assert says(capsys.readouterr().err, error)
 
 
 def test_version() -> None:

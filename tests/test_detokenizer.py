@@ -36,7 +36,7 @@ def wrap(model: models.Model, decoder: decoders.Decoder | None, *, clean_up: boo
     )
 
 
-def byte_level(**options: bool) -> PreTrainedTokenizerFast:
+def byte_level(decoder: decoders.Decoder | None = None, **options: bool) -> PreTrainedTokenizerFast:
     """All bytes, words, and tokens that end one character and begin the next."""
     letters = dict(zip(sorted(range(256), key=byte_letter), sorted(pre_tokenizers.ByteLevel.alphabet()), strict=True))
     pieces = [bytes([byte]) for byte in range(256)] + [f" {word}".encode() for word in WORDS]
@@ -52,7 +52,7 @@ def byte_level(**options: bool) -> PreTrainedTokenizerFast:
     ]
     vocabulary = {"".join(letters[byte] for byte in piece): place for place, piece in enumerate(pieces)}
     tokenizer = models.BPE(vocabulary, [])
-    return wrap(tokenizer, decoders.ByteLevel(), **options)
+    return wrap(tokenizer, decoder or decoders.ByteLevel(), **options)
 
 
 def byte_letter(byte: int) -> int:
@@ -111,6 +111,11 @@ WHOLE: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "ctc": lambda: wrap(word_pieces(), decoders.CTC(pad_token="a")),
     "late-fallback": lambda: wrap(sentence_pieces(), decoders.Sequence([decoders.Fuse(), decoders.ByteFallback()])),
     "replace-late": lambda: wrap(sentence_pieces(), fallback_decoder(decoders.Replace("ab", "c"))),
+    "replace-bytes": lambda: byte_level(decoders.Sequence([decoders.ByteLevel(), decoders.Replace("ab", "c")])),
+    "replace-by-nothing": lambda: wrap(word_pieces(), decoders.Sequence([decoders.Replace("b", ""), decoders.Fuse()])),
+    "metaspace-late": lambda: wrap(sentence_pieces(), decoders.Sequence([decoders.Fuse(), decoders.Metaspace()])),
+    "strip-long": lambda: wrap(sentence_pieces(), fallback_decoder(decoders.Strip(" ", 4, 0))),
+    "wordpiece-fused": lambda: wrap(word_pieces(), decoders.Sequence([decoders.WordPiece(), decoders.Fuse()])),
     "python": python_decoder,
 }
 
@@ -358,6 +363,15 @@ def test_nothing_follows_a_stop_string() -> None:
 def test_a_stop_string_in_the_prompt_or_across_its_end_does_not_count() -> None:
     parts, matched = stream(tokenizer_of("byte-level"), letters("END EN"), [letters("D.")], ["END"])
     assert ("".join(parts), matched) == ("D.", None)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_is_not_known_to_be_local_is_decoded_at_the_end(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids = ids_of(kind, "a", *(["b"] if kind == "replace-bytes" else ["ab", "cat"])) * 8
+    *parts, rest = stream(tokenizer, ids[:1], [[token_id] for token_id in ids])[0]
+    assert set(parts) == {""}
+    assert rest == decode_text(tokenizer, ids[:1], ids)
 
 
 def test_a_stop_string_is_found_in_the_rest_of_a_decoder_that_waits() -> None:

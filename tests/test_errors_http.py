@@ -61,7 +61,7 @@ def rejected(client: httpx.Client, name: str) -> str:
         entries = client.get("/profiles").json()["profiles"]
         return next((entry for entry in entries if entry["name"] == name), {})
 
-    until(lambda: listed().get("status") == "rejected", within=2.0)
+    until(lambda: listed().get("status") == "rejected")
     error = error_of(client.post("/generate", json={"prompt": "a", "steering": name}), 404)
     assert error["message"] == f"profile {name!r} is not served: {listed()['error']}"
     assert error_of(client.post("/v1/completions", json={**COMPLETION, "model": f"demo:{name}"}), 404) == error

@@ -26,6 +26,7 @@ from steering_vectors.models import LanguageModel, load_model
 from steering_vectors.profile import Profile
 from steering_vectors.steering import steer
 from steering_vectors.storage import save_profile
+from tests.running import HeldEngine
 from tests.serving import demo_engine, live_server, random_profile
 
 LM = load_model("demo", dtype="float32")
@@ -151,19 +152,20 @@ def test_a_prompt_of_one_token_opens_nothing(client: httpx.Client) -> None:
     assert entry["gate"] == {"opened": False, "similarity": None}
 
 
-def test_a_shut_gate_stays_shut_whatever_is_scheduled_or_changed(engine: TorchEngine, gated: Profile) -> None:
+def test_a_shut_gate_stays_shut_whatever_is_scheduled_or_changed(engine: HeldEngine, gated: Profile) -> None:
     """Alone in the batch, where no mask of positions stands between a row's shift and the row."""
     prompt = tuple(encode_prompt(LM.tokenizer, FRESH.others[0] or ""))
     half, whole = (Mixture((Term(gated, strength),)) for strength in (0.5, 1.0))
 
     async def changed() -> list[int]:
-        ids: list[int] = []
         request = GenerationRequest("shut", prompt, GREEDY, half, schedule=((2, whole),))
-        async for event in engine.generate(request):
-            if isinstance(event, Delta):
-                ids += event.token_ids
-                if len(ids) == 5:
-                    await engine.set_steering("shut", half)
+        engine.hold(after=-(-len(prompt) // 16) + 4)  # five tokens; what is asked for then is in time for the seventh
+        stream = engine.generate(request)
+        await asyncio.to_thread(engine.until_held)
+        change = engine.set_steering("shut", half)
+        engine.go()
+        ids = [token async for event in stream if isinstance(event, Delta) for token in event.token_ids]
+        assert (await change).from_token < 8
         return ids
 
     untouched, _ = asyncio.run(write(engine, "plain", prompt, Mixture()))

@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from os.path import commonprefix
 
 import pytest
 import torch
@@ -129,7 +128,8 @@ def test_invariant_4_joined_stream_equals_the_text(make: Callable[[], PreTrained
     before = decoded(tokenizer, prompt)
     for one in [*outcomes, *run_all(language_model, forced)]:
         whole = decoded(tokenizer, [*prompt, *one.ids])
-        assert one.text == whole[len(commonprefix([before, whole])) :]
+        kept = next((place for place, pair in enumerate(zip(before, whole, strict=False)) if len(set(pair)) > 1), None)
+        assert one.text == whole[len(before) if kept is None else kept :]
     for one in outcomes:
         assert len(one.ids) == 40
         assert sum(map(bool, one.deltas)) > 4  # it is streamed, not sent at the end

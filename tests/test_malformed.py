@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import httpx
@@ -11,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 
 from server.app import create_app
 from server.config import Settings
-from tests.malformed import CASES, Case
+from tests.malformed import CASES, Case, says
 from tests.mutations import check, examples, requests
-from tests.serving import PATIENCE, client_fixture, engine_fixture, profiles_fixture
+from tests.serving import client_fixture, engine_fixture, profiles_fixture
 
 DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
 
@@ -29,10 +28,7 @@ def test_it_is_refused_by_name(client: httpx.Client, case: Case) -> None:
     assert set(response.json()) == {"error"}
     assert set(error) == {"message", "type", "param", "code"}
     assert (response.status_code, error["param"]) == (case.status, case.param), error
-    if case.message.endswith("…"):
-        assert error["message"].startswith(case.message.removesuffix("…"))
-    else:
-        assert error["message"] == case.message
+    assert says(error["message"], case.message), error["message"]
 
 
 def test_every_case_is_another() -> None:
@@ -44,6 +40,4 @@ def test_every_case_is_another() -> None:
 @given(request=requests(examples(DOCUMENT)))
 def test_whatever_is_sent_there_is_an_answer(client: httpx.Client, request: tuple[str, bytes]) -> None:
     path, body = request
-    start = time.monotonic()
     check(client.post(path, content=body, headers={"content-type": "application/json"}))
-    assert time.monotonic() - start < PATIENCE

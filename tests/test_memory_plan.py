@@ -65,18 +65,21 @@ def test_a_model_that_leaves_nothing() -> None:
 
 
 class Tape:
-    """A device of 1 GiB that is half full, on which a pass takes 10 MiB for each row that it computes."""
+    """A device of 1 GiB that is half full, on which a pass takes 10 MiB for each row that it computes, and 1 KiB for
+    each token of each row. It sees what the model is given."""
 
-    def __init__(self) -> None:
-        self.passes = 0
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        embedding = language_model.model.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda _module, given: self.shapes.append(tuple(given[0].shape)))
 
     def used_and_total(self) -> tuple[int, int]:
         return GIB // 2, GIB
 
     def peak(self, work: Callable[[], None]) -> int:
+        before = len(self.shapes)
         work()
-        self.passes += 1
-        return self.passes * 10 * 2**20
+        return max(rows * 10 * 2**20 + rows * tokens * 2**10 for rows, tokens in self.shapes[before:])
 
 
 def tiny(architecture: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -85,16 +88,20 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32) -> LanguageModel
 
 def test_a_slot_is_measured() -> None:
     """Two key-value heads of eight a block in bfloat16; a shift a block, and the logits in float32."""
-    need = measure(tiny("llama", torch.bfloat16), Tape(), context=64, tokens=32)
+    language_model = tiny("llama", torch.bfloat16)
+    tape = Tape(language_model)
+    need = measure(language_model, tape, context=64, tokens=32)
+    assert tape.shapes == [(1, 1), (1, 32), (2, 16)]  # the first brings about what is made once
     assert need.column == BLOCKS * 2 * (2 * 8) * 2
     assert need.slot == BLOCKS * HIDDEN * 2 + 4 * VOCAB
-    assert (need.one_pass, need.row) == (10 * 2**20, 10 * 2**20)
+    assert (need.one_pass, need.row) == (10 * 2**20 + 32 * 2**10, 10 * 2**20)
     assert (need.used, need.total) == (GIB // 2, GIB)
 
 
 def test_a_plan_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        found = planned(tiny("gpt2"), Tape(), slots=None, context=64, tokens=32, utilization=None)
+        language_model = tiny("gpt2")
+        found = planned(language_model, Tape(language_model), slots=None, context=64, tokens=32, utilization=None)
     assert found is not None
     assert found.slots == int((0.4 * 1024 - 10) / 10.02)
     assert f"memory: {found}" in caplog.text
@@ -103,7 +110,7 @@ def test_a_plan_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_model_without_slots_is_not_planned(caplog: pytest.LogCaptureFixture) -> None:
     language_model = tiny("jamba")
     options = {"slots": None, "context": 64, "tokens": 32}
-    assert planned(language_model, Tape(), utilization=None, **options) is None
+    assert planned(language_model, Tape(language_model), utilization=None, **options) is None
     assert "memory is not planned" in caplog.text
     with pytest.raises(ModelError, match="leave --gpu-memory-utilization out"):
-        planned(language_model, Tape(), utilization=0.5, **options)
+        planned(language_model, Tape(language_model), utilization=0.5, **options)

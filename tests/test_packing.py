@@ -80,6 +80,10 @@ def test_parts_are_of_the_input_at_hand() -> None:
             torch.testing.assert_close(packed(given), layer(given))
 
 
+BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="oneDNN packs no bfloat16 on this processor")
 def test_bfloat16_agrees_within_its_rounding() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     assert packs(model)
@@ -125,6 +129,12 @@ def test_greedy_tokens_stay_the_same(architecture: str) -> None:
 def test_code_that_wants_more_than_a_product_is_refused(architecture: str) -> None:
     with pytest.raises(ModelError, match=r"cannot be packed \(.*no attribute 'weight'\); leave --cpu-prepack out"):
         pack(tiny_model(architecture))
+
+
+@pytest.mark.skipif(BFLOAT16, reason="oneDNN packs bfloat16 on this processor")
+def test_a_processor_without_such_products_is_refused() -> None:
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+        pack(tiny_model("llama").to(torch.bfloat16))
 
 
 def test_formats_without_such_products_are_refused() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +24,10 @@ gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available(
 def test_greedy_tokens_equal_those_of_one_process(tmp_path: Path) -> None:
     """Steered and not, with copied beginnings, changes on the way, ablations and projections; float32."""
     save_tiny("llama", tmp_path / "llama")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port of its own
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    as_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    common = {**os.environ, **meeting, **as_torchrun}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel_worker", str(tmp_path / "llama")],

@@ -187,6 +187,19 @@ def test_choices_of_one_prompt_compute_it_once() -> None:
     assert [row.cached for row in rows] == [0] + [99] * (len(rows) - 1)
 
 
+def test_those_that_wait_for_one_prompt_begin_together() -> None:
+    """They all follow the one that computes it, and not each other."""
+    run = Run(4)
+    prompt = list(range(1, 101))
+    rows = [run.add(prompt) for _ in range(4)]
+    while not rows[0].completion_length:
+        run.step()
+    leaders = [row.leader for row in rows]
+    run.step()
+    assert [row.completion_length for row in rows] == [2, 1, 1, 1]
+    assert leaders == [None, *[rows[0]] * 3]
+
+
 def run_on(rows: list[Sequence]) -> int:
     """Tokens that were computed after the prompts."""
     return sum(row.completion_length - 1 for row in rows)

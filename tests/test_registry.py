@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from server import profiles
 from server.engine.engine import TorchEngine
-from server.profiles import ProfileRegistry, scan
+from server.profiles import ProfileRegistry, Signature, scan
 from steering_vectors.errors import UnknownProfile
 from steering_vectors.models import wrap_model
 from steering_vectors.profile import ModelIdentity
@@ -92,16 +95,21 @@ def test_a_version_is_found_by_its_hash(tmp_path: Path, engine: TorchEngine, ide
 
 
 def test_replacing_swaps_and_a_held_profile_stays(tmp_path: Path, engine: TorchEngine, identity: ModelIdentity) -> None:
-    save_profile(random_profile(identity, "warm", seed=1), tmp_path)
+    path = save_profile(random_profile(identity, "warm", seed=1), tmp_path)
 
     async def scenario() -> None:
         async with started(tmp_path, engine) as registry:
             old = registry.find("warm")
-            save_profile(random_profile(identity, "warm", seed=2), tmp_path)
+            version, directions = old.version, {layer: one.clone() for layer, one in old.directions.items()}
+            other = save_profile(random_profile(identity, "warm", seed=2), tmp_path / "elsewhere").read_bytes()
+            assert len(other) == path.stat().st_size
+            path.write_bytes(other)  # in place: what is held must not be a view of the file
             await registry.refresh()
             new = registry.find("warm")
-            assert new.version != old.version
-            assert not new.directions[1].equal(old.directions[1])
+            assert new.version != version
+            assert not new.directions[1].equal(directions[1])
+            assert old.version == version
+            assert all(torch.equal(old.directions[layer], one) for layer, one in directions.items())
 
     asyncio.run(scenario())
 
@@ -171,14 +179,49 @@ def test_the_watcher_sees_what_is_dropped_in_changed_and_deleted(
     asyncio.run(scenario())
 
 
-def test_the_watcher_outlives_its_directory(tmp_path: Path, engine: TorchEngine, identity: ModelIdentity) -> None:
+def test_a_file_that_grows_is_read_once_two_looks_agree(
+    tmp_path: Path,
+    engine: TorchEngine,
+    identity: ModelIdentity,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = save_profile(random_profile(identity, "warm"), tmp_path / "elsewhere").read_bytes()
+    size = len(whole) // 5 + 1
+    pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
+    directory, waiting = tmp_path / "profiles", list(pieces)
+
+    def look(where: Path) -> dict[str, Signature]:
+        """A look at the directory, after which somebody writes on."""
+        found = scan(where)
+        if waiting:
+            with (where / "warm.safetensors").open("ab") as file:
+                file.write(waiting.pop(0))
+        return found
+
+    async def scenario() -> None:
+        monkeypatch.setattr(profiles, "scan", look)
+        async with started(directory, engine, interval=0.01) as registry, asyncio.timeout(20):
+            while not registry.entries:
+                await asyncio.sleep(0.005)
+            assert (registry.entry("warm").status, waiting) == ("served", [])
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    assert not [one for one in caplog.messages if "rejected" in one]
+
+
+def test_the_watcher_outlives_its_directory(
+    tmp_path: Path, engine: TorchEngine, identity: ModelIdentity, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = tmp_path / "profiles"
     save_profile(random_profile(identity, "warm"), directory)
 
     async def scenario() -> None:
         async with started(directory, engine, interval=0.01) as registry, asyncio.timeout(10):
             directory.rename(tmp_path / "away")
-            await asyncio.sleep(0.05)
+            while not any("cannot be read" in one for one in caplog.messages):
+                await asyncio.sleep(0.005)
             assert registry.find("warm").name == "warm"
             (tmp_path / "away").rename(directory)
             save_profile(random_profile(identity, "concise"), directory)

@@ -10,6 +10,8 @@ from server.engine.pacing import Pace
 from server.engine.protocol import GenerationRequest, SamplingParameters
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
+from steering_vectors.mixture import Mixture, Term
+from tests.tiny_profiles import tiny_profile
 
 
 def sequence(name: str, prompt: int) -> Sequence:
@@ -102,8 +104,24 @@ def test_random_lives_leave_every_slot_free(seed: int) -> None:
 
 
 def test_steered_positions_are_counted_from_the_last_prompt_token() -> None:
-    row = sequence("a", 5)
-    assert row.steered_from is None
+    assert sequence("a", 5).steered_from is None
+    profile = tiny_profile()
+    for mixture, first in (
+        (Mixture((Term(profile, 0.5),)), 4),
+        (Mixture((Term(profile, 0.5),), apply_to="all"), 0),
+        (Mixture((Term(profile, 0.0),)), None),
+    ):
+        row = Sequence(GenerationRequest("a", tuple(range(5)), SamplingParameters(), mixture))
+        assert row.steered_from == first
+        scheduler = Scheduler(slots=1, chunk_tokens=1)  # four times as many while nothing decodes
+        scheduler.add(row)
+        scheduler.admit()
+        counted = []
+        for _ in range(4):
+            advance(scheduler)
+            counted.append(row.steered_tokens)
+        ends = [4, 5, 6, 7]
+        assert counted == [0 if first is None else max(0, end - first) for end in ends]
 
 
 def lengths(passes: list[list[Chunk]]) -> list[list[int]]:

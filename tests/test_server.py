@@ -20,7 +20,9 @@ import pytest
 
 from server import cli
 from server.engine.engine import TorchEngine
+from server.profiles import POLL_SECONDS
 from steering_vectors.storage import save_profile
+from tests.running import HeldEngine
 from tests.serving import demo_engine, live_server, random_profile, save_profiles, until
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How do I bake bread?"}]
@@ -142,12 +144,16 @@ def test_clients_killed_in_mid_stream_leak_no_slot(client: httpx.Client, engine:
 
 @pytest.mark.parametrize("n", [1, 12])
 def test_a_client_that_leaves_before_its_answer_frees_its_slots(
-    client: httpx.Client, engine: TorchEngine, n: int
+    client: httpx.Client, engine: HeldEngine, n: int
 ) -> None:
     body = {**ENDLESS, "model": "demo", "n": n}
     before = engine.stats().finished.get("cancelled", 0)
+    engine.hold(after=2)
+    engine.cancelled.clear()
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json=body, timeout=0.3)
+    until(lambda: len(set(engine.cancelled)) == n)
+    engine.go()
     until(lambda: idle(engine))
     assert engine.stats().finished["cancelled"] == before + n
 
@@ -158,24 +164,29 @@ def test_a_profile_dropped_in_is_served_within_two_seconds(
     body = {"prompt": "Bread is", "max_tokens": 1, "profile": "fresh"}
     assert client.post("/generate", json=body).status_code == 404
     path = save_profile(random_profile(engine.language_model.identity, "fresh"), profiles)
-    assert until(lambda: client.post("/generate", json=body).status_code == 200) < 2.0
+    until(lambda: client.post("/generate", json=body).status_code == 200)
     path.unlink()
-    assert until(lambda: client.post("/generate", json=body).status_code == 404) < 2.0
+    until(lambda: client.post("/generate", json=body).status_code == 404)
+    assert 3 * POLL_SECONDS < 2.0  # a file is read at the second look at it, the third interval after it came at most
 
 
-def test_a_running_stream_keeps_its_version(client: httpx.Client, engine: TorchEngine, profiles: Path) -> None:
+def test_a_running_stream_keeps_its_version(client: httpx.Client, engine: HeldEngine, profiles: Path) -> None:
     identity = engine.language_model.identity
-    path = save_profile(random_profile(identity, "moving", seed=1), profiles)
-    body = {**ENDLESS, "max_tokens": 200, "profile": "moving", "temperature": 0}
+    save_profile(random_profile(identity, "moving", seed=1), profiles)
+    body = {**ENDLESS, "max_tokens": 20, "profile": "moving", "temperature": 0}
     until(lambda: client.get("/profiles/moving").status_code == 200)
     version = client.get("/profiles/moving").json()["version"]
     undisturbed = client.post("/generate", json=body).json()
+    engine.hold(after=5)
     with client.stream("POST", "/generate", json={**body, "stream": True}) as response:
         lines = response.iter_lines()
-        first = [next(lines) for _ in range(3)]
-        path.unlink()
-        until(lambda: client.get("/profiles/moving").status_code == 404)
+        first = [next(lines)]
+        engine.until_held()
+        save_profile(random_profile(identity, "moving", seed=2), profiles)
+        until(lambda: client.get("/profiles/moving").json()["version"] != version)
+        engine.go()
         rest = list(lines)
+    assert client.post("/generate", json=body).json()["text"] != undisturbed["text"]
     assert f'"version":"{version}"' in rest[-2]
     pieces = re.findall(r'"delta":"((?:[^"\\]|\\.)*)"', "\n".join(first + rest))
     assert "".join(pieces) == undisturbed["text"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -14,7 +14,6 @@ import httpx
 import pytest
 import torch
 
-from server.engine.engine import TorchEngine
 from server.engine.protocol import Delta, Finished, GenerationRequest, SamplingParameters, SteeringChange
 from server.steering import Schedule
 from steering_vectors.chat import encode_prompt
@@ -23,6 +22,7 @@ from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import load_model
 from steering_vectors.profile import Profile
 from steering_vectors.storage import load_profile
+from tests.running import HeldEngine
 from tests.serving import client_fixture, engine_fixture, profiles_fixture
 
 LM = load_model("demo", dtype="float32")
@@ -78,11 +78,13 @@ def recomputed(timeline: Sequence[tuple[int, Mixture]], tokens: int = 24) -> lis
 
 
 async def written(
-    engine: TorchEngine, request: GenerationRequest, at: int | None = None, change: Mixture | None = None
+    engine: HeldEngine, request: GenerationRequest, at: int | None = None, change: Mixture | None = None
 ) -> tuple[list[int], Finished, SteeringChange | None]:
     """The tokens of a request whose steering is changed as soon as token `at` has come."""
     ids: list[int] = []
     acknowledged = None
+    if at is not None:
+        engine.hold(after=at + 1, until_change=True)
     async for event in engine.generate(request):
         if isinstance(event, Delta):
             ids += event.token_ids
@@ -96,7 +98,7 @@ async def written(
 
 @pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, -1.0), (1.0, 0.0)])
 def test_a_changed_steering_holds_from_the_acknowledged_token_on(
-    engine: TorchEngine, warm: Profile, before: float, after: float
+    engine: HeldEngine, warm: Profile, before: float, after: float
 ) -> None:
     request = GenerationRequest("change", tuple(PROMPT), GREEDY, mix(warm, before))
     ids, end, change = asyncio.run(written(engine, request, 3, mix(warm, after)))
@@ -110,7 +112,7 @@ def test_a_changed_steering_holds_from_the_acknowledged_token_on(
     assert tuple(segment.steered_tokens for segment in end.segments) == counts
 
 
-def test_a_schedule_equals_a_recomputation(engine: TorchEngine, warm: Profile) -> None:
+def test_a_schedule_equals_a_recomputation(engine: HeldEngine, warm: Profile) -> None:
     schedule = ((5, mix(warm, 1.0)), (6, mix(warm, -0.5)), (15, mix(warm, 0.0)))
     request = GenerationRequest("plan", tuple(PROMPT), GREEDY, mix(warm, 0.2), schedule=schedule)
     ids, end, _ = asyncio.run(written(engine, request))
@@ -119,7 +121,7 @@ def test_a_schedule_equals_a_recomputation(engine: TorchEngine, warm: Profile) -
     assert [segment.steered_tokens for segment in end.segments] == [5, 1, 9, 0]
 
 
-def test_a_change_ends_what_was_scheduled(engine: TorchEngine, warm: Profile) -> None:
+def test_a_change_ends_what_was_scheduled(engine: HeldEngine, warm: Profile) -> None:
     request = GenerationRequest("both", tuple(PROMPT), GREEDY, mix(warm, 0.2), schedule=((20, mix(warm, 1.0)),))
     ids, end, change = asyncio.run(written(engine, request, 2, mix(warm, -1.0)))
     assert change is not None
@@ -127,13 +129,17 @@ def test_a_change_ends_what_was_scheduled(engine: TorchEngine, warm: Profile) ->
     assert len(end.segments) == 2
 
 
-def test_the_whole_prompt_of_a_waiting_request_is_under_the_changed_steering(
-    engine: TorchEngine, warm: Profile
-) -> None:
+def test_the_whole_prompt_of_a_waiting_request_is_under_the_changed_steering(engine: HeldEngine, warm: Profile) -> None:
     async def run() -> tuple[list[int], Finished]:
-        request = GenerationRequest("waiting", tuple(PROMPT), GREEDY, mix(warm, 1.0))
-        stream = engine.generate(request)
-        change = await engine.set_steering("waiting", mix(warm, -1.0))
+        engine.hold()
+        first = engine.generate(GenerationRequest("first", (5, 6, 7), GREEDY))
+        await asyncio.to_thread(engine.until_held)  # from now on requests wait
+        stream = engine.generate(GenerationRequest("waiting", tuple(PROMPT), GREEDY, mix(warm, 1.0)))
+        changed = engine.set_steering("waiting", mix(warm, -1.0))
+        engine.go()
+        change = await changed
+        assert (change.from_token, change.position) == (0, 0)
+        await first.aclose()
         ids: list[int] = []
         async for event in stream:
             if isinstance(event, Finished):
@@ -143,11 +149,11 @@ def test_the_whole_prompt_of_a_waiting_request_is_under_the_changed_steering(
         raise AssertionError(change)
 
     ids, end = asyncio.run(run())
-    first = end.segments[-1].from_token
-    assert ids == recomputed([(0, mix(warm, 1.0)), (first, mix(warm, -1.0))])
+    assert [segment.from_token for segment in end.segments] == [0]
+    assert ids == recomputed([(0, mix(warm, -1.0))])
 
 
-def test_neighbours_of_a_changed_row_stay_as_they_are(engine: TorchEngine, warm: Profile) -> None:
+def test_neighbours_of_a_changed_row_stay_as_they_are(engine: HeldEngine, warm: Profile) -> None:
     async def run() -> list[Any]:
         requests = [GenerationRequest(f"row-{i}", tuple(PROMPT), GREEDY, mix(warm, (0.0, 0.5)[i % 2])) for i in (0, 1)]
         changed = GenerationRequest("row-2", tuple(PROMPT), GREEDY, mix(warm, 0.5))
@@ -160,7 +166,7 @@ def test_neighbours_of_a_changed_row_stay_as_they_are(engine: TorchEngine, warm:
     assert steered[0] == recomputed([(0, mix(warm, 0.5))])
 
 
-def test_what_is_not_running_cannot_be_changed(engine: TorchEngine, warm: Profile) -> None:
+def test_what_is_not_running_cannot_be_changed(engine: HeldEngine, warm: Profile) -> None:
     async def run() -> None:
         await written(engine, GenerationRequest("over", tuple(PROMPT), GREEDY))
         with pytest.raises(Conflict, match="generation 'over' has ended"):
@@ -171,12 +177,13 @@ def test_what_is_not_running_cannot_be_changed(engine: TorchEngine, warm: Profil
     asyncio.run(run())
 
 
-def test_a_running_stream_is_changed_over_http(client: httpx.Client) -> None:
-    body = {"prompt": "Bread is", "max_tokens": 200, "ignore_eos": True, "profile": "warm", "stream": True}
+def test_a_running_stream_is_changed_over_http(client: httpx.Client, engine: HeldEngine) -> None:
+    body = {"prompt": "Bread is", "max_tokens": 20, "ignore_eos": True, "profile": "warm", "stream": True}
+    engine.hold(after=3, until_change=True)
     with client.stream("POST", "/generate", json=body) as stream:
         lines = (json.loads(line[6:]) for line in stream.iter_lines() if line)
         name = next(lines)["id"]
-        next(lines)
+        engine.until_held()
         answer = client.patch(f"/generations/{name}", json={"steering": "concise@-0.5"})
         assert answer.status_code == 200, answer.text
         *_, last = lines
@@ -186,7 +193,8 @@ def test_a_running_stream_is_changed_over_http(client: httpx.Client) -> None:
     warm, concise = last["steering"]
     assert warm["timeline"] == [{"from_token": 0, "strength": 1.0}, {"from_token": first, "strength": 0.0}]
     assert concise["timeline"] == [{"from_token": 0, "strength": 0.0}, {"from_token": first, "strength": -0.5}]
-    assert warm["steered_tokens"] + concise["steered_tokens"] == 200
+    assert 3 < first < 20
+    assert (warm["steered_tokens"], concise["steered_tokens"]) == (first, 20 - first)
     assert (warm["strength"], concise["strength"]) == (0.0, -0.5)
     late = client.patch(f"/generations/{name}", json={"steering": "warm"})
     assert (late.status_code, late.json()["error"]["code"]) == (409, "conflict")
@@ -216,7 +224,8 @@ def test_schedules_are_read_strictly() -> None:
     assert [steps.at(token) for token in (0, 9, 10, 11)] == [0.0, 0.0, 1.0, 1.0]
     assert steps.changes() == [0, 10]
     assert all(later == earlier + 1 for earlier, later in pairwise(line.changes()))
-    for points in ((), ((1, 0.5),), ((0, 0.5), (0, 0.6)), ((0, 0.1), (5000, 1.0))):
+    assert Schedule(((0, 0.0), (4096, 1.0)), linear=True).changes()[-1] == 4096
+    for points in ((), ((1, 0.5),), ((0, 0.5), (0, 0.6)), ((0, 0.1), (4097, 1.0))):
         with pytest.raises(SteeringError, match="schedule"):
             Schedule(points)
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from server.engine.sampling import sample
 from steering_vectors.chat import encode_prompt
 from steering_vectors.errors import RequestError
 from steering_vectors.models import LanguageModel, wrap_model
-from tests.running import Outcome, outcome, request, running
+from tests.running import PATIENCE, Outcome, outcome, request, running
 from tests.serving import demo_engine, live_server, save_profiles
 from tests.tiny import tiny_model
 from tests.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
@@ -169,9 +170,11 @@ def test_attributes_of_rules_are_carried_out(client: httpx.Client) -> None:
 def test_any_object_is_json(client: httpx.Client) -> None:
     body = {**HOT, "temperature": 0.8, "n": 6, "max_tokens": 120, "seed": 4}
     whole = post(client, {**body, "response_format": {"type": "json_object"}})
-    ended = [one["message"]["content"] for one in whole["choices"] if one["finish_reason"] == "stop"]
-    assert ended
+    texts = [(one["message"]["content"], one["finish_reason"]) for one in whole["choices"]]
+    ended = [text for text, reason in texts if reason == "stop"]
+    assert len(ended) >= 3, texts
     assert all(isinstance(json.loads(text), dict) for text in ended)
+    assert all(text.startswith("{") for text, _ in texts)
 
 
 def test_choices_have_places_of_their_own(client: httpx.Client) -> None:
@@ -237,15 +240,15 @@ def test_logprobs_stay_the_models_own(client: httpx.Client) -> None:
         (
             {"guided_json": {"type": "objekt"}},
             "guided_json",
-            "guided_json cannot be compiled: Invalid type: objekt",
+            "guided_json cannot be compiled: ",
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
             "response_format",
-            'response_format cannot be compiled: Unimplemented keys: ["not"]',
+            "response_format cannot be compiled: ",
         ),
-        ({"guided_regex": "("}, "guided_regex", 'guided_regex cannot be compiled: at 1(8): invalid regex "("'),
-        ({"guided_grammar": "start: foo"}, "guided_grammar", "guided_grammar cannot be compiled: at 1(8): unknown nam"),
+        ({"guided_regex": "("}, "guided_regex", "guided_regex cannot be compiled: "),
+        ({"guided_grammar": "start: foo"}, "guided_grammar", "guided_grammar cannot be compiled: "),
         (
             {"guided_grammar": 'start: x "b"\nx[capture, stop="b", temperature=0.1]: /a*/'},
             "guided_grammar",
@@ -273,8 +276,8 @@ def test_logprobs_stay_the_models_own(client: httpx.Client) -> None:
             "guided_grammar",
             "guided_choice and guided_grammar both constrain the text: use only one of them",
         ),
-        ({"guided_choice": []}, "guided_choice", "field 'guided_choice': list should have at least 1 item"),
-        ({"guided_json": "{}"}, "guided_json", "field 'guided_json': it should be a valid dictionary"),
+        ({"guided_choice": []}, "guided_choice", "field 'guided_choice': "),
+        ({"guided_json": "{}"}, "guided_json", "field 'guided_json': it should "),
         (
             {"response_format": {"type": "json_schema"}},
             "response_format.json_schema",
@@ -381,7 +384,7 @@ def test_a_grammar_that_outgrows_its_means_is_an_error_not_an_end() -> None:
     )
     assert failed.end.reason == "error"
     assert failed.end.error is not None
-    assert failed.end.error.startswith("guided_regex cannot be followed any further (lexer error")
+    assert failed.end.error.startswith("guided_regex cannot be followed any further (")
     assert (sound.text, sound.end.reason) == ("b" * 9, "stop")
 
 
@@ -427,20 +430,28 @@ def test_models_whose_texts_cannot_end_are_refused() -> None:
         GrammarCompiler(tiny_tokenizer(), frozenset()).compile(regex("a"))
 
 
-def test_a_grammar_compiles_beside_the_event_loop(engine: TorchEngine) -> None:
-    """Streams that run go on while a large schema is read."""
-    properties = {f"property{number}": {"type": "string", "pattern": "^[a-z]{1,9}$"} for number in range(900)}
-    large = Constraint("json", json.dumps({"type": "object", "properties": properties}), "guided_json")
+def test_a_grammar_compiles_beside_the_event_loop(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream comes to its end before a constraint is compiled that was asked for earlier."""
+    ended, compile_now = threading.Event(), GrammarCompiler.compile
+
+    def compile_later(compiler: GrammarCompiler, constraint: Constraint) -> CompiledGrammar:
+        assert ended.wait(PATIENCE), "the event loop waited for the compiler"
+        return compile_now(compiler, constraint)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_later)
     ids = tuple(encode_prompt(engine.language_model.tokenizer, "Bread is"))
     plain = GenerationRequest("beside", ids, SamplingParameters(temperature=0, max_tokens=30, ignore_eos=True))
 
     async def main() -> tuple[int, bool]:
         seen = 0
-        task = asyncio.create_task(engine.compile(large))
+        task = asyncio.create_task(engine.compile(regex("never asked for elsewhere")))
+        await asyncio.sleep(0)  # it is asked for
         async for event in engine.generate(plain):
             seen += isinstance(event, Delta)
             if isinstance(event, Finished):
                 assert event.reason == "length"
+        assert not task.done()
+        ended.set()
         return seen, isinstance(await task, CompiledGrammar)
 
     assert asyncio.run(main()) == (30, True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +83,22 @@ def test_no_more_threads_than_this_process_may_use() -> None:
         os.sched_setaffinity(0, allowed)
     torch.set_num_threads(1)  # who asks torch for fewer gets fewer
     assert processors() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize(("quota", "threads"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None)])
+def test_no_more_threads_than_the_container_has_time_for(
+    quota: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's file says how many microseconds of each period all threads together may compute."""
+    (tmp_path / "cpu.max").write_text(quota)
+    opened, there = builtins.open, os.path.exists
+
+    def elsewhere(path: Any) -> Any:
+        return tmp_path / "cpu.max" if path == "/sys/fs/cgroup/cpu.max" else path
+
+    monkeypatch.setattr(builtins, "open", lambda path, *given, **options: opened(elsewhere(path), *given, **options))
+    monkeypatch.setattr(os.path, "exists", lambda path: there(elsewhere(path)))
+    allowed = len(os.sched_getaffinity(0))
+    torch.set_num_threads(allowed)
+    assert processors() == (threads or allowed)

@@ -27,7 +27,7 @@ from server.engine.admission import (
 from server.engine.constraints import CompiledGrammar, GrammarCompiler, matcher_of
 from server.engine.detokenizer import Detokenizer
 from server.engine.grammars import Grammars
-from server.engine.mailbox import Mailbox
+from server.engine.mailbox import Mailbox, call_in
 from server.engine.pacing import Pace
 from server.engine.parallel import Channel, Follower, LeadingRunner
 from server.engine.prefixes import Prefixes
@@ -261,9 +261,9 @@ class TorchEngine:
             check_no_new_gates(row.sequence.conditions, mixture)
             row.sequence.scheduled.clear()
             change = self._steps.steer(row.sequence, mixture)
-            changed.get_loop().call_soon_threadsafe(_settle, changed, change)
+            call_in(changed.get_loop(), _settle, changed, change)
         except Exception as error:
-            changed.get_loop().call_soon_threadsafe(_settle, changed, error)
+            call_in(changed.get_loop(), _settle, changed, error)
 
     def _cancel(self, request_id: str) -> None:
         if (row := self._steps.row(request_id)) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from server.engine.protocol import Event, Finished
 
@@ -66,8 +67,13 @@ class Outbox:
             by_loop.setdefault(mailbox.loop, []).append((mailbox, event))
         self._pending = []
         for loop, entries in by_loop.items():
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_put_all, entries)
+            call_in(loop, _put_all, entries)
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: object) -> None:
+    """Call a function in another thread's loop. Nothing happens in a loop that is closed: nobody waits there."""
+    with suppress(RuntimeError):  # it may close at any time
+        loop.call_soon_threadsafe(function, *given)
 
 
 def _put_all(entries: list[tuple[Mailbox, Event]]) -> None:

@@ -133,10 +133,14 @@ def _give_back() -> None:
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether this build of torch has such products for the model's device and number format."""
+    """Whether torch has such products for the model's device and number format on this processor."""
     parameter = next(model.parameters())
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and parameter.device.type == "cpu" and parameter.dtype in DTYPES
+    if not available or parameter.device.type != "cpu":
+        return False
+    if parameter.dtype == torch.bfloat16:  # for which oneDNN needs AVX-512 or AVX-NE-CONVERT
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return parameter.dtype in DTYPES
 
 
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
