@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -237,6 +238,24 @@ def test_a_shift_that_overflows_is_refused_and_leaves_the_row(profile: Profile) 
     assert torch.equal(bank.shift, kept)
 
 
+@pytest.mark.parametrize(("unit", "refused"), [(40_000.0, True), (30_000.0, False)])
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+def test_a_sum_of_profiles_that_overflows_is_refused(layers: tuple[int, ...], unit: float, refused: bool) -> None:
+    """Each alone is within float16's largest number, 65,504."""
+    bank, ones = empty_bank(1, torch.float16), {layer: torch.ones(HIDDEN) for layer in layers}
+    profiles = [replace(tiny_profile(name=name, layers=layers, unit=unit), directions=ones) for name in ("a", "b")]
+    for profile in profiles:
+        bank.check(mix((profile, 1.0)))
+    both = mix((profiles[0], 1.0), (profiles[1], 1.0))
+    if refused:
+        with pytest.raises(SteeringError, match="the shift overflows the model's dtype: use a smaller strength"):
+            bank.write(0, both)
+        assert not bank.shift.any()
+    else:
+        bank.write(0, both)
+        assert all((bank.shift[layer, 0] == 60_000).all() for layer in layers)
+
+
 def test_a_block_that_claims_its_shifts_gets_them_once() -> None:
     model = tiny_model("llama")
     block = blocks_of(model)[1]
@@ -283,6 +302,36 @@ def test_rewriting_and_clearing_leave_nothing_behind() -> None:
             assert torch.equal(outputs(model)[1], plain)
     with banked(model, mix((TERSE, 0.5))) as fresh, fresh.step(slice(0, 1)):
         assert torch.equal(outputs(model)[1], rewritten)
+
+
+KINDS = {
+    "add": mix((WARM, 1.0)),
+    "add less": mix((WARM, -0.4)),
+    "add everywhere": mix((EVERYWHERE, 1.0)),
+    "add less everywhere": mix((EVERYWHERE, 0.3)),
+    "add two": mix((EVERYWHERE, 0.5), (WARM, 0.5)),
+    "ablate": mix((BARE, 1.0)),
+    "add, ablate": mix((WARM, 1.0), (BARE, 1.0)),
+    "add everywhere, ablate": mix((EVERYWHERE, 1.0), (BARE, 0.5)),
+    "keep the norm": mix((WARM, 1.0), preserve_norm=True),
+    "everywhere, keep the norm": mix((EVERYWHERE, 1.0), preserve_norm=True),
+    "nothing": Mixture(),
+}
+
+
+@pytest.mark.parametrize("first", KINDS)
+def test_a_row_that_is_written_again_is_as_in_a_fresh_bank(first: str) -> None:
+    """Whatever kind of mix it had, and whatever kind it is given."""
+    model = tiny_model("llama")
+    ids = IDS[:1, :4]
+    for second, mixture in KINDS.items():
+        with banked(model, mixture) as fresh, fresh.step(slice(0, 1)):
+            expected = outputs(model, ids)[1]
+        with banked(model, KINDS[first]) as bank:
+            bank.write(0, mixture)
+            assert bank.only_adds == fresh.only_adds, second
+            with bank.step(slice(0, 1)):
+                assert torch.equal(outputs(model, ids)[1], expected), second
 
 
 def test_hooks_are_registered_once_and_removed() -> None:

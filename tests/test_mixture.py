@@ -122,6 +122,21 @@ def test_the_limit_itself_is_within() -> None:
     mix((narrow[0], 0.1), (narrow[1], 0.2))  # 0.30000000000000004 in floats
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_just_above_the_limit_is_beyond(sign: int) -> None:
+    with pytest.raises(SteeringError, match=r"strength -?2\.0001 of profile 'warm' is beyond its safe range of ±2"):
+        mix((WARM, sign * 2.0001))
+    with pytest.raises(SteeringError, match=r"add up to 2\.0001, beyond the safe range of 2"):
+        mix((WARM, 1.0001), (TERSE, sign * 1.0))
+
+
+def test_ablations_do_not_count_towards_the_sum() -> None:
+    """Neither their strengths nor their own safe range."""
+    mix((WARM, 2.0), (BARE, 1.0))
+    narrow = tiny_profile(name="narrow", layers=(0, 1), operator="ablate", seed=3, max_strength=0.5)
+    mix((WARM, 2.0), (narrow, 0.5))
+
+
 def test_the_narrowest_active_profile_limits_a_mix() -> None:
     narrow = tiny_profile(name="narrow", max_strength=0.5)
     with pytest.raises(SteeringError, match=r"add up to 1, beyond the safe range of 0\.5"):

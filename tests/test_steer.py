@@ -181,10 +181,12 @@ def test_single_passes() -> None:
     profile = tiny_profile(model, layers=(1,))
 
     references = {first: shifted_logits("llama", model, IDS, profile.directions, first) for first in (3, 10)}
+    shorter = shifted_logits("llama", model, IDS[:, :3], profile.directions, 2)
+    assert not torch.equal(shorter[:, -1], references[10][:, 2])
     with steer(model, profile):
         assert torch.equal(model(IDS).logits, references[10])
         assert torch.equal(model(input_ids=IDS).logits, references[10])
-        assert torch.equal(model(IDS[:, :3]).logits, model(IDS[:, :3]).logits)
+        assert torch.equal(model(IDS[:, :3]).logits, shorter)
     with steer(model, profile, prompt_length=4):
         assert torch.equal(model(IDS).logits, references[3])
         cache = model(IDS[:, :2], use_cache=True).past_key_values
@@ -233,8 +235,12 @@ def test_a_language_model_is_steered_alike() -> None:
 
 def test_a_model_in_bfloat16() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
-    with steer(model, tiny_profile(model)):
-        assert generated(model).shape == (2, TOKENS)
+    profile = tiny_profile(model, unit=0.37)
+    reference = recomputed("llama", model, {l: (0.37 * d).to(torch.bfloat16) for l, d in profile.directions.items()})
+    with steer(model, profile):
+        assert torch.equal(generated(model, use_cache=False), reference)
+        assert generated(model).shape == reference.shape
+    assert not torch.equal(reference, generated(model, use_cache=False))
 
 
 def test_afterwards_the_model_is_as_before() -> None:

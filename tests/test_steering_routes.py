@@ -21,9 +21,9 @@ from steering_vectors.errors import Conflict, SteeringError, UnknownGeneration
 from steering_vectors.mixture import Mixture, Term
 from steering_vectors.models import load_model
 from steering_vectors.profile import Profile
-from steering_vectors.storage import load_profile
+from steering_vectors.storage import load_profile, save_profile
 from tests.running import HeldEngine
-from tests.serving import client_fixture, engine_fixture, profiles_fixture
+from tests.serving import client_fixture, engine_fixture, profiles_fixture, until
 
 LM = load_model("demo", dtype="float32")
 PROMPT = encode_prompt(LM.tokenizer, "Bread is baked in")
@@ -256,6 +256,22 @@ def test_what_a_steering_would_do(client: httpx.Client, warm: Profile) -> None:
     assert told["blocks"][1]["norm_ratio"] is None
     unknown = client.post("/steering/resolve", json={"steering": "nobody"})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "profile_not_found")
+
+
+@pytest.mark.parametrize("path", ["/steering/resolve", "/generate"])
+def test_a_sum_that_overflows_is_refused(client: httpx.Client, profiles: Path, path: str) -> None:
+    """Either profile alone is within the model's dtype, float32."""
+    for name in ("huge", "vast"):
+        directions = {1: torch.ones(LM.hidden_size)}
+        save_profile(Profile(name, LM.identity, directions, "made", unit=2e38), profiles)
+        until(lambda name=name: client.get(f"/profiles/{name}").status_code == 200)
+    body = {} if path == "/steering/resolve" else {"prompt": "Bread is", "max_tokens": 1}
+    for steering in ("huge", "vast", "huge@1+vast@0.5", "huge@1+vast@-1"):
+        assert client.post(path, json={**body, "steering": steering}).status_code != 400, steering
+    for steering in ("huge@1+vast@1", "huge@-1+vast@-1"):
+        refused = client.post(path, json={**body, "steering": steering})
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["message"] == "the shift overflows the model's dtype: use a smaller strength"
 
 
 def test_the_responses_api_names_what_to_use(client: httpx.Client) -> None:
