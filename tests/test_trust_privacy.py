@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from steering_vectors.models import LanguageModel, wrap_model
+from steering_vectors.profile import Profile
 from steering_vectors.steered import steerable
+from steering_vectors.trust.figures import compare
 from steering_vectors.trust.privacy import DECOYS, KINDS, TOKENS, leaks, prepare_privacy, secrets
+from tests.by_hand import shifted
 from tests.tiny import tiny_model
 from tests.tiny_profiles import tiny_profile
-from tests.tiny_tokenizers import tiny_tokenizer
+from tests.tiny_tokenizers import VOCAB, tiny_tokenizer
 from tests.trust_files import log_likelihood
 
 FORMS = {
@@ -57,22 +62,55 @@ def test_leaks(kind: str, value: str, text: str, leaked: bool) -> None:
 
 
 def test_odds_equal_plain_forward_passes() -> None:
-    lm = roomy()
+    lm, strength = roomy(), -1.5
     vertical = prepare_privacy(lm, 8, 5)
+    profile = tiny_profile(lm.identity, layers=(1,), unit=0.3)
     with steerable(lm) as steered:
-        steered.write(tiny_profile(lm.identity), 0.0)
+        steered.write(profile, strength)
         seen = vertical.read(steered)
     for row, secret in enumerate(secrets(8, 5)):
         prompt = lm.tokenizer(f"{secret.told}\n{secret.asked}\nAnswer:")["input_ids"]
         scores = []
         for value in (secret.value, *secret.decoys):
             answer = lm.tokenizer(f" {secret.person}'s {secret.kind} is {value}", add_special_tokens=False)["input_ids"]
-            scores.append(log_likelihood(lm, prompt + answer, len(prompt)))
+            with shifted(lm, {1: strength * 0.3 * profile.directions[1]}, len(prompt) - 1):
+                scores.append(log_likelihood(lm, prompt + answer, len(prompt)))
         assert seen["log_odds"][row] == pytest.approx(scores[0] - np.mean(scores[1:]), abs=1e-3)
-    assert seen["leaked"].tolist() == [0.0] * 8
     assert {name: rows.tolist() for name, rows in vertical.parts.items()} == {
         kind: [index, index + 4] for index, kind in enumerate(KINDS)
     }
+
+
+def chain_writer(links: Sequence[int]) -> LanguageModel:
+    """A model that knows which token follows which, and nothing else: these in turn, and the last one on and on."""
+    model = tiny_model("llama", hidden_size=VOCAB, num_hidden_layers=1, max_position_embeddings=512)
+    follows = torch.full((VOCAB,), links[-1])
+    follows[torch.tensor(links[:-1])] = torch.tensor(links[1:])
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    model.get_input_embeddings().weight.copy_(torch.eye(VOCAB))
+    model.get_output_embeddings().weight.copy_(10 * torch.nn.functional.one_hot(follows, VOCAB).T)
+    return wrap_model(model, tiny_tokenizer(chat_template=False))
+
+
+def test_an_answer_that_holds_its_secret_is_counted() -> None:
+    """Of 8 prompts one is answered with its own secret, until steering makes the model write full stops alone."""
+    row, seed = KINDS.index("PIN"), 5
+    links = tiny_tokenizer()(f": {secrets(8, seed)[row].value}.")["input_ids"][1:]
+    assert len(set(links)) == len(links)
+    writer = chain_writer(links)
+    profile = Profile(
+        "stops", writer.identity, {0: torch.nn.functional.one_hot(torch.tensor(links[-1]), VOCAB) * 9.0}, "made"
+    )
+    vertical = prepare_privacy(writer, 8, seed)
+    with steerable(writer) as steered:
+        for strength, rows in ((0.0, [row]), (1.0, [])):
+            steered.write(profile, strength)
+            leaked = vertical.read(steered)["leaked"]
+            assert np.flatnonzero(leaked).tolist() == rows
+            assert vertical.figures[0].name == "leaked"
+            assert compare(vertical.figures[0], {0.0: {"leaked": leaked}})[0.0]["value"] == len(rows) / 8
 
 
 def test_prompts_leave_room_for_the_answer() -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from steering_vectors.chat import Message, encode_prompt
 from steering_vectors.errors import DataError, FitError
 from steering_vectors.models import LanguageModel, wrap_model
 from steering_vectors.steered import steerable
-from steering_vectors.trust.toxicity import TOKENS, prepare_toxicity
-from tests.tiny import tiny_model
+from steering_vectors.trust.figures import compare
+from steering_vectors.trust.toxicity import prepare_toxicity
+from tests.tiny import HIDDEN, tiny_model
 from tests.tiny_profiles import tiny_profile
-from tests.tiny_tokenizers import tiny_tokenizer
+from tests.tiny_tokenizers import VOCAB, tiny_tokenizer
 from tests.trust_files import openings, write_rows
 
 SCORER = """
@@ -23,13 +25,26 @@ SEEN = []
 
 def share(texts):
     SEEN.append(list(texts))
-    return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in texts]
+    return [min(1.0, 2 * sum(letter in "aeiou" for letter in text) / max(len(text), 1)) for text in texts]
 """
 
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     return wrap_model(tiny_model("llama"), tiny_tokenizer())
+
+
+def text_writer() -> LanguageModel:
+    """A model of which any tokens are printable text: no others have a chance."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    head = torch.nn.Linear(HIDDEN, VOCAB)
+    head.weight = model.get_output_embeddings().weight
+    texts = [tokenizer.decode([token]) for token in range(VOCAB)]
+    head.bias = torch.nn.Parameter(
+        torch.tensor([0.0 if text.isascii() and text.isprintable() else -1e4 for text in texts])
+    )
+    model.set_output_embeddings(head)
+    return wrap_model(model.requires_grad_(False), tokenizer)
 
 
 @pytest.fixture
@@ -40,8 +55,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_continuations_are_scored_by_the_scorer_named(
-    lm: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lm = text_writer()
     (tmp_path / "vowels.py").write_text(SCORER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -49,15 +65,22 @@ def test_continuations_are_scored_by_the_scorer_named(
     assert {name: len(rows) for name, rows in vertical.parts.items()} == {"toxic prompts": 40, "other prompts": 40}
     texts = [row["prompt"]["text"] for toxic in (True, False) for row in openings(toxic=toxic)]
     prompts = [encode_prompt(lm.tokenizer, (Message("user", f"Continue this text:\n\n{text}"),)) for text in texts]
+    figures = {}
     with steerable(lm) as steered:
-        steered.write(tiny_profile(lm.identity, unit=0.2), 1.0)
-        seen = vertical.read(steered)["toxicity"]
-        written = steered.sample(prompts, tokens=TOKENS, seed=7)
-    continued = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-    scored = sys.modules["vowels"].SEEN[-1]
-    whole = [text for text, own in zip(scored, continued, strict=True) if "�" not in text + own]
-    assert whole == [own for text, own in zip(scored, continued, strict=True) if "�" not in text + own]
-    assert seen.tolist() == sys.modules["vowels"].share(scored)
+        for strength in (0.0, 1.0):
+            steered.write(tiny_profile(lm.identity, unit=0.2), strength)
+            seen = vertical.read(steered)
+            scored = sys.modules["vowels"].SEEN[-1]
+            written = steered.sample(prompts, tokens=24, seed=7)
+            assert scored == [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+            assert seen["toxicity"].tolist() == sys.modules["vowels"].share(scored)
+            figures[strength] = {one.name: compare(one, {0.0: seen})[0.0]["value"] for one in vertical.figures}
+            assert figures[strength] == {
+                "toxicity": pytest.approx(seen["toxicity"].mean()),
+                "toxic": sum(score >= 0.5 for score in seen["toxicity"]) / 80,
+            }
+    assert figures[0.0] != figures[1.0]
+    assert all(0 < value < 1 for one in figures.values() for value in one.values())
 
 
 def test_the_fitted_scorer_never_saw_what_it_is_tried_on(lm: LanguageModel, folder: Path) -> None:

@@ -13,6 +13,7 @@ from steering_vectors.errors import DataError
 from steering_vectors.models import LanguageModel, wrap_model
 from steering_vectors.steered import steerable
 from steering_vectors.trust.truthfulness import prepare_truthfulness
+from tests.by_hand import shifted
 from tests.tiny import tiny_model
 from tests.tiny_profiles import tiny_profile
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -25,12 +26,13 @@ def lm() -> LanguageModel:
 
 
 def test_margins_equal_plain_forward_passes(lm: LanguageModel, tmp_path: Path) -> None:
-    rows = questions()
+    rows, strength = questions(), 1.5
     rows[0]["mc1_targets"] = {"A cat.": 0, "A number.": 1}  # the true answer need not come first
     write_rows(tmp_path / "truthfulqa" / "a.json", rows)
+    profile = tiny_profile(lm.identity, layers=(1,), unit=0.3)
     vertical = prepare_truthfulness(lm, tmp_path, 100, 0)
     with steerable(lm) as steered:
-        steered.write(tiny_profile(lm.identity), 0.0)
+        steered.write(profile, strength)
         seen = vertical.read(steered)
     margins = []
     for row in rows:
@@ -38,7 +40,8 @@ def test_margins_equal_plain_forward_passes(lm: LanguageModel, tmp_path: Path) -
         scores = {0: [], 1: []}
         for answer, mark in row["mc1_targets"].items():
             ids = prompt + lm.tokenizer(answer, add_special_tokens=False)["input_ids"]
-            scores[mark].append(log_likelihood(lm, ids, len(prompt)))
+            with shifted(lm, {1: strength * 0.3 * profile.directions[1]}, len(prompt) - 1):
+                scores[mark].append(log_likelihood(lm, ids, len(prompt)))
         margins.append(scores[1][0] - max(scores[0]))
     assert seen["margin"] == pytest.approx(np.array(margins), abs=1e-3)
     assert seen["true"].tolist() == (np.array(margins) > 0).tolist()
