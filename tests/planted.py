@@ -23,8 +23,8 @@ GOOD, BAD = "x", "z"
 OPTIONS: dict[str, Mapping[str, Any]] = {
     "contrast-prompts": {"positive": GOOD * 6, "negative": BAD * 6},
     "bipo": {"epochs": 6.0},
-    "rahf-scit": {"positive": "1", "negative": "2", "epochs": 4.0, "learning_rate": 5e-3},
-    "rahf-dual": {"positive": "1", "negative": "2", "epochs": 6.0, "learning_rate": 5e-3},
+    "rahf-scit": {"positive": "1", "negative": "2", "epochs": 8.0, "learning_rate": 1e-2},
+    "rahf-dual": {"positive": "1", "negative": "2", "epochs": 8.0, "learning_rate": 1e-2},
 }
 
 
@@ -50,7 +50,7 @@ def planted_model(seed: int = 0) -> tuple[LanguageModel, torch.Tensor]:
     return wrap_model(model, tokenizer), axis
 
 
-def planted_task(lm: LanguageModel, method: str, layers: tuple[int, ...] = (1,), rows: int = 48) -> Task:
+def planted_task(lm: LanguageModel, method: str, layers: tuple[int, ...] = (1,), rows: int = 12) -> Task:
     """Pairs that differ in the letter their responses repeat."""
     sides = [[Example(f"Ask {i} again, ", letter * (3 + i % 4)) for i in range(rows)] for letter in (GOOD, BAD)]
     ids = [[encode_example(lm.tokenizer, one) for one in side] for side in sides]

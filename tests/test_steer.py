@@ -236,7 +236,7 @@ def test_a_language_model_is_steered_alike() -> None:
 def test_a_model_in_bfloat16() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     profile = tiny_profile(model, unit=0.37)
-    reference = recomputed("llama", model, {l: (0.37 * d).to(torch.bfloat16) for l, d in profile.directions.items()})
+    reference = recomputed("llama", model, {k: (0.37 * d).to(torch.bfloat16) for k, d in profile.directions.items()})
     with steer(model, profile):
         assert torch.equal(generated(model, use_cache=False), reference)
         assert generated(model).shape == reference.shape

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from steering_vectors.contrast import Twin
+from steering_vectors.contrast import Twin, plain_twin
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named, method_names
 from steering_vectors.methods.bipo import bidirectional_loss, middle_block
-from steering_vectors.methods.rahf import DualOptions, contrastive_loss
-from steering_vectors.methods.tuning import TuningOptions, drawn, tuned_weights
+from steering_vectors.methods.rahf import DualOptions, contrastive_loss, dual_tuned, scit_tuned
+from steering_vectors.methods.tuning import TuningOptions, drawn, mean_log_likelihoods, tuned_weights
 from steering_vectors.profile import Profile
 from steering_vectors.steered import steerable
-from tests.planted import OPTIONS, planted_model, planted_task
+from tests.planted import GOOD, OPTIONS, planted_model, planted_task
 
 TUNED = ("rahf-scit", "rahf-dual")
 
@@ -27,31 +31,96 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
 
 
-def alignment(method: str, task: Task, axis: torch.Tensor) -> float:
-    found = method_named(method).find(task)
-    assert list(found) == [1]
-    assert found[1].dtype == torch.float32
-    return float(torch.cosine_similarity(found[1], axis, dim=0))
+@cache
+def alignments(method: str, **options: Any) -> list[float]:
+    """Cosines of what a method finds with the planted directions of eight models, which are left as they were.
+
+    A random direction's would be 0 ± 0.18 each, and 0 ± 0.06 on average.
+    """
+    cosines = []
+    for seed in range(8):
+        lm, axis = planted_model(seed)
+        before = {key: value.clone() for key, value in lm.model.state_dict().items()}
+        task = planted_task(lm, method)
+        found = method_named(method).find(replace(task, options={**task.options, **options}))
+        assert list(found) == [1]
+        assert found[1].dtype == torch.float32
+        cosines.append(float(torch.cosine_similarity(found[1], axis, dim=0)))
+        after = lm.model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[key], before[key]) for key in before)
+        assert not lm.model.training
+    return cosines
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", [name for name in method_names() if name != "rahf-scit"])
 def test_every_method_recovers_a_planted_direction(method: str) -> None:
-    """A random direction's cosine would be 0 ± 0.13."""
-    lm, axis = planted_model()
-    before = {key: value.clone() for key, value in lm.model.state_dict().items()}
-    assert alignment(method, planted_task(lm, method), axis) > 0.45
-    after = lm.model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert not lm.model.training
+    """Means are 0.61 to 0.75, the least cosine 0.42."""
+    found = alignments(method)
+    assert np.mean(found) > 0.5
+    assert min(found) > 0.3
+
+
+def test_scit_recovers_a_part_of_a_planted_direction() -> None:
+    """The mean is 0.35; single cosines are 0.1 to 0.6, since the low-rank update need not go through the direction."""
+    assert np.mean(alignments("rahf-scit")) > 0.2
+
+
+@pytest.mark.parametrize(("method", "gain"), [("rahf-scit", 0.2), ("rahf-dual", 0.3)])
+def test_the_first_step_is_what_finds_it(method: str, gain: float) -> None:
+    """Without it the means are 0 and 0.2; with it 0.35 and 0.67."""
+    untuned = alignments(method, epochs=1e-9, learning_rate=1e-9)
+    assert np.mean(alignments(method)) - np.mean(untuned) > gain
+
+
+def test_scit_tunes_each_side_to_its_own_instruction() -> None:
+    """Preferred responses are likely under p⁺ and not under p⁻, rejected ones the other way round."""
+    for seed in range(3):
+        lm, _ = planted_model(seed)
+        with torch.no_grad(), scit_tuned(planted_task(lm, "rahf-scit")) as first, first.side(0):
+            positive, negative = mean_log_likelihoods(lm, first.twins)
+        assert first.names == ("scit", "scit")
+        assert {lm.tokenizer.decode(twin.response)[0] for twin in first.twins[:12]} == {GOOD}
+        for good, own, other in ((True, positive[:12], negative[:12]), (False, negative[12:], positive[12:])):
+            assert own.mean() > -0.5, (seed, good)
+            assert other.mean() < -1.5, (seed, good)
+            assert (own > other).all(), (seed, good)
+
+
+def test_dual_tunes_a_model_for_each_side() -> None:
+    """Both read p⁺; each finds the responses of its side likely, and the others' not."""
+    lm, _ = planted_model()
+    with torch.no_grad(), dual_tuned(planted_task(lm, "rahf-dual")) as first:
+        sides = []
+        for side in (0, 1):
+            with first.side(side):
+                sides.append(mean_log_likelihoods(lm, first.twins)[0])
+    assert (first.names, len(first.twins)) == (("good", "bad"), 24)
+    assert (sides[0][:12] > sides[1][:12]).all()
+    assert (sides[1][12:] > sides[0][12:]).all()
+    assert min(sides[0][:12].mean(), sides[1][12:].mean()) > -0.5
+
+
+@pytest.mark.parametrize("method", ["contrast-prompts", *TUNED])
+@pytest.mark.parametrize("most", [1, 5, 24, 100])
+def test_no_more_responses_are_read_than_asked_for(method: str, most: int) -> None:
+    lm, _ = planted_model()
+    task, read = planted_task(lm, method), []
+
+    def progress(stage: str, _done: int, total: int, /, detail: str = "") -> None:
+        if stage == "contrast":
+            read.append(total)
+
+    tuned = {"epochs": 1e-9} if method in TUNED else {}
+    method_named(method).find(replace(task, progress=progress, options={**task.options, **tuned, "responses": most}))
+    assert set(read) == {min(most, 24)}
 
 
 @pytest.mark.parametrize("method", TUNED)
-def test_the_first_step_is_what_finds_it(method: str) -> None:
-    lm, axis = planted_model()
-    task = planted_task(lm, method)
-    untuned = replace(task, options={**task.options, "epochs": 1e-9, "learning_rate": 1e-9})
-    assert alignment(method, untuned, axis) < 0.2
+def test_the_block_that_is_read_is_the_middle_one(method: str) -> None:
+    layers = method_named(method).layers
+    assert layers is not None
+    assert [layers(count) for count in (1, 2, 3, 8, 32)] == [(0,), (0,), (1,), (3,), (15,)]
 
 
 def test_the_instructions_own_trace_is_taken_off() -> None:
@@ -77,9 +146,9 @@ def test_only_blocks_up_to_the_one_that_is_read_are_tuned(tuning: str) -> None:
 
 
 def test_full_tuning_finds_it_too() -> None:
-    lm, axis = planted_model()
-    task = planted_task(lm, "rahf-dual")
-    assert alignment("rahf-dual", replace(task, options={**task.options, "tuning": "full"}), axis) > 0.45
+    found = alignments("rahf-dual", tuning="full")
+    assert np.mean(found) > 0.5
+    assert min(found) > 0.3
 
 
 def watch(task: Task, seen: list[str]) -> Task:
@@ -133,6 +202,40 @@ def test_bipo_equals_its_equation(sign: int) -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_bipo_trains_on_both_signs_at_a_falling_rate() -> None:
+    """Equals Adam by hand on the loss above."""
+    lm, _ = planted_model()
+    task = planted_task(lm, "bipo", rows=8)
+    task = replace(task, options={**task.options, "epochs": 3.0, "batch": 4, "step": 0.02})
+    pairs = [
+        (plain_twin(*good), plain_twin(*bad)) for good, bad in zip(task.positive_ids, task.negative_ids, strict=True)
+    ]
+    rate = 0.02 * task.statistics[1].residual_norm / math.sqrt(lm.hidden_size)
+    draw, signs = random.Random(task.seed), set()
+    vector, mean, square = torch.zeros(3, lm.hidden_size)
+    for step in range(6):
+        signs.add(sign := draw.choice((-1, 1)))
+        moving = vector.clone().requires_grad_()
+        bidirectional_loss(lm, 1, moving, drawn(pairs, 4, step, task.seed), sign, 0.1).backward()
+        mean, square = 0.9 * mean + 0.1 * moving.grad, 0.999 * square + 0.001 * moving.grad**2
+        step_size = (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        vector = vector - rate * (1 - step / 6) * step_size
+    assert signs == {-1, 1}
+    torch.testing.assert_close(method_named("bipo").find(task)[1], vector, rtol=1e-4, atol=1e-6)
+
+
+def test_what_bipo_finds_lowers_the_loss_of_both_signs() -> None:
+    """From log 2, where nothing is added."""
+    lm, _ = planted_model()
+    task = planted_task(lm, "bipo")
+    pairs = [
+        (plain_twin(*good), plain_twin(*bad)) for good, bad in zip(task.positive_ids, task.negative_ids, strict=True)
+    ]
+    vector = method_named("bipo").find(task)[1]
+    for sign in (-1, 1):
+        assert float(bidirectional_loss(lm, 1, vector, pairs, sign, 0.1)) < 0.9 * math.log(2)
+
+
 def test_bipo_needs_pairs() -> None:
     lm, _ = planted_model()
     with pytest.raises(FitError, match="bipo needs pairs"):
@@ -184,5 +287,6 @@ def test_every_epoch_goes_through_all_samples_in_another_order() -> None:
     assert drawn(samples, 5, 1, 0) == drawn(samples, 5, 1, 0)
 
 
-def test_every_tuned_method_is_planted() -> None:
-    assert set(OPTIONS) <= set(method_names())
+def test_every_method_with_options_is_planted() -> None:
+    """With what its first step needs to find a direction in so small a model."""
+    assert set(OPTIONS) == {name for name in method_names() if method_named(name).complete({})}
