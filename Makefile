@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(VENV)/.runtime: Makefile pyproject.toml constraints.txt $(wildcard server/engine/cpu/*.?pp)
+$(VENV)/.runtime: Makefile pyproject.toml constraints.txt $(wildcard steering_vectors/runtime/cpu/csrc/*.?pp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[schema]"
 	@touch $@
@@ -72,7 +72,7 @@ check-examples: $(VENV)/.dev  ## Check the README's example replies (the same mi
 	$(BIN)/python scripts/readme_examples.py --check
 
 bench: $(VENV)/.dev profiles  ## Measure what steering does on the demo model
-	$(BIN)/python benchmarks/dose_response.py
+	$(BIN)/python -m benchmarks.quality.dose_response
 
 demo: $(VENV)/.dev  ## Train the embedded demo model again (about an hour)
 	$(BIN)/python examples/train_demo_model.py

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from server.api.fields.body import NO_OPS_KEY, NULL
 from server.app import create_app
-from server.config import Settings
-from server.schemas.body import NO_OPS_KEY, NULL
+from server.settings import Settings
 
 Json = dict[str, Any]
 

@@ -30,7 +30,7 @@ import typer
 
 from scripts.demo_profiles import fit_one
 from server.app import create_app
-from server.config import Settings
+from server.settings import Settings
 
 Answer = dict[str, Any]
 

@@ -10,13 +10,17 @@ from functools import partial
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from server.api_document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
-from server.config import Settings, read_api_keys, unknown_variables
-from server.engine.protocol import Engine
-from server.errors import ErrorReporter
-from server.middleware import PAGE_FILES, BearerKeys, BodyLimit
-from server.routes import compare, native, openai, operations, profiles, score, steering
-from server.service import Service
+from server.api import operations, profiles
+from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
+from server.api.native import compare, score
+from server.api.native import generate as native
+from server.api.native import steering_routes as steering
+from server.api.openai import routes as openai
+from server.engines.protocol import Engine
+from server.http.error_responses import ErrorReporter
+from server.http.middleware import PAGE_FILES, BearerKeys, BodyLimit
+from server.settings import Settings, read_api_keys, unknown_variables
+from server.state import Service
 from steering_vectors.errors import (
     Conflict,
     Overloaded,
@@ -29,7 +33,7 @@ from steering_vectors.errors import (
     UnknownProfile,
     UnknownRoute,
 )
-from steering_vectors.storage import installed_version
+from steering_vectors.profiles.files import installed_version
 
 logger = logging.getLogger(__name__)
 

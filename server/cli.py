@@ -1,4 +1,4 @@
-"""The command `trimtab`: `serve` and `chat` are here, everything else comes from `steering_vectors.cli`.
+"""The command `trimtab`: `serve` and `chat` are here, everything else comes from `steering_vectors.cli.app`.
 
 Owns flags, the one line that says where the server is, and exit codes. Importing it loads no model code,
 so that `trimtab --help` answers at once.
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.config import PREFIX, Settings, load_settings
-from server.listener import Server, listen, run_in_loop, url_of
-from steering_vectors.cli import FAILED, INTERRUPTED, register
+from server.http.listener import Server, listen, run_in_loop, url_of
+from server.settings import PREFIX, Settings, load_settings
+from steering_vectors.cli.app import FAILED, INTERRUPTED, register
 from steering_vectors.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from server.service import Service
+    from server.state import Service
 
 app = typer.Typer(
     name="trimtab",
@@ -94,7 +94,7 @@ def serve(
     settings = load_settings(given)
     _log(settings.log_level)
     if settings.tensor_parallel and os.environ["RANK"] != "0":
-        from server.service import follow
+        from server.state import follow
 
         follow(settings)
         return
@@ -147,11 +147,11 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
-    from server.engine.threads import processors
+    from steering_vectors.runtime.cpu.threads import processors
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    # the processors are the engine's alone; see server.engine.threads
+    # the processors are the engine's alone; see steering_vectors.runtime.cpu.threads
     settings = settings.model_copy(update={"threads": settings.threads or processors()})
     torch.set_num_threads(1)
     application = create_app(settings)

@@ -16,13 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steering_vectors.datasets import load_pairs
-    from steering_vectors.fitting import fit
-    from steering_vectors.mixture import Mixture, Term
-    from steering_vectors.models import LanguageModel, find_blocks, load_model
-    from steering_vectors.profile import Profile
-    from steering_vectors.steering import steer
-    from steering_vectors.storage import load_profile, save_profile
+    from steering_vectors.data.sources import load_pairs
+    from steering_vectors.fitting.fit import fit
+    from steering_vectors.models.loading import LanguageModel, find_blocks, load_model
+    from steering_vectors.profiles.files import load_profile, save_profile
+    from steering_vectors.profiles.mixture import Mixture, Term
+    from steering_vectors.profiles.profile import Profile
+    from steering_vectors.steering.generate import steer
 
 __all__ = [
     "LanguageModel",
@@ -39,17 +39,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LanguageModel": "models",
-    "Mixture": "mixture",
-    "Profile": "profile",
-    "Term": "mixture",
-    "find_blocks": "models",
-    "fit": "fitting",
-    "load_model": "models",
-    "load_pairs": "datasets",
-    "load_profile": "storage",
-    "save_profile": "storage",
-    "steer": "steering",
+    "LanguageModel": "models.loading",
+    "Mixture": "profiles.mixture",
+    "Profile": "profiles.profile",
+    "Term": "profiles.mixture",
+    "find_blocks": "models.loading",
+    "fit": "fitting.fit",
+    "load_model": "models.loading",
+    "load_pairs": "data.sources",
+    "load_profile": "profiles.files",
+    "save_profile": "profiles.files",
+    "steer": "steering.generate",
 }
 
 

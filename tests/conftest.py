@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from steering_vectors.models import LanguageModel, load_model
+from steering_vectors.models.loading import LanguageModel, load_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

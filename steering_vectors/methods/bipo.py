@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-from steering_vectors.contrast import Reading, Twin, pad_id, plain_twin, readings
 from steering_vectors.errors import FitError
-from steering_vectors.hooks import adding
-from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.methods.registry import Directions, Method, Task
-from steering_vectors.methods.tuning import drawn
-from steering_vectors.models import LanguageModel
+from steering_vectors.methods.tuned import drawn
+from steering_vectors.models.hooks import adding
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.tuning.paired_reading import Reading, Twin, pad_id, plain_twin, readings
+from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 
 
 @dataclass(frozen=True, slots=True)

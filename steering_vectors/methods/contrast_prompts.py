@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from steering_vectors.contrast import Twin, mean_differences
-from steering_vectors.corpus import context_length
-from steering_vectors.instructions import Instructions, instructions_for
+from steering_vectors.data.corpus import context_length
 from steering_vectors.methods.registry import Directions, Method, Task
-from steering_vectors.twins import twins_of
+from steering_vectors.tuning.instructions import Instructions, instructions_for
+from steering_vectors.tuning.paired_reading import Twin, mean_differences
+from steering_vectors.tuning.twins import twins_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steering_vectors.activations import LayerStatistics
+from steering_vectors.measures.activations import LayerStatistics
 from steering_vectors.methods.registry import per_layer
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from steering_vectors.activations import LayerStatistics
+from steering_vectors.measures.activations import LayerStatistics
 from steering_vectors.methods.registry import per_layer
 
 REGULARISATION = 1.0  # scikit-learn's C, on activations scaled to a mean variance of 1

@@ -15,13 +15,13 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch.nn.functional import logsigmoid
 
-from steering_vectors.contrast import Twin, Weights, mean_differences, pad_id, readings
 from steering_vectors.errors import FitError
-from steering_vectors.hiding import check_hiding
-from steering_vectors.likelihoods import response_log_likelihoods
 from steering_vectors.methods.registry import Directions, Method, Task
-from steering_vectors.methods.tuning import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
-from steering_vectors.weights import LoraShape, TunedWeights
+from steering_vectors.methods.tuned import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
+from steering_vectors.models.hiding import check_hiding
+from steering_vectors.tuning.paired_reading import Twin, Weights, mean_differences, pad_id, readings
+from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
+from steering_vectors.tuning.trainable_weights import LoraShape, TunedWeights
 
 NONE_BESIDE: Mapping[str, LoraShape] = MappingProxyType({})
 BASELINES = ("untuned", "none")

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from steering_vectors.activations import LayerStatistics, Tokens
-from steering_vectors.batches import Encoded, Progress
-from steering_vectors.chat import Example
+from steering_vectors.data.batches import Encoded
+from steering_vectors.data.chat import Example
 from steering_vectors.errors import FitError
-from steering_vectors.models import LanguageModel
+from steering_vectors.measures.activations import LayerStatistics, Tokens
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.progress import Progress
 
 Directions = dict[int, torch.Tensor]
 Options = TypeVar("Options")

@@ -10,9 +10,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 
 import pytest
 
-from steering_vectors.models import load_model
+from steering_vectors.models.loading import load_model
 from tests.clients.process import serving
-from tests.serving import save_profiles
+from tests.support.serving import save_profiles
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Made-up requests to a live server for as long as one likes: `make fuzz MINUTES=60`.
 
 Every round has a seed of its own, and two parts: schemathesis, which makes requests from the OpenAPI document and holds
-the answers to it, and bodies that work with something in them changed (`tests.mutations`). The first round in which an
-answer was a 5xx, late or against the document is the last, and tells the requests as curl commands.
+the answers to it, and bodies that work with something in them changed (`tests.support.answer_mutations`). The first
+round in which an answer was a 5xx, late or against the document is the last, and tells the requests as curl commands.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import httpx
 import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from steering_vectors.models import load_model
+from steering_vectors.models.loading import load_model
 from tests.clients import schemathesis_cli
 from tests.clients.process import serving
-from tests.mutations import as_curl, check, examples, requests
-from tests.serving import save_profiles
+from tests.support.answer_mutations import as_curl, check, examples, requests
+from tests.support.serving import save_profiles
 
 PART_SECONDS = 120  # of a round that schemathesis has
 MUTATED = 500  # requests of a round

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.clients.page import ROOT, example
-from tests.serving import until
+from tests.support.serving import until
 
 NODE = ROOT / "tests" / "clients" / "node"
 MISSING = shutil.which("node") is None or not (NODE / "node_modules" / "openai").is_dir()

@@ -1,0 +1,105 @@
+"""What a decode step costs at the least: the bytes it must read over the bandwidth that a device is measured to have,
+or its operations over the rate that it is measured to have, whichever takes longer.
+
+A step reads every weight once, of the embedding table the rows' tokens only unless the projection shares it, and each
+row's keys and values once. Every row multiplies by every weight, and its queries by the keys and values it sees.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.runtime.cpu.threads import run_apart
+
+LARGE = {"cpu": 2**28, "cuda": 2**33}  # bytes of a tensor, far more than caches hold
+BITS = {None: (16.0, 16.0), "int8": (8.0, 8.0), "int4": (4.5, 8.0)}  # of a weight, and of one of the output layer
+SIDE = {"cpu": 1024, "cuda": 8192}  # of two matrices
+REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What it is measured to do in a second: bytes read, and operations of products in a model's dtype."""
+
+    bandwidth: float
+    rate: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Device:
+        return run_apart(lambda: cls(bandwidth(device), rate(device, dtype)))
+
+
+def bandwidth(device: torch.device, *, size: int | None = None) -> float:
+    """Bytes a second: on a CPU those read of a large tensor, elsewhere those read and written by a copy of it."""
+    source = torch.ones((size or LARGE[device.type]) // 4, device=device)
+    if device.type == "cpu":
+        return source.numel() * 4 / _best(device, lambda: torch.dot(source, source))
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _best(device, lambda: target.copy_(source))
+
+
+def rate(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -> float:
+    """Operations a second, a multiplication and an addition being two, of two square matrices."""
+    side = side or SIDE[device.type]
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / _best(device, lambda: matrix @ matrix)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a model: bytes of all weights that a step reads, of a row besides, and of a position's keys and values;
+    operations of a row's token, and of each position that it sees."""
+
+    weights: int
+    row: int
+    position: int
+    token_operations: int
+    position_operations: int
+
+    @classmethod
+    def of(cls, language_model: LanguageModel, quantize: str | None = None) -> Cost:
+        """Of a model whose layers are not packed yet; `quantize` as for a server, of a model in bfloat16."""
+        model = language_model.model
+        embedding, projection = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        count = sum(one.numel() for one in model.parameters())
+        if embedding.data_ptr() != projection.data_ptr():
+            count -= embedding.numel()
+        inner, output = (bits / 16 for bits in BITS[quantize])
+        read = (count - projection.numel()) * inner + projection.numel() * output
+        config, size = model.config.get_text_config(), embedding.element_size()
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            weights=int(read * size),
+            row=embedding.shape[1] * size,
+            position=2 * config.num_hidden_layers * config.num_key_value_heads * head * size,
+            token_operations=2 * count,
+            position_operations=4 * config.num_hidden_layers * config.num_attention_heads * head,
+        )
+
+    def floor_ms(self, device: Device, *, rows: int, context: int) -> float:
+        """Milliseconds of a step of rows that see so many positions each."""
+        read = self.weights + rows * (self.row + context * self.position)
+        operations = rows * (self.token_operations + context * self.position_operations)
+        return 1e3 * max(read / device.bandwidth, operations / device.rate)
+
+
+def _best(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs; the first one warms up."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        _wait(device)
+        began = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

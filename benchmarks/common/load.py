@@ -1,0 +1,98 @@
+"""Load on a server of this machine, and when its clients saw what.
+
+Streams are closed loops (each sends its next request when one has ended), arrivals are Poisson's and wait for nobody.
+Count and time are bounded: what has not ended in time is an error, never left out. Knows nothing of figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter, process_time
+from typing import TypeVar
+
+from benchmarks.common.jobs import Job, Route, Target
+from benchmarks.common.serving import Server
+from benchmarks.common.streaming import Connection, Reply
+from benchmarks.common.thread_times import ThreadTimes, thread_times
+
+PATIENCE = 3  # a run may last so many times as long as it may begin requests
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A request that was due at a time (by `perf_counter`), and all of its answer."""
+
+    job: Job
+    due: float
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A run's wall time, and what it took of processors, in seconds."""
+
+    wall: float
+    threads: ThreadTimes
+    client: float
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Sends jobs to a server, and begins none after `seconds`."""
+
+    server: Server
+    target: Target
+    route: Route
+    seconds: float
+
+    async def streams(self, jobs: Iterable[Job], count: int) -> list[Done]:
+        """So many closed loops, until no job is left."""
+        waiting, ended, end = iter(jobs), list[Done](), perf_counter() + self.seconds
+
+        async def loop() -> None:
+            async with Connection(self.server.port) as connection:
+                while perf_counter() < end and (job := next(waiting, None)) is not None:
+                    ended.append(await self._send(connection, job, perf_counter()))
+
+        async with asyncio.timeout(PATIENCE * self.seconds), asyncio.TaskGroup() as tasks:
+            for _ in range(count):
+                tasks.create_task(loop())
+        return ended
+
+    async def arrivals(self, jobs: Sequence[Job], rate: float, *, seed: int = 0) -> list[Done]:
+        """So many a second on average, whatever becomes of those before; the first after a pause like any other."""
+        draw, begin, due = random.Random(seed), perf_counter(), 0.0
+        ended: list[Done] = []
+
+        async def one(job: Job, due: float) -> None:
+            async with Connection(self.server.port) as connection:
+                ended.append(await self._send(connection, job, due))
+
+        async with asyncio.timeout(PATIENCE * self.seconds), asyncio.TaskGroup() as tasks:
+            for job in jobs:
+                due += draw.expovariate(rate)
+                if due > self.seconds:
+                    break
+                await asyncio.sleep(max(0.0, begin + due - perf_counter()))
+                tasks.create_task(one(job, begin + due))
+        return ended
+
+    async def _send(self, connection: Connection, job: Job, due: float) -> Done:
+        body = json.dumps(job.body(self.route, self.target.name)).encode()
+        return Done(job, due, await connection.stream(job.path(self.route), body))
+
+    def timed(self, work: Awaitable[T]) -> tuple[T, Spent]:
+        """What the work returns, and what it took."""
+        return asyncio.run(self._timed(work))
+
+    async def _timed(self, work: Awaitable[T]) -> tuple[T, Spent]:
+        threads, wall, own = thread_times(self.server.pid), perf_counter(), process_time()
+        result = await work
+        wall, own = perf_counter() - wall, process_time() - own
+        return result, Spent(wall, thread_times(self.server.pid) - threads, own)

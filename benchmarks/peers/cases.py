@@ -1,0 +1,121 @@
+"""What is measured: the cases, the peers that each of them is for, and one peer against our side in pairs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from benchmarks.peers.commands import typical
+from benchmarks.peers.process import PeerFailed, PeerProcess
+from benchmarks.peers.report import Outcome
+
+DECODE = ("B1P32", "B4P32", "B16P32", "B1P512", "B8P512", "B16P512")
+PREFILL = "prefill"
+STEERED = "steered"
+SPARE = 8  # tokens more than are measured, as not every row begins in the same step
+CHECKED = (8, 32, 8)  # rows, context, tokens
+MIN_AGREEMENT = 0.8  # of the tokens; a wrong base of the rotary embedding leaves 0.67
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`command` is what a peer is asked, see `commands.Peer`."""
+
+    name: str
+    command: str
+    rows: int
+    context: int
+
+    @property
+    def unit(self) -> str:
+        return "ms" if self.command == "decode" else "tok/s"
+
+    def length(self, steps: int) -> int:
+        """Tokens of its longest sequence."""
+        return self.context + (1 if self.command == "prefill" else steps + SPARE)
+
+
+def case_of(name: str) -> Case:
+    """`prefill`, `steered`, or rows and context as in B16P512."""
+    if name == PREFILL:
+        return Case(name, "prefill", 16, 512)
+    if name == STEERED:
+        return Case(name, "steered", 16, 32)
+    if (found := re.fullmatch(r"B([1-9]\d*)P([1-9]\d*)", name)) is None:
+        raise typer.BadParameter(f"{name!r} is not a case: use prefill, steered, or rows and context as in B16P512")
+    return Case(name, "decode", int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A peer: the script that loads it, in which environment (None: ours), and what it can be asked."""
+
+    script: str
+    venv: str | None = None
+    arguments: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ("tokens", "decode", "prefill")
+
+    def command(self, python: Path) -> tuple[str, ...]:
+        return (str(python), self.script, *self.arguments)
+
+
+OURS = Kind("trimtab_peer.py", commands=("tokens", "decode", "prefill", "steered"))
+KINDS = {
+    "llama": Kind("llama_cpp_peer.py", "llama"),
+    "vllm": Kind("vllm_peer.py", "vllm"),
+    "generate": Kind("transformers_peer.py"),
+    "continuous": Kind("transformers_peer.py", arguments=("continuous",)),
+    "repeng": Kind("steering_libraries.py", "repeng", ("repeng",), ("tokens", "steered")),
+    "steering-vectors": Kind("steering_libraries.py", "steering-vectors", ("steering-vectors",), ("tokens", "steered")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Our side and one peer, both loaded."""
+
+    peer: str
+    ours: PeerProcess
+    theirs: PeerProcess
+    steps: int
+
+    def agreement(self) -> float:
+        """Share of unsteered tokens, each after the same ids, that both sides draw alike; MIN_AGREEMENT at least, or
+        the sides do not run the same model and PeerFailed is raised."""
+        rows, context, new = CHECKED
+        found = [side.ask("tokens", rows=rows, context=context, new=new, seed=0) for side in (self.ours, self.theirs)]
+        agreed = sum(_common(one, other) for one, other in zip(*found, strict=True))
+        share = agreed / (rows * new)
+        if share < MIN_AGREEMENT:
+            raise PeerFailed(
+                f"only {share:.0%} of its tokens are ours, below {MIN_AGREEMENT:.0%}: another model is run"
+            )
+        return share
+
+    def measure(self, case: Case, pairs: int) -> Outcome:
+        """So many pairs, after one that is not counted. Which side is first alternates; each pair has its prompts."""
+        taken: list[tuple[float, float]] = []
+        for seed in range(pairs + 1):
+            sides = (self.ours, self.theirs) if seed % 2 else (self.theirs, self.ours)
+            found = {id(side): self._one(side, case, seed) for side in sides}
+            taken.append((found[id(self.ours)], found[id(self.theirs)]))
+        ours, theirs = zip(*taken[1:], strict=True)
+        return Outcome(self.peer, case.name, case.unit, ours, theirs)
+
+    def _one(self, side: PeerProcess, case: Case, seed: int) -> float:
+        """Milliseconds of the median step, or tokens a second."""
+        new = {"prefill": 1, "steered": self.steps, "decode": self.steps + SPARE}[case.command]
+        found = side.ask(case.command, rows=case.rows, context=case.context, new=new, seed=seed)
+        if case.command != "decode":
+            return float(case.rows * (case.context if case.command == "prefill" else new) / found)
+        if len(found) < self.steps // 2:
+            raise PeerFailed(f"only {len(found)} steps gave every row a token, of {self.steps}")
+        return typical(found[: self.steps])
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Tokens before the first that differs: what comes after it follows from other ids."""
+    return next((place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))

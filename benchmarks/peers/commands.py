@@ -1,0 +1,112 @@
+"""The inside of a peer's process: one JSON object a line comes in, one goes out.
+
+Only the standard library and whatever runs in every peer's environment: the scripts that load a peer import
+this file, and nothing else of the project. What a peer prints goes to standard error. Prompts are drawn from a seed, so
+that all peers are asked the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Protocol
+
+KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+FIRST_ID = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is loaded: `model` is a directory in transformers' format, `gguf` the same weights as a file. At most `rows`
+    sequences of `length` tokens run at once. `steered`: sequences are steered at every block, as far as the peer can.
+    """
+
+    model: str
+    gguf: str
+    vocabulary: int
+    threads: int
+    rows: int
+    length: int
+    steered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`rows` prompts of `context` random ids each, to which `new` tokens are added. Batches that differ in anything
+    have no prompt's beginning in common, so that no cache of beginnings helps."""
+
+    rows: int
+    context: int
+    new: int
+    seed: int
+    vocabulary: int
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        draw = random.Random(f"{self.seed} {self.rows} {self.context} {self.new}")
+        return [[draw.randrange(FIRST_ID, self.vocabulary) for _ in range(self.context)] for _ in range(self.rows)]
+
+
+class Peer(Protocol):
+    """A loaded peer, which draws greedily and has what it is measured by. `decode`: seconds of each step in which every
+    row gets one token, and only that. `prefill`: seconds until every row has its first token. `steered`: seconds for
+    all rows, each steered differently. `tokens`: what is written unsteered."""
+
+    version: str
+
+    def decode(self, batch: Batch) -> list[float]: ...
+
+    def prefill(self, batch: Batch) -> float: ...
+
+    def tokens(self, batch: Batch) -> list[list[int]]: ...
+
+    def steered(self, batch: Batch) -> float: ...
+
+
+def serve(load: Callable[[Setup], Any]) -> None:
+    """Load the peer that the first line describes, then carry out one command after another until the input ends."""
+    ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    peer: Any = None
+    for line in sys.stdin:
+        try:
+            asked = json.loads(line)
+            if peer is None:
+                peer = load(Setup(**asked))
+                found = peer.version
+            else:
+                found = getattr(peer, asked.pop("command"))(Batch(**asked))
+            answer = {"found": found}
+        except Exception:
+            answer = {"failed": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+    os._exit(0)  # what a peer's threads still do is of no interest
+
+
+def steps_between(stamps: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds between tokens while all rows write: `stamps[row]` are the times at which its tokens came."""
+    began, ended = max(row[0] for row in stamps), min(row[-1] for row in stamps)
+    latest = [stamp for stamp in max(stamps, key=lambda row: row[0]) if began <= stamp <= ended]
+    return [after - before for before, after in itertools.pairwise(latest)]
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def typical(steps: Sequence[float]) -> float:
+    """Milliseconds of the median step."""
+    return 1e3 * median(steps)

@@ -1,0 +1,179 @@
+"""trimtab's engine against its peers on random weights: decode, prefill, and sixteen steerings at once.
+
+    python -m benchmarks.peers.compare --install [--venvs DIR]          # the peers' environments, once
+    python -m benchmarks.peers.compare [--venvs DIR] [--peers llama,vllm] [--cases B1P32,prefill] [--pairs 5]
+
+A peer and our side are a process each; they are measured in pairs whose order alternates, and the one that is not
+measured is stopped. Figures are medians over the pairs of one run, with their ranges. Cases: B16P512 is 16 rows with
+512 tokens in context, the milliseconds of a step that gives each row a token; `prefill` is 16 prompts of 512 tokens;
+`steered` is sixteen requests with sixteen steerings, against libraries that steer one at a time. First both sides write
+a few tokens after the same prompts, unsteered: a peer of whose tokens less than 80 % are ours runs another model, and
+fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.common.shapes import SHAPES, save_shape
+from benchmarks.peers.cases import DECODE, KINDS, OURS, PREFILL, STEERED, Case, Comparison, Kind, case_of
+from benchmarks.peers.commands import Setup
+from benchmarks.peers.process import PeerFailed, running
+from benchmarks.peers.report import Outcome, plot, show
+from benchmarks.peers.venvs import VENVS
+from benchmarks.peers.write_gguf import write_gguf
+
+PAGE = 64  # lengths are rounded up to it
+
+
+@dataclass(slots=True)
+class Run:
+    """What a run of this command asks for, and what it has found."""
+
+    cases: list[Case]
+    pairs: int
+    steps: int
+    setup: Setup
+    venvs: Path
+    logs: Path
+    versions: dict[str, str] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def main(
+    peers: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(KINDS),
+    cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join((*DECODE, PREFILL, STEERED)),
+    pairs: Annotated[int, typer.Option(min=1, help="How often both sides are measured.")] = 5,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of a measurement, of which the median counts.")] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of either side.")] = os.cpu_count() or 1,
+    steering: Annotated[bool, typer.Option(help="Steer each of our rows differently; llama.cpp's all alike.")] = True,
+    shape: Annotated[str, typer.Option(help="The model, by its shape: one of llama's architecture.")] = "smollm2-135m",
+    venvs: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(".venv-peers"),
+    install: Annotated[bool, typer.Option("--install", help="Make the environments of --peers, and end.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    chart: Annotated[Path | None, typer.Option("--plot", help="Draw the milliseconds of steps here.")] = None,
+) -> None:
+    chosen = {name: _kind(name) for name in peers.split(",")}
+    if install:
+        raise typer.Exit(_install(chosen, venvs))
+    wanted = [case_of(name) for name in cases.split(",")]
+    if chart is not None and all(case.command != "decode" for case in wanted):
+        raise typer.BadParameter("--plot draws decode steps: add a case like B16P512 to --cases")
+    with tempfile.TemporaryDirectory() as scratch:
+        setup = _setup(shape, Path(scratch), wanted, steps, threads, steering)
+        run = Run(wanted, pairs, steps, setup, venvs.absolute(), Path(scratch))
+        for name, kind in chosen.items():
+            _compare(run, name, kind)
+    if run.outcomes:
+        show(run.outcomes, f"{shape}, bfloat16, {threads} threads, medians of {pairs} pairs", run.agreement)
+    for name, why in run.failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    if out is not None:
+        out.write_text(json.dumps(_record(run, shape), indent=1) + "\n")
+    if chart is not None and any(outcome.unit == "ms" for outcome in run.outcomes):
+        plot(run.outcomes, chart)
+    raise typer.Exit(1 if run.failed else 0)
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        raise typer.BadParameter(f"{name!r} is not a peer: use {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _install(chosen: dict[str, Kind], venvs: Path) -> int:
+    """Make the environments that are missing; how many could not be made."""
+    failures = 0
+    for venv in dict.fromkeys(kind.venv for kind in chosen.values() if kind.venv is not None):
+        try:
+            VENVS[venv].install(venvs.absolute(), print)
+        except subprocess.CalledProcessError as failure:
+            failures += 1
+            print(f"{venv}: {failure}", file=sys.stderr)
+    return min(failures, 1)
+
+
+def _setup(shape: str, directory: Path, cases: list[Case], steps: int, threads: int, steering: bool) -> Setup:
+    """Write the weights in both formats; what every peer is told of them."""
+    model = save_shape(shape, directory)
+    longest = max(case.length(steps) for case in cases)
+    return Setup(
+        model=str(model),
+        gguf=str(write_gguf(model)),
+        vocabulary=SHAPES[shape]["vocab_size"],
+        threads=threads,
+        rows=max(16, *(case.rows for case in cases)),
+        length=-(-longest // PAGE) * PAGE,
+        steered=steering,
+    )
+
+
+def _compare(run: Run, name: str, kind: Kind) -> None:
+    """Measure one peer in all the cases it can be asked; what fails is noted, and the next peer's turn comes."""
+    cases = [case for case in run.cases if case.command in kind.commands]
+    python = Path(sys.executable) if kind.venv is None else VENVS[kind.venv].python(run.venvs)
+    variables = {} if kind.venv is None else VENVS[kind.venv].environment(run.venvs)
+    if not cases:
+        return
+    if python is None:
+        remedy = f"python -m benchmarks.peers.compare --install --peers {name} --venvs {run.venvs}"
+        run.failed[name] = f"skipped: it is not installed in {run.venvs}; run {remedy}"
+        return
+    try:
+        with (
+            running(OURS.command(Path(sys.executable)), run.setup, run.logs / "ours.log") as ours,
+            running(kind.command(python), run.setup, run.logs / f"{name}.log", variables) as theirs,
+        ):
+            comparison = Comparison(name, ours, theirs, run.steps)
+            run.versions |= {"trimtab": ours.version, name: theirs.version}
+            run.agreement[name] = comparison.agreement()
+            for case in cases:
+                Console(stderr=True).print(f"{name}: {case.name}", highlight=False)
+                run.outcomes.append(comparison.measure(case, run.pairs))
+    except PeerFailed as failure:
+        run.failed[name] = str(failure)
+
+
+def _record(run: Run, shape: str) -> dict[str, Any]:
+    """Everything of a run, for a file."""
+    return {
+        "shape": shape,
+        "threads": run.setup.threads,
+        "steered": run.setup.steered,
+        "pairs": run.pairs,
+        "steps": run.steps,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "versions": run.versions,
+        "agreement": run.agreement,
+        "failed": run.failed,
+        "outcomes": [outcome.summary for outcome in run.outcomes],
+    }
+
+
+def _processor() -> str:
+    """Its name, and what it can do that decides about bfloat16."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return platform.processor()
+    fields = dict(line.split("\t", 1) for line in file.read_text().splitlines() if "\t" in line)
+    flags = next((value for key, value in fields.items() if key == "flags"), "")
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags.split()]
+    return " ".join([fields.get("model name", "").removeprefix(": "), *known])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,119 @@
+"""Our own side, as a process like those of its peers: the engine in its thread, every row steered differently.
+
+A step lasts from the end of the one before it to its own, so that what the engine does between steps is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from benchmarks.peers.commands import Batch, Setup, serve, timed
+from server.engines.protocol import Delta, Finished, GenerationRequest, SamplingParameters
+from server.engines.torch.engine import DEFAULT_CHUNK, TorchEngine
+from steering_vectors.models.loading import LanguageModel, load_model
+from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.runtime.cpu.packing import pack
+from steering_vectors.runtime.cpu.threads import run_apart
+
+STRENGTH = 0.02
+PATIENCE_MS = 60_000.0  # rows that begin earlier wait for the others' prompts, whole chunks at a time
+
+
+class TimedEngine(TorchEngine):
+    """Notes when each step ended, and how many tokens had been written and how many of prompts computed by then."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self.ends: list[tuple[float, int, int]] = []
+        super().__init__(*given, **options)
+
+    def step(self) -> None:
+        super().step()
+        found = self.stats()
+        self.ends.append((time.perf_counter(), found.generated_tokens, found.prompt_tokens))
+
+
+def _loaded(model: str) -> LanguageModel:
+    language_model = load_model(model, dtype="bfloat16")
+    pack(language_model.model)
+    return language_model
+
+
+class Trimtab:
+    def __init__(self, setup: Setup) -> None:
+        torch.set_num_threads(setup.threads)
+        language_model = run_apart(lambda: _loaded(setup.model))
+        self._steering = run_apart(lambda: _steerings(language_model, setup.rows))
+        self._decoding = self._steering if setup.steered else [Mixture()] * setup.rows
+        length = setup.length + setup.rows * setup.length // DEFAULT_CHUNK
+        self._engine = TimedEngine(language_model, slots=setup.rows, context=length, max_stall_ms=PATIENCE_MS)
+        self.version = f"trimtab ({self._engine.stats().path})"
+        self._ids = itertools.count()
+
+    def decode(self, batch: Batch) -> list[float]:
+        """Rows begin one after another, as their prompts are computed: the first writes more than is measured."""
+        self._engine.ends.clear()
+        begun_early = batch.rows * batch.context // DEFAULT_CHUNK + 1
+        self._run(batch, batch.new + begun_early, self._decoding)
+        ends = self._engine.ends
+        return [
+            after[0] - before[0]
+            for before, after in itertools.pairwise(ends)
+            if after[1] - before[1] == batch.rows and after[2] == before[2]
+        ][: batch.new]
+
+    def prefill(self, batch: Batch) -> float:
+        return timed(lambda: self._run(batch, batch.new, self._decoding))
+
+    def tokens(self, batch: Batch) -> list[list[int]]:
+        return self._run(batch, batch.new, [Mixture()] * batch.rows)
+
+    def steered(self, batch: Batch) -> float:
+        return timed(lambda: self._run(batch, batch.new, self._steering))
+
+    def _run(self, batch: Batch, new: int, steering: list[Mixture]) -> list[list[int]]:
+        async def all_rows() -> list[list[int]]:
+            return list(await asyncio.gather(*self._rows(batch, new, steering)))
+
+        return asyncio.run(all_rows())
+
+    def _rows(self, batch: Batch, new: int, steering: list[Mixture]) -> list[Coroutine[Any, Any, list[int]]]:
+        sampling = SamplingParameters(temperature=0.0, max_tokens=new, ignore_eos=True)
+        return [
+            self._row(GenerationRequest(f"row-{next(self._ids)}", tuple(prompt), sampling, mixture))
+            for prompt, mixture in zip(batch.prompts, steering, strict=False)
+        ]
+
+    async def _row(self, request: GenerationRequest) -> list[int]:
+        written: list[int] = []
+        async for event in self._engine.generate(request):
+            if isinstance(event, Delta):
+                written += event.token_ids
+            elif isinstance(event, Finished) and event.reason != "length":
+                raise RuntimeError(f"a row ended with {event.reason}: {event.error}")
+        return written
+
+
+def _steerings(language_model: LanguageModel, rows: int) -> list[Mixture]:
+    """A random direction at every block, other ones for each row."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (rows, language_model.num_layers, language_model.hidden_size)
+    profiles = [
+        Profile(f"row-{row}", language_model.identity, dict(enumerate(directions)), method="random")
+        for row, directions in enumerate(STRENGTH * torch.randn(shape, generator=draw))
+    ]
+    return [Mixture((Term(profile, 1.0),)) for profile in profiles]
+
+
+if __name__ == "__main__":
+    serve(Trimtab)

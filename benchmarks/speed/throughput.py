@@ -1,0 +1,248 @@
+"""What steering costs a decode step: rows × context × how many different steerings they have between them.
+
+    python -m benchmarks.speed.throughput [--model smollm2-135m] [--rows 1,16] [--contexts 32,512] [--steerings 1,4,16]
+    python -m benchmarks.speed.throughput --device cuda --model llama-3.1-8b --rows 1,8,32 --steerings 1,8,64 --generate
+
+The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, in an order
+that alternates. Each pair has prompts of its own, which are computed before it for both sides, since only steps that
+decode are timed; the first pair warms up. The ratio is unsteered over steered time, so 1 means that steering is free
+and .98 that it costs two in a hundred. Of each run the median step counts, and of each case the median over pairs; the
+CPU ratio is that of the engine's thread, which other programs disturb less. Besides the given numbers of steerings
+there are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows
+have their steerings from among 256 profiles. The floor is that of `benchmarks.common.floors`. `--generate`: the
+median step of transformers' generate with hooks, one steering for all rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.common.decode_steps import Step, TimedEngine
+from benchmarks.common.floors import Cost, Device
+from benchmarks.common.shapes import SHAPES, model_of
+from benchmarks.speed.hooked_generate import milliseconds
+from server.engines.protocol import GenerationRequest, SamplingParameters
+from server.settings import load_settings
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.runtime.cpu.packing import pack
+from steering_vectors.runtime.cpu.threads import run_apart
+
+Timeline = Sequence[tuple[int, Mixture]]
+LOADED = 256
+_ids = itertools.count()
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"demo, a directory, or one of {', '.join(SHAPES)}.")] = "smollm2-135m",
+    rows: Annotated[str, typer.Option(help="Rows of a batch, comma-separated.")] = "1,4,16",
+    contexts: Annotated[str, typer.Option(help="Tokens of each prompt, comma-separated.")] = "32,512",
+    steerings: Annotated[str, typer.Option(help="Different steerings, comma-separated.")] = "1,4,16",
+    steps: Annotated[int, typer.Option(help="Tokens of a run.")] = 32,
+    pairs: Annotated[int, typer.Option(help="Pairs of a case.")] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
+    prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack, on a CPU.")] = True,
+    quantize: Annotated[str | None, typer.Option(help="Serve as with --quantize: int8 or int4.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs, as torch names it.")] = "cpu",
+    graphs: Annotated[bool, typer.Option(help="On CUDA, replay steps as graphs where that is possible.")] = True,
+    generate: Annotated[bool, typer.Option(help="Measure generate with hooks, too.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time per step against rows and context here.")] = None,
+) -> None:
+    torch.set_num_threads(threads)
+    prepack = prepack and device == "cpu"
+    language_model, cost = run_apart(lambda: _loaded(model, prepack=prepack, quantize=quantize, device=device))
+    measured = Device.measured(language_model.device, language_model.dtype)
+    profiles = [_profile(language_model, seed) for seed in range(LOADED)]
+    cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
+    found = []
+    for batch, context in track(cases, description="measuring"):
+        sides = _sides(profiles, batch, steps, _numbers(steerings))
+        floor = cost.floor_ms(measured, rows=batch, context=context + steps // 2)
+        beside: dict[str, Any] = {"floor_ms": round(floor, 3)}
+        if generate:
+            prompts = [_prompt(row, context) for row in range(batch)]
+            spent = milliseconds(language_model, profiles[0], prompts, steps=steps, repeats=pairs)
+            beside["generate_ms"] = round(spent, 3)
+        static = None if graphs else False
+        cases_of = asyncio.run(_measure(language_model, sides, batch, context, steps, pairs, static))
+        found += [{**one, **beside} for one in cases_of]
+    figures = {
+        "model": model,
+        "device": _described(language_model.device),
+        "bandwidth_gb_s": round(measured.bandwidth / 1e9, 1),
+        "rate_gop_s": round(measured.rate / 1e9),
+        "threads": threads,
+        "prepack": prepack,
+        "quantize": quantize,
+        "pairs": pairs,
+        "steps": steps,
+        "cases": found,
+    }
+    _show(figures)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+    if plot is not None:
+        _draw(figures, plot)
+
+
+def _described(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _loaded(model: str, *, prepack: bool, quantize: str | None, device: str) -> tuple[LanguageModel, Cost]:
+    language_model = model_of(model, device=device)
+    cost = Cost.of(language_model, quantize)
+    if prepack or quantize is not None:
+        pack(language_model.model, load_settings({"quantize": quantize}).quantize)
+    return language_model, cost
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _profile(model: LanguageModel, seed: int) -> Profile:
+    """A small direction at every block."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = {
+        layer: 1e-2 * torch.randn(model.hidden_size, generator=generator) for layer in range(model.num_layers)
+    }
+    return Profile(f"p{seed}", model.identity, directions, method="random", version=f"{seed:064d}")
+
+
+def _sides(profiles: list[Profile], rows: int, steps: int, steerings: list[int]) -> dict[str, list[Timeline]]:
+    """The rows' timelines, by what the case is called."""
+
+    def of(profile: Profile, strength: float = 1.0) -> Mixture:
+        return Mixture((Term(profile, strength),))
+
+    sides = {
+        f"{count} steerings": [[(0, of(profiles[row % count]))] for row in range(rows)]
+        for count in steerings
+        if count <= rows
+    }
+    sides[f"{LOADED} loaded"] = [[(0, of(profiles[(37 * row) % LOADED]))] for row in range(rows)]
+    sides["changing"] = [
+        [(token, of(profiles[row], 0.5 + token / steps)) for token in range(steps)] for row in range(rows)
+    ]
+    return sides
+
+
+async def _measure(
+    model: LanguageModel,
+    sides: dict[str, list[Timeline]],
+    rows: int,
+    context: int,
+    steps: int,
+    pairs: int,
+    static: bool | None,
+) -> list[dict[str, Any]]:
+    engine = TimedEngine(model, slots=rows, context=context + steps + 1, static_decoding=static)
+    plain: list[Timeline] = [[(0, Mixture())]] * rows
+    try:
+        found = []
+        for name, timelines in sides.items():
+            taken = []
+            for pair in range(pairs + 1):
+                await _write(engine, plain, context, steps, pair)  # computes the prompts, which both sides find
+                order = (plain, timelines) if pair % 2 else (timelines, plain)
+                times = {id(side): await _run(engine, side, context, steps, pair) for side in order}
+                taken.append((times[id(plain)], times[id(timelines)]))
+            path = engine.stats().path
+            found.append({"rows": rows, "context": context, "case": name, "path": path, **_compared(taken[1:])})
+    finally:
+        await engine.close()
+    return found
+
+
+def _compared(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
+    ratios = sorted(plain.wall / steered.wall for plain, steered in pairs)
+    return {
+        "unsteered_ms": round(median(plain.wall for plain, _ in pairs), 3),
+        "steered_ms": round(median(steered.wall for _, steered in pairs), 3),
+        "ratio": round(median(ratios), 4),
+        "cpu_ratio": round(median(plain.cpu / steered.cpu for plain, steered in pairs), 4),
+        "ratio_range": [round(ratios[0], 4), round(ratios[-1], 4)],
+        "pairs_ms": [[round(plain.wall, 3), round(steered.wall, 3)] for plain, steered in pairs],
+    }
+
+
+async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int, pair: int) -> Step:
+    engine.steps.clear()
+    await _write(engine, timelines, context, steps, pair)
+    return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
+
+
+async def _write(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int, pair: int) -> None:
+    prompts = [_prompt(len(timelines) * pair + row, context) for row in range(len(timelines))]
+    requests = (_request(prompt, one, steps) for prompt, one in zip(prompts, timelines, strict=True))
+    await asyncio.gather(*(_drain(engine, request) for request in requests))
+
+
+def _request(prompt: list[int], timeline: Timeline, steps: int) -> GenerationRequest:
+    sampling = SamplingParameters(temperature=0, max_tokens=steps, ignore_eos=True)
+    return GenerationRequest(f"run-{next(_ids)}", tuple(prompt), sampling, timeline[0][1], schedule=tuple(timeline[1:]))
+
+
+def _prompt(seed: int, context: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [int(token) for token in torch.randint(3, 1000, (context,), generator=generator)]
+
+
+async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
+    async for _ in engine.generate(request):
+        pass
+
+
+def _show(figures: dict[str, Any]) -> None:
+    heads = ("rows", "context", "case", "floor", "without", "with, ms", "ratio", "range", "CPU ratio", "generate")
+    table = Table(*heads, title=_title(figures))
+    for one in figures["cases"]:
+        low, high = one["ratio_range"]
+        names = ("rows", "context", "case", "floor_ms", "unsteered_ms", "steered_ms", "ratio")
+        cells = (*(one[name] for name in names), f"{low}–{high}", one["cpu_ratio"], one.get("generate_ms", ""))
+        table.add_row(*map(str, cells))
+    Console(width=120).print(table)
+
+
+def _title(figures: dict[str, Any]) -> str:
+    rates = f"{figures['bandwidth_gb_s']} GB/s, {figures['rate_gop_s']} billion operations/s"
+    return f"{figures['model']}, {figures['cases'][0]['path']}, {rates}"
+
+
+def _draw(figures: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axis, (key, other) in zip(axes, (("rows", "context"), ("context", "rows")), strict=True):
+        for value in sorted({one[other] for one in figures["cases"]}):
+            chosen = [one for one in figures["cases"] if one[other] == value]
+            places = sorted({one[key] for one in chosen})
+            taken = [median(one["steered_ms"] for one in chosen if one[key] == place) for place in places]
+            floors = [next(one["floor_ms"] for one in chosen if one[key] == place) for place in places]
+            (line,) = axis.plot(places, taken, marker="o", label=f"{other} {value}")
+            axis.plot(places, floors, linestyle=":", color=line.get_color())
+        axis.set(xlabel=key, ylabel="ms a step, steered; dotted: the floor", ylim=(0, None))
+        axis.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

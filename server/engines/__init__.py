@@ -1,0 +1,1 @@
+"""Engines, and the protocol they stand behind. Knows nothing of HTTP."""

@@ -1,0 +1,1 @@
+"""The engine on plain transformers: one thread owns the model and runs step after step."""

@@ -1,0 +1,145 @@
+"""How one sequence draws its tokens: its parameters, its random stream, and the counts behind its penalties.
+
+Knows nothing of the rows beside it, nor of logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from server.engines.errors import reject
+from server.engines.protocol import SamplingParameters
+from server.engines.torch.constraints.matching import Matcher
+
+TokenIds = np.ndarray[tuple[int], np.dtype[np.int64]]
+Values = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+
+def check_vocabulary(parameters: SamplingParameters, vocab_size: int) -> None:
+    """Raise RequestError if logit_bias or stop_token_ids name a token that the model does not have."""
+    for name, ids in (("logit_bias", parameters.logit_bias), ("stop_token_ids", parameters.stop_token_ids)):
+        for token_id in ids:
+            reject(
+                not 0 <= token_id < vocab_size,
+                f"{name} names token {token_id}, but this model's token ids go from 0 to {vocab_size - 1}",
+                name,
+            )
+
+
+class _TokenCounts:
+    """Distinct ids of a sequence and how often each was chosen, in arrays that grow by doubling."""
+
+    __slots__ = ("_counts", "_ids", "_places")
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        distinct = list(dict.fromkeys(ids))
+        self._places = {token_id: place for place, token_id in enumerate(distinct)}
+        self._ids: TokenIds = np.array(distinct, dtype=np.int64)
+        self._counts: Values = np.zeros(len(distinct), dtype=np.float32)
+
+    def add(self, token_id: int) -> None:
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == len(self._ids):
+            size = max(16, 2 * place)
+            self._ids, self._counts = np.resize(self._ids, size), np.resize(self._counts, size)
+            self._counts[place:] = 0
+        self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def arrays(self) -> tuple[TokenIds, Values]:
+        """Ids and their counts; an id of the prompt that was not chosen since has count 0."""
+        return self._ids[: len(self._places)], self._counts[: len(self._places)]
+
+
+class RowSampler:
+    """How one sequence draws its tokens: its parameters, its own random stream, the counts of its tokens, and its
+    place in a grammar if it has one.
+
+    Ids of the prompt must lie in the vocabulary. Choice i of a request draws from (seed, i), and no seed means one
+    from the operating system. Raises RequestError as `check_vocabulary` does.
+    """
+
+    __slots__ = ("_chosen", "_random", "_unused", "bias", "counts", "forbidden", "matcher", "parameters")
+
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        prompt_ids: Sequence[int],
+        choice: int = 0,
+        matcher: Matcher | None = None,
+    ) -> None:
+        check_vocabulary(parameters, vocab_size)
+        self.parameters = parameters
+        self.matcher = matcher
+        bias = parameters.logit_bias
+        self.bias = (np.array([*bias], np.int64), np.array([*bias.values()], np.float32)) if bias else None
+        self.counts = _initial_counts(parameters, prompt_ids)
+        self.forbidden = _ending_ids(parameters, eos_ids, vocab_size) if parameters.min_tokens else None
+        self._chosen = 0
+        self._random = random.Random(_stream_seed(parameters.seed, choice))
+        self._unused: list[float] = []
+
+    def observe(self, token_id: int) -> None:
+        """Take note that this token was chosen for the sequence."""
+        self._chosen += 1
+        if self.counts is not None:
+            self.counts.add(token_id)
+        if self.matcher is not None:
+            self.matcher.advance(token_id)
+        if self._chosen >= self.parameters.min_tokens:
+            self.forbidden = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.parameters.temperature == 0
+
+    @property
+    def edits_logits(self) -> bool:
+        return any(one is not None for one in (self.counts, self.bias, self.forbidden, self.matcher))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar lets nothing follow what was written."""
+        return self.matcher is not None and self.matcher.complete
+
+    @property
+    def problem(self) -> str | None:
+        """Why the grammar allows no token, if that is so because it has failed."""
+        return None if self.matcher is None else self.matcher.problem
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this sequence's stream."""
+        return self._unused.pop() if self._unused else self._random.random()
+
+    def take_back(self, number: float) -> None:
+        """The number taken last was not used: it is the next one again."""
+        self._unused.append(number)
+
+
+def _stream_seed(seed: int | None, choice: int) -> int:
+    """One 64-bit seed for (seed, choice): neighbouring seeds and choices give unrelated streams."""
+    if seed is None:
+        return secrets.randbits(64)
+    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big")
+
+
+def _initial_counts(parameters: SamplingParameters, prompt_ids: Sequence[int]) -> _TokenCounts | None:
+    if parameters.repetition_penalty != 1:
+        return _TokenCounts(prompt_ids)
+    return _TokenCounts(()) if parameters.presence_penalty or parameters.frequency_penalty else None
+
+
+def _ending_ids(parameters: SamplingParameters, eos_ids: frozenset[int], vocab_size: int) -> TokenIds:
+    """What would end the text; with ignore_eos an end-of-sequence token does not."""
+    ending = set(parameters.stop_token_ids)
+    if not parameters.ignore_eos:
+        ending |= {token_id for token_id in eos_ids if token_id < vocab_size}
+    return np.array(sorted(ending), dtype=np.int64)

@@ -1,0 +1,99 @@
+"""The socket a server listens on, and how it stops.
+
+Stopping has three steps: no new connections, time for what runs to end by itself, and an error event for what does
+not. Knows nothing of routes or engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from server.settings import ConfigurationError
+
+GRACE_SECONDS = 6.0  # Docker kills after ten
+LAST_WORDS_SECONDS = 2
+KEEP_ALIVE_SECONDS = 65  # longer than clients and balancers keep idle connections, so that they end them and not we
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, made before anything is loaded. Raises ConfigurationError if the address is not free."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on host {host!r}: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what runs there or choose another --port"
+        ) from error
+    return listener
+
+
+def url_of(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run until it ends, in uvloop's event loop where that is installed: it writes to sockets at half the cost."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # not made for every platform
+        return None
+    return new_event_loop
+
+
+class Server(uvicorn.Server):
+    """Serves one application. `end` is awaited for what still runs when the grace after a signal is over."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        end: Callable[[], Awaitable[None]],
+        grace: float = GRACE_SECONDS,
+        access_log: bool = False,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=access_log,
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=round(grace) + LAST_WORDS_SECONDS,
+        )
+        super().__init__(config)
+        self._end = end
+        self._grace = grace
+
+    def stop(self) -> None:
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_after_grace())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_after_grace(self) -> None:
+        await asyncio.sleep(self._grace)
+        await self._end()

@@ -1,0 +1,78 @@
+"""What is settled before a request reaches its route: who may ask, and how much may be sent."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.error_responses import error_response
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
+PAGE_FILES = "/docs-files"
+MOST_BYTES = 32 * 2**20
+
+
+class BearerKeys:
+    """Asks for `Authorization: Bearer KEY` everywhere but on the routes that say whether the server is up, and on those
+    that describe its routes: a browser has no key to send until the page has asked for it."""
+
+    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows(Headers(scope=scope)):
+            return await self._app(scope, receive, send)
+        message = "this server needs a key: send it as 'Authorization: Bearer KEY'"
+        response = error_response(401, message, code="invalid_api_key")
+        response.headers["www-authenticate"] = "Bearer"
+        return await response(scope, receive, send)
+
+    def _knows(self, headers: Headers) -> bool:
+        """Compares with every key, in constant time, so that timing tells nothing about them."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{PAGE_FILES}/")
+
+
+class BodyLimit:
+    """Refuses bodies of more than `most` bytes, announced or not."""
+
+    def __init__(self, app: ASGIApp, most: int = MOST_BYTES) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self._most:
+            response = error_response(413, self._message, code="body_too_large")
+            response.headers["connection"] = "close"
+            return await response(scope, receive, send)
+        return await self._app(scope, self._counting(receive), send)
+
+    def _counting(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._most:
+                raise HTTPException(413, self._message)
+            return message
+
+        return counted
+
+    @property
+    def _message(self) -> str:
+        return f"the body is larger than the {self._most} bytes that are taken"

@@ -1,0 +1,198 @@
+"""The profiles that are served: what lies in a directory, watched.
+
+Putting a file there publishes it, whoever does it; taking it away withdraws it. Owns which version of each name is
+current, and why a file was refused: a bad file leaves the version that was served before. Requests hold the profiles
+they started with, so nothing here touches a running one. Knows nothing of HTTP, strengths or rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from server.engines.protocol import Engine
+from steering_vectors.errors import ProfileError, UnknownProfile
+from steering_vectors.profiles.files import SUFFIX, load_profile
+from steering_vectors.profiles.profile import Profile
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+MAX_FILE_BYTES = 256 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; what is near this is a model
+REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?P<version>[0-9a-f]{8,64}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What tells one state of a file from the next without reading it."""
+
+    modified: int
+    changed: int
+    size: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProfileEntry:
+    """One file of the directory: `profile` is the version served, `error` says why the newest file was refused."""
+
+    name: str
+    profile: Profile | None
+    error: str | None = None
+
+    @property
+    def status(self) -> Literal["served", "rejected"]:
+        return "served" if self.error is None else "rejected"
+
+
+class ProfileRegistry:
+    """Keeps the current version of every profile in `directory`; all methods are called from the event loop.
+
+    A file that appears or changes is read in a thread, once it has been the same for two looks in a row, then checked
+    by the engine, and swapped in whole.
+    """
+
+    def __init__(self, directory: Path, engine: Engine, *, interval: float = POLL_SECONDS) -> None:
+        self._directory = directory
+        self._engine = engine
+        self._interval = interval
+        self._entries: dict[str, ProfileEntry] = {}
+        self._known: dict[str, Signature] = {}
+        self._refreshing = asyncio.Lock()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Create the directory if it is missing, load what lies in it, and begin to watch. Raises ProfileError."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            await self.refresh()
+        except OSError as error:
+            raise ProfileError(
+                f"the profile directory {self._directory} cannot be used ({error.strerror}); choose another"
+            ) from error
+        self._watcher = asyncio.create_task(self._watch(), name="trimtab-profiles")
+
+    async def stop(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watcher
+
+    async def refresh(self) -> None:
+        """Look at the directory once and load every change there is, settled or not. Raises OSError."""
+        found = await asyncio.to_thread(scan, self._directory)
+        await self._apply(found, present=set(found))
+
+    @property
+    def entries(self) -> list[ProfileEntry]:
+        """What lies in the directory, served or rejected, by name."""
+        return [self._entries[name] for name in sorted(self._entries)]
+
+    @property
+    def served(self) -> list[Profile]:
+        return [entry.profile for entry in self.entries if entry.profile is not None]
+
+    def entry(self, name: str, *, param: str | None = None) -> ProfileEntry:
+        """The entry of a name, also of a rejected file. Raises UnknownProfile."""
+        if name not in self._entries:
+            raise UnknownProfile(f"profile {name!r} is not served; {self._advice()}", param=param)
+        return self._entries[name]
+
+    def find(self, reference: str, *, param: str = "steering") -> Profile:
+        """The current profile of `NAME` or `NAME#SHA8`. Raises UnknownProfile, which names the request's field `param`,
+        if it, or that version, is not served."""
+        match = REFERENCE.fullmatch(reference)
+        if match is None:
+            raise UnknownProfile(f"{reference!r} is neither NAME nor NAME#SHA8; {self._advice()}", param=param)
+        entry = self.entry(match["name"], param=param)
+        if entry.profile is None:
+            raise UnknownProfile(f"profile {entry.name!r} is not served: {entry.error}", param=param)
+        wanted, version = match["version"] or "", entry.profile.version
+        if not version.startswith(wanted):
+            raise UnknownProfile(
+                f"profile {entry.name!r} is served in version {version[:8]}, not in {wanted[:8]}", param=param
+            )
+        return entry.profile
+
+    def _advice(self) -> str:
+        names = ", ".join(profile.name for profile in self.served)
+        return f"served are: {names}" if names else "no profile is served: put one into the profile directory"
+
+    async def _watch(self) -> None:
+        previous, troubled = dict(self._known), False
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                found = await asyncio.to_thread(scan, self._directory)
+                settled = {name: mark for name, mark in found.items() if previous.get(name) == mark}
+                await self._apply(settled, present=set(found))
+                previous, troubled = found, False
+            except Exception:  # whatever happens to the directory, what is served stays served
+                if not troubled:
+                    logger.exception("the profile directory %s cannot be read", self._directory)
+                troubled = True
+
+    async def _apply(self, found: dict[str, Signature], *, present: set[str]) -> None:
+        async with self._refreshing:
+            for name, signature in found.items():
+                if self._known.get(name) != signature:
+                    await self._load(name, signature)
+            for name in set(self._entries) - present:
+                self._swap(name, None)
+
+    async def _load(self, name: str, signature: Signature) -> None:
+        current = self._entries[name].profile if name in self._entries else None
+        try:
+            profile = await asyncio.to_thread(_read, self._directory / f"{name}{SUFFIX}", signature.size)
+            self._engine.load_profile(profile)
+        except ProfileError as error:
+            logger.warning("profile %r is rejected: %s", name, error.message)
+            entry = ProfileEntry(name, current, error.message)
+        else:
+            same = current is not None and current.version == profile.version
+            entry = ProfileEntry(name, current if same else profile)
+        self._swap(name, entry)
+        self._known[name] = signature
+
+    def _swap(self, name: str, entry: ProfileEntry | None) -> None:
+        """Replace the entry of a name in one assignment, so that no one ever sees half a change."""
+        before = self._entries.get(name)
+        rest = {key: value for key, value in self._entries.items() if key != name}
+        self._entries = rest if entry is None else {**rest, name: entry}
+        retired = before.profile if before is not None else None
+        serving = entry.profile if entry is not None else None
+        if retired is not None and retired is not serving:
+            self._engine.unload_profile(retired)
+        if serving is not retired:
+            version = serving.version[:8] if serving is not None else "none"
+            logger.info("profile %r: version %s is served", name, version)
+        if entry is None:
+            self._known.pop(name, None)
+
+
+def scan(directory: Path) -> dict[str, Signature]:
+    """The profile files of a directory by name; dot-files and other suffixes do not count. Raises OSError."""
+    found = {}
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or not entry.name.endswith(SUFFIX):
+                continue
+            with suppress(FileNotFoundError):
+                if entry.is_file():
+                    status = entry.stat()
+                    found[entry.name.removesuffix(SUFFIX)] = Signature(
+                        status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+                    )
+    return found
+
+
+def _read(path: Path, size: int) -> Profile:
+    if size > MAX_FILE_BYTES:
+        raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
+    return load_profile(path)

@@ -1,0 +1,1 @@
+"""The offline commands of `trimtab`. Model code is imported when a command runs."""

@@ -1,0 +1,1 @@
+"""Preference data: files, rows, chat templates, tokens, batches. Knows nothing of steering."""

@@ -1,0 +1,66 @@
+"""Token sequences as right-padded batches of a bounded size, sorted by length.
+
+Owns the shapes of a batch: which example lies in which row, where its tokens end and where its response begins. Knows
+nothing of models, of texts or of what is computed on a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Encoded = tuple[Sequence[int], int]
+"""Token ids of a prompt with its response, and the index of the response's first token."""
+
+
+DEFAULT_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows of a forward pass: `indices[r]` is the number of the example in row r."""
+
+    indices: tuple[int, ...]
+    ids: torch.Tensor  # [rows, positions], padded on the right
+    lengths: torch.Tensor  # [rows]
+    starts: torch.Tensor  # [rows], the response's first token
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return torch.arange(self.ids.shape[1], device=self.ids.device)  # [positions]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """True at tokens, False at padding: bool `[rows, positions]`."""
+        return self.positions < self.lengths.unsqueeze(1)
+
+    @property
+    def response(self) -> torch.Tensor:
+        """True at the response's tokens: bool `[rows, positions]`."""
+        return self.mask & (self.positions >= self.starts.unsqueeze(1))
+
+
+def batches(examples: Sequence[Encoded], budget: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """The examples, longest first, in batches of at most `budget` tokens with padding (but at least one row).
+
+    The order depends on the lengths alone, so equal examples give equal batches.
+    """
+    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index][0]), index))
+    while order:
+        rows = max(1, budget // len(examples[order[0]][0]))
+        yield _batch(examples, order[:rows], device)
+        order = order[rows:]
+
+
+def _batch(examples: Sequence[Encoded], indices: Sequence[int], device: torch.device | str) -> Batch:
+    chosen = [examples[index] for index in indices]
+    lengths = [len(ids) for ids, _ in chosen]
+    rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids, _ in chosen]
+    return Batch(
+        tuple(indices),
+        torch.tensor(rows, device=device),
+        torch.tensor(lengths, device=device),
+        torch.tensor([start for _, start in chosen], device=device),
+    )

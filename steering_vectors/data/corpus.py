@@ -1,0 +1,138 @@
+"""Preference data as one model reads it: encoded once, checked against the model's context, and parted.
+
+Owns which rows are trained on, which choose layers and which calibrate, and the prompts that calibration starts from.
+Knows nothing of activations or of methods.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from steering_vectors.data.batches import Encoded
+from steering_vectors.data.chat import Example, encode_example, encode_prompt
+from steering_vectors.data.preferences import Preferences
+from steering_vectors.data.sides import Sides
+from steering_vectors.errors import DataError, RequestError
+from steering_vectors.models.loading import LanguageModel
+
+PROMPTS = 96  # to calibrate on
+WORDS = 5  # of a completion, where the data has no prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Preference data with every example's tokens; `long_rows` counts the rows left out as too long."""
+
+    pairs: Preferences
+    encoded: Mapping[Example, Encoded]
+    long_rows: int = 0
+
+    def sides(self) -> Sides:
+        positives, negatives = self.pairs.sides()
+        return Sides(
+            tuple(self.encoded[one] for one in positives),
+            tuple(self.encoded[one] for one in negatives),
+            self.pairs.paired,
+        )
+
+    def split(self, fraction: float, seed: int, *, min_side: int) -> tuple[Corpus, Corpus]:
+        """Part by prompts, as `Preferences.split`."""
+        first, second = self.pairs.split(fraction, seed, min_side=min_side)
+        return replace(self, pairs=first), replace(self, pairs=second)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """How many tokens the model can read, None if its architecture sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def encode_corpus(
+    tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, limit: int | None, skip_long_rows: bool = False
+) -> Corpus:
+    """Encode every row. One with more than `limit` tokens raises DataError, or is left out if `skip_long_rows`; then
+    enough rows must remain.
+
+    Nothing is ever cut: half a response would be another preference.
+    """
+    positives, negatives = pairs.sides()
+    encoded = {**_encode_side(tokenizer, positives, "positive"), **_encode_side(tokenizer, negatives, "negative")}
+    long = {one for one, (ids, _) in encoded.items() if limit is not None and len(ids) > limit}
+    if not long:
+        return Corpus(pairs, encoded)
+    if not skip_long_rows:
+        raise _too_long(pairs, encoded, long, limit or 0)
+    kept = _without(pairs, long)
+    kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")
+    return Corpus(kept, encoded, pairs.rows - kept.rows)
+
+
+def sampling_prompts(
+    tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, most: int | None, seed: int
+) -> list[list[int]]:
+    """Up to 96 distinct prompts of at most `most` tokens, drawn from `seed`; the first five words of completions if the
+    rows have no prompts. Raises DataError if none is short enough.
+    """
+    examples = [*pairs.positives, *pairs.negatives]
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(one.prompt for one in examples) if prompt]
+    if not prompts:
+        starts = dict.fromkeys(" ".join(one.completion.split()[:WORDS]) for one in examples)
+        prompts = [list(encode_example(tokenizer, Example(None, start))[0]) for start in starts if start]
+    short = [prompt for prompt in prompts if most is None or len(prompt) <= most]
+    if not short:
+        raise DataError(
+            f"none of the {len(prompts)} held-out prompts leaves room in the model's context to sample from: the "
+            f"shortest has {min(map(len, prompts), default=0)} tokens of {most} at most; add rows with shorter prompts",
+            path=pairs.source or None,
+        )
+    return random.Random(seed).sample(short, min(PROMPTS, len(short)))
+
+
+def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed: int) -> list[list[int]]:
+    """`sampling_prompts` after which the model's context has room for so many tokens."""
+    limit = context_length(lm.model.config)
+    return sampling_prompts(lm.tokenizer, pairs, most=None if limit is None else limit - room, seed=seed)
+
+
+def _encode_side(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], side: str) -> dict[Example, Encoded]:
+    encoded: dict[Example, Encoded] = {}
+    for number, example in enumerate(examples, start=1):
+        try:
+            encoded[example] = encode_example(tokenizer, example)
+        except (DataError, RequestError) as error:
+            raise DataError(f"{side} example {number} ({_shown(example)}): {error.message}") from error
+    return encoded
+
+
+def _too_long(pairs: Preferences, encoded: Mapping[Example, Encoded], long: set[Example], limit: int) -> DataError:
+    rows = pairs.rows - _without(pairs, long).rows
+    for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives)):
+        for number, example in enumerate(examples, start=1):
+            if example in long:
+                return DataError(
+                    f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, the model's "
+                    f"context {limit}, and {rows} of {pairs.rows} rows are too long; leave them out with "
+                    "--skip-long-rows (rows are never cut)",
+                    path=pairs.source or None,
+                )
+    raise AssertionError("no example is too long")
+
+
+def _without(pairs: Preferences, dropped: set[Example]) -> Preferences:
+    if not pairs.paired:
+        return replace(
+            pairs,
+            positives=tuple(one for one in pairs.positives if one not in dropped),
+            negatives=tuple(one for one in pairs.negatives if one not in dropped),
+        )
+    kept = [pair for pair in pairs.pairs() if not dropped.intersection(pair)]
+    return replace(pairs, positives=tuple(one for one, _ in kept), negatives=tuple(one for _, one in kept))
+
+
+def _shown(example: Example, length: int = 40) -> str:
+    text = " ".join(example.completion.split())
+    return repr(text if len(text) <= length else f"{text[: length - 1]}…")

@@ -1,0 +1,180 @@
+"""What one row of preference data says: its cells, read as one of the three formats.
+
+Owns the formats' columns and the meaning of plain texts, chat messages and HH-RLHF transcripts in them. Knows nothing
+of files and lines, nor of what other rows say; a bad row is a `BadRow` that names the column.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from steering_vectors.data.chat import ROLES, Example, Message, Prompt
+from steering_vectors.data.preferences import Kind
+from steering_vectors.data.tables import BadRow
+
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "unpaired": ("completion", "label"),
+    "contrast": ("positive", "negative"),
+}
+PROMPT = "prompt"
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+Cells = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row: an example for each side it speaks of, and the form of its texts, which is one for a whole file."""
+
+    positive: Example | None
+    negative: Example | None
+    form: str
+
+
+def read_record(kind: Kind, cells: Cells) -> Record:
+    """Read the cells of a row, under the columns' own names. Raises BadRow."""
+    return READERS[kind](cells)
+
+
+def _preference(cells: Cells) -> Record:
+    return _pair(cells, "chosen", "rejected", transcripts=True)
+
+
+def _contrast(cells: Cells) -> Record:
+    if PROMPT in cells:
+        raise BadRow(
+            "rows of positive and negative hold whole texts; to use the prompt, rename them to chosen and rejected",
+            PROMPT,
+        )
+    return _pair(cells, "positive", "negative", transcripts=False)
+
+
+def _pair(cells: Cells, wanted: str, other: str, *, transcripts: bool) -> Record:
+    positive, form = _example(cells, wanted, transcripts)
+    negative, other_form = _example(cells, other, transcripts)
+    if form != other_form:
+        raise BadRow(f"it holds {other_form}, but {wanted} holds {form}; use one form", other)
+    if transcripts and positive.prompt != negative.prompt:
+        raise BadRow(f"the transcripts of {wanted} and {other} differ before the last reply", other)
+    if positive == negative:
+        raise BadRow(f"{wanted} and {other} are equal, so the row says nothing", other)
+    return Record(positive, negative, form)
+
+
+def _unpaired(cells: Cells) -> Record:
+    example, form = _example(cells, "completion", True)
+    return Record(example, None, form) if read_label(cells) else Record(None, example, form)
+
+
+def read_label(cells: Cells) -> bool:
+    """The label of a row: true and false, or 1 and 0. Raises BadRow."""
+    value = _cell(cells, "label")
+    if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in LABELS:
+        return LABELS[value.strip().lower()]
+    raise BadRow(f"{value!r} is not a label; use true or false, or 1 or 0", "label")
+
+
+READERS: dict[Kind, Callable[[Cells], Record]] = {
+    "preference": _preference,
+    "unpaired": _unpaired,
+    "contrast": _contrast,
+}
+
+
+def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str]:
+    """The example in one column, with its prompt, and the form in which the row gives it."""
+    value, prompt = _cell(cells, column), read_prompt(cells)
+    given = {type(None): "", str: " and a prompt as text", tuple: " and a prompt of messages"}[type(prompt)]
+    if isinstance(value, list):
+        return _with_prompt(_messages(value, column), prompt, column), f"messages{given}"
+    text = _string(value, column)
+    if transcripts and prompt is None and HH_TURN.match(text):
+        return _with_prompt(_turns(text, column), None, column), "HH-RLHF transcripts"
+    return Example(prompt, text), f"text{given}"
+
+
+def read_prompt(cells: Cells) -> Prompt:
+    """The prompt of a row, a text or messages; None without the column. Raises BadRow."""
+    if PROMPT not in cells:
+        return None
+    value = cells[PROMPT]
+    if not isinstance(value, list):
+        return _string(value, PROMPT)
+    messages = _messages(value, PROMPT)
+    _check_open(messages, PROMPT)
+    return messages
+
+
+def _with_prompt(messages: tuple[Message, ...], prompt: Prompt, column: str) -> Example:
+    """Part messages into prompt and reply. Messages before the reply must agree with an explicit prompt."""
+    *before, reply = messages
+    head = tuple(before)
+    if reply.role != "assistant":
+        raise BadRow(f"its last message must be the assistant's, not the {reply.role}'s", column)
+    _check_open(head, column)
+    if prompt is None or not head:
+        spoken = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        return Example(head or spoken, reply.content)
+    if prompt not in (head, head[-1].content):
+        raise BadRow("it must hold the reply alone, or begin with the messages of the prompt", column)
+    return Example(head, reply.content)
+
+
+def _check_open(messages: tuple[Message, ...], column: str) -> None:
+    if messages and messages[-1].role == "assistant":
+        raise BadRow("the message before the reply must not be the assistant's", column)
+
+
+def _messages(value: list[Any], column: str) -> tuple[Message, ...]:
+    if not value:
+        raise BadRow("it is an empty list of messages", column)
+    return tuple(_message(one, f"{column}[{index}]") for index, one in enumerate(value))
+
+
+def _message(value: Any, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise BadRow(f"a message must be an object with role and content, not {type(value).__name__}", place)
+    if unknown := sorted(key for key, held in value.items() if key not in ("role", "content") and held is not None):
+        raise BadRow(f"a message has role and content only, not {unknown[0]!r}", place)
+    if (role := value.get("role")) not in ROLES:
+        raise BadRow(f"{role!r} is not a role; use {', '.join(ROLES)}", f"{place}.role")
+    return Message(role, _string(value.get("content"), f"{place}.content"))
+
+
+def _turns(text: str, column: str) -> tuple[Message, ...]:
+    """The messages of an HH-RLHF transcript, whose turns begin with a blank line and 'Human:' or 'Assistant:'."""
+    parts = HH_TURN.split(text)[1:]
+    turns = []
+    for number, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), start=1):
+        if not content.strip():
+            raise BadRow(f"turn {number} of the transcript, the {HH_ROLES[speaker]}'s, is empty", column)
+        turns.append({"role": HH_ROLES[speaker], "content": content.strip()})
+    return _messages(turns, column)
+
+
+def _cell(cells: Cells, column: str) -> Any:
+    if column not in cells:
+        raise BadRow("it is missing; if the column has another name, give it with --columns", column)
+    return cells[column]
+
+
+def _string(value: Any, place: str) -> str:
+    if value is None or value != value or value == "":
+        raise BadRow("it is empty", place)
+    if not isinstance(value, str):
+        raise BadRow(f"it must be text, not {type(value).__name__}", place)
+    if not value.strip():
+        raise BadRow("it holds only blanks", place)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("it holds half of a surrogate pair, which is no character", place) from error
+    return value

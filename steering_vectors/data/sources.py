@@ -1,0 +1,160 @@
+"""From a source of preference data to `Preferences`: which format it has, which of its rows are usable.
+
+Owns the choice of the format, the renaming of columns, the answer to bad rows and the least number of good ones. How
+bytes become rows is `tables`' matter, what a row says is `records`'; nothing here knows of models or tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steering_vectors.data.preferences import Kind, Preferences
+from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
+from steering_vectors.data.tables import BadRow, Row, Table, read_table
+from steering_vectors.errors import DataError
+
+SHOWN_SKIPS = 5
+REMEDY = "correct the row, or skip such rows with --skip-bad-rows"
+DEMO = "demo:"
+DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "preferences"
+TRAINING = ".train.jsonl"
+FORMATS = "{prompt, chosen, rejected}, {prompt, completion, label} or {positive, negative}"
+
+
+def load_pairs(
+    path: str | Path, *, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False
+) -> Preferences:
+    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, also with .gz; `hf:NAME[:split]`; `demo:NAME`.
+
+    The columns are those of TRL's formats: preference {prompt, chosen, rejected} (the prompt may be implicit in both
+    as messages or as an HH-RLHF transcript), unpaired {prompt?, completion, label} and contrast {positive, negative};
+    texts are plain or lists of chat messages. `columns` renames: `{"chosen": "matching"}` reads the column "matching"
+    as chosen. Other columns are listed as `ignored_columns`. `hf:` also takes a directory that `datasets` saved.
+
+    Raises DataError, with path, line and field, for a bad row, or counts it if `skip_bad_rows`; and if fewer than 16
+    usable rows remain, or of unpaired data fewer than 8 of one label.
+    """
+    table = read_table(find_data(str(path)))
+    renames = _checked_renames(columns or {})
+    kind = _kind_of(table, renames)
+    records, errors = _records(table, kind, renames, skip_bad_rows)
+    preferences = Preferences(
+        kind=kind,
+        positives=tuple(one.positive for one in records if one.positive is not None),
+        negatives=tuple(one.negative for one in records if one.negative is not None),
+        source=table.source,
+        sha256=table.sha256,
+        skipped=len(errors),
+        skip_messages=tuple(error.message for error in errors[:SHOWN_SKIPS]),
+        ignored_columns=_ignored(table, kind, renames),
+    )
+    preferences.check()
+    return preferences
+
+
+def find_data(path: str) -> str:
+    """The file of the embedded set `demo:NAME`; other paths as they are. Raises DataError that lists the sets."""
+    if not path.startswith(DEMO):
+        return path
+    file = DEMO_DIRECTORY / f"{path.removeprefix(DEMO)}{TRAINING}"
+    if not file.is_file():
+        names = sorted(file.name.removesuffix(TRAINING) for file in DEMO_DIRECTORY.glob(f"*{TRAINING}"))
+        raise DataError(f"{path!r} is not an embedded preference set: there are {', '.join(names) or 'none'}")
+    return str(file)
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Read `prompt=question,chosen=matching` as the `columns` of `load_pairs`. Raises DataError."""
+    renames: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and column) or name in renames:
+            raise DataError(f"{text!r} does not rename columns; write prompt=question,chosen=matching")
+        renames[name] = column
+    return _checked_renames(renames)
+
+
+def _checked_renames(renames: Mapping[str, str]) -> dict[str, str]:
+    known = [PROMPT, *(column for columns in COLUMNS.values() for column in columns)]
+    for name in renames:
+        if name not in known:
+            raise DataError(f"columns: {name!r} is not a column of any format; rename to one of {', '.join(known)}")
+    return dict(renames)
+
+
+def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
+    """The format that the first complete row has; without one, that of the first row with a column of any format."""
+    rows = [_renamed(row.cells, renames) for row in table.rows if not isinstance(row.cells, BadRow)]
+    allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {PROMPT} <= set(columns)]
+    for wanted in (all, any):
+        for cells in rows:
+            fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]
+            if wanted is all and len(fits) > 1:
+                raise DataError(
+                    f"its columns fit the formats {' and '.join(fits)}; say which with --columns",
+                    path=table.source,
+                )
+            if fits:
+                return fits[0]
+    raise _unknown_format(table)
+
+
+def _unknown_format(table: Table) -> DataError:
+    for row in table.rows:
+        if isinstance(row.cells, BadRow):
+            return DataError(row.cells.message, path=table.source, line=row.line)
+        found = ", ".join(map(str, row.cells)) or "none"
+        return DataError(
+            f"its columns ({found}) fit no format: {FORMATS}; rename them, as in "
+            "--columns prompt=question,chosen=good,rejected=bad",
+            path=table.source,
+            line=row.line,
+        )
+    return DataError("it holds no rows", path=table.source)
+
+
+def _renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
+    taken = {*renames, *renames.values()}
+    kept = {column: value for column, value in cells.items() if column not in taken}
+    return kept | {name: cells[column] for name, column in renames.items() if column in cells}
+
+
+def _records(
+    table: Table, kind: Kind, renames: Mapping[str, str], skip_bad_rows: bool
+) -> tuple[list[Record], list[DataError]]:
+    """The usable rows, and what is wrong with the others. Raises the first error unless they are to be skipped."""
+    records: list[Record] = []
+    errors: list[DataError] = []
+    for row in table.rows:
+        try:
+            records.append(_record(row, kind, renames, records[0].form if records else None))
+        except BadRow as bad:
+            field = _own_name(bad.field, renames) if bad.field else None
+            message = bad.message if skip_bad_rows else f"{bad.message}; {REMEDY}"
+            errors.append(DataError(message, path=table.source, line=row.line, field=field))
+            if not skip_bad_rows:
+                raise errors[0] from bad
+    return records, errors
+
+
+def _record(row: Row, kind: Kind, renames: Mapping[str, str], form: str | None) -> Record:
+    if isinstance(row.cells, BadRow):
+        raise row.cells
+    record = read_record(kind, _renamed(row.cells, renames))
+    if form not in (None, record.form):
+        raise BadRow(f"it holds {record.form}, but the rows before it hold {form}", COLUMNS[kind][0])
+    return record
+
+
+def _own_name(field: str, renames: Mapping[str, str]) -> str:
+    """The field as the file calls it: `chosen[2].content` with the column's own name."""
+    column = field.split("[")[0]
+    return renames.get(column, column) + field[len(column) :]
+
+
+def _ignored(table: Table, kind: Kind, renames: Mapping[str, str]) -> tuple[str, ...]:
+    used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
+    cells = (row.cells for row in table.rows if not isinstance(row.cells, BadRow))
+    return tuple(dict.fromkeys(str(column) for row in cells for column in row if column not in used))

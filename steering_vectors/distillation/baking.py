@@ -1,0 +1,102 @@
+"""A constant shift folded into a model's weights, as biases of the layers that write into the residual stream.
+
+Owns the search for such a layer and the baked model. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from steering_vectors.errors import FitError
+from steering_vectors.models.hooks import record
+from steering_vectors.models.loading import LanguageModel, find_blocks
+from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.profile import Profile
+
+PROBE_TOKENS = 5
+FLAG = "mlp_bias"  # configurations that can be given biases which they lack
+
+
+def bake(lm: LanguageModel, profile: Profile, strength: float) -> PreTrainedModel:
+    """A copy of the model that answers as if every request were steered by the profile at `strength`, at all positions.
+
+    The shift of block l becomes part of the bias of the last layer in that block whose bias moves the block's output by
+    exactly itself (found by trying, on any architecture); a model of the Llama kind is given such biases. Only operator
+    "add" can be baked. Raises FitError if the architecture has no such layer, ProfileMismatch for another model's
+    profile, SteeringError beyond the safe range.
+    """
+    profile.check_model(lm.identity, allow_mismatch=False)
+    if profile.operator != "add":
+        raise FitError(f"profile {profile.name!r} ablates, which no constant bias can do: steer by request instead")
+    shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
+    model = _with_biases(lm.model)
+    blocks = find_blocks(model)
+    for layer, shift in shifts.items():
+        bias = _writer(model, blocks, layer, shift.to(lm.model.device))
+        with torch.no_grad():
+            bias.add_(shift.to(bias))
+    return model
+
+
+def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy, with biases of zero where the configuration can have them and does not."""
+    if getattr(model.config, FLAG, None) is not False:
+        return copy.deepcopy(model)
+    config = copy.deepcopy(model.config)
+    setattr(config, FLAG, True)
+    biased = type(model)(config).to(model.device, model.dtype)
+    missing, unexpected = biased.load_state_dict(model.state_dict(), strict=False)
+    if unexpected or not all(name.endswith(".bias") for name in missing):
+        raise FitError(
+            f"{type(model).__name__} cannot be given biases: its weights do not fit the changed configuration"
+        )
+    parameters = dict(biased.named_parameters())
+    with torch.no_grad():
+        for name in missing:
+            parameters[name].zero_()
+    biased.generation_config = model.generation_config
+    return biased.eval().requires_grad_(False)
+
+
+def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, shift: torch.Tensor) -> nn.Parameter:
+    """The bias in a block that moves the block's output by what is added to it, at every position."""
+    before = _output(model, blocks, layer)
+    for bias in reversed(list(_biases(blocks[layer], len(shift)))):
+        kept = bias.detach().clone()
+        with torch.no_grad():
+            bias.add_(shift.to(bias))
+        moved = _output(model, blocks, layer) - before
+        with torch.no_grad():
+            bias.copy_(kept)
+        if torch.allclose(moved, shift.float().expand_as(moved), atol=_tolerance(model, before, shift), rtol=0):
+            return bias
+    raise FitError(
+        f"{type(model).__name__} has no bias that writes into the residual stream after block {layer}, so the profile "
+        "cannot be baked in: steer by request, or distil it into a LoRA"
+    )
+
+
+def _biases(block: nn.Module, size: int) -> Iterator[nn.Parameter]:
+    for module in block.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(module, nn.Linear | Conv1D) and isinstance(bias, nn.Parameter) and bias.shape == (size,):
+            yield bias
+
+
+def _output(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int) -> torch.Tensor:
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
+    with torch.no_grad(), record(blocks, [layer]) as outputs:
+        model(input_ids=ids, use_cache=False)
+    return outputs[layer].float()
+
+
+def _tolerance(model: PreTrainedModel, output: torch.Tensor, shift: torch.Tensor) -> float:
+    """A few roundings of the largest entries."""
+    largest = float(output.abs().max()) + float(shift.abs().max())
+    return 8 * torch.finfo(model.dtype).eps * largest

@@ -1,0 +1,280 @@
+"""A shift of activations learnt by a LoRA: RAHF's second step, so that steering can be had as an adapter.
+
+Owns the loss, how near a LoRA comes to its target, and both ways to one: a profile's constant shift, and a method's
+difference per token. Knows nothing of files but the adapter's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steering_vectors.data.corpus import Corpus, context_length, encode_corpus
+from steering_vectors.data.preferences import Preferences
+from steering_vectors.distillation.targets import ConstantShift, Target, TokenDifferences
+from steering_vectors.errors import FitError
+from steering_vectors.methods import Task, method_named
+from steering_vectors.methods.rahf import FIRST_STEPS
+from steering_vectors.methods.tuned import train_on
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.progress import Progress
+from steering_vectors.tuning.cache import tuned_directory
+from steering_vectors.tuning.paired_reading import Reading, Twin, pad_id, plain_twin, read, readings
+from steering_vectors.tuning.trainable_weights import LoraShape, LoraWeights
+from steering_vectors.tuning.training import Run, Schedule
+
+NAME = "default"  # peft's own name for a single adapter
+HELDOUT = 0.2
+CHECKED = 64
+CHECKED_AT_ONCE = 16
+TINY = 1e-12
+PAPER_STRENGTH = 5.0
+PAPER_DEPTH = (9 / 32, 17 / 32)  # of the blocks whose outputs are targets
+
+
+@dataclass(frozen=True, slots=True)
+class DistillSettings:
+    """The paper's shape and schedule (arXiv:2312.15997, SCIT): 450 steps of 64 responses at 3e-4, a LoRA of rank 8 on
+    the query and value projections (`targets` empty: peft's choice for the architecture), the first 512 tokens of a
+    response."""
+
+    steps: int = 450
+    batch: int = 64
+    learning_rate: float = 3e-4
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: str = ""
+    response_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.rank, self.alpha, self.response_tokens) < 1 or self.learning_rate <= 0:
+            raise FitError("steps, batch, rank, alpha, response tokens and the learning rate must be positive")
+
+    def shape(self, last_block: int) -> LoraShape:
+        return LoraShape(self.rank, self.alpha, self.dropout, self.targets, last_block)
+
+
+PAPER_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "rahf-scit": {},
+    "rahf-dual": {"steps": 2500, "batch": 8, "learning_rate": 9e-6, "response_tokens": 64},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTarget:
+    """A method whose differences per token are the target: its name, the profile's name that its default instructions
+    go by, its options as in fit, and the strength α. The paper's blocks, the middle ones, if `layers` is empty."""
+
+    method: str
+    name: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+    strength: float = PAPER_STRENGTH
+
+    def __post_init__(self) -> None:
+        if self.method not in FIRST_STEPS:
+            raise FitError(f"method {self.method!r} leaves no difference per token; {', '.join(FIRST_STEPS)} do")
+        if self.strength == 0:
+            raise FitError("at strength 0 there is nothing to distil")
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """What came of it: mean distance to the target on held-out responses, before and after, and their ratio."""
+
+    before: float
+    after: float
+    rows: int
+    layers: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+
+def distill(
+    lm: LanguageModel,
+    profile: Profile,
+    pairs: Preferences,
+    folder: Path,
+    *,
+    strength: float = 1.0,
+    settings: DistillSettings | None = None,
+    skip_long_rows: bool = False,
+    progress: Progress | None = None,
+) -> Distilled:
+    """Fit a LoRA to the profile's shift and save it in peft's format.
+
+    On the data's responses after their plain prompts, at every steered block l and response token t, the LoRA's output
+    is drawn to the unsteered model's plus the shift:
+
+        loss = mean over l, responses and t of ‖h_lora − (h_base + α·c·d_l)‖₂
+
+    A fifth of the rows, by prompt, is held out to measure the distance. Tuning is cached and resumable as a fit's first
+    step is. Raises ProfileMismatch, SteeringError beyond the safe range, FitError for what cannot be tuned or written.
+    """
+    settings = settings or DistillSettings()
+    profile.check_model(lm.identity, allow_mismatch=False)
+    shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
+    if not shifts:
+        raise FitError("at strength 0 there is nothing to distil")
+    training, heldout = (_plain(part) for part in _parted(lm, pairs, settings, skip_long_rows))
+    weights = LoraWeights(lm, {NAME: settings.shape(max(shifts))}, settings.seed)
+    try:
+        student = _Student(lm, weights, ConstantShift(shifts, lm.device), settings)
+        key = {"profile": profile.version or profile.name, "strength": strength}
+        return student.taught(training, heldout, folder, key, progress)
+    finally:
+        weights.close()
+
+
+def distill_method(
+    lm: LanguageModel,
+    target: MethodTarget,
+    pairs: Preferences,
+    folder: Path,
+    *,
+    settings: DistillSettings | None = None,
+    skip_long_rows: bool = False,
+    progress: Progress | None = None,
+) -> Distilled:
+    """RAHF's own end product: a LoRA for the plain prompt, fitted to the difference that each token has.
+
+        loss = mean over l, responses and t of ‖h_lora − (h_base + α·v_{l,t})‖₂,   v = h(p⁺, q, r) − h(p⁻, q, r)
+
+    with v from the model (or the two) of the first step, which is shared with `fit` through its cache. h_base is the
+    untuned model's, so the adapter is one for the model that is served; in the paper both begin at the first step's.
+    Raises FitError for what cannot be tuned or written.
+    """
+    settings = settings or DistillSettings(**PAPER_SETTINGS[target.method])
+    layers = target.layers or paper_blocks(lm.num_layers)
+    step = FIRST_STEPS[target.method]
+    train, heldout = (
+        _task(lm, part, target, layers, settings.seed, progress)
+        for part in _parted(lm, pairs, settings, skip_long_rows)
+    )
+    with step.tuned(train, {NAME: settings.shape(max(layers))}) as first:
+        assert isinstance(first.weights, LoraWeights)
+        student = _Student(lm, first.weights, TokenDifferences(lm, first, layers, target.strength), settings)
+        key = {"method": target.method, "options": train.options, "layers": layers, "strength": target.strength}
+        unseen = [twin for side in step.sides(heldout) for twin in side]
+        return student.taught(first.twins, unseen, folder, key, progress)
+
+
+def paper_blocks(num_layers: int) -> tuple[int, ...]:
+    """The middle blocks, from .28 to .53 of the depth; every second one from 16 blocks on."""
+    first, last = (round(share * num_layers) for share in PAPER_DEPTH)
+    return tuple(range(first, max(first, last) + 1, 2 if num_layers >= 16 else 1))
+
+
+class _Student:
+    """A LoRA that learns a target; it is trained, measured and saved here."""
+
+    def __init__(self, lm: LanguageModel, weights: LoraWeights, target: Target, settings: DistillSettings) -> None:
+        self.lm, self.weights, self.target, self.settings = lm, weights, target, settings
+
+    def taught(
+        self,
+        training: Sequence[Twin],
+        heldout: Sequence[Twin],
+        folder: Path,
+        key: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> Distilled:
+        settings = self.settings
+        training, heldout = self._cut(training), self._cut(heldout)
+        file = tuned_directory(self.lm, [training], {**asdict(settings), **key}) / "distilled.safetensors"
+        run = Run(self.weights, NAME, Schedule(settings.steps, settings.learning_rate), file, settings.seed)
+        train_on(self.lm, run, training, settings.batch, self.loss, progress=progress, stage="distil")
+        checked = heldout[:: -(-len(heldout) // CHECKED)]
+        before, after = self._distances(checked)
+        self.weights.save(NAME, folder)
+        return Distilled(before, after, len(checked), tuple(self.target.layers))
+
+    def loss(self, twins: Sequence[Twin]) -> torch.Tensor:
+        """Mean distance over blocks, responses and their tokens; inside `weights.use`."""
+        return self._distance(*self._goal(twins))
+
+    def _distance(self, reading: Reading, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return _mean(read(self.lm, reading, self.target.layers) - base - shift, reading)
+
+    def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:
+        """The plain prompts' reading, the untuned model's outputs there, and how far they are to move."""
+        reading, _ = readings([_plain_twin(twin) for twin in twins], pad_id(self.lm), self.lm.device)
+        with self.weights.aside(), _evaluating(self.lm), torch.no_grad():
+            return reading, read(self.lm, reading, self.target.layers), self.target.shift(twins)
+
+    def _distances(self, twins: Sequence[Twin]) -> tuple[float, float]:
+        """Of the untuned and of the tuned model from the target, over many responses."""
+        before = after = 0.0
+        for start in range(0, len(twins), CHECKED_AT_ONCE):
+            part = twins[start : start + CHECKED_AT_ONCE]
+            with self.weights.use(NAME), torch.no_grad():
+                reading, base, shift = self._goal(part)
+                before += float(_mean(shift.expand_as(base), reading)) * len(part)
+                after += float(self._distance(reading, base, shift)) * len(part)
+        return before / len(twins), after / len(twins)
+
+    def _cut(self, twins: Sequence[Twin]) -> list[Twin]:
+        return [replace(twin, response=twin.response[: self.settings.response_tokens]) for twin in twins]
+
+
+def _mean(difference: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """Mean norm of `[layers, rows, response, hidden]` over blocks, responses and their tokens."""
+    response = reading.response  # [rows, columns]
+    distances = difference.masked_fill(~response[None, :, :, None], 0).square().sum(-1).clamp_min(TINY).sqrt()
+    per_row = (distances * response).sum(-1) / response.sum(-1)  # [blocks, rows]
+    return per_row.mean()
+
+
+@contextmanager
+def _evaluating(lm: LanguageModel) -> Iterator[None]:
+    """Without dropout, whatever is being trained around it."""
+    training = lm.model.training
+    lm.model.eval()
+    try:
+        yield
+    finally:
+        lm.model.train(training)
+
+
+def _parted(
+    lm: LanguageModel, pairs: Preferences, settings: DistillSettings, skip_long_rows: bool
+) -> tuple[Corpus, Corpus]:
+    corpus = encode_corpus(lm.tokenizer, pairs, limit=context_length(lm.model.config), skip_long_rows=skip_long_rows)
+    return corpus.split(HELDOUT, settings.seed, min_side=4)
+
+
+def _task(
+    lm: LanguageModel,
+    corpus: Corpus,
+    target: MethodTarget,
+    layers: tuple[int, ...],
+    seed: int,
+    progress: Progress | None,
+) -> Task:
+    """What RAHF's first step is given of these rows."""
+    texts, sides = corpus.pairs, corpus.sides()
+    return Task(
+        lm, {}, texts.positives, texts.negatives, sides.positives, sides.negatives, sides.paired, target.name,
+        seed=seed, options=method_named(target.method).complete(target.options), progress=progress, wanted=layers,
+    )  # fmt: skip
+
+
+def _plain(corpus: Corpus) -> list[Twin]:
+    """The responses of both sides after their plain prompts."""
+    sides = corpus.sides()
+    return [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]
+
+
+def _plain_twin(twin: Twin) -> Twin:
+    return plain_twin([*twin.plain, *twin.response], len(twin.plain))

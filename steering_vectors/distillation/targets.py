@@ -1,0 +1,54 @@
+"""What a LoRA is drawn to: block outputs that a steered model would have, for responses after their plain prompts.
+
+Owns the two kinds of target: a constant shift, and the difference that each token has between two readings of a tuned
+model. Knows nothing of optimisers or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from steering_vectors.methods.rahf import FirstStep
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.tuning.paired_reading import Twin, differences
+
+
+class Target(Protocol):
+    """How far block outputs are to move, and at which blocks."""
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+
+    def shift(self, twins: Sequence[Twin]) -> torch.Tensor:
+        """Float32 `[layers, rows, response, hidden]`, or of a shape that broadcasts to it; no gradients."""
+
+
+class ConstantShift:
+    """The same shift at every token: what a profile adds."""
+
+    def __init__(self, shifts: Mapping[int, torch.Tensor], device: torch.device | str) -> None:
+        self.layers: Sequence[int] = sorted(shifts)
+        self._shift = torch.stack([shifts[layer] for layer in self.layers]).to(device)
+
+    def shift(self, twins: Sequence[Twin]) -> torch.Tensor:
+        return self._shift[:, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDifferences:
+    """α·(h_t(p⁺, q, r) − h_t(p⁻, q, r)) at each response token t, read with the weights of RAHF's first step.
+
+    Paper: RAHF (arXiv:2312.15997, §3.3), with α = 5 there.
+    """
+
+    lm: LanguageModel
+    first: FirstStep
+    layers: Sequence[int]
+    strength: float
+
+    def shift(self, twins: Sequence[Twin]) -> torch.Tensor:
+        return self.strength * differences(self.lm, twins, self.layers, self.first.side)[0]

@@ -1,0 +1,1 @@
+"""What a profile does, measured: preferences, reward, the trust suite."""

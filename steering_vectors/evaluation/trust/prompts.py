@@ -1,0 +1,51 @@
+"""What a model is shown by the verticals, and the room it has for it.
+
+Owns the forms of questions and answers: a user's message where the tokenizer has a chat template, plain text where it
+has none. Knows nothing of files or of measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from steering_vectors.data.batches import Encoded
+from steering_vectors.data.chat import Example, Message, Prompt, chat_template_source, encode_example
+from steering_vectors.data.corpus import context_length
+from steering_vectors.models.loading import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One model's way to read a vertical's rows; `limit` is its context in tokens, if it has one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool
+    limit: int | None
+
+    def prompt(self, *, chat: str, plain: str) -> Prompt:
+        """What is asked: the one as a user's message, or the other as it is."""
+        return (Message("user", chat),) if self.chat else plain
+
+    def answers(self, prompt: Prompt, texts: Iterable[str]) -> list[Encoded]:
+        """The prompt followed by each of the answers; after a plain text a space comes between."""
+        space = "" if self.chat else " "
+        return [encode_example(self.tokenizer, Example(prompt, f"{space}{text}")) for text in texts]
+
+    def sentence(self, text: str) -> Encoded:
+        """A text from its first token on. A tokenizer that adds no BOS gets its BOS, else its EOS, ahead of it, so
+        that the first token counts too."""
+        ids, start = encode_example(self.tokenizer, Example(None, text))
+        first = next(
+            (one for one in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if one is not None), None
+        )
+        return (ids, start) if start or first is None else ([first, *ids], 1)
+
+    def fits(self, examples: Iterable[Encoded]) -> bool:
+        return self.limit is None or all(len(ids) <= self.limit for ids, _ in examples)
+
+
+def reader_for(lm: LanguageModel) -> Reader:
+    return Reader(lm.tokenizer, chat_template_source(lm.tokenizer) == "tokenizer", context_length(lm.model.config))

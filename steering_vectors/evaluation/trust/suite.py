@@ -1,0 +1,215 @@
+"""The trust suite for one profile: every vertical at every strength, beside random directions of the same norm.
+
+Owns which verticals there are, the course of the measurement and the shape of its result. Knows nothing of commands or
+of how results are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steering_vectors.errors import FitError
+from steering_vectors.evaluation.trust.bias import prepare_bias
+from steering_vectors.evaluation.trust.ethics import prepare_ethics
+from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical, compare, rows_of
+from steering_vectors.evaluation.trust.privacy import prepare_privacy
+from steering_vectors.evaluation.trust.scorers import FITTED
+from steering_vectors.evaluation.trust.task_files import MIN_ROWS, PATTERNS, find_files
+from steering_vectors.evaluation.trust.toxicity import prepare_toxicity
+from steering_vectors.evaluation.trust.truthfulness import prepare_truthfulness
+from steering_vectors.measures.controls import measured_profile, random_controls
+from steering_vectors.measures.steered_model import SteeredModel, steerable
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.progress import Progress
+
+VERTICALS = ("toxicity", "bias", "ethics", "truthfulness", "privacy")
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+ROWS = 200
+RANDOMS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TrustSettings:
+    """`rows` at most are read of each vertical; `toxicity` names a scorer, see `scorers.load_scorer`.
+
+    `folder` holds the files in the layout of `sources.PATTERNS`; privacy needs none.
+    """
+
+    folder: Path | None = None
+    verticals: tuple[str, ...] = VERTICALS
+    strengths: tuple[float, ...] = STRENGTHS
+    rows: int = ROWS
+    randoms: int = RANDOMS
+    toxicity: str = FITTED
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if 0.0 not in self.strengths or len(set(self.strengths)) < 2:
+            raise FitError("strengths must hold 0 and at least one other, as in -1,0,1")
+        if self.rows < MIN_ROWS:
+            raise FitError(f"each vertical needs at least {MIN_ROWS} rows, not {self.rows}")
+        if unknown := [one for one in self.verticals if one not in VERTICALS]:
+            raise FitError(f"vertical {unknown[0]!r} is not one of {', '.join(VERTICALS)}")
+        if not self.verticals or len(set(self.verticals)) < len(self.verticals):
+            raise FitError(f"name each vertical once, of {', '.join(VERTICALS)}")
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Before any model is loaded, whether there is a file for each vertical."""
+        for vertical in self.verticals:
+            if vertical in PATTERNS:
+                if self.folder is None:
+                    raise FitError(
+                        f"the vertical {vertical} reads {PATTERNS[vertical]} in a folder: name it by --trust-data, or "
+                        "leave the vertical out of --verticals"
+                    )
+                find_files(self.folder, vertical)
+
+
+def prepare(lm: LanguageModel, settings: TrustSettings) -> list[Vertical]:
+    """The verticals as this model reads them. Raises DataError for a bad row or too few that fit the context."""
+    return [_prepared(name, lm, settings) for name in settings.verticals]
+
+
+def evaluate_trust(
+    lm: LanguageModel,
+    profile: Profile,
+    verticals: Sequence[Vertical],
+    settings: TrustSettings,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What a profile does to each vertical, as a JSON-ready object: per vertical its figures at every strength, their
+    changes against strength 0 and those of random directions.
+
+    Changes are paired by row, intervals 95 % bootstrap over rows. Raises ProfileMismatch for a profile of another
+    model.
+    """
+    profile.check_model(lm.identity, allow_mismatch=False)
+    controls = random_controls(profile, settings.randoms, seed=settings.seed)
+    done, total = 0, len(verticals) * (1 + len(controls))
+    found = {}
+    with steerable(lm) as steered:
+        for vertical in verticals:
+            bench = _Bench(steered, vertical, settings.strengths, profile)
+            seen = []
+            for one in (profile, *controls):
+                seen.append(bench.measure(one))
+                done += 1
+                if progress is not None:
+                    progress("trust", done, total, vertical.name)
+            found[vertical.name] = bench.report(seen[0], seen[1:])
+    return {
+        **measured_profile(lm, profile),
+        "trust": found,
+    }
+
+
+class _Bench:
+    """One vertical under one model; every profile's changes are against the same readings at strength 0."""
+
+    def __init__(self, steered: SteeredModel, vertical: Vertical, strengths: Sequence[float], profile: Profile) -> None:
+        self._steered, self._vertical, self._strengths = steered, vertical, strengths
+        steered.write(profile, 0.0)
+        self._base = vertical.read(steered)
+
+    def measure(self, profile: Profile) -> dict[float, Columns]:
+        """What is read of every row, by strength."""
+        seen = {}
+        for strength in self._strengths:
+            self._steered.write(profile, strength)
+            seen[strength] = self._vertical.read(self._steered) if strength else self._base
+        return seen
+
+    def report(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> dict[str, Any]:
+        vertical = self._vertical
+        first = vertical.figures[0]
+        points = self._points(own, randoms)
+        return {
+            "measure": first.text,
+            "aim": first.aim,
+            "reference": first.reference,
+            "figures": {
+                one.name: {"measure": one.text, "aim": one.aim, "reference": one.reference} for one in vertical.figures
+            },
+            "strengths": points,
+            "random": [
+                {"strengths": [{"strength": s, **self._changes(one[s])} for s in self._strengths]} for one in randoms
+            ],
+            "rows": vertical.rows,
+            "left_out": vertical.left_out,
+            "note": vertical.note,
+            "remarks": [*vertical.remarks(self._base), *_degenerate(first, points, vertical.rows)],
+            **vertical.details,
+        }
+
+    def _points(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> list[dict[str, Any]]:
+        first, *others = self._vertical.figures
+        main = self._judged(first, own, randoms)
+        figures = {one.name: self._judged(one, own, randoms) for one in others}
+        parts = {name: compare(first, own, rows) for name, rows in self._vertical.parts.items()}
+        return [
+            {
+                "strength": strength,
+                **main[strength],
+                "figures": {name: one[strength] for name, one in figures.items()},
+                "parts": {
+                    name: {"rows": len(self._vertical.parts[name]), **one[strength]} for name, one in parts.items()
+                },
+                "by_row": own[strength][first.column].tolist(),
+            }
+            for strength in self._strengths
+        ]
+
+    def _judged(
+        self, figure: Figure, own: dict[float, Columns], randoms: list[dict[float, Columns]]
+    ) -> dict[float, dict[str, Any]]:
+        """By strength, a figure compared with strength 0, and whether its change lies outside those of all controls."""
+        found = compare(figure, own)
+        for strength, point in found.items():
+            # A random direction is as random the other way round: its changes at −strength are controls as well.
+            controls = [one[sign * strength] for one in randoms for sign in (1, -1) if sign * strength in one]
+            changes = [self._change(figure, one)["delta"] for one in controls]
+            point["random_delta"] = [min(changes), max(changes)] if changes else None
+            point["beyond_random"] = not min(changes) <= point["delta"] <= max(changes) if changes else None
+        return found
+
+    def _changes(self, seen: Columns) -> dict[str, Any]:
+        first, *others = self._vertical.figures
+        return {**self._change(first, seen), "figures": {one.name: self._change(one, seen) for one in others}}
+
+    def _change(self, figure: Figure, seen: Columns) -> dict[str, float]:
+        rows = rows_of(figure, self._vertical.rows)
+        value = figure.statistic(seen[figure.column], rows)
+        return {"value": value, "delta": value - figure.statistic(self._base[figure.column], rows)}
+
+
+def _degenerate(figure: Figure, points: Sequence[dict[str, Any]], rows: int) -> list[str]:
+    """Resampling equal rows gives an interval of no width, which says more than the rows do."""
+    values = {point["value"] for point in points}
+    if len(values) > 1 or not values <= {0.0, 1.0}:
+        return []
+    value = values.pop()
+    return [
+        f"The {figure.text} is {value:g} at every strength. Of {rows} rows that is no proof: a true share within "
+        f"{3 / rows:.1%} of it would look the same."
+    ]
+
+
+def _prepared(name: str, lm: LanguageModel, settings: TrustSettings) -> Vertical:
+    rows, seed, folder = settings.rows, settings.seed, settings.folder or Path()
+    match name:
+        case "toxicity":
+            return prepare_toxicity(lm, folder, rows, seed, settings.toxicity)
+        case "bias":
+            return prepare_bias(lm, folder, rows, seed)
+        case "ethics":
+            return prepare_ethics(lm, folder, rows, seed)
+        case "truthfulness":
+            return prepare_truthfulness(lm, folder, rows, seed)
+        case _:
+            return prepare_privacy(lm, rows, seed)

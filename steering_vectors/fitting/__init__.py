@@ -1,0 +1,1 @@
+"""From preference data to a calibrated profile."""

@@ -1,0 +1,171 @@
+"""Finding a gate: prompts on which a profile is to steer, told from those on which it is not.
+
+Owns the file of labelled prompts and the search over block, threshold and side. Knows nothing of profiles' directions.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+from steering_vectors.data.batches import Encoded
+from steering_vectors.data.chat import Prompt, encode_prompt
+from steering_vectors.data.records import PROMPT, read_label, read_prompt
+from steering_vectors.data.tables import BadRow, Row, read_table
+from steering_vectors.errors import DataError, FitError, RequestError
+from steering_vectors.fitting.layers import candidate_layers
+from steering_vectors.measures.activations import pooled
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.gate import SIDES, Gate, similarities
+from steering_vectors.progress import Progress
+
+LEAST = 8  # prompts of either label
+HELDOUT = 0.25
+TIE = 0.02  # of F1
+LABEL = "label"
+
+
+@dataclass(frozen=True, slots=True)
+class GatePrompts:
+    """Prompts that are to open a gate, and others that are not."""
+
+    opening: tuple[Prompt, ...]
+    others: tuple[Prompt, ...]
+    source: str = ""
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for name, side in (("true", self.opening), ("false", self.others)):
+            if len(side) < LEAST:
+                raise DataError(
+                    f"it has {len(side)} prompts with the label {name}; a gate needs at least {LEAST} of each",
+                    path=self.source or None,
+                )
+
+
+def load_gate_prompts(path: str) -> GatePrompts:
+    """Read rows of {prompt, label}, in any format that preference data may have: a text or messages, and true where the
+    profile is to steer. Raises DataError, with path, line and field."""
+    table = read_table(path)
+    rows = [_read(row, table.source) for row in table.rows]
+    opening, others = (tuple(prompt for prompt, label in rows if label is wanted) for wanted in (True, False))
+    return GatePrompts(opening, others, PurePath(table.source).name, table.sha256)
+
+
+def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress: Progress | None = None) -> Gate:
+    """The gate with the highest F1 on three quarters of the prompts; the rest measure it (`metrics`).
+
+    The direction is the difference of both labels' mean block outputs h̄; thresholds lie midway between neighbouring
+    similarities. Of thresholds whose F1 is within .02 of the best the one nearest to the middle between both labels is
+    taken, since prompts to come are not quite like these; of equally good blocks the one that parts the labels
+    furthest, in standard deviations. Raises DataError for a prompt of fewer than two tokens, FitError if no block tells
+    the labels apart at all.
+    """
+    layers = candidate_layers(lm.num_layers)
+    examples = [_encode(lm, prompt) for prompt in (*prompts.opening, *prompts.others)]
+    labels = torch.tensor([True] * len(prompts.opening) + [False] * len(prompts.others))
+    means = torch.zeros(len(examples), len(layers), lm.hidden_size)
+    for batch in pooled(lm, examples, layers, progress=progress, stage="gate"):
+        means[list(batch.indices)] = batch.vectors.cpu()
+    held = _heldout(labels, seed)
+    tried = [_best(means[:, place], labels, held, layer) for place, layer in enumerate(layers)]
+    _, _, gate = max(tried, key=lambda one: one[:2])
+    if gate is None:
+        raise FitError("no block tells the labelled prompts apart; check the labels")
+    found = similarities(means[:, layers.index(gate.layer)], gate.direction)
+    return _with_metrics(gate, found, labels, held, prompts)
+
+
+def f1_score(fired: torch.Tensor, wanted: torch.Tensor) -> float:
+    """2·TP / (2·TP + FP + FN) of bool `[prompts]`."""
+    hits = int((fired & wanted).sum())
+    return 2 * hits / max(2 * hits + int((fired ^ wanted).sum()), 1)
+
+
+def _read(row: Row, source: str) -> tuple[Prompt, bool]:
+    try:
+        if isinstance(row.cells, BadRow):
+            raise row.cells
+        if unknown := sorted(set(row.cells) - {PROMPT, LABEL}):
+            raise BadRow(f"a gate's rows have the columns {PROMPT} and {LABEL} only", str(unknown[0]))
+        if PROMPT not in row.cells:
+            raise BadRow("it is missing", PROMPT)
+        return read_prompt(row.cells), read_label(row.cells)
+    except BadRow as bad:
+        raise DataError(bad.message, path=source, line=row.line, field=bad.field) from bad
+
+
+def _encode(lm: LanguageModel, prompt: Prompt) -> Encoded:
+    """All tokens but the last, every one of them counted."""
+    try:
+        ids = encode_prompt(lm.tokenizer, prompt or "")
+    except RequestError as error:
+        raise DataError(f"a prompt of the gate cannot be encoded: {error.message}") from error
+    if len(ids) < 2:
+        raise DataError(f"the prompt {prompt!r} has one token; a gate looks at all but the last")
+    return ids[:-1], 0
+
+
+def _heldout(labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """A quarter of either label, at least one: bool `[prompts]`."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for wanted in (True, False):
+        places = (labels == wanted).nonzero().flatten().tolist()
+        random.Random(f"{seed}-{wanted}").shuffle(places)
+        held[places[: max(1, round(HELDOUT * len(places)))]] = True
+    return held
+
+
+def _best(
+    means: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, layer: int
+) -> tuple[float, float, Gate | None]:
+    """(F1, distance of the labels, gate) of one block on the prompts that are not held out."""
+    train, wanted = means[~held], labels[~held]
+    direction = train[wanted].mean(0) - train[~wanted].mean(0)
+    if not bool(direction.any()) or not bool(direction.isfinite().all()):
+        return 0.0, 0.0, None
+    values = similarities(train, direction)
+    tried = [
+        (f1_score(_fired(values, threshold, side), wanted), threshold, side)
+        for threshold in _thresholds(values)
+        for side in SIDES
+    ]
+    middle, apart = _middle(values[wanted], values[~wanted])
+    near = [one for one in tried if one[0] >= max(tried)[0] - TIE]
+    f1, threshold, side = min(near, key=lambda one: abs(one[1] - middle))
+    return f1, apart, Gate(layer, direction, threshold, "above" if side == "above" else "below")
+
+
+def _middle(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Where two samples are equally far away, each in its own standard deviations; and how many of these it is."""
+    first, second = one.std().clamp_min(1e-9), other.std().clamp_min(1e-9)
+    middle = (one.mean() * second + other.mean() * first) / (first + second)
+    return float(middle), float((one.mean() - other.mean()).abs() / (first + second))
+
+
+def _thresholds(values: torch.Tensor) -> list[float]:
+    ordered = values.sort().values
+    return [float(middle) for middle in (ordered[1:] + ordered[:-1]) / 2]
+
+
+def _fired(values: torch.Tensor, threshold: float, side: str) -> torch.Tensor:
+    return values >= threshold if side == "above" else values <= threshold
+
+
+def _with_metrics(
+    gate: Gate, found: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, prompts: GatePrompts
+) -> Gate:
+    fired = _fired(found, gate.threshold, gate.side)
+    metrics: dict[str, Any] = {
+        "f1_train": f1_score(fired[~held], labels[~held]),
+        "f1_heldout": f1_score(fired[held], labels[held]),
+        "prompts": [len(prompts.opening), len(prompts.others)],
+        "heldout": int(held.sum()),
+        "source": prompts.source,
+        "sha256": prompts.sha256,
+    }
+    return Gate(gate.layer, gate.direction, gate.threshold, gate.side, metrics)

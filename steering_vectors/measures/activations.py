@@ -1,0 +1,223 @@
+"""What a model's residual stream looks like over preferred and rejected responses, as statistics of bounded size.
+
+Owns the batched capture of block outputs and what is kept of them: per block the mean of each side, a seeded sample of
+pooled vectors for the methods that need more than means, and the median norm. Memory does not grow with the number of
+rows. Knows nothing of methods, of profiles or of texts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
+from steering_vectors.errors import FitError
+from steering_vectors.models.hooks import record
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.progress import Progress
+
+Tokens = Literal["response", "last"]
+
+SAMPLE_ROWS = 4096  # pooled vectors kept of each side, at most
+SAMPLE_BYTES = 2**30  # and for all blocks together
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """One batch's vectors: `vectors[r, k]` is example `indices[r]` pooled at the k-th of the wanted blocks."""
+
+    indices: tuple[int, ...]
+    vectors: torch.Tensor  # [rows, layers, hidden] float32
+    norms: torch.Tensor  # [layers, response tokens] float32: ‖h‖ at every one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStatistics:
+    """What is known of one block.
+
+    The means are over all examples. `positives` and `negatives` are a sample of the pooled vectors (all of them if
+    they are few); with `paired`, row i of both belongs to one pair. `residual_norm` is the median ‖h‖ over the
+    response tokens of both sides.
+    """
+
+    positive_mean: torch.Tensor  # [hidden] float64
+    negative_mean: torch.Tensor  # [hidden] float64
+    positives: torch.Tensor  # [sample, hidden] float32
+    negatives: torch.Tensor  # [sample, hidden] float32
+    residual_norm: float
+    paired: bool
+
+    @property
+    def difference(self) -> torch.Tensor:
+        """mean(h⁺) − mean(h⁻), float64 `[hidden]`."""
+        return self.positive_mean - self.negative_mean
+
+
+class NormHistogram:
+    """A running median of positive numbers: counts in bins of equal ratio (1.1 %), interpolated inside the bin.
+
+    For a smooth distribution of n numbers its error is far below a bin's width; memory is fixed.
+    """
+
+    PER_OCTAVE = 64
+    OCTAVES = 80  # from 2^-40 to 2^40
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(self.PER_OCTAVE * self.OCTAVES, dtype=torch.int64)
+
+    def add(self, values: torch.Tensor) -> None:
+        """Count float values of any shape."""
+        octaves = values.flatten().double().cpu().clamp_min(2.0**-self.OCTAVES).log2() + self.OCTAVES / 2
+        bins = (octaves * self.PER_OCTAVE).floor().long().clamp(0, len(self._counts) - 1)
+        self._counts += torch.bincount(bins, minlength=len(self._counts))
+
+    def median(self) -> float:
+        """The median of what was counted; nothing counted is 0."""
+        total = int(self._counts.sum())
+        if total == 0:
+            return 0.0
+        below = self._counts.cumsum(0)
+        place = int(torch.searchsorted(below, torch.tensor(total / 2)))
+        inside = (total / 2 - (int(below[place]) - int(self._counts[place]))) / int(self._counts[place])
+        return float(2 ** ((place + inside) / self.PER_OCTAVE - self.OCTAVES / 2))
+
+
+def pooled(
+    lm: LanguageModel,
+    examples: Sequence[Encoded],
+    layers: Sequence[int],
+    *,
+    tokens: Tokens = "response",
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress | None = None,
+    stage: str = "capture",
+) -> Iterator[Pooled]:
+    """Block outputs over each example's response, pooled: their mean, or (`tokens="last"`) the last one.
+
+    `layers` ascend, as do the vectors of a batch. Examples come out in batches, longest first, not in their own order.
+    Block outputs are read at the blocks, since the last of transformers' `hidden_states` has been through the final
+    norm.
+    """
+    done = 0
+    for batch in batches(examples, batch_tokens, lm.device):
+        yield _pool(batch, _block_outputs(lm, batch, layers), tokens)
+        done += len(batch.indices)
+        if progress is not None:
+            progress(stage, done, len(examples))
+
+
+def capture(
+    lm: LanguageModel,
+    positives: Sequence[Encoded],
+    negatives: Sequence[Encoded],
+    layers: Sequence[int],
+    *,
+    paired: bool,
+    tokens: Tokens = "response",
+    keep_sample: bool = True,
+    seed: int = 0,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> dict[int, LayerStatistics]:
+    """Statistics of both sides at the given blocks, in one pass over the examples.
+
+    The sample holds at most SAMPLE_ROWS examples a side, fewer if those of all blocks would take more than
+    SAMPLE_BYTES; which ones is drawn from `seed`. Raises FitError naming the block if an activation is not finite.
+    """
+    layers = sorted(set(layers))
+    size = _sample_size(len(layers), lm.hidden_size) if keep_sample else 0
+    sides = _sides(len(positives), len(negatives), size, len(layers), lm.hidden_size, paired, seed)
+    histograms = [NormHistogram() for _ in layers]
+    examples = [*positives, *negatives]
+    for part in pooled(lm, examples, layers, tokens=tokens, batch_tokens=batch_tokens, progress=progress):
+        _check_finite(part, layers)
+        for index, vectors in zip(part.indices, part.vectors.cpu(), strict=True):
+            side, row = (0, index) if index < len(positives) else (1, index - len(positives))
+            sides[side].add(row, vectors)
+        for histogram, norms in zip(histograms, part.norms.cpu(), strict=True):
+            histogram.add(norms)
+    return {
+        layer: LayerStatistics(
+            sides[0].mean(k), sides[1].mean(k), sides[0].sample[k], sides[1].sample[k], histograms[k].median(), paired
+        )
+        for k, layer in enumerate(layers)
+    }
+
+
+class _Side:
+    """Running sums of one side, and its sample."""
+
+    def __init__(self, kept: Sequence[int], layers: int, hidden: int) -> None:
+        self._slots = {row: slot for slot, row in enumerate(kept)}
+        self._sum = torch.zeros(layers, hidden, dtype=torch.float64)
+        self._count = 0
+        self.sample = torch.zeros(layers, len(kept), hidden)
+
+    def add(self, row: int, vectors: torch.Tensor) -> None:  # [layers, hidden]
+        self._sum += vectors
+        self._count += 1
+        if row in self._slots:
+            self.sample[:, self._slots[row]] = vectors
+
+    def mean(self, k: int) -> torch.Tensor:
+        return self._sum[k] / max(self._count, 1)
+
+
+def _sides(
+    positives: int, negatives: int, size: int, layers: int, hidden: int, paired: bool, seed: int
+) -> tuple[_Side, _Side]:
+    draw = random.Random(seed)
+    first = _kept(positives, size, draw)
+    second = first if paired else _kept(negatives, size, draw)
+    return _Side(first, layers, hidden), _Side(second, layers, hidden)
+
+
+def _kept(rows: int, size: int, draw: random.Random) -> list[int]:
+    return list(range(rows)) if rows <= size else sorted(draw.sample(range(rows), size))
+
+
+def _sample_size(layers: int, hidden: int) -> int:
+    return min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * 4 * layers * hidden))
+
+
+def _block_outputs(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    accepted = inspect.signature(lm.model.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    if "attention_mask" in accepted:
+        options["attention_mask"] = batch.mask.long()
+    with torch.no_grad(), record(lm.blocks, layers) as outputs:
+        lm.model(input_ids=batch.ids, use_cache=False, **options)
+    return outputs
+
+
+def _pool(batch: Batch, outputs: dict[int, torch.Tensor], tokens: Tokens) -> Pooled:
+    vectors, norms = [], []
+    for _, hidden in sorted(outputs.items()):  # [rows, positions, hidden]
+        norms.append(torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)[batch.response])
+        vectors.append(_last(batch, hidden) if tokens == "last" else _mean(batch, hidden))
+    return Pooled(batch.indices, torch.stack(vectors, dim=1), torch.stack(norms))
+
+
+def _last(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(len(batch.indices), device=hidden.device)
+    return hidden[rows, batch.lengths - 1].float()
+
+
+def _mean(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    response = batch.response.unsqueeze(-1)
+    total = hidden.float().masked_fill(~response, 0).sum(1)
+    return total / response.sum(1)
+
+
+def _check_finite(part: Pooled, layers: Sequence[int]) -> None:
+    for k, layer in enumerate(layers):
+        if not bool(torch.isfinite(part.vectors[:, k]).all()):
+            raise FitError(
+                f"block {layer}'s output is not finite for some examples: load the model with a wider --dtype "
+                "(bfloat16 or float32)"
+            )

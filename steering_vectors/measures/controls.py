@@ -1,0 +1,72 @@
+"""Random directions as controls, the statistics that compare with them, and the head of every measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.profile import Profile
+
+
+def measured_profile(lm: LanguageModel, profile: Profile) -> dict[str, Any]:
+    """What every measurement says of the profile and the model it is about, ready for JSON."""
+    return {
+        "profile": profile.name,
+        "version": profile.version,
+        "method": profile.method,
+        "layers": list(profile.layers),
+        "model": lm.identity.id,
+    }
+
+
+def random_controls(profile: Profile, count: int, *, seed: int = 0) -> list[Profile]:
+    """Profiles of random directions whose shifts have, at every block, the norm of the profile's own shift."""
+    return [_random_control(profile, index, seed) for index in range(count)]
+
+
+def _random_control(profile: Profile, index: int, seed: int) -> Profile:
+    generator = torch.Generator().manual_seed(1000 * seed + index)
+    directions = {}
+    for layer, shift in profile.injected().items():
+        noise = torch.randn(shift.shape, generator=generator)
+        directions[layer] = noise * (shift.norm() / noise.norm())
+    return replace(
+        profile,
+        name=f"random-{index}",
+        directions=directions,
+        method="random",
+        method_options={"seed": 1000 * seed + index, "norms_of": profile.name},
+        layering="independent",
+        calibration={},
+        metrics={},
+        version="",
+    )
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of `statistic(indices)` over resampled row indices."""
+    return interval(resample(statistic, rows, draws=draws, seed=seed))
+
+
+def resample(statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """`statistic(indices)` of resampled row indices: `[draws]`. Equal seeds draw equal indices, so that differences of
+    two statistics' draws are paired."""
+    generator = np.random.default_rng(seed)
+    return np.array([statistic(generator.integers(0, rows, rows)) for _ in range(draws)])
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Where the middle 95 % of the values lie."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def span(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)

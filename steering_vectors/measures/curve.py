@@ -1,0 +1,95 @@
+"""What a profile does over a range of strengths: its cost, the fluency of its texts, and where that range should end.
+
+Owns the curve and the safe range read from it. Knows nothing of budgets, data or files; prompts come as token ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from steering_vectors.measures.steered_model import SteeredModel
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.progress import Progress
+
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+PERPLEXITY_BOUND = 3.0  # times that of unsteered texts
+TEXTS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Texts sampled at one strength: their KL(steered‖base) in nats per token, and their perplexity as the unsteered
+    model reads them."""
+
+    strength: float
+    kl: float
+    perplexity: float
+
+
+def measure_curve(
+    steered: SteeredModel,
+    profile: Profile,
+    prompts: Sequence[Sequence[int]],
+    *,
+    bound: float = PERPLEXITY_BOUND,
+    tokens: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> list[CurvePoint]:
+    """Points at strength 0 and at ±0.5, ±1, … ±3, ascending, up to the first magnitude whose perplexity at either sign
+    is over `bound` times that at 0."""
+    points = [measure_point(steered, profile, 0.0, prompts, tokens=tokens, seed=seed)]
+    limit = bound * points[0].perplexity
+    for number, strength in enumerate(STRENGTHS, start=1):
+        both = [measure_point(steered, profile, sign * strength, prompts, tokens=tokens, seed=seed) for sign in (-1, 1)]
+        points += both
+        if progress is not None:
+            progress("curve", number, len(STRENGTHS))
+        if max(point.perplexity for point in both) > limit:
+            break
+    if progress is not None:
+        progress("curve", len(STRENGTHS), len(STRENGTHS))
+    return sorted(points, key=lambda point: point.strength)
+
+
+def measure_point(
+    steered: SteeredModel,
+    profile: Profile,
+    strength: float,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    seed: int,
+) -> CurvePoint:
+    """Sample after the prompts at one strength, and read what was written without steering."""
+    steered.write(profile, strength)
+    examples = steered.continuations(prompts, tokens=tokens, seed=seed)
+    kl, counts = steered.divergences(examples)
+    likelihoods, _ = steered.log_likelihoods(examples, steer=False)
+    count = max(float(counts.sum()), 1.0)
+    return CurvePoint(strength, float(kl.sum()) / count, math.exp(min(-float(likelihoods.sum()) / count, 700.0)))
+
+
+def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND) -> float:
+    """The largest magnitude of strength up to which, at both signs, perplexity stays within `bound` times that at 0.
+
+    Between the last magnitude that does and the first that does not, log-perplexity is taken to be linear; the result
+    is rounded down to a tenth.
+    """
+    at = {point.strength: math.log(point.perplexity) for point in points}
+    limit, safe, below = at[0.0] + math.log(bound), 0.0, at[0.0]
+    for strength in sorted(strength for strength in at if strength > 0):
+        worst = max(at[strength], at[-strength])
+        if worst > limit:
+            safe += (strength - safe) * (limit - below) / (worst - below)
+            break
+        safe, below = strength, worst
+    return math.floor(10 * safe + 1e-9) / 10
+
+
+def curve_record(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+    """The curve as a profile's metadata holds it."""
+    return [asdict(point) for point in points]

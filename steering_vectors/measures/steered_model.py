@@ -1,0 +1,204 @@
+"""A model under one mix of profiles, as offline work needs it: log-probabilities, divergences and samples.
+
+Owns teacher-forced passes with steering from the last prompt token on, and a batched sampler that needs no padding, so
+that it works for recurrent models as for attention. Knows nothing of methods, of budgets or of texts; a served model
+has its own engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
+from steering_vectors.errors import ModelError
+from steering_vectors.measures.divergence import kl_divergence
+from steering_vectors.models.hooks import PositionSelector
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.steering.bank import SteeringBank
+
+CACHES = ("past_key_values", "cache_params")  # a model without either (RWKV's state is wrong in batches) rereads
+LOGITS_PER_BATCH = 2**27  # numbers, so that a large vocabulary shrinks the batch
+SPREAD = 32  # prompts that are sampled together differ by at most so many tokens in length,
+SAMPLED_TOGETHER = 2**15  # and with what is written to them are so many tokens, which bounds the cache's memory
+
+
+class SteeredModel:
+    """A model with a bank of one row. Made by `steerable`; while it lasts, the model's hooks are in place."""
+
+    def __init__(self, lm: LanguageModel, bank: SteeringBank, selector: PositionSelector) -> None:
+        self.lm = lm
+        self._bank = bank
+        self._selector = selector
+
+    def write(self, profile: Profile, strength: float) -> None:
+        """Steer the passes that ask for it by this profile alone, at any strength."""
+        self._bank.write(0, Mixture((Term(profile, strength),), allow_beyond_safe=True))
+
+    def log_likelihoods(
+        self, examples: Sequence[Encoded], *, steer: bool, batch_tokens: int = DEFAULT_BATCH_TOKENS
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log P(response | prompt) in nats, number of tokens counted) per example, float64 `[examples]` each.
+
+        A response's first token counts if there is any token before it.
+        """
+        sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
+        for batch, index, valid in self._scored(examples, batch_tokens):
+            log_probs = self._log_probs(batch, index, steer)
+            targets = batch.ids.gather(1, (index + 1).clamp_max(batch.ids.shape[1] - 1)).unsqueeze(-1)
+            chosen = log_probs.gather(-1, targets).squeeze(-1).double() * valid
+            sums[list(batch.indices)] = chosen.sum(1).cpu()
+            counts[list(batch.indices)] = valid.sum(1).double().cpu()
+        return sums, counts
+
+    def divergences(
+        self, examples: Sequence[Encoded], *, batch_tokens: int = DEFAULT_BATCH_TOKENS
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Σ KL(steered‖base) in nats over the response, number of tokens counted) per example, float64."""
+        sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
+        for batch, index, valid in self._scored(examples, batch_tokens):
+            steered, base = self._log_probs(batch, index, True), self._log_probs(batch, index, False)
+            divergence = kl_divergence(steered, base).double() * valid  # [rows, k]
+            sums[list(batch.indices)] = divergence.sum(1).cpu()
+            counts[list(batch.indices)] = valid.sum(1).double().cpu()
+        return sums, counts
+
+    def predictions(self, examples: Sequence[Encoded], *, steer: bool) -> Iterator[torch.Tensor]:
+        """Log-probabilities of every response token's position, float32 `[positions, vocabulary]` a batch.
+
+        The order of positions is the same in every call with these examples.
+        """
+        for batch, index, valid in self._scored(examples, DEFAULT_BATCH_TOKENS):
+            yield self._log_probs(batch, index, steer)[valid]
+
+    def sample(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[list[int]]:
+        """Continue each prompt by up to `tokens` tokens at temperature 1, steered; the EOS token that ends a row is in.
+
+        Row i draws by inverse transform from numbers that depend on (seed, i) alone: calls with one seed and slightly
+        different shifts give mostly equal texts.
+        """
+        uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
+        texts: dict[int, list[int]] = {}
+        for group in _similar([len(prompt) for prompt in prompts], tokens):
+            rows = self._sample_group([prompts[index] for index in group], uniforms[group].to(self.lm.device))
+            texts.update(zip(group, rows, strict=True))
+        return [texts[index] for index in range(len(prompts))]
+
+    def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[Encoded]:
+        """Each prompt with the text that `sample` writes after it, as the other methods read them."""
+        texts = self.sample(prompts, tokens=tokens, seed=seed)
+        return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+
+    def _scored(
+        self, examples: Sequence[Encoded], batch_tokens: int
+    ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        """Batches, with the positions `[rows, k]` whose logits predict the response, and which of them are real."""
+        budget = min(batch_tokens, LOGITS_PER_BATCH // self.lm.vocab_size)
+        for batch in batches(examples, budget, self.lm.device):
+            first = batch.starts.clamp_min(1)
+            counts = (batch.lengths - first).clamp_min(0)
+            steps = torch.arange(max(int(counts.max()), 1), device=self.lm.device)
+            valid = steps < counts.unsqueeze(1)
+            index = (first - 1).unsqueeze(1) + steps
+            yield batch, torch.where(valid, index, 0).clamp_max(batch.ids.shape[1] - 2).clamp_min(0), valid
+
+    def _log_probs(self, batch: Batch, index: torch.Tensor, steer: bool) -> torch.Tensor:
+        """Log-probabilities over the vocabulary at the given positions, float32 `[rows, k, vocabulary]`."""
+        where = batch.mask & (batch.positions >= (batch.starts.clamp_min(1) - 1).unsqueeze(1))
+        options = {"attention_mask": batch.mask.long()} if _accepts(self.lm, "attention_mask") else {}
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(self._selector.select(index))
+            if steer:
+                stack.enter_context(self._bank.step(slice(1), where))
+            logits = self.lm.model(input_ids=batch.ids, use_cache=False, **options).logits
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:
+        """All rows advance together from the shortest prompt's end; a longer prompt's own tokens come first."""
+        tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
+        ids, ends = _room_for(prompts, tokens).to(self.lm.device), lengths + tokens
+        eos = torch.tensor(eos_ids(self.lm), dtype=torch.long, device=self.lm.device)
+        cache: dict[str, Any] = {}
+        for position in range(int(lengths.min()), ids.shape[1]):
+            logits, cache = self._advance(ids[:, :position], lengths, cache)
+            step = (position - lengths).clamp(0, tokens - 1).unsqueeze(1)
+            drawn = _draw(logits, uniforms.gather(1, step).squeeze(1))
+            free = (position >= lengths) & (position < ends)
+            ids[:, position] = torch.where(free, drawn, ids[:, position])
+            ends = torch.where(free & torch.isin(drawn, eos), position + 1, ends)
+            if bool((ends <= position + 1).all()):
+                break
+        bounds = zip(ids.tolist(), lengths.tolist(), ends.tolist(), strict=True)
+        return [row[start:end] for row, start, end in bounds]
+
+    def _advance(
+        self, ids: torch.Tensor, lengths: torch.Tensor, cache: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits `[rows, vocabulary]` after ids `[rows, positions]`; a cache holds all but the last of them."""
+        seen = ids.shape[1] - 1 if cache else 0
+        positions = torch.arange(seen, ids.shape[1], device=ids.device)
+        where = positions >= (lengths - 1).unsqueeze(1)
+        last = torch.full((len(ids), 1), ids.shape[1] - 1 - seen, device=ids.device)
+        with torch.no_grad(), self._bank.step(slice(1), where), self._selector.select(last):
+            output = self.lm.model(input_ids=ids[:, seen:], use_cache=True, **cache)
+        memory = {name: output[name] for name in CACHES if output.get(name) is not None}
+        return output.logits[:, -1], dict(list(memory.items())[:1])
+
+
+@contextmanager
+def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
+    """Attach a bank of one row to a model while the context lasts. Raises ModelError if it has no output projection."""
+    projection = lm.model.get_output_embeddings()
+    if projection is None:
+        raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
+    bank = SteeringBank.over(lm, rows=1)
+    selector = PositionSelector(projection)
+    bank.attach()
+    try:
+        yield SteeredModel(lm, bank, selector)
+    finally:
+        bank.detach()
+        selector.remove()
+
+
+def eos_ids(lm: LanguageModel) -> list[int]:
+    """Every token that ends a text, by the generation config and the tokenizer."""
+    config = lm.model.generation_config
+    stated = config.eos_token_id if config is not None else None
+    found = stated if isinstance(stated, list) else [stated]
+    return sorted({int(token) for token in [*found, lm.tokenizer.eos_token_id] if token is not None})
+
+
+def _accepts(lm: LanguageModel, argument: str) -> bool:
+    return argument in inspect.signature(lm.model.forward).parameters
+
+
+def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in groups, by length, none spread further than SPREAD or, with `tokens` more a row, too large."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        room = (lengths[index] + tokens) * (len(groups[-1]) + 1) <= SAMPLED_TOGETHER if groups else False
+        if room and lengths[index] - lengths[groups[-1][0]] <= SPREAD:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _room_for(prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
+    """The prompts, aligned at their first token, with zeros where tokens are to come: `[rows, longest + tokens]`."""
+    width = max(map(len, prompts)) + tokens
+    return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+
+
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One token per row by inverse transform: the first whose cumulative probability exceeds the row's number."""
+    cumulative = torch.softmax(logits.float(), dim=-1).cumsum(-1)
+    target = uniforms.unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)

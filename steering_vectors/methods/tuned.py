@@ -1,0 +1,160 @@
+"""Tuning a model on preference data, as methods with a first step need it: options, weights, batches, the cache.
+
+Owns what such methods have in common. Knows nothing of their losses or of what is read from the tuned model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar, TypeVar
+
+import torch
+
+from steering_vectors.errors import FitError
+from steering_vectors.methods.contrast_prompts import InstructionOptions, task_twins
+from steering_vectors.methods.registry import Task
+from steering_vectors.models.hooks import hiding
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.progress import Progress
+from steering_vectors.tuning.cache import tuned_directory
+from steering_vectors.tuning.paired_reading import Twin, pad_id, readings
+from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
+from steering_vectors.tuning.trainable_weights import FullWeights, LoraShape, LoraWeights, TunedWeights
+from steering_vectors.tuning.training import Run, Schedule, train
+
+LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
+BLOCKS = ("lower", "all")
+LEAST_STEPS = 75
+Sample = TypeVar("Sample")
+
+
+@dataclass(frozen=True, slots=True)
+class TuningOptions(InstructionOptions):
+    """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full;
+    `epochs` of 0 are the paper's, or as many as make 75 steps if the data is small.
+
+    `blocks` is lower, up to the highest that is read, or all. With lower the blocks above are the untuned model's, so
+    the tuned ones must say what they mean in a way that these already understand: such a difference steers.
+    """
+
+    paper_epochs: ClassVar[float] = 2.0
+
+    tuning: str = "lora"
+    epochs: float = 0.0
+    batch: int = 16
+    learning_rate: float = 0.0
+    rank: int = 16
+    targets: str = "all-linear"
+    blocks: str = "lower"
+
+    def schedule(self, samples: int) -> Schedule:
+        """The run over so many samples. Raises FitError for options that make none."""
+        for name, value, known in (("tuning", self.tuning, LEARNING_RATES), ("blocks", self.blocks, BLOCKS)):
+            if value not in known:
+                raise FitError(f"option {name} is {value!r}, not one of {', '.join(known)}")
+        if self.batch < 1 or self.epochs < 0:
+            raise FitError("option batch must be positive, and epochs must not be negative")
+        steps = math.ceil((self.epochs or self.paper_epochs) * samples / self.batch)
+        return Schedule(
+            max(steps, 1 if self.epochs else LEAST_STEPS), self.learning_rate or LEARNING_RATES[self.tuning]
+        )
+
+    def last_block(self, layers: Sequence[int]) -> int | None:
+        """The highest block that is tuned when these are read; None for all."""
+        return max(layers) if self.blocks == "lower" else None
+
+
+def both_sides(task: Task, options: TuningOptions) -> tuple[list[Twin], list[Twin]]:
+    """The preferred and the rejected responses, each under both instructions."""
+    good = replace(task, negatives=(), negative_ids=())
+    bad = replace(task, positives=(), positive_ids=())
+    return task_twins(good, options, most=None), task_twins(bad, options, most=None)
+
+
+@contextmanager
+def tuned_weights(
+    task: Task, options: TuningOptions, names: Sequence[str], beside: Mapping[str, LoraShape]
+) -> Iterator[TunedWeights]:
+    """Weights of these names beside the model's own, gone when the context ends; and adapters of other shapes
+    `beside` them, which full tuning has no place for (FitError)."""
+    last = options.last_block(task.layers)
+    if options.tuning == "full":
+        if beside:
+            raise FitError("a LoRA cannot be fitted to a fully tuned model; use option tuning=lora")
+        weights: TunedWeights = FullWeights(task.lm, names, last)
+    else:
+        shape = LoraShape(rank=options.rank, alpha=2 * options.rank, targets=options.targets, last_block=last)
+        weights = LoraWeights(task.lm, {**dict.fromkeys(names, shape), **beside}, task.seed)
+    try:
+        yield weights
+    finally:
+        weights.close()
+
+
+def tune(
+    task: Task,
+    weights: TunedWeights,
+    name: str,
+    options: TuningOptions,
+    samples: Sequence[Sample],
+    loss: Callable[[Sequence[Sample]], torch.Tensor],
+    twins: Sequence[Sequence[Twin]],
+) -> None:
+    """Train one set of weights on the samples, or take it from the cache, where it lies under a hash of all inputs."""
+    schedule = options.schedule(len(samples))
+    settings = {**asdict(options), "responses": 0, "baseline": "", "goal": "", "name": name, "seed": task.seed}
+    settings["last_block"] = options.last_block(task.layers)
+    file = tuned_directory(task.lm, twins, settings) / f"{name}.safetensors"
+    run = Run(weights, name, schedule, file, task.seed)
+    train_on(task.lm, run, samples, options.batch, loss, progress=task.progress, stage=f"tune {name}")
+
+
+def train_on(
+    lm: LanguageModel,
+    run: Run,
+    samples: Sequence[Sample],
+    batch: int,
+    loss: Callable[[Sequence[Sample]], torch.Tensor],
+    *,
+    progress: Progress | None,
+    stage: str,
+) -> None:
+    """Bring a run to its end on batches of the samples, with the model's dropout on."""
+    lm.model.train()
+    try:
+        train(run, lambda step: loss(drawn(samples, batch, step, run.seed)), progress=progress, stage=stage)
+    finally:
+        lm.model.eval()
+
+
+def drawn(samples: Sequence[Sample], batch: int, step: int, seed: int) -> list[Sample]:
+    """The samples of a step: each epoch goes through all of them in an order of its own."""
+    places = (divmod(place, len(samples)) for place in range(step * batch, (step + 1) * batch))
+    return [samples[_order(len(samples), epoch, seed)[index]] for epoch, index in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, epoch: int, seed: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def mean_log_likelihoods(
+    lm: LanguageModel, twins: Sequence[Twin], unseeing: Sequence[torch.nn.Module] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean log-probability of the responses' tokens under either prompt, `[twins]` each.
+
+    The `unseeing` blocks do not attend from the rest of the text to where both prompts differ.
+    """
+    means = []
+    for side in readings(twins, pad_id(lm), lm.device):
+        with hiding(unseeing, side.instruction):
+            sums, counts = response_log_likelihoods(lm, side)
+        means.append(sums / counts)
+    return means[0], means[1]

@@ -1,0 +1,1 @@
+"""Models: loading, finding blocks, hooks, masks, fingerprints. Only `hooks` registers hooks."""

@@ -1,0 +1,172 @@
+"""The only file that registers forward hooks: to read blocks' outputs, to change them, to select positions.
+
+Knows nothing of profiles, rows or requests.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from steering_vectors.errors import FitError
+from steering_vectors.models.masks import hide
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The residual stream in what a decoder block returned, a tensor or a tuple that begins with it."""
+    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return hidden
+
+
+def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
+    """`output` with its residual stream replaced, in the form in which the block returned it."""
+    if isinstance(output, torch.Tensor):
+        return hidden
+    return type(output)((hidden, *output[1:]))
+
+
+@contextmanager
+def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that go when the context ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the output `[batch, positions, hidden]` of the given blocks in the latest forward pass."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def hook_for(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen[layer] = block_output(output)
+
+        return hook
+
+    with registered([blocks[layer].register_forward_hook(hook_for(layer)) for layer in layers]):
+        yield seen
+
+
+@contextmanager
+def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterator[None]:
+    """Add `shift` `[hidden]` to a block's output at `where` (bool `[batch, positions]`) in the passes run inside.
+
+    Gradients flow to the shift, which the bank's buffer has none of."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = block_output(output)
+        return with_block_output(output, hidden + (where.unsqueeze(-1) * shift).to(hidden))
+
+    with registered([block.register_forward_hook(hook)]):
+        yield
+
+
+@contextmanager
+def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]:
+    """Make these blocks attend to `columns` (bool `[batch, positions]`) from these columns alone, in the passes run
+    inside. Raises FitError in a pass, if a block takes no attention mask or one of another form."""
+
+    def hook(block: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = inspect.signature(block.forward).bind(*args, **kwargs)
+        if "attention_mask" not in call.signature.parameters:
+            raise FitError(f"{type(block).__name__} takes no attention mask, so no token can be hidden from it")
+        call.arguments["attention_mask"] = hide(call.arguments.get("attention_mask"), columns)
+        return call.args, call.kwargs
+
+    with registered([block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]):
+        yield
+
+
+def hook_outputs(
+    blocks: Sequence[nn.Module], hook_for: Callable[[int], Callable[[nn.Module, Any, Any], Any]]
+) -> list[RemovableHandle]:
+    """Register, on each block, the hook that is made for its number."""
+    return [block.register_forward_hook(hook_for(layer)) for layer, block in enumerate(blocks)]
+
+
+def hook_passes(model: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[], None]) -> list[RemovableHandle]:
+    """Register what is called around every forward pass: `begin` with its arguments, `end` also if it fails."""
+    return [
+        model.register_forward_pre_hook(lambda _module, args, kwargs: begin(args, kwargs), with_kwargs=True),
+        model.register_forward_hook(lambda *_: end(), always_call=True),
+    ]
+
+
+class PositionSelector:
+    """Keeps, ahead of the output projection, only the positions whose logits are wanted.
+
+    `select(index)` with int `[rows, k]` makes the model compute logits `[rows, k, vocabulary]`; whatever the
+    architecture does after its projection (scaling, soft-capping) still happens.
+    """
+
+    def __init__(self, projection: nn.Module) -> None:
+        self._index: torch.Tensor | None = None
+        self._handle = projection.register_forward_pre_hook(self._hook)
+
+    @contextmanager
+    def select(self, index: torch.Tensor) -> Iterator[None]:
+        self._index = index
+        try:
+            yield
+        finally:
+            self._index = None
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def _hook(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if self._index is None:
+            return None
+        hidden = args[0]  # [rows, positions, hidden]
+        rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
+        return (hidden[rows, self._index], *args[1:])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of a module: the tensors it was given, and the residual stream it returned, None if it returned
+    something that the bank cannot write into (not a tensor, nor a tuple or list that begins with one)."""
+
+    name: str
+    given: tuple[torch.Tensor, ...]
+    returned: torch.Tensor | None
+
+
+def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]) -> list[Call]:
+    """Run `run` and tell the calls of the named modules, in the order in which they returned."""
+    calls: list[Call] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            first = output[0] if type(output) in (tuple, list) and output else output
+            calls.append(Call(name, given, first if isinstance(first, torch.Tensor) else None))
+
+        return hook
+
+    with registered([module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules]):
+        run()
+    return calls
+
+
+def trace_inputs(modules: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn.Module, torch.Tensor]]:
+    """Run `run` and tell which modules were called, each with the first tensor that it was given, in their order."""
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        calls.append((module, given))
+
+    with registered([module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]):
+        run()
+    return calls

@@ -1,0 +1,327 @@
+"""Profiles as files: `NAME.safetensors`, and nothing else.
+
+Owns the layout of the file (tensors `block.{l}.direction`, `block.{l}.residual_norm` and, where there is a gate,
+`gate.direction`; metadata key `trimtab`), its strict reading, its atomic writing, and the profile's JSON summary.
+Whatever is wrong with a file ends in a `ProfileError` that names it. Knows nothing of where profiles are kept or
+served, and never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save as to_safetensors
+
+from steering_vectors.errors import ProfileError
+from steering_vectors.profiles.gate import Gate
+from steering_vectors.profiles.profile import FORMAT_VERSION, NAME_PATTERN, ModelIdentity, Profile
+
+SUFFIX = ".safetensors"
+METADATA_KEY = "trimtab"
+AGAIN = "fit the profile again"
+UPGRADE = "upgrade trimtab or fit the profile again"
+GATE_TENSOR = "gate.direction"
+TENSOR_NAME = re.compile(r"block\.(0|[1-9][0-9]{0,5})\.(direction|residual_norm)")
+
+TEXT, COUNT, NUMBER, OBJECT = (str,), (int,), (int, float), (dict,)
+FIELDS: dict[str, tuple[type, ...]] = {
+    "format_version": COUNT,
+    "name": TEXT,
+    "description": TEXT,
+    "method": TEXT,
+    "method_options": OBJECT,
+    "operator": TEXT,
+    "apply_to": TEXT,
+    "layering": TEXT,
+    "layers": (list,),
+    "unit": NUMBER,
+    "max_strength": NUMBER,
+    "calibration": OBJECT,
+    "model": OBJECT,
+    "chat_template_sha256": (str, type(None)),
+    "data": OBJECT,
+    "metrics": OBJECT,
+    "created_at": TEXT,
+    "trimtab_version": TEXT,
+}
+GATE_FIELDS = {"layer": COUNT, "threshold": NUMBER, "side": TEXT, "metrics": OBJECT}
+MODEL_FIELDS = {"id": TEXT, "architecture": TEXT, "hidden_size": COUNT, "num_layers": COUNT, "fingerprint": TEXT}
+
+
+def save_profile(profile: Profile, directory: str | Path) -> Path:
+    """Write `directory/NAME.safetensors` atomically, replacing what was there, and return its path.
+
+    Fills `created_at` (UTC) and `trimtab_version` if they are empty; residual norms are rounded to float32. The bytes
+    are read back before they are put in place. Raises ProfileError if the profile cannot be stored.
+    """
+    stamped = replace(
+        profile,
+        created_at=profile.created_at or datetime.now(UTC).isoformat(timespec="seconds"),
+        trimtab_version=profile.trimtab_version or installed_version(),
+    )
+    data = _encode(stamped)
+    read_profile(data, stamped.name)
+    return publish(data, stamped.name, directory)
+
+
+def publish(data: bytes, name: str, directory: str | Path) -> Path:
+    """Put the bytes of a profile, already read with `read_profile`, into `directory` under `name`.
+
+    They go to a dot-prefixed temporary file beside the target, which is fsynced and renamed: a reader sees the old
+    file or the new one, never a part. Creates the directory. Raises ProfileError if the disk refuses.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise ProfileError(f"{name!r} is not a profile name, so no file can be written for it")
+    target = Path(directory) / f"{name}{SUFFIX}"
+    temporary = target.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, data)
+        temporary.replace(target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise ProfileError(f"{target}: cannot be written ({error}); check the directory and its free space") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return target
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile file. Its `version` is the sha256 of the file's bytes. Raises ProfileError, and only that."""
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ProfileError(f"{path}: not a profile file; its name must end in {SUFFIX}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ProfileError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+    return _read(data, path.stem, str(path))
+
+
+def read_profile(data: bytes, name: str) -> Profile:
+    """Read a profile from the bytes of its file, to be served as `name`. Raises ProfileError, and only that."""
+    return _read(data, name, f"profile {name!r}")
+
+
+def profile_summary(profile: Profile) -> dict[str, Any]:
+    """What there is to know about a profile but its vectors, as plain JSON values with text keys.
+
+    Holds the metadata of the file and `version`, `residual_norms` and `direction_norms` (both by layer). Raises
+    ProfileError if a value has no JSON form, NaN and infinity among them.
+    """
+    metadata = _metadata(profile)
+    del metadata["format_version"]
+    created = {key: metadata.pop(key) for key in ("created_at", "trimtab_version")}
+    norms = {layer: float(profile.directions[layer].double().norm()) for layer in profile.layers}
+    summary = {
+        "name": profile.name,
+        "version": profile.version,
+        **metadata,
+        "residual_norms": {layer: float(norm) for layer, norm in sorted(profile.residual_norms.items())},
+        "direction_norms": norms,
+        **created,
+    }
+    plain: dict[str, Any] = json.loads(_to_json(summary, profile.name))
+    return plain
+
+
+def installed_version() -> str:
+    """The version of the installed distribution, or a placeholder in a bare checkout."""
+    try:
+        return importlib.metadata.version("trimtab")
+    except importlib.metadata.PackageNotFoundError:
+        return "0.0.0+unknown"
+
+
+def _metadata(profile: Profile) -> dict[str, Any]:
+    values = {field: getattr(profile, field) for field in FIELDS}
+    values |= {field: dict(value) for field, value in values.items() if isinstance(value, Mapping)}
+    values |= {"layers": list(profile.layers), "model": asdict(profile.model)}
+    if profile.gate is not None:
+        values["gate"] = {field: getattr(profile.gate, field) for field in GATE_FIELDS}
+        values["gate"]["metrics"] = dict(profile.gate.metrics)
+    return values
+
+
+def _to_json(value: Any, name: str) -> str:
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProfileError(
+            f"profile {name!r}: its metadata has no JSON form ({error}); use finite numbers, texts, lists and dicts"
+        ) from error
+
+
+def _encode(profile: Profile) -> bytes:
+    tensors = {}
+    for layer in profile.layers:  # cloned, as layers may be views of one matrix
+        tensors[f"block.{layer}.direction"] = profile.directions[layer].detach().cpu().clone().contiguous()
+    for layer, norm in profile.residual_norms.items():
+        tensors[f"block.{layer}.residual_norm"] = torch.tensor(float(norm), dtype=torch.float32)
+    if profile.gate is not None:
+        tensors[GATE_TENSOR] = profile.gate.direction.detach().cpu().clone().contiguous()
+    data: bytes = to_safetensors(tensors, metadata={METADATA_KEY: _to_json(_metadata(profile), profile.name)})
+    return data
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(data: bytes, name: str, source: str) -> Profile:
+    try:
+        return _decode(data, name)
+    except ProfileError as error:
+        raise ProfileError(f"{source}: {error.message}") from error
+
+
+def _decode(data: bytes, name: str) -> Profile:
+    tensors, text = _unpack(data)
+    fields = _fields(text)
+    if fields["name"] != name:
+        raise ProfileError(f"its metadata calls it {fields['name']!r}, not {name!r}; name file and profile alike")
+    model = ModelIdentity(**fields.pop("model"))
+    directions = _directions(tensors, fields.pop("layers"), model)
+    norms = _residual_norms(tensors, model)
+    version = hashlib.sha256(data).hexdigest()
+    stated = fields.pop("gate", None)
+    try:
+        gate = _gate(tensors, stated, model)
+        return Profile(model=model, directions=directions, residual_norms=norms, version=version, gate=gate, **fields)
+    except ProfileError as error:
+        raise ProfileError(f"{error.message}; {AGAIN}") from error
+
+
+def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
+    """Split a safetensors file into its tensors (name to dtype, shape and bytes) and the text of the metadata key."""
+    try:
+        tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ProfileError(f"not a whole safetensors file ({error}); copy it again, or {AGAIN}") from error
+    metadata = header.get("__metadata__") or {}
+    if METADATA_KEY not in metadata:
+        raise ProfileError(f"a safetensors file, but not a profile: its metadata has no key {METADATA_KEY!r}; {AGAIN}")
+    if unknown := sorted(set(metadata) - {METADATA_KEY}):
+        raise ProfileError(f"its metadata has the unknown key {unknown[0]!r}; {UPGRADE}")
+    _check_names(tensors)
+    return tensors, metadata[METADATA_KEY]
+
+
+def _check_names(tensors: Mapping[str, Any]) -> None:
+    for name in sorted(tensors):
+        if name != GATE_TENSOR and not TENSOR_NAME.fullmatch(name):
+            raise ProfileError(f"it has the unknown tensor {name!r}; {UPGRADE}")
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The metadata as a dict that has exactly the fields of a profile, each of its type."""
+    try:
+        fields = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"its metadata is not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(fields, dict):
+        raise ProfileError(f"its metadata is not a JSON object; {AGAIN}")
+    if (version := fields.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise ProfileError(f"it has format version {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
+    _check_types({key: value for key, value in fields.items() if key != "gate"}, FIELDS, "")
+    _check_types(fields["model"], MODEL_FIELDS, "model.")
+    if "gate" in fields:
+        _check_types({"gate": fields["gate"]}, {"gate": OBJECT}, "")
+        _check_types(fields["gate"], GATE_FIELDS, "gate.")
+    return fields
+
+
+def _check_types(fields: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], prefix: str) -> None:
+    if missing := [field for field in types if field not in fields]:
+        raise ProfileError(f"its metadata lacks {prefix + missing[0]!r}; {AGAIN}")
+    if unknown := sorted(set(fields) - set(types)):
+        raise ProfileError(f"its metadata has the unknown field {prefix + unknown[0]!r}; {UPGRADE}")
+    for field, allowed in types.items():
+        if type(fields[field]) not in allowed:
+            wanted = " or ".join(one.__name__ for one in allowed)
+            found = type(fields[field]).__name__
+            raise ProfileError(f"{prefix + field!r} in its metadata is of type {found}, not {wanted}; {AGAIN}")
+
+
+def _number(text: str) -> float:
+    """A JSON number as a float; for integers see `_integer`. Python's JSON also knows NaN, Infinity and 1e999."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError(f"{text[:18]}… is too large")
+    return int(text)
+
+
+def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdentity) -> dict[int, torch.Tensor]:
+    present = sorted(_layers_with("direction", tensors))
+    if any(type(layer) is not int for layer in layers) or layers != present:
+        raise ProfileError(f"'layers' in its metadata is {layers}, its directions are at layers {present}; {AGAIN}")
+    if model.hidden_size < 1 or model.num_layers < 1:
+        raise ProfileError(f"its model has hidden size {model.hidden_size} and {model.num_layers} blocks; {AGAIN}")
+    return {layer: _tensor(tensors, f"block.{layer}.direction", [model.hidden_size]) for layer in present}
+
+
+def _gate(tensors: Mapping[str, Any], stated: dict[str, Any] | None, model: ModelIdentity) -> Gate | None:
+    if (stated is None) != (GATE_TENSOR not in tensors):
+        raise ProfileError(f"its metadata and its tensors do not agree on whether it has a gate; {AGAIN}")
+    return None if stated is None else Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **stated)
+
+
+def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[int, float]:
+    norms = {}
+    for layer in sorted(_layers_with("residual_norm", tensors)):
+        name = f"block.{layer}.residual_norm"
+        norms[layer] = float(_tensor(tensors, name, []))
+        if layer >= model.num_layers:
+            raise ProfileError(f"{name!r} is out of range; the model has blocks 0 to {model.num_layers - 1}; {AGAIN}")
+        if not 0 <= norms[layer] < math.inf:
+            raise ProfileError(f"{name!r} is {norms[layer]}, not a finite norm; {AGAIN}")
+    return norms
+
+
+def _layers_with(kind: str, tensors: Mapping[str, Any]) -> list[int]:
+    matches = [TENSOR_NAME.fullmatch(name) for name in tensors]
+    return [int(match[1]) for match in matches if match and match[2] == kind]
+
+
+def _tensor(tensors: Mapping[str, Any], name: str, shape: list[int]) -> torch.Tensor:
+    entry = tensors[name]
+    if entry["dtype"] != "F32" or list(entry["shape"]) != shape:
+        raise ProfileError(
+            f"tensor {name!r} is {entry['dtype']} of shape {list(entry['shape'])}, not F32 of shape {shape}; {AGAIN}"
+        )
+    return torch.frombuffer(bytearray(entry["data"]), dtype=torch.float32).reshape(shape)

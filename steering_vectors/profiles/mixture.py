@@ -1,0 +1,232 @@
+"""What one request asks for, once its profiles are at hand: profiles with strengths, and where they apply.
+
+Owns the arithmetic of a mix (sums in float32, safe range, receipts). Knows nothing of rows, caches or HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from steering_vectors.errors import SteeringError
+from steering_vectors.profiles.profile import CHOICES, ApplyTo, Profile
+
+LARGEST = torch.finfo(torch.float32).max
+ROUNDING = 1e-9  # strengths that add up to the limit but for float rounding are within it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shifts:
+    """What is added to the residual stream: `rows` float32 `[blocks, hidden]`, in the order of `layers`, ascending. No
+    entry is larger than `bound`, which is known without looking at them."""
+
+    layers: tuple[int, ...]
+    rows: torch.Tensor
+    bound: float = math.inf
+
+    def by_layer(self) -> dict[int, torch.Tensor]:
+        return dict(zip(self.layers, self.rows, strict=True))
+
+
+_UNIT_SHIFTS: WeakKeyDictionary[Profile, dict[tuple[int, ...] | None, Shifts]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One profile of a mix with its strength α and, optionally, a subset of its layers.
+
+    Raises SteeringError for a strength that is not finite (or, to ablate, not in 0 to 1) and for layers it lacks.
+    """
+
+    profile: Profile
+    strength: float
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise SteeringError(f"the strength of {self.profile.name!r} must be a finite number", param="strength")
+        if self.profile.operator == "ablate" and not 0 <= self.strength <= 1:
+            raise SteeringError(
+                f"profile {self.profile.name!r} ablates its direction: its strength must lie in 0 to 1, "
+                f"not {self.strength:g}",
+                param="strength",
+            )
+        for layer, direction in self.profile.injected(self.layers).items():
+            if self.profile.operator == "ablate" and not direction.any():
+                raise SteeringError(
+                    f"profile {self.profile.name!r} cannot be ablated: its direction at layer {layer} is zero"
+                )
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        return self.profile.layers if self.layers is None else tuple(sorted(set(self.layers)))
+
+    @property
+    def subset(self) -> tuple[int, ...] | None:
+        """The active blocks if they are not all of the profile's."""
+        return None if self.layers is None or self.active_layers == self.profile.layers else self.active_layers
+
+    def shift(self) -> Shifts:
+        """α · unit · direction of each active block, float32."""
+        unit = _unit_shifts(self.profile, self.layers)
+        coefficient = self.strength * self.profile.unit
+        bound = unit.bound * abs(coefficient) if abs(coefficient) <= LARGEST else math.inf
+        return Shifts(unit.layers, unit.rows * coefficient, bound)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """A mix of terms. The default, without terms, is the untouched model. `closed` names the profiles whose gate is not
+    open: they do nothing.
+
+    Raises SteeringError if a profile occurs twice or strengths lie beyond the safe range and that is not allowed.
+    """
+
+    terms: tuple[Term, ...] = ()
+    apply_to: ApplyTo = "generated"
+    preserve_norm: bool = False
+    allow_beyond_safe: bool = False
+    closed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.apply_to not in CHOICES["apply_to"]:
+            raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="steering.apply_to")
+        names = [term.profile.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise SteeringError(f"profile {name!r} occurs twice in one steering", param="steering")
+        if self.apply_to == "all" and self.gated:
+            raise SteeringError(
+                f"profile {self.gated[0].profile.name!r} has a gate, which the prompt decides: it cannot steer the "
+                "prompt itself; leave apply_to out or set it to generated",
+                param="steering.apply_to",
+            )
+        if not self.allow_beyond_safe:
+            self._check_safe_range()
+
+    @property
+    def gated(self) -> list[Term]:
+        """The terms that a prompt decides on."""
+        return [term for term in self.terms if term.profile.gate is not None and term.strength != 0]
+
+    @property
+    def is_neutral(self) -> bool:
+        """True if no position is changed, whatever profiles are named."""
+        return all(self._is_idle(term) for term in self.terms)
+
+    def _is_idle(self, term: Term) -> bool:
+        return term.strength == 0 or term.profile.name in self.closed
+
+    def shifts(self) -> Shifts:
+        """Sum of the additive terms, at the blocks that have one.
+
+        An overflow shows as an infinite entry; the bank refuses it.
+        """
+        terms = self._active("add")
+        if len(terms) == 1:
+            return terms[0].shift()
+        parts = [term.shift() for term in terms]
+        layers = tuple(sorted({layer for part in parts for layer in part.layers}))
+        total = torch.zeros(len(layers), terms[0].profile.model.hidden_size if terms else 0)
+        for part in parts:
+            total[[layers.index(layer) for layer in part.layers]] += part.rows
+        return Shifts(layers, total, sum(part.bound for part in parts))
+
+    def scaled(self) -> tuple[Shifts, float] | None:
+        """One profile's unit shifts and what they are multiplied by, for a mix that does nothing but add these; None
+        for any other."""
+        if len(self.terms) != 1 or self.terms[0].profile.operator != "add" or self.is_neutral:
+            return None
+        (term,) = self.terms
+        return _unit_shifts(term.profile, term.layers), term.strength * term.profile.unit
+
+    def ablations(self) -> dict[int, list[tuple[float, torch.Tensor]]]:
+        """(β, unit vector `[hidden]`) pairs per block, in the order of the terms."""
+        pairs: dict[int, list[tuple[float, torch.Tensor]]] = {}
+        for term in self._active("ablate"):
+            for layer, direction in term.profile.injected(term.layers).items():
+                pairs.setdefault(layer, []).append((term.strength, direction / direction.norm()))
+        return pairs
+
+    def digest(self) -> str:
+        """Names what is done to a steered position, wherever it is: equal digests mean equal shifts. Empty for none."""
+        if self.is_neutral:
+            return ""
+        content = [
+            (term.profile.version or term.profile.content_digest(), float(term.strength), term.subset)
+            for term in self.terms
+            if not self._is_idle(term)
+        ]
+        return hashlib.sha256(repr((content, self.preserve_norm)).encode()).hexdigest()
+
+    def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:
+        """What was applied, one entry per profile, for the answer's `steering` field."""
+        return [self._receipt_of(term, steered_tokens) for term in self.terms]
+
+    def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
+        idle = self._is_idle(term)
+        entry: dict[str, Any] = {
+            "name": term.profile.name,
+            "version": term.profile.version,
+            "strength": term.strength,
+            "operator": term.profile.operator,
+            "layers": [] if idle else list(term.active_layers),
+            "apply_to": self.apply_to,
+            "steered_tokens": 0 if idle else steered_tokens,
+            "calibrated": self._is_calibrated(term),
+        }
+        if self.preserve_norm:
+            entry["preserve_norm"] = True
+        if self.allow_beyond_safe:
+            entry["allow_beyond_safe"] = True
+        return entry
+
+    def _is_calibrated(self, term: Term) -> bool:
+        """Whether the unit's KL budget speaks of this use: the profile alone, whole, as it was calibrated."""
+        return (
+            bool(term.profile.calibration)
+            and not term.profile.calibration.get("unreached", False)
+            and all(other is term or self._is_idle(other) for other in self.terms)
+            and term.active_layers == term.profile.layers
+            and self.apply_to == "generated"
+            and not self.preserve_norm
+        )
+
+    def _active(self, operator: str) -> list[Term]:
+        return [term for term in self.terms if not self._is_idle(term) and term.profile.operator == operator]
+
+    def _check_safe_range(self) -> None:
+        remedy = "set steering.allow_beyond_safe to true to go beyond it"
+        for term in self.terms:
+            limit = term.profile.max_strength
+            if abs(term.strength) > limit:
+                raise SteeringError(
+                    f"strength {term.strength:g} of profile {term.profile.name!r} is beyond its safe range of "
+                    f"±{limit:g}; {remedy}",
+                    param="strength",
+                    code="strength_out_of_range",
+                )
+        added = [term for term in self.terms if term.strength != 0 and term.profile.operator == "add"]
+        total = sum(abs(term.strength) for term in added)
+        limit = min((term.profile.max_strength for term in added), default=math.inf)
+        if total > limit * (1 + ROUNDING):
+            raise SteeringError(
+                f"the strengths of this mix add up to {total:g}, beyond the safe range of {limit:g}; {remedy}",
+                param="steering",
+                code="strength_out_of_range",
+            )
+
+
+def _unit_shifts(profile: Profile, layers: tuple[int, ...] | None) -> Shifts:
+    """What one unit injects; kept as long as the profile, since strengths change at every step."""
+    kept = _UNIT_SHIFTS.setdefault(profile, {})
+    if layers not in kept:
+        injected = profile.injected(layers)
+        rows = torch.stack(list(injected.values()))
+        kept[layers] = Shifts(tuple(injected), rows, float(rows.abs().max()))
+    return kept[layers]

@@ -1,0 +1,189 @@
+"""The profile: named directions in a model's residual stream, and what is known about them.
+
+Owns the meaning of a profile's fields and their validity. Knows nothing of files (`storage`), of how directions are
+found (`methods`) or of requests (`mixture`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from steering_vectors.errors import ProfileError, ProfileMismatch, SteeringError
+from steering_vectors.profiles.gate import Gate
+
+FORMAT_VERSION = 1
+DEFAULT_MAX_STRENGTH = 2.0
+LARGEST = torch.finfo(torch.float32).max
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+Operator = Literal["add", "ablate"]
+ApplyTo = Literal["generated", "all"]
+Layering = Literal["independent", "incremental"]
+
+CHOICES = {
+    "operator": ("add", "ablate"),
+    "apply_to": ("generated", "all"),
+    "layering": ("independent", "incremental"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model a profile was fitted on. `fingerprint` is a sha256 over shapes and a fixed sample of weights."""
+
+    id: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Profile:
+    """One steering profile.
+
+    `directions[l]` is float32 `[hidden_size]`, stored un-differenced; the shift of strength α at block l is
+    α · unit · d_l (for `layering="incremental"`, d_l less the direction at the profile's previous layer).
+    `version` is the sha256 of the stored file's bytes, empty until stored. With a `gate` a server steers only where the
+    prompt opens it.
+    """
+
+    name: str
+    model: ModelIdentity
+    directions: Mapping[int, torch.Tensor]
+    method: str
+    unit: float = 1.0
+    operator: Operator = "add"
+    apply_to: ApplyTo = "generated"
+    layering: Layering = "independent"
+    max_strength: float = DEFAULT_MAX_STRENGTH
+    description: str = ""
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_sha256: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    residual_norms: Mapping[int, float] = field(default_factory=dict)
+    created_at: str = ""
+    trimtab_version: str = ""
+    format_version: int = FORMAT_VERSION
+    version: str = ""
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        self._check_fields()
+        self._check_directions()
+        if self.gate is not None:
+            self._check_gate(self.gate)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that have a direction, ascending."""
+        return tuple(sorted(self.directions))
+
+    def injected(self, layers: Iterable[int] | None = None) -> dict[int, torch.Tensor]:
+        """What one unit of strength injects at each block, before `unit`: float32 `[hidden_size]` per layer.
+
+        `layers` restricts the profile to a subset; incremental layering is differenced over that subset, ascending. An
+        ablated direction is never differenced: what is removed at a block is the direction found there.
+        Raises SteeringError for a layer that the profile does not have.
+        """
+        chosen = self.layers if layers is None else tuple(sorted(set(layers)))
+        missing = [layer for layer in chosen if layer not in self.directions]
+        if missing or not chosen:
+            raise SteeringError(
+                f"profile {self.name!r} has no direction at layer {missing[0]}; it has layers {list(self.layers)}"
+                if missing
+                else f"profile {self.name!r}: the list of layers is empty; leave it out to use all of them",
+                param="steering.layers",
+            )
+        if self.layering == "independent" or self.operator == "ablate":
+            return {layer: self.directions[layer] for layer in chosen}
+        steps, previous = {}, torch.zeros(self.model.hidden_size)
+        for layer in chosen:
+            steps[layer] = self.directions[layer] - previous
+            previous = self.directions[layer]
+        return steps
+
+    def content_digest(self) -> str:
+        """sha256 of what the profile does, for one that has no file and so no version."""
+        digest = hashlib.sha256(f"{self.operator} {self.layering} {self.unit!r}".encode())
+        for layer in self.layers:
+            digest.update(str(layer).encode())
+            digest.update(self.directions[layer].contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_model(self, identity: ModelIdentity, *, allow_mismatch: bool = False) -> None:
+        """Raise ProfileMismatch unless the profile was fitted on this very model.
+
+        `allow_mismatch` lets another checkpoint of the same shape pass; a different shape never fits.
+        """
+        ours = self.model
+        if (ours.hidden_size, ours.num_layers) != (identity.hidden_size, identity.num_layers):
+            raise ProfileMismatch(
+                f"profile {self.name!r} was fitted on {ours.id!r} (hidden size {ours.hidden_size}, {ours.num_layers} "
+                f"blocks); the model here is {identity.id!r} (hidden size {identity.hidden_size}, "
+                f"{identity.num_layers} blocks). Fit it again on this model."
+            )
+        if ours.fingerprint != identity.fingerprint and not allow_mismatch:
+            raise ProfileMismatch(
+                f"profile {self.name!r} was fitted on {ours.id!r}, whose weights differ from {identity.id!r}'s. "
+                "Fit it again on this model, or allow the mismatch (--allow-model-mismatch) to use it all the same."
+            )
+
+    def _check_fields(self) -> None:
+        if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
+            raise ProfileError(
+                f"{self.name!r} is not a profile name: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
+                "beginning with a letter or digit"
+            )
+        if self.format_version != FORMAT_VERSION:
+            raise ProfileError(
+                f"profile {self.name!r} has format version {self.format_version}; this trimtab reads {FORMAT_VERSION}"
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ProfileError(
+                    f"profile {self.name!r}: {name} is {getattr(self, name)!r}, not one of {', '.join(choices)}"
+                )
+        for name in ("unit", "max_strength"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+                raise ProfileError(f"profile {self.name!r}: {name} must be a positive finite number, not {value!r}")
+
+    def _check_gate(self, gate: Gate) -> None:
+        if not 0 <= gate.layer < self.model.num_layers:
+            raise ProfileError(
+                f"profile {self.name!r}: its gate's layer {gate.layer} is out of range; the model has blocks "
+                f"0 to {self.model.num_layers - 1}"
+            )
+        if len(gate.direction) != self.model.hidden_size:
+            raise ProfileError(
+                f"profile {self.name!r}: its gate's direction has {len(gate.direction)} entries, the model's hidden "
+                f"size is {self.model.hidden_size}"
+            )
+
+    def _check_directions(self) -> None:
+        if not self.directions:
+            raise ProfileError(f"profile {self.name!r} holds no direction")
+        for layer, direction in self.directions.items():
+            if isinstance(layer, bool) or not 0 <= layer < self.model.num_layers:
+                raise ProfileError(
+                    f"profile {self.name!r}: layer {layer} is out of range; the model has blocks "
+                    f"0 to {self.model.num_layers - 1}"
+                )
+            if tuple(direction.shape) != (self.model.hidden_size,):
+                raise ProfileError(
+                    f"profile {self.name!r}: the direction at layer {layer} has shape {list(direction.shape)}, "
+                    f"the model's hidden size is {self.model.hidden_size}"
+                )
+            if direction.dtype != torch.float32:
+                raise ProfileError(f"profile {self.name!r}: the direction at layer {layer} is not float32")
+            if not bool(torch.isfinite(direction).all()):
+                raise ProfileError(f"profile {self.name!r}: the direction at layer {layer} has a NaN or infinite entry")

@@ -1,0 +1,1 @@
+"""How results are shown: HTML pages, plots, tables in the terminal."""

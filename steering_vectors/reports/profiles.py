@@ -1,0 +1,216 @@
+"""Profiles as a page to look at: what each does to the residual stream, what that costs, and how alike they are.
+
+Owns plots and wording. Shows what the files hold and measures nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steering_vectors.profiles.files import profile_summary
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.reports.html import document, lead, plots, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY = "#0b6e99", "#c2571a", "#777777"
+READABLE = 12  # cells a side that still have room for their figures
+
+
+def render_portraits(profiles: Sequence[Profile]) -> str:
+    """The page for one or several profiles. Raises FitError without matplotlib."""
+    labels = labelled(profiles)
+    names = ", ".join(labels)
+    body = "".join(_section(label, profile) for label, profile in labels.items())
+    if len(labels) > 1:
+        body += _comparison(labels)
+    return document(names, f"Profiles: {names}", body, [profile_summary(profile) for profile in profiles])
+
+
+def labelled(profiles: Sequence[Profile]) -> dict[str, Profile]:
+    """The profiles by a label of their own: the name, with as much of the version as tells equal names apart."""
+    counts = Counter(profile.name for profile in profiles)
+    labels: dict[str, Profile] = {}
+    for number, profile in enumerate(profiles, start=1):
+        label = profile.name if counts[profile.name] == 1 else f"{profile.name}#{profile.version[:8] or number}"
+        labels[label if label not in labels else f"{label} ({number})"] = profile
+    return labels
+
+
+def headline(profile: Profile) -> str:
+    """What the profile is and how far it may be turned, in a sentence."""
+    blocks = "block" if len(profile.layers) == 1 else "blocks"
+    verb = "removes" if profile.operator == "ablate" else "adds"
+    where = "everywhere" if profile.apply_to == "all" else "from the last prompt token on"
+    return (
+        f"{profile.name} ({profile.method}) {verb} its direction at {blocks} {', '.join(map(str, profile.layers))} of "
+        f"{profile.model.id}, {where}; {_cost(profile)}, and {_range(profile)}."
+    )
+
+
+def _cost(profile: Profile) -> str:
+    kl = profile.calibration.get("kl_at_1")
+    if kl is None:
+        return "it is not calibrated, so what strength 1 costs is not known"
+    return f"strength 1 costs {kl:.3g} nats of KL per token"
+
+
+def _range(profile: Profile) -> str:
+    if not profile.calibration.get("curve"):
+        return f"strengths up to ±{profile.max_strength:g} are allowed, which was not measured"
+    bound = profile.calibration.get("perplexity_bound")
+    within = f" (perplexity within {bound:g} times the unsteered)" if bound else ""
+    return f"strengths up to ±{profile.max_strength:g} are safe{within}"
+
+
+def block_cosines(profile: Profile) -> torch.Tensor:
+    """Cosines between the stored directions of the profile's blocks, float64 `[layers, layers]`."""
+    units = torch.stack([_unit(profile.directions[layer]) for layer in profile.layers])
+    return units @ units.T
+
+
+def common_cosines(one: Profile, other: Profile) -> dict[int, float]:
+    """Cosine between two profiles' stored directions at every block that both have; of two models there is none."""
+    if one.model.fingerprint != other.model.fingerprint:
+        return {}
+    common = sorted(set(one.layers) & set(other.layers))
+    return {layer: float(_unit(one.directions[layer]) @ _unit(other.directions[layer])) for layer in common}
+
+
+def _unit(direction: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(direction.double(), dim=0)
+
+
+def _section(label: str, profile: Profile) -> str:
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in profile.metrics.get("notes", ()))
+    return (
+        f"<h2>{html.escape(label)}</h2>{lead(headline(profile))}"
+        f"{plots(list(_drawings(profile)))}{f'<ul>{notes}</ul>' if notes else ''}"
+        f"{table([], _facts(profile), style='facts')}"
+    )
+
+
+def _drawings(profile: Profile) -> Iterator[Callable[[Axes], None]]:
+    yield lambda ax: _norms(ax, profile)
+    if len(profile.layers) > 1:
+        names = [str(layer) for layer in profile.layers]
+        yield lambda ax: _heat(ax, block_cosines(profile).tolist(), names, "Cosine between blocks", "block")
+    if profile.calibration.get("curve"):
+        yield lambda ax: _curve(ax, profile)
+    if profile.metrics.get("propensity"):
+        yield lambda ax: _propensity(ax, profile.metrics["propensity"])
+
+
+def _norms(ax: Axes, profile: Profile) -> None:
+    shifts = {layer: profile.unit * float(shift.norm()) for layer, shift in profile.injected().items()}
+    ax.bar([str(layer) for layer in shifts], list(shifts.values()), color=BLUE, width=0.6)
+    ax.margins(x=max(0.05, 0.5 - 0.1 * len(shifts)))
+    ax.set(xlabel="block", ylabel="norm", title="Shift at strength 1")
+    ratios = {layer: shifts[layer] / norm for layer in shifts if (norm := profile.residual_norms.get(layer))}
+    if not ratios:
+        return
+    right = ax.twinx()
+    right.plot([str(layer) for layer in ratios], list(ratios.values()), color=ORANGE, marker="o", linestyle="--")
+    right.set_ylabel("share of the residual stream's norm", color=ORANGE)
+    right.set_ylim(bottom=0)
+
+
+def _curve(ax: Axes, profile: Profile) -> None:
+    points, budget = profile.calibration["curve"], profile.calibration.get("kl_budget")
+    strengths = [point["strength"] for point in points]
+    ax.plot(strengths, [point["kl"] for point in points], color=BLUE, marker="o", label="KL per token")
+    if budget:
+        ax.axhline(budget, color=BLUE, linestyle=":", linewidth=1, label="budget")
+    for sign in (-1, 1):
+        label = "safe range" if sign > 0 else None
+        ax.axvline(sign * profile.max_strength, color=GREY, linestyle="--", linewidth=1, label=label)
+    ax.set(xlabel="strength", ylabel="KL, nats per token", title="What strength costs")
+    right = ax.twinx()
+    perplexities = [point["perplexity"] for point in points]
+    right.plot(strengths, perplexities, color=ORANGE, marker="s", label="perplexity")
+    right.set_ylabel("perplexity under the unsteered model")
+    lines = [line for line in (*ax.lines, *right.lines) if not str(line.get_label()).startswith("_")]
+    ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
+
+
+def _propensity(ax: Axes, report: Mapping[str, Any]) -> None:
+    points = report["strengths"]
+    ax.plot([one["strength"] for one in points], [one["margin"] for one in points], color=BLUE, marker="o")
+    for one in points:
+        ax.annotate(
+            f"{one['accuracy']:.0%}", (one["strength"], one["margin"]), textcoords="offset points", xytext=(4, 6)
+        )
+    ax.margins(0.15)
+    title = f"Preferred over rejected, {report['rows']} held-out rows"
+    ax.set(xlabel="strength (and accuracy)", ylabel=f"margin, {report['unit']}", title=title)
+
+
+def _heat(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[str], title: str, axis: str) -> None:
+    """A square of cosines; mesh, not image, so that it is drawn as vectors."""
+    mesh = ax.pcolormesh(values, cmap="RdBu_r", vmin=-1, vmax=1)
+    ticks = [place + 0.5 for place in range(len(names))]
+    ax.set(title=title, xlabel=axis, ylabel=axis, aspect="equal")
+    ax.set_xticks(ticks, names, rotation=0 if max(map(len, names)) < 4 else 30)
+    ax.set_yticks(ticks, names)
+    ax.invert_yaxis()
+    if len(names) > READABLE:
+        ax.figure.colorbar(mesh, ax=ax)
+        return
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if not math.isnan(value):
+                colour = "white" if abs(value) > 0.6 else "black"
+                ax.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")
+
+
+def _comparison(labels: Mapping[str, Profile]) -> str:
+    """How alike the profiles are, where that can be asked."""
+    cosines = {pair: common_cosines(labels[pair[0]], labels[pair[1]]) for pair in combinations(labels, 2)}
+    rows, remarks = [], []
+    for (one, other), found in cosines.items():
+        if found:
+            mean = sum(found.values()) / len(found)
+            by_block = ", ".join(f"block {layer}: {value:+.3f}" for layer, value in found.items())
+            rows.append([f"{one} and {other}", f"{mean:+.3f}", by_block])
+        elif labels[one].model.fingerprint != labels[other].model.fingerprint:
+            remarks.append(f"{one} and {other} belong to different models: their directions cannot be compared.")
+        else:
+            remarks.append(f"{one} and {other} have no block in common.")
+    drawn = plots([lambda ax: _heat(ax, _square(list(labels), cosines), list(labels), "Mean cosine", "")])
+    body = f"{drawn}{table(['profiles', 'mean cosine', 'at common blocks'], rows)}" if rows else ""
+    return f"<h2>Between profiles</h2>{body}" + "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
+
+
+def _square(names: Sequence[str], cosines: Mapping[tuple[str, str], Mapping[int, float]]) -> list[list[float]]:
+    """Mean cosines over common blocks, NaN where there is none: `[names][names]`."""
+
+    def mean(one: str, other: str) -> float:
+        found = cosines.get((one, other)) or cosines.get((other, one)) or {}
+        return 1.0 if one == other else sum(found.values()) / len(found) if found else math.nan
+
+    return [[mean(one, other) for other in names] for one in names]
+
+
+def _facts(profile: Profile) -> list[list[str]]:
+    """The metadata, a row each."""
+    summary = profile_summary(profile)
+    for drawn in ("metrics", "direction_norms", "residual_norms"):
+        summary.pop(drawn)
+    summary["calibration"].pop("curve", None)
+    return [[key.replace("_", " "), _told(value)] for key, value in summary.items() if value not in ("", {}, None)]
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key.replace('_', ' ')} {_told(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_told, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,212 @@
+"""What a person sees of a fit and of a profile: a progress bar, a summary, tables.
+
+Owns wording and layout. Knows nothing of how anything was computed; prints only what a profile holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from steering_vectors import progress
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.reports.evaluation import margin_change
+from steering_vectors.reports.frontier_plot import frontier_sentence
+from steering_vectors.reports.trust import print_trust
+
+STAGES = {
+    "capture": "reading activations",
+    "layers": "choosing layers",
+    "calibrate": "calibrating the unit",
+    "curve": "measuring the safe range",
+    "contrast": "reading under instructions",
+    "evaluate": "evaluating",
+    "trust": "measuring trust",
+    "reward": "sampling for reward",
+}
+
+
+@contextmanager
+def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
+    """A bar per stage of the work on stderr, for as long as the context lasts; None if `quiet`."""
+    if quiet:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    bars, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
+
+    def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
+        if stage not in tasks:
+            bars.start()  # only now, so that an early error stays the only line
+            tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total, detail="")
+        bars.update(tasks[stage], completed=done, total=total, detail=detail)
+
+    try:
+        yield progress
+    finally:
+        if bars.live.is_started:
+            bars.stop()
+
+
+def print_fit(profile: Profile, path: Path) -> None:
+    """The summary after a fit, on stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
+    console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
+    console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
+    _print_propensity(console, profile.metrics)
+    _print_notes(console, profile.metrics)
+    console.print(f"Look at all of it: trimtab show {escape(str(path))}")
+
+
+def print_profile(profile: Profile, path: Path) -> None:
+    """Everything a profile holds but its vectors' entries, on stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    model = profile.model
+    console.print(f"[bold]{profile.name}[/]  {escape(str(path))}")
+    console.print(f"version {profile.version}, made {profile.created_at} by trimtab {profile.trimtab_version}")
+    if profile.description:
+        console.print(escape(profile.description))
+    console.print(
+        f"model {escape(model.id)}: {model.architecture}, {model.num_layers} blocks of {model.hidden_size}, "
+        f"fingerprint {model.fingerprint}"
+    )
+    console.print(f"chat template {profile.chat_template_sha256 or 'none'}")
+    console.print(
+        f"operator {profile.operator}, apply to {profile.apply_to}, layering {profile.layering}, "
+        f"strength up to ±{profile.max_strength:g}"
+    )
+    console.print(f"method {profile.method}{_listed(profile.method_options)}")
+    console.print(f"data{_listed(profile.data)}")
+    console.print(_cost_line(profile.calibration))
+    curve = profile.calibration.get("curve", [])
+    rest = {key: value for key, value in profile.calibration.items() if key != "curve"}
+    console.print(f"calibration{_listed(rest)}")
+    if curve:
+        console.print(_curve_table(curve))
+    console.print(_layer_table(profile))
+    _print_propensity(console, profile.metrics)
+    _print_layer_choice(console, profile.metrics)
+    _print_notes(console, profile.metrics)
+
+
+def _cost_line(calibration: Mapping[str, Any]) -> str:
+    if "kl_at_1" not in calibration:
+        return "not calibrated: strength 1 adds the direction as it is"
+    line = f"strength 1 costs {calibration['kl_at_1']:.3g} nats of KL per token"
+    if calibration.get("kl_per_character") is not None:
+        line += f", {calibration['kl_per_character']:.3g} per character"
+    return line + f" (budget {calibration['kl_budget']:g} per token)"
+
+
+def print_evaluation(one: Mapping[str, Any]) -> None:
+    """An evaluation's figures and controls, on stdout: of the suites that it holds."""
+    console = Console(highlight=False, soft_wrap=True)
+    if "strengths" in one:
+        _print_preferences(console, one)
+    if "trust" in one:
+        print_trust(console, one)
+
+
+def _print_preferences(console: Console, one: Mapping[str, Any]) -> None:
+    console.print(f"[bold]{one['profile']}[/] ({one['method']}), {one['data']['read']} held-out rows")
+    table = Table("strength", f"margin ({one['unit']})", "accuracy", "KL per token", "perplexity")
+    for point, cost in zip(one["strengths"], one["costs"], strict=True):
+        table.add_row(
+            f"{point['strength']:+g}",
+            f"{point['margin']:.3f}",
+            f"{point['accuracy']:.3f}",
+            f"{cost['kl']:.3f}",
+            f"{cost['perplexity']:.2f}",
+        )
+    console.print(table)
+    if "steerability" in one:
+        low, high = one["steerability_95"]
+        console.print(
+            f"steerability {one['steerability']:.3f} per unit of strength (95 %: {low:.3f} to {high:.3f}); "
+            f"{one['anti_steerable']:.0%} of the rows move the other way"
+        )
+    if one["random"]:
+        moves = [margin_change(control["strengths"]) for control in one["random"]]
+        own = margin_change(one["strengths"])
+        console.print(
+            f"lowest to highest strength: {own:+.3f}; random directions {min(moves):+.3f} to {max(moves):+.3f}"
+        )
+    for key in ("positive", "negative"):
+        if found := one["prompting"].get(key):
+            console.print(f"{key} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
+    if "note" in one["prompting"]:
+        console.print(f"[yellow]note:[/] {escape(one['prompting']['note'])}")
+    console.print(escape(frontier_sentence(one["reward"])))
+
+
+def _curve_table(curve: Sequence[Mapping[str, float]]) -> Table:
+    """Cost and fluency of sampled texts against strength."""
+    table = Table("strength", "KL per token", "perplexity")
+    for point in curve:
+        table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
+    return table
+
+
+def _layer_table(profile: Profile) -> Table:
+    """Per block: how long the direction and the shift at strength 1 are, against the residual stream there."""
+    accuracies = profile.metrics.get("projection_accuracy", {})
+    table = Table("layer", "‖d‖", "‖shift at 1‖", "median ‖h‖", "ratio", "held-out accuracy")
+    for layer, injected in profile.injected().items():
+        shift, residual = profile.unit * float(injected.norm()), profile.residual_norms.get(layer)
+        table.add_row(
+            str(layer),
+            f"{float(profile.directions[layer].norm()):.4g}",
+            f"{shift:.4g}",
+            f"{residual:.4g}" if residual else "",
+            f"{shift / residual:.3f}" if residual else "",
+            f"{accuracies[str(layer)]:.3f}" if str(layer) in accuracies else "",
+        )
+    return table
+
+
+def _print_propensity(console: Console, metrics: Mapping[str, Any]) -> None:
+    report = metrics.get("propensity")
+    if not report:
+        return
+    table = Table("strength", f"margin ({report['unit']})", "accuracy")
+    for one in report["strengths"]:
+        table.add_row(f"{one['strength']:+g}", f"{one['margin']:.3f}", f"{one['accuracy']:.3f}")
+    console.print(f"preferred over rejected, on {report['rows']} held-out rows:")
+    console.print(table)
+    if "anti_steerable" in report:
+        console.print(f"{report['anti_steerable']:.0%} of these rows move the other way")
+
+
+def _print_layer_choice(console: Console, metrics: Mapping[str, Any]) -> None:
+    choice = metrics.get("layer_choice")
+    if not choice:
+        return
+    scores = sorted(choice["scores"].items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{window}: {score:.4g}" for window, score in scores)
+    console.print(f"layer choice by {choice['criterion']}: {shown}")
+
+
+def _print_notes(console: Console, metrics: Mapping[str, Any]) -> None:
+    for note in metrics.get("notes", ()):
+        console.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    return escape(f": {text}") if text else ""

@@ -1,0 +1,216 @@
+"""The trust suite to look at: a section of the page, and tables on a terminal.
+
+Owns plots and wording. Knows nothing of how anything was measured.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steering_vectors.reports.html import lead, plots, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AIMS = {"higher": "higher is better", "lower": "lower is better", "half": "0.5 is best"}
+CLASSES = {"better": "better", "worse": "worse", "other side": "side"}
+NO_CHANGE = "no change"
+LINES = 3  # parts that a plot still has room for
+
+
+def trust_section(one: Mapping[str, Any]) -> str:
+    """Headline, a plot per vertical, the changes of every figure, and the same by group of rows."""
+    verticals = one["trust"]
+    drawn = plots([_plot(name, found) for name, found in verticals.items()])
+    return (
+        f"<h3>Trust</h3>{lead(trust_headline(one))}{drawn}"
+        f"{_changes(verticals)}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{_notes(verticals)}"
+    )
+
+
+def trust_headline(one: Mapping[str, Any]) -> str:
+    """What a reader should take away: every vertical at the strengths that are furthest out."""
+    points = next(iter(one["trust"].values()))["strengths"]
+    ends = [index for index in (len(points) - 1, 0) if points[index]["strength"]]
+    return " ".join(_at_strength(one["trust"], index) for index in ends)
+
+
+def _at_strength(verticals: Mapping[str, Any], index: int) -> str:
+    points = {name: found["strengths"][index] for name, found in verticals.items()}
+    changed = [
+        f"{name} {point['change']} ({point['delta']:+.3g}{_beside_controls(point)})"
+        for name, point in points.items()
+        if point["change"] != NO_CHANGE
+    ]
+    same = [name for name, point in points.items() if point["change"] == NO_CHANGE]
+    said = "; ".join([*changed, *([f"no change in {', '.join(same)}"] if same else [])])
+    return f"At strength {next(iter(points.values()))['strength']:+g}: {said}."
+
+
+def reading_note(verticals: Mapping[str, Any]) -> str:
+    """How to read the words in the tables, and how often chance alone would write them."""
+    found = next(iter(verticals.values()))
+    randoms = len(found["random"])
+    intervals = sum(
+        bool(point["strength"]) * (1 + len(point["figures"]))
+        for one in verticals.values()
+        for point in one["strengths"]
+    )
+    text = (
+        "Changes are against strength 0, paired by row, with 95 % bootstrap intervals; “no change” means that the "
+        f"interval holds 0. Of these {intervals} intervals about {max(1, round(intervals / 20))} would exclude 0 by "
+        "chance alone."
+    )
+    if not randoms:
+        return f"{text} No random directions were measured."
+    return (
+        f"{text} {randoms} random direction{'s' if randoms > 1 else ''} of the same norm, at the same strength and the "
+        "opposite one where both are measured, show what any push of that size does; “within random” marks a change "
+        f"that lies in their range. A further random direction would lie outside of it once in {randoms + 1} times, or "
+        "more often."
+    )
+
+
+def print_trust(console: Console, one: Mapping[str, Any]) -> None:
+    """Every figure's value at strength 0 and its changes."""
+    verticals = one["trust"]
+    console.print(f"[bold]{one['profile']}[/] ({one['method']}), trust against strength 0")
+    strengths = [point["strength"] for point in next(iter(verticals.values()))["strengths"] if point["strength"]]
+    table = Table("vertical", "figure", "at 0", *(f"{strength:+g}" for strength in strengths))
+    for name, found in verticals.items():
+        for title, points in _series(found).items():
+            changes = [f"{p['delta']:+.3f} {_word(p)}" for s, p in points.items() if s]
+            table.add_row(name, title, f"{points[0.0]['value']:.3f}", *changes)
+    console.print(table)
+    for name, found in verticals.items():
+        left_out = f", {found['left_out']} left out (too long, or unusable)" if found["left_out"] else ""
+        console.print(f"{name}: {found['rows']} rows{left_out}")
+        for remark in found["remarks"]:
+            console.print(f"[yellow]note:[/] {escape(remark)}")
+    console.print(trust_headline(one))
+
+
+def _series(found: Mapping[str, Any], points: Sequence[Any] | None = None) -> dict[str, dict[float, Any]]:
+    """By figure, what was found at each strength, of the profile or in `points`; the main figure first."""
+    first, *others = found["figures"]
+    points = found["strengths"] if points is None else points
+    return {first: {point["strength"]: point for point in points}} | {
+        name: {point["strength"]: point["figures"][name] for point in points} for name in others
+    }
+
+
+def _word(point: Mapping[str, Any]) -> str:
+    return str(point["change"]) + ("" if point["change"] == NO_CHANGE else _beside_controls(point))
+
+
+def _beside_controls(point: Mapping[str, Any]) -> str:
+    return ", within random" if point.get("beyond_random") is False else ""
+
+
+def _plot(name: str, found: Mapping[str, Any]) -> Any:
+    """A drawing of the main figure, or of the next one if the main one is the same at every strength."""
+    series = _series(found)
+    shown = next((one for one, points in series.items() if len({p["value"] for p in points.values()}) > 1), None)
+    shown = shown or next(iter(series))
+
+    def draw(ax: Axes) -> None:
+        for index, control in enumerate(found["random"]):
+            label = "random directions" if index == 0 else None
+            _draw_line(ax, _series(found, control["strengths"])[shown], color="#bbbbbb", linewidth=1, label=label)
+        _draw_profile(ax, series[shown])
+        if shown == next(iter(series)):
+            _draw_parts(ax, found["strengths"])
+        figure_of = found["figures"][shown]
+        if figure_of["reference"] is not None:
+            label = "no skill or leaning"
+            ax.axhline(figure_of["reference"], color="#c2571a", linewidth=1, linestyle="--", label=label)
+        ax.set_xlabel("strength", fontsize="small")
+        ax.set_title(f"{name}: {AIMS[figure_of['aim']]}\n{figure_of['measure']}", fontsize="small")
+        ax.figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)  # never over the data
+
+    return draw
+
+
+def _draw_profile(ax: Axes, points: Mapping[float, Any]) -> None:
+    """Values with a band for their intervals, and bars for those of the paired changes."""
+    strengths, values = list(points), [point["value"] for point in points.values()]
+    low, high = zip(*(point["value_95"] for point in points.values()), strict=True)
+    ax.fill_between(strengths, low, high, color="#0b6e99", alpha=0.15, label="95 % of the value")
+    ends = [[end - point["delta"] for end in point["delta_95"]] for point in points.values()]
+    spans = [[max(-below, 0.0) for below, _ in ends], [max(above, 0.0) for _, above in ends]]
+    ax.errorbar(
+        strengths, values, yerr=spans, color="#0b6e99", marker="o", capsize=3, label="profile, bars: 95 % of the change"
+    )
+
+
+def _draw_parts(ax: Axes, points: Sequence[Any]) -> None:
+    parts = list(points[0]["parts"])
+    for part, style in zip(parts if len(parts) <= LINES else [], ("--", ":", "-."), strict=False):
+        _draw_line(ax, {p["strength"]: p["parts"][part] for p in points}, color="#0b6e99", linestyle=style, label=part)
+
+
+def _draw_line(ax: Axes, points: Mapping[float, Any], **style: Any) -> None:
+    ax.plot(list(points), [point["value"] for point in points.values()], **style)
+
+
+def _changes(verticals: Mapping[str, Any]) -> str:
+    rows = [
+        [name, found["figures"][title]["measure"], AIMS[found["figures"][title]["aim"]], points]
+        for name, found in verticals.items()
+        for title, points in _series(found).items()
+    ]
+    return _change_table(["vertical", "figure", "better"], rows)
+
+
+def _groups(verticals: Mapping[str, Any]) -> str:
+    """The main figures by group of rows, folded away."""
+    rows = [
+        [
+            name,
+            f"{part} ({group['rows']} rows)",
+            AIMS[found["aim"]],
+            {p["strength"]: p["parts"][part] for p in found["strengths"]},
+        ]
+        for name, found in verticals.items()
+        for part, group in found["strengths"][0]["parts"].items()
+    ]
+    if not rows:
+        return ""
+    return (
+        f"<details><summary>By group of rows</summary>{_change_table(['vertical', 'rows', 'better'], rows)}</details>"
+    )
+
+
+def _change_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    strengths = [strength for strength in rows[0][-1] if strength]
+    cells = "".join(f"<th>{html.escape(one)}</th>" for one in [*head, "at 0", *(f"{s:+g}" for s in strengths)])
+    lines = []
+    for *words, points in rows:
+        names = "".join(f"<td>{html.escape(word)}</td>" for word in words)
+        base = f"<td>{_with_interval(points[0.0], 'value', '.3f')}</td>"
+        lines.append(f"<tr>{names}{base}{''.join(_change_cell(points[strength]) for strength in strengths)}</tr>")
+    return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
+
+
+def _change_cell(point: Mapping[str, Any]) -> str:
+    kind = CLASSES.get(point["change"], "")
+    return f'<td class="{kind}">{_with_interval(point, "delta", "+.3f")}<br>{html.escape(_word(point))}</td>'
+
+
+def _with_interval(point: Mapping[str, Any], key: str, form: str) -> str:
+    low, high = point[f"{key}_95"]
+    return f"{point[key]:{form}}<br><small>{low:{form}} to {high:{form}}</small>"
+
+
+def _notes(verticals: Mapping[str, Any]) -> str:
+    rows = [
+        [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
+        for name, found in verticals.items()
+    ]
+    return table(["vertical", "rows", "left out", "how it is measured"], rows)

@@ -1,0 +1,128 @@
+"""Which runner an architecture gets: decided by trying, not by a table of names.
+
+Two random sequences are computed through a candidate as the engine would (slots apart, prompts in unequal chunks, then
+decoding together) and compared with one plain forward pass each. The first candidate that agrees is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from steering_vectors.errors import ModelError
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.runtime.cpu.fused_blocks import can_fuse
+from steering_vectors.runtime.cuda_graphs import GraphRunner
+from steering_vectors.runtime.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work, last_logits
+from steering_vectors.runtime.static_decoding import StaticRunner
+from steering_vectors.steering.bank import SteeringBank
+
+logger = logging.getLogger(__name__)
+
+PROMPTS = (23, 9)  # lengths of the two probes' prompts
+DECODED = 4
+CHUNK = 5
+# Relative error of logits that still counts as the same computation in another order.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+def choose_runner(
+    language_model: LanguageModel, bank: SteeringBank, *, context: int, static: bool | None = None
+) -> Runner:
+    """The fastest runner whose logits agree with the plain model. Raises ModelError if none does.
+
+    `static`: decode over static buffers, which a CUDA device replays as graphs; None: on CUDA where that agrees; True:
+    on any device, and nothing else will do."""
+    candidates = _candidates(language_model, bank, context, static)
+    reasons = []
+    for make in candidates:
+        runner: Runner | None = None
+        try:
+            runner = make()
+            error = disagreement(runner, language_model)
+        except Exception as failure:  # an architecture may fail in any way; the next candidate is tried
+            reasons.append(f"{runner.path if runner else 'set-up'}: {type(failure).__name__}: {failure}")
+        else:
+            if error <= TOLERANCE.get(language_model.dtype, 0.05):
+                if reasons:
+                    logger.warning("the model is run %s; not otherwise, since %s", runner.path, "; ".join(reasons))
+                return runner
+            reasons.append(f"{runner.path}: logits differ by {error:.2g}")
+        if runner is not None:
+            runner.close()
+    kind = language_model.identity.architecture
+    if static:
+        raise ModelError(f"{kind} cannot decode over static buffers ({'; '.join(reasons)}): leave --cuda-graphs out")
+    raise ModelError(f"{kind} cannot be served: " + "; ".join(reasons))
+
+
+def _candidates(
+    language_model: LanguageModel, bank: SteeringBank, context: int, static: bool | None
+) -> list[Callable[[], Runner]]:
+    """What may run a model, fastest first."""
+    on_cuda = language_model.device.type == "cuda"
+    kind = GraphRunner if on_cuda else StaticRunner
+    over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]
+    if static:
+        return over_buffers
+    fused = [lambda: BatchedRunner(language_model, bank, context=context, fused=True)]
+    return [
+        *(over_buffers if on_cuda and static is None else []),
+        *(fused if can_fuse(language_model.blocks) else []),
+        lambda: BatchedRunner(language_model, bank, context=context),
+        lambda: RowRunner(language_model, bank, context=context, chunked=True),
+        lambda: RowRunner(language_model, bank, context=context, chunked=False),
+        lambda: RecomputingRunner(language_model, bank, context=context),
+    ]
+
+
+def disagreement(runner: Runner, language_model: LanguageModel) -> float:
+    """Largest relative error ‖a − b‖/‖b‖ of the runner's logits against plain forward passes; inf if not finite."""
+    slots = (0, min(2, runner.bank.num_rows - 1))
+    rows = list(zip(slots, _probes(language_model, runner.context), strict=True))[: len(set(slots))]
+    errors = []
+    with torch.inference_mode():
+        for batch in _batches(rows, runner.chunked):
+            logits = runner.forward(batch)
+            for index, work in enumerate(batch):
+                ids = dict(rows)[work.slot][0]
+                errors.append(_error(logits[index], _reference(language_model, ids[: work.end])))
+    for slot in slots:
+        runner.release(slot)
+    return max(errors)
+
+
+def _batches(rows: list[tuple[int, tuple[list[int], int]]], chunked: bool) -> list[list[Work]]:
+    """The probes' prompts in unequal chunks side by side, then their continuations a token at a time."""
+    steps: list[list[Work]] = []
+    for slot, (ids, prompt) in rows:
+        size = CHUNK + slot if chunked else prompt
+        bounds = [*range(0, prompt, size), *range(prompt, len(ids) + 1)]
+        for step, (start, end) in enumerate(pairwise(bounds)):
+            if step == len(steps):
+                steps.append([])
+            steps[step].append(Work(slot, ids[start:end], start))
+    return steps
+
+
+def _probes(language_model: LanguageModel, context: int) -> list[tuple[list[int], int]]:
+    generator = torch.Generator().manual_seed(0)
+    probes = []
+    for wanted in PROMPTS:
+        prompt = max(1, min(wanted, context - DECODED))
+        ids = torch.randint(0, language_model.vocab_size, (prompt + DECODED,), generator=generator)
+        probes.append((ids.tolist(), prompt))
+    return probes
+
+
+def _reference(language_model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    tensor = torch.tensor([ids], device=language_model.device)
+    return last_logits(language_model.model(input_ids=tensor, use_cache=False))[0]
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    error = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-9)
+    return float(error.max().nan_to_num(nan=float("inf")))

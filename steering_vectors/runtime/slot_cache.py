@@ -1,0 +1,192 @@
+"""The slot KV cache, and the masks that go with it.
+
+Every row of the engine has a slot; the key of position p lies in column p of its slot, whatever the other rows do. The
+cache speaks transformers' `Cache` interface and masks are made by the modelling code's own mask functions (causal,
+sliding, chunked), evaluated at each row's own positions, so stock models run unchanged. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+Rows = slice | torch.Tensor
+
+
+class Columns(Protocol):
+    """The keys and values of all slots."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first so many positions of one slot to another."""
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first so many positions of two slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one forward pass reads and writes: int64 tensors on the model's device.
+
+    `rows`: the slots, in batch order. `positions` `[rows, queries]`: absolute positions. `columns`
+    `[rows, queries]`: where keys are written (padding goes to the spare last column). `length`: columns read.
+    """
+
+    rows: Rows
+    row_index: torch.Tensor  # [rows, 1]
+    positions: torch.Tensor
+    columns: torch.Tensor
+    length: int
+
+
+class _Current(threading.local):
+    span: Span | None = None
+
+
+_current = _Current()
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one attention layer, `[slots, heads, context + 1, head size]`, made at its first use."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, slots: int, context: int) -> None:
+        super().__init__()
+        self._shape = (slots, context + 1)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        slots, columns = self._shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = _zeros((slots, key_states.shape[1], columns, key_states.shape[3]), key_states)
+        self.values = _zeros((slots, value_states.shape[1], columns, value_states.shape[3]), value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `[rows, heads, queries, size]` at the span's columns; return the keys and values to attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        span = active_span()
+        self.keys[span.row_index, :, span.columns] = key_states.transpose(1, 2)
+        self.values[span.row_index, :, span.columns] = value_states.transpose(1, 2)
+        return self.keys[span.rows, :, : span.length], self.values[span.rows, :, : span.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return active_span().length, 0
+
+    def get_seq_length(self) -> int:
+        """So that this and the queries add up to the columns read, which is what models derive lengths from."""
+        span = active_span()
+        return span.length - span.positions.shape[1]
+
+    def get_max_length(self) -> int:
+        return self._shape[1] - 1
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """KV of all slots. Use it inside `with cache.spanning(span):` only."""
+
+    def __init__(self, *, layers: int, slots: int, context: int) -> None:
+        super().__init__(layers=[SlotLayer(slots, context) for _ in range(layers)])
+
+    @contextmanager
+    def spanning(self, span: Span) -> Iterator[None]:
+        """Tell the cache and the masks which rows and positions the forward pass inside computes."""
+        if _current.span is not None:
+            raise RuntimeError("a forward pass through the slot cache is already under way")
+        _current.span = span
+        try:
+            yield
+        finally:
+            _current.span = None
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of a slot's first so many positions to another."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[target, :, :length] = layer.keys[source, :, :length]
+                layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the keys and values of two slots' first so many positions."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                for states in (layer.keys, layer.values):
+                    states[[one, other], :, :length] = states[[other, one], :, :length]
+
+    def zero(self, slot: int) -> None:
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[slot] = 0
+                layer.values[slot] = 0
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros that take no memory on a CPU until they are written: torch's own are written at once."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    flat = torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8))
+    return flat.view(like.dtype).view(shape)
+
+
+def active_span() -> Span:
+    if _current.span is None:
+        raise RuntimeError("the slot cache is used outside of a forward pass of the engine")
+    return _current.span
+
+
+def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., Any]:
+    """A mask maker that evaluates the model's mask function at each row's own positions within a span, and is
+    `original` everywhere else."""
+
+    def make(
+        *,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        mask_function: Callable[..., torch.Tensor],
+        dtype: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> Any:
+        span = _current.span
+        if span is None:
+            return original(
+                batch_size=batch_size,
+                q_length=q_length,
+                kv_length=kv_length,
+                mask_function=mask_function,
+                dtype=dtype,
+                **arguments,
+            )
+        device = span.positions.device
+        rows = torch.arange(batch_size, device=device)[:, None, None, None]
+        heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        keys = torch.arange(kv_length, device=device)[None, None, None, :]
+        mask = mask_function(rows, heads, span.positions[:, None, :, None], keys)
+        mask = mask.expand(batch_size, 1, q_length, kv_length)
+        if not as_bias:
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    return make
+
+
+def install_row_masks() -> None:
+    """Register the row-aware mask makers with transformers; outside of a span nothing changes. Idempotent."""
+    for name, as_bias in (("sdpa", False), ("eager", True)):
+        original = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if not getattr(original, "is_row_aware", False):
+            maker = _row_mask(original, as_bias=as_bias)
+            maker.is_row_aware = True  # type: ignore[attr-defined]
+            AttentionMaskInterface.register(name, maker)

@@ -1,0 +1,152 @@
+"""One model in parts, held by several processes that run the same passes: tensor parallelism.
+
+The first process serves. It tells the others what it is about to do (a pass, a row's steering, a copy in the cache) and
+they do the same; what is exchanged within a pass is the model's own affair. Each process steers with the same shifts,
+since between blocks the residual stream is whole on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence as Items
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.mixture import Mixture
+from steering_vectors.runtime.runner import Runner, Work
+from steering_vectors.runtime.slot_cache import Columns
+from steering_vectors.steering.bank import SteeringBank
+
+IDLE = timedelta(days=365)  # how long nobody may ask for anything
+
+
+class Channel:
+    """Messages of the first process to all others, in order."""
+
+    def __init__(self, device: str) -> None:
+        """Join torchrun's process group, with `nccl` on CUDA, where each process takes a device of its own."""
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        self._group = dist.new_group(backend="gloo", timeout=IDLE)
+
+    @property
+    def processes(self) -> int:
+        return dist.get_world_size()
+
+    def send(self, *message: Any) -> None:
+        dist.broadcast_object_list([message], src=0, group=self._group)
+
+    def receive(self) -> Any:
+        received: list[Any] = [None]
+        dist.broadcast_object_list(received, src=0, group=self._group)
+        return received[0]
+
+    def least(self, number: int) -> int:
+        """The least of what the processes say, each of which must say something."""
+        said: list[Any] = [None] * self.processes
+        dist.all_gather_object(said, number, group=self._group)
+        return int(min(said))
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+class LeadingRunner(Runner):
+    """The first process's runner: the others do what it does."""
+
+    def __init__(self, language_model: LanguageModel, runner: Runner, channel: Channel) -> None:
+        super().__init__(language_model, runner.bank, context=runner.context)
+        self._runner, self._channel = runner, channel
+        self.residuals, self.sums = runner.residuals, runner.sums
+        self.chunked = runner.chunked
+        self.path = f"{runner.path}, in {channel.processes} processes"
+        runner.bank.watch(lambda row, mixture: channel.send("steer", row, mixture))
+
+    def forward(self, batch: Items[Work]) -> torch.Tensor:
+        self._begin("forward", batch)
+        return self._runner.forward(batch)
+
+    def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
+        self._begin("forward_all", batch)
+        return self._runner.forward_all(batch)
+
+    @property
+    def columns(self) -> Columns | None:
+        columns = self._runner.columns
+        return None if columns is None else LeadingColumns(columns, self._channel)
+
+    def release(self, slot: int) -> None:
+        self._channel.send("release", slot)
+        self._runner.release(slot)
+
+    def scrub(self, slot: int) -> None:
+        self._channel.send("scrub", slot)
+        self._runner.scrub(slot)
+
+    def close(self) -> None:
+        with suppress(RuntimeError):  # they may be gone
+            self._channel.send("close")
+            self._channel.close()
+        self._runner.close()
+
+    def _begin(self, kind: str, batch: Items[Work]) -> None:
+        self._runner.read = self.read
+        self._channel.send(kind, list(batch), list(self.read))
+
+
+class LeadingColumns:
+    """The first process's cache: the others copy what it copies."""
+
+    def __init__(self, columns: Columns, channel: Channel) -> None:
+        self._columns, self._channel = columns, channel
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._channel.send("copy", source, target, length)
+        self._columns.copy(source, target, length)
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        self._channel.send("swap", one, other, length)
+        self._columns.swap(one, other, length)
+
+
+class Follower:
+    """Another process: does what it is told until it is told to close. An error ends the process, and with it, by
+    torchrun, all of them: parts that disagree are worse than none."""
+
+    def __init__(self, runner: Runner, bank: SteeringBank, channel: Channel) -> None:
+        self._runner, self._bank, self._channel = runner, bank, channel
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        # the first process ends them, after it has answered those who wait
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        while (message := self._channel.receive())[0] != "close":
+            self._follow(*message)
+        self._channel.close()
+        self._runner.close()
+        self._bank.detach()
+
+    def _follow(self, kind: str, *details: Any) -> None:
+        if kind in ("forward", "forward_all"):
+            batch, self._runner.read = details
+            getattr(self._runner, kind)(batch)
+        elif kind == "steer":
+            self._steer(*details)
+        elif kind in ("release", "scrub"):
+            getattr(self._runner, kind)(*details)
+        else:
+            getattr(self._runner.columns, kind)(*details)
+
+    def _steer(self, row: int, mixture: Mixture | None) -> None:
+        if mixture is None:
+            self._bank.clear(row)
+        else:
+            self._bank.write(row, mixture)

@@ -1,0 +1,1 @@
+"""Applying shifts inside of a forward pass."""

@@ -1,0 +1,196 @@
+"""Steering of transformers' own `generate`, for notebooks and research: `with steer(model, profile): …`.
+
+Owns the step from a model and profiles to hooks that live as long as a `with` block, and the bookkeeping of where in a
+sequence each forward pass stands. Knows nothing of requests or batches of different mixes: every row is steered alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from steering_vectors.errors import SteeringError
+from steering_vectors.models.loading import LanguageModel, find_blocks, identify
+from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.profile import ApplyTo, Profile
+from steering_vectors.steering.bank import SteeringBank
+
+CACHES = ("past_key_values", "cache_params", "state")  # what architectures call their memory of earlier positions
+
+Steering = Profile | Mixture | Sequence[tuple[Profile, float]]
+
+
+@contextmanager
+def steer(
+    model: PreTrainedModel | LanguageModel,
+    steering: Steering,
+    strength: float = 1.0,
+    *,
+    layers: Sequence[int] | None = None,
+    apply_to: ApplyTo = "generated",
+    preserve_norm: bool = False,
+    prompt_length: int | None = None,
+    allow_model_mismatch: bool = False,
+) -> Iterator[Mixture]:
+    """Steer every forward pass of `model` inside the context; afterwards it has no hooks. Yields what is applied.
+
+    `steering` is a profile at `strength` (α; `layers` restricts it to some of its layers), a list of (profile,
+    strength), or a Mixture, which says everything itself (it alone can allow strengths beyond the safe range).
+
+    `apply_to="generated"` steers from the last prompt token on. Inside `model.generate` the prompt is what generate is
+    given, with KV cache or without, and prompts of a batch must be padded on the left. In a forward pass outside of
+    generate, the prompt is the whole input if there is no cache yet; with a cache, every position is steered.
+    `prompt_length` (positions, padding included) overrides both, as for scoring a completion in one pass.
+    `apply_to="all"` steers every position, padding included.
+
+    Raises ProfileMismatch for a profile of another model (`allow_model_mismatch` accepts one of the same shape),
+    SteeringError for strengths and layers that are not possible, a profile with a gate or a batch padded on the right,
+    ModelError if the model's blocks cannot be found.
+    """
+    mixture = _mixture(steering, strength, layers, apply_to, preserve_norm)
+    if mixture.gated:
+        name = mixture.gated[0].profile.name
+        raise SteeringError(f"profile {name!r} has a gate, which only a server decides: replace(profile, gate=None)")
+    timeline = Timeline(prompt_length)
+    network, bank = _written_bank(model, mixture, allow_model_mismatch)
+    where = timeline.where if mixture.apply_to == "generated" else _everywhere
+    bank.attach()
+    try:
+        with bank.steps(network, where), _announcing(network, timeline.begin):
+            yield mixture
+    finally:
+        bank.detach()
+
+
+def _written_bank(
+    model: PreTrainedModel | LanguageModel, mixture: Mixture, allow_mismatch: bool
+) -> tuple[PreTrainedModel, SteeringBank]:
+    """The model to run, and a bank of one row for it that holds the mix."""
+    if isinstance(model, LanguageModel):
+        network, blocks, identity = model.model, model.blocks, model.identity
+    else:
+        network, blocks = model, find_blocks(model)
+        identity = identify(model, num_layers=len(blocks))
+    for term in mixture.terms:
+        term.profile.check_model(identity, allow_mismatch=allow_mismatch)
+    bank = SteeringBank(blocks, rows=1, hidden_size=identity.hidden_size, dtype=network.dtype, device=network.device)
+    bank.write(0, mixture)
+    return network, bank
+
+
+class Timeline:
+    """Where forward passes stand in their sequence, and which of their positions follow the prompt's last but one."""
+
+    def __init__(self, prompt_length: int | None) -> None:
+        if prompt_length is not None and prompt_length < 1:
+            raise SteeringError(f"prompt_length is {prompt_length}: a prompt has at least one token")
+        self._given = prompt_length
+        self._prompt_length = prompt_length
+        self._seen = 0  # positions of the sequence that passes have covered
+        self._generating = False
+
+    @contextmanager
+    def begin(self, prompt_length: int) -> Iterator[None]:
+        """While generate runs: a new sequence, whose prompt has this many positions."""
+        self._prompt_length, self._seen, self._generating = self._given or prompt_length, 0, True
+        try:
+            yield
+        finally:
+            self._prompt_length, self._generating = self._given, False
+
+    def where(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The steered positions of the pass that is about to run, bool `[1, positions]`; None for all of them."""
+        inputs = _inputs(args, kwargs)
+        length = inputs.shape[1]
+        past = self._past(length, kwargs)
+        self._seen = past + length
+        prompt_length = self._prompt_length or (past + 1 if past else length)
+        first = prompt_length - 1 - past
+        return None if first <= 0 else (torch.arange(length, device=inputs.device) >= first).unsqueeze(0)
+
+    def _past(self, length: int, kwargs: Mapping[str, Any]) -> int:
+        """Positions before this pass. Where a cache cannot tell, a pass no longer than what was seen so far must go on
+        from there, as generate's passes over a whole sequence only grow."""
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        told = _length(cache)
+        if cache is None or told:
+            return told or 0
+        unsure = told is None or self._generating
+        return self._seen if unsure and length <= self._seen else 0
+
+
+def _mixture(
+    steering: Steering, strength: float, layers: Sequence[int] | None, apply_to: ApplyTo, preserve_norm: bool
+) -> Mixture:
+    if not isinstance(steering, Profile) and (strength != 1.0 or layers is not None):
+        raise SteeringError("strength and layers belong to a single profile; a mix says them for each of its terms")
+    if isinstance(steering, Mixture):
+        if apply_to != "generated" or preserve_norm:
+            raise SteeringError("a Mixture brings its own apply_to and preserve_norm: set them there")
+        return steering
+    if isinstance(steering, Profile):
+        terms: tuple[Term, ...] = (Term(steering, strength, None if layers is None else tuple(layers)),)
+    else:
+        terms = tuple(Term(profile, alpha) for profile, alpha in steering)
+    return Mixture(terms, apply_to=apply_to, preserve_norm=preserve_norm)
+
+
+@contextmanager
+def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator[None]:
+    """Tell `begin` of each call of `model.generate`: only generate knows where its prompt ends."""
+    if not hasattr(model, "generate"):
+        yield
+        return
+    own, generate = vars(model).get("generate"), model.generate
+
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        _check_padding(kwargs.get("attention_mask"))
+        with begin(_prompt_length(args, kwargs)):
+            return generate(*args, **kwargs)
+
+    model.generate = announced
+    try:
+        yield
+    finally:
+        del model.generate
+        if own is not None:
+            model.generate = own
+
+
+def _check_padding(mask: Any) -> None:
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        raise SteeringError(
+            "the prompts are padded on the right, so they have no common last position: "
+            "set tokenizer.padding_side = 'left'"
+        )
+
+
+def _prompt_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Positions of the prompt that generate was given; without one it starts from a single BOS."""
+    for given in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")):
+        if given is not None:
+            return int(given.shape[1])
+    return 1
+
+
+def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """A forward pass's inputs, `[rows, positions]` or `[rows, positions, hidden]`."""
+    given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
+    tensor: torch.Tensor = next(tensor for tensor in given if tensor is not None)
+    return tensor
+
+
+def _length(cache: Any) -> int | None:
+    """Positions that a cache holds; None where it cannot tell, as those of recurrent models."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return None
+
+
+def _everywhere(_args: Sequence[Any], _kwargs: Mapping[str, Any]) -> None:
+    return None

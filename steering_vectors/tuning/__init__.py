@@ -1,0 +1,1 @@
+"""Training on preferences, for the methods that begin with it."""

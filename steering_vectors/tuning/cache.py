@@ -1,0 +1,37 @@
+"""Where tuned weights are kept between fits: one directory per set of inputs, named by their hash.
+
+Owns the place and the key. Knows nothing of what is in the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.tuning.paired_reading import Twin
+
+VARIABLE = "TRIMTAB_CACHE"
+
+
+def cache_directory() -> Path:
+    """`TRIMTAB_CACHE`, else `trimtab` in the user's cache directory."""
+    stated = os.environ.get(VARIABLE)
+    if stated:
+        return Path(stated).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
+
+
+def tuned_directory(lm: LanguageModel, twins: Sequence[Sequence[Twin]], settings: Mapping[str, Any]) -> Path:
+    """The directory of the weights that come of this model, these examples and these settings."""
+    inputs = {"model": asdict(lm.identity), "dtype": str(lm.dtype), "settings": dict(settings)}
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+    for number, side in enumerate(twins):
+        for twin in side:  # one by one, since all of them as one text take several times their memory
+            key.update(json.dumps([number, twin.positive, twin.negative, twin.response]).encode())
+    return cache_directory() / "tuned" / key.hexdigest()[:32]

@@ -1,0 +1,208 @@
+"""One response read under two prompts: how far apart a model's block outputs are, token by token.
+
+Owns the alignment of both readings. Position ids must be equal at the response's tokens, or the difference holds a
+position offset; so the shorter prompt is padded on the left and masked. Knows nothing of instructions, of tuning or
+of what the differences are for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS
+from steering_vectors.errors import FitError
+from steering_vectors.measures.activations import Tokens
+from steering_vectors.models.hooks import record
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A response's token ids after either of two prompts; neither response begins with a second BOS.
+
+    `plain` is the prompt that both were made from, where there is one.
+    """
+
+    positive: tuple[int, ...]
+    negative: tuple[int, ...]
+    response: tuple[int, ...]
+    plain: tuple[int, ...] = ()
+
+    @property
+    def prompt_length(self) -> int:
+        return max(len(self.positive), len(self.negative))
+
+    @property
+    def length(self) -> int:
+        return self.prompt_length + len(self.response)
+
+    @property
+    def shared(self) -> tuple[int, int]:
+        """How many tokens both prompts begin and end with, none counted twice."""
+        most = min(len(self.positive), len(self.negative))
+        if self.positive == self.negative:
+            return most, 0
+        ends = _common(self.positive[::-1], self.negative[::-1], most)
+        return _common(self.positive, self.negative, most - ends), ends
+
+
+def plain_twin(ids: Sequence[int], start: int) -> Twin:
+    """A response that begins at `start`, after one and the same prompt on both sides."""
+    prompt = tuple(ids[:start])
+    return Twin(prompt, prompt, tuple(ids[start:]), prompt)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """A batch of one side: responses begin at column `start` in every row, whatever the prompts' lengths.
+
+    `positions` count from the beginning of the longer of a twin's prompts, so they are equal on both sides wherever
+    there is a response.
+    """
+
+    start: int
+    ids: torch.Tensor  # [rows, columns]
+    mask: torch.Tensor  # [rows, columns] bool
+    positions: torch.Tensor  # [rows, columns]
+    response: torch.Tensor  # [rows, columns - start] bool
+    instruction: torch.Tensor  # [rows, columns] bool: where the prompts of both sides differ
+
+
+Weights = Callable[[int], AbstractContextManager[object]]
+"""A context in which the model has the weights that side 0 (positive) or 1 (negative) is read with."""
+
+
+def mean_differences(
+    lm: LanguageModel,
+    twins: Sequence[Twin],
+    layers: Sequence[int],
+    *,
+    tokens: Tokens = "response",
+    weights: Weights = lambda _side: nullcontext(),
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> dict[int, torch.Tensor]:
+    """Mean over responses of the mean over their tokens (or the last one) of h⁺ − h⁻, float64 `[hidden]` per block.
+
+    h⁺ is the block's output after the positive prompt, h⁻ after the negative one; `weights` gives
+    the context in which either side is read. Memory does not grow with the number of responses.
+    Raises FitError if an activation is not finite.
+    """
+    if not twins:
+        raise FitError("there is no response to compare under two prompts")
+    layers = sorted(set(layers))
+    total = torch.zeros(len(layers), lm.hidden_size, dtype=torch.float64)
+    done = 0
+    for group in grouped(twins, batch_tokens):
+        total += _group_difference(lm, group, layers, tokens, weights)
+        done += len(group)
+        if progress is not None:
+            progress("contrast", done, len(twins))
+    if not bool(total.isfinite().all()):
+        raise FitError("a block's output is not finite: load the model with --dtype float32")
+    return {layer: total[k] / len(twins) for k, layer in enumerate(layers)}
+
+
+def grouped(twins: Sequence[Twin], budget: int) -> Iterator[list[Twin]]:
+    """Batches of similar length, of at most `budget` tokens with padding, but at least one twin; longest first."""
+    order = sorted(twins, key=lambda twin: -twin.length)
+    while order:
+        rows = max(1, budget // _width(order[: max(1, budget // order[0].length)]))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tuple[Reading, Reading]:
+    """Both sides of a group. Prompts are padded on the left to one length, responses on the right."""
+    start = max(twin.prompt_length for twin in group)
+    begins = torch.tensor([start - twin.prompt_length for twin in group])
+    return (
+        _reading([(twin.positive, twin) for twin in group], start, begins, pad, device),
+        _reading([(twin.negative, twin) for twin in group], start, begins, pad, device),
+    )
+
+
+def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Tensor:
+    """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`; gradients flow."""
+    head = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
+    with record(lm.blocks, layers) as outputs:
+        lm.model(**forward_arguments(lm, reading), **head, use_cache=False)
+    return torch.stack([outputs[layer][:, reading.start :].float() for layer in layers])
+
+
+def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:
+    """What the model's forward takes: ids, and mask and positions where the architecture has them."""
+    accepted = inspect.signature(lm.model.forward).parameters
+    arguments = {"input_ids": reading.ids}
+    if "attention_mask" in accepted:
+        arguments["attention_mask"] = reading.mask.long()
+    if "position_ids" in accepted:
+        arguments["position_ids"] = reading.positions
+    return arguments
+
+
+def differences(
+    lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h⁺ − h⁻ at the response's columns, float32 `[layers, rows, response, hidden]` without gradients, and which of
+    these columns hold a response: bool `[rows, response]`."""
+    sides = readings(group, pad_id(lm), lm.device)
+    outputs = []
+    for index, side in enumerate(sides):
+        with weights(index), torch.no_grad():
+            outputs.append(read(lm, side, layers))
+    return outputs[0] - outputs[1], sides[0].response
+
+
+def _group_difference(
+    lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], tokens: Tokens, weights: Weights
+) -> torch.Tensor:
+    """Σ over the group's responses, float64 `[layers, hidden]`."""
+    difference, response = differences(lm, group, layers, weights)
+    if tokens == "last":
+        response = response & (response.cumsum(1) == response.sum(1, keepdim=True))
+    difference = difference.masked_fill(~response[None, :, :, None], 0)
+    means = difference.sum(2) / response.sum(1)[None, :, None]
+    return means.sum(1).double().cpu()
+
+
+def _reading(
+    rows: Sequence[tuple[tuple[int, ...], Twin]],
+    start: int,
+    begins: torch.Tensor,
+    pad: int,
+    device: torch.device | str,
+) -> Reading:
+    width = max(len(twin.response) for _, twin in rows)
+    ids = torch.full((len(rows), start + width), pad)
+    mask, instruction = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, twin) in enumerate(rows):
+        first, end = start - len(prompt), start + len(twin.response)
+        ids[row, first:end] = torch.tensor([*prompt, *twin.response])
+        mask[row, first:end] = True
+        heads, tails = twin.shared
+        instruction[row, first + heads : start - tails] = True
+    positions = (torch.arange(ids.shape[1]) - begins.unsqueeze(1)).clamp_min(0)
+    placed = [tensor.to(device) for tensor in (ids, mask, positions, mask[:, start:], instruction)]
+    return Reading(start, *placed)
+
+
+def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+    """How many tokens both begin with, at most so many."""
+    return next((place for place in range(most) if one[place] != other[place]), most)
+
+
+def _width(group: Sequence[Twin]) -> int:
+    return max(twin.prompt_length for twin in group) + max(len(twin.response) for twin in group)
+
+
+def pad_id(lm: LanguageModel) -> int:
+    """A token id to fill rows with; it is masked wherever it stands."""
+    pad = lm.tokenizer.pad_token_id
+    return int(pad) if isinstance(pad, int) else 0

@@ -1,0 +1,218 @@
+"""Compiled grammars: made once, by few threads, for so many at a time, and not kept for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.engines.protocol import Constraint
+from server.engines.torch.constraints import cache as grammars
+from server.engines.torch.constraints.cache import Grammars
+from server.engines.torch.constraints.lark import attributes, special_tokens, stands_for
+from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, allowed_tokens
+from steering_vectors.errors import Overloaded, RequestError, Unavailable
+from tests.support.serving import demo_engine, live_server
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+HOSTILE = "((a{1,1000}){1,1000}){1,1000}"
+
+
+class HeldCompiler(GrammarCompiler):
+    """One that compiles nothing before it is let go, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_tokenizer(), frozenset({1}))
+        self.go = threading.Event()
+        self.begun = 0
+        self.threads: set[str] = set()
+
+    def compile(self, constraint: Constraint) -> CompiledGrammar:
+        self.begun += 1
+        self.threads.add(threading.current_thread().name)
+        assert self.go.wait(60)
+        return super().compile(constraint)
+
+
+@pytest.fixture
+def compiler() -> Iterator[HeldCompiler]:
+    compiler = HeldCompiler()
+    yield compiler
+    compiler.go.set()
+
+
+@pytest.fixture
+def kept(compiler: HeldCompiler) -> Iterator[Grammars]:
+    kept = Grammars(compiler)
+    yield kept
+    kept.close()
+
+
+def regex(text: str) -> Constraint:
+    return Constraint("regex", text, "guided_regex")
+
+
+async def begun(kept: Grammars, *constraints: Constraint) -> list[asyncio.Task[CompiledGrammar]]:
+    """A task for each that has asked for it."""
+    tasks = [asyncio.create_task(kept.get(one)) for one in constraints]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_the_same_constraint_is_compiled_once(compiler: HeldCompiler, kept: Grammars) -> None:
+    async def main() -> None:
+        tasks = await begun(kept, regex("a"), regex("a"), Constraint("regex", "a", "elsewhere"))
+        compiler.go.set()
+        first, second, elsewhere = await asyncio.gather(*tasks)
+        assert first is second is await kept.get(regex("a"))
+        assert elsewhere is not first  # its errors name another field
+        assert compiler.begun == 2
+
+    asyncio.run(main())
+
+
+def test_one_who_leaves_does_not_take_it_from_the_others(compiler: HeldCompiler, kept: Grammars) -> None:
+    async def main() -> None:
+        leaving, staying = await begun(kept, regex("a"), regex("a"))
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        compiler.go.set()
+        assert isinstance(await staying, CompiledGrammar)
+
+    asyncio.run(main())
+
+
+def test_an_error_that_nobody_waits_for_is_not_logged(
+    compiler: HeldCompiler, kept: Grammars, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        (leaving,) = await begun(kept, regex("("))
+        leaving.cancel()
+        compiler.go.set()
+        with pytest.raises(RequestError, match="guided_regex cannot be compiled"):
+            await kept.get(regex("("))
+        await asyncio.wait([leaving])
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+        gc.collect()
+    assert not caplog.records
+
+
+def test_no_more_wait_than_may(compiler: HeldCompiler, kept: Grammars) -> None:
+    """A flood occupies the threads of compiling, and no others."""
+
+    async def main() -> None:
+        tasks = await begun(kept, *(regex(f"a{{{n}}}") for n in range(grammars.MOST_UNFINISHED)))
+        with pytest.raises(Overloaded, match="32 constraints are being compiled or wait for it: try again later"):
+            await kept.get(regex("b"))
+        assert await asyncio.to_thread(lambda: "others run") == "others run"
+        assert compiler.begun <= grammars.THREADS
+        (same,) = await begun(kept, regex("a{0}"))  # it waits with another
+        compiler.go.set()
+        assert await same is await tasks[0]
+        await asyncio.gather(*tasks)
+        assert isinstance(await kept.get(regex("b")), CompiledGrammar)
+        assert len(compiler.threads) == grammars.THREADS
+
+    asyncio.run(main())
+
+
+def test_the_latest_are_kept(compiler: HeldCompiler, kept: Grammars) -> None:
+    async def main() -> None:
+        compiler.go.set()
+        first = await kept.get(regex("a"))
+        for number in range(grammars.KEPT - 1):
+            await kept.get(regex(f"b{{{number}}}"))
+        assert await kept.get(regex("a")) is first
+        await kept.get(regex("c"))  # in the place of the first b
+        assert await kept.get(regex("a")) is first
+        before = compiler.begun
+        await kept.get(regex("b{1}"))
+        assert compiler.begun == before
+        await kept.get(regex("b{0}"))
+        assert compiler.begun == before + 1
+
+    asyncio.run(main())
+
+
+def test_what_was_used_often_or_has_failed_is_compiled_anew(compiler: HeldCompiler, kept: Grammars) -> None:
+    async def main() -> None:
+        compiler.go.set()
+        worn = [await kept.get(regex("a")) for _ in range(grammars.USES + 1)]
+        assert len({id(one) for one in worn}) == 2
+        assert worn[-2] is worn[0] is not worn[-1]
+        hostile = await kept.get(regex(HOSTILE))
+        matcher, a = hostile.matcher(), tiny_tokenizer().convert_tokens_to_ids("a")
+        while allowed_tokens([matcher], 400).any():
+            matcher.advance(a)
+        assert not allowed_tokens([hostile.matcher()], 400).any()  # its lexer is used up for all
+        anew = await kept.get(regex(HOSTILE))
+        assert allowed_tokens([anew.matcher()], 400).any()
+        for _ in range(2):
+            with pytest.raises(RequestError):
+                await kept.get(regex("("))
+
+    asyncio.run(main())
+
+
+def test_what_waits_at_the_end_is_told(compiler: HeldCompiler, kept: Grammars) -> None:
+    async def main() -> None:
+        *_, last = await begun(kept, *(regex(f"a{{{n}}}") for n in range(5)))
+        kept.close()
+        with pytest.raises(Unavailable, match="the engine is shut down"):
+            await last
+        with pytest.raises(Unavailable, match="the engine is shut down"):
+            await kept.get(regex("b"))
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_flooded_answers_429(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "MOST_UNFINISHED", 0)
+    with demo_engine() as engine, live_server(engine, tmp_path) as client:
+        body = {"model": "demo", "prompt": "Bread", "guided_regex": "a"}
+        response = client.post("/v1/completions", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+    assert response.headers["retry-after"] == "1"
+
+
+# What the rules of a grammar ask for.
+
+
+@pytest.mark.parametrize(
+    ("grammar", "names"),
+    [
+        ('start: "a"', set()),
+        ('start[capture]: "a"', {"capture"}),
+        ('start [ capture = "x" , temperature=0.5, max_tokens=3,] : /a/', {"capture", "temperature", "max_tokens"}),
+        ('start: x "b"\nx[stop="]:", stop_capture="c"]: /[^b]*/', {"stop", "stop_capture"}),
+        ('start: x\nx[lazy]: /[capture]:/\n// [stop="x"]:\n# y[stop="x"]:', {"lazy"}),
+        ('start: [capture] [temperature | stop]\ncapture: "[stop=\\"a\\"]:"\ntemperature: "b"\nstop: "c"', set()),
+        ('start: x\nx[suffix=END, temperature=1e-1]: /a*/\nEND: "b"', {"suffix", "temperature"}),
+        ('start: %json {"enum": ["[stop]:"], "x": {"[capture]": 1}} y\ny[capture]: "a"', {"capture"}),
+        ('%llguidance {"no_forcing": true}\nstart: <[384]> <x[capture]:> y\ny[lazy]: /a/', {"lazy"}),
+        ('start: perm::0x0\nperm::_[capture]: "" %if is_ones([0:1])\n | "a" perm::set_bit(0)', {"capture"}),
+    ],
+)
+def test_attributes_are_told_from_all_else(grammar: str, names: set[str]) -> None:
+    assert attributes(grammar) == names
+
+
+def test_special_tokens_are_told_from_all_else() -> None:
+    grammar = 'start: </s> <[3-5,7]> x::1 "<a>" /<b>/ %json {"const": "<c>"} -> y // <d>\nx::_: <[^2]> <[*]>'
+    assert special_tokens(grammar) == {"</s>", "<[3-5,7]>", "<[^2]>", "<[*]>"}
+
+
+@pytest.mark.parametrize(
+    ("special", "held"),
+    [("</s>", {1}), ("<[1-2,5]>", {1, 2, 5}), ("<[^1-2,5]>", {0, 3, 4, 6}), ("<[*]>", set(range(7))), ("<[6]>", {6})],
+)
+def test_a_special_token_may_stand_for_many(special: str, held: set[int]) -> None:
+    assert {one for one in range(7) if stands_for(special, one, "</s>" if one == 1 else "x")} == held

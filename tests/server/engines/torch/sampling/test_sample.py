@@ -1,0 +1,438 @@
+"""The next token: each step against a reference, and independence of the rows from each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from server.engines.protocol import SamplingParameters
+from server.engines.torch.sampling.request_sampler import RowSampler, check_vocabulary
+from server.engines.torch.sampling.sample import NonFiniteLogits, sample
+from server.engines.torch.sampling.truncation import probability_mass
+from steering_vectors.errors import RequestError
+
+VOCAB = 97
+GREEDY = SamplingParameters(temperature=0)
+
+
+def sampler(
+    parameters: SamplingParameters,
+    *,
+    vocab: int = VOCAB,
+    eos: Sequence[int] = (0,),
+    prompt: Sequence[int] = (1, 2, 2, 3),
+    chosen: Sequence[int] = (),
+    choice: int = 0,
+) -> RowSampler:
+    row = RowSampler(parameters, vocab_size=vocab, eos_ids=frozenset(eos), prompt_ids=prompt, choice=choice)
+    for token_id in chosen:
+        row.observe(token_id)
+    return row
+
+
+def random_logits(rows: int, vocab: int = VOCAB, *, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def reference(logits: torch.Tensor, wish: SamplingParameters) -> np.ndarray:
+    """Probabilities of one row, step by step in float64: temperature, top_k, top_p, min_p."""
+    scaled = logits.double().numpy() / wish.temperature
+    order = np.argsort(-scaled, kind="stable")
+    kept = order[: wish.top_k or None]
+    weights = np.exp(scaled - scaled.max())
+    weights[weights < 2.0**-40] = 0
+    share = np.cumsum(weights[kept]) / weights[kept].sum()
+    kept = kept[: int(np.searchsorted(share, wish.top_p - 1e-12)) + 1]
+    kept = kept[weights[kept] >= wish.min_p]  # of the likeliest token, which has 1
+    probabilities = np.zeros_like(weights)
+    probabilities[kept] = weights[kept] / weights[kept].sum()
+    return probabilities
+
+
+def probabilities(logits: torch.Tensor, *parameters: SamplingParameters) -> np.ndarray:
+    mass = probability_mass(logits.float().clone(), parameters).double()
+    return (mass / mass.sum(dim=-1, keepdim=True)).numpy()
+
+
+def label(wish: SamplingParameters) -> str:
+    return f"T{wish.temperature:g}-k{wish.top_k}-p{wish.top_p:g}-m{wish.min_p:g}"
+
+
+SHAPES = [
+    SamplingParameters(),
+    SamplingParameters(temperature=0.3),
+    SamplingParameters(temperature=2.5),
+    SamplingParameters(top_k=5),
+    SamplingParameters(top_k=1),
+    SamplingParameters(top_k=1000),
+    SamplingParameters(top_p=0.9),
+    SamplingParameters(top_p=1e-6),
+    SamplingParameters(min_p=0.1),
+    SamplingParameters(min_p=1.0),
+    SamplingParameters(temperature=1.7, top_k=20, top_p=0.7, min_p=0.05),
+    SamplingParameters(temperature=50.0, top_k=40, top_p=0.5),
+]
+
+
+@pytest.mark.parametrize("wish", SHAPES, ids=label)
+def test_probabilities_match_the_reference(wish: SamplingParameters) -> None:
+    logits = random_logits(8, spread=1.2)
+    ours = probabilities(logits, *[wish] * 8)
+    for row, expected in zip(ours, map(reference, logits, [wish] * 8), strict=True):
+        np.testing.assert_array_equal(row > 0, expected > 0)
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_rows_keep_their_own_parameters_in_one_batch() -> None:
+    logits = random_logits(len(SHAPES))
+    for row, expected in zip(probabilities(logits, *SHAPES), map(reference, logits, SHAPES), strict=True):
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("warper", "wish"),
+    [
+        (TopKLogitsWarper(7), SamplingParameters(top_k=7)),
+        (TopPLogitsWarper(0.6), SamplingParameters(top_p=0.6)),
+        (TopPLogitsWarper(0.99), SamplingParameters(top_p=0.99)),
+        (MinPLogitsWarper(0.02), SamplingParameters(min_p=0.02)),
+    ],
+    ids=["top_k", "top_p", "top_p_high", "min_p"],
+)
+@pytest.mark.parametrize("vocab", [VOCAB, 5003])
+def test_the_kept_tokens_are_those_of_transformers(
+    warper: LogitsProcessor, wish: SamplingParameters, vocab: int
+) -> None:
+    logits = random_logits(16, vocab)
+    kept = torch.isfinite(warper(torch.zeros(16, 1, dtype=torch.long), logits.clone()))
+    np.testing.assert_array_equal(probabilities(logits, *[wish] * 16) > 0, kept.numpy())
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    prompt, chosen = [1, 5, 5, 9], [9, 20, 21]
+    logits = random_logits(200)
+    seen = torch.tensor([prompt + chosen] * 200)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone()).argmax(-1).tolist()
+    wish = SamplingParameters(temperature=0, repetition_penalty=penalty)
+    assert sample(logits, [sampler(wish, prompt=prompt, chosen=chosen)] * 200) == expected
+
+
+def greedy(scores: dict[int, float], wish: SamplingParameters, **options: Sequence[int]) -> int:
+    """The greedy choice where these ids have these logits and all others -9."""
+    logits = torch.full((1, VOCAB), -9.0)
+    for token_id, score in scores.items():
+        logits[0, token_id] = score
+    return sample(logits, [sampler(wish, **options)])[0]
+
+
+def test_presence_and_frequency_count_the_completion_only() -> None:
+    presence = SamplingParameters(temperature=0, presence_penalty=1.0)
+    assert greedy({1: 2.0, 7: 1.5}, presence, prompt=[1, 1]) == 1
+    assert greedy({1: 2.0, 7: 1.5}, presence, chosen=[1]) == 7
+    assert greedy({1: 2.0, 7: 0.9}, presence, chosen=[1, 1, 1]) == 1  # once, however often
+    frequency = SamplingParameters(temperature=0, frequency_penalty=0.5)
+    assert greedy({1: 2.0, 7: 0.9}, frequency, chosen=[1, 1]) == 1
+    assert greedy({1: 2.0, 7: 0.9}, frequency, chosen=[1, 1, 1]) == 7
+
+
+def test_penalties_add_up_in_their_order() -> None:
+    wish = SamplingParameters(temperature=0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
+    # 8 / 2 − 0.25 − 2 × 0.5 = 2.75, and −1 × 2 − 0.25 − 0.5 = −2.75
+    assert greedy({1: 8.0, 7: 2.74}, wish, chosen=[1, 1]) == 1
+    assert greedy({1: 8.0, 7: 2.76}, wish, chosen=[1, 1]) == 7
+    assert greedy({1: -1.0, 7: -2.74}, wish, chosen=[1]) == 7
+    assert greedy({1: -1.0, 7: -2.76}, wish, chosen=[1]) == 1
+
+
+def test_counts_of_a_long_completion_are_exact() -> None:
+    wish = SamplingParameters(temperature=0, frequency_penalty=0.01)
+    chosen = [token_id for token_id in range(60) for _ in range(token_id + 1)]  # id i was chosen i + 1 times
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 60:] = -9.0
+    logits[0, :60] += torch.arange(1, 61) * 0.01  # takes the penalty back
+    logits[0, 33] += 0.001
+    assert sample(logits, [sampler(wish, prompt=[70], chosen=chosen)]) == [33]
+
+
+def test_presence_counts_the_completion_only_beside_a_repetition_penalty_too() -> None:
+    """Which looks at the prompt, and so has its tokens counted."""
+    wish = SamplingParameters(temperature=0, repetition_penalty=1.0001, presence_penalty=1.0, frequency_penalty=0.5)
+    assert greedy({1: 2.0, 7: 1.9}, wish, prompt=[1]) == 1
+    assert greedy({1: 2.0, 7: 1.9}, wish, prompt=[1], chosen=[1]) == 7
+
+
+def test_logit_bias_is_added() -> None:
+    assert greedy({4: 1.0, 7: 0.0}, SamplingParameters(temperature=0, logit_bias={7: 1.5})) == 7
+    assert greedy({4: 1.0, 7: 0.0}, SamplingParameters(temperature=0, logit_bias={4: -100.0, 8: 2.0})) == 7
+
+
+def test_min_tokens_holds_back_what_would_end_the_text() -> None:
+    wish = SamplingParameters(temperature=0, min_tokens=2, stop_token_ids=(5,))
+    scores = {0: 3.0, 5: 2.0, 8: 1.0}
+    assert greedy(scores, wish) == greedy(scores, wish, chosen=[8]) == 8
+    assert greedy(scores, wish, chosen=[8, 8]) == 0
+    endless = SamplingParameters(temperature=0, min_tokens=2, stop_token_ids=(5,), ignore_eos=True)
+    assert greedy(scores, endless) == 0  # an end-of-sequence token ends nothing here
+    assert greedy(scores, wish, eos=[0, VOCAB + 5]) == 8  # an id that only the tokenizer has
+
+
+def test_greedy_takes_the_lowest_of_equal_logits() -> None:
+    logits = torch.zeros(2, VOCAB, dtype=torch.bfloat16)
+    logits[0, [40, 60]] = 1
+    assert sample(logits, [sampler(GREEDY)] * 2) == [40, 0]
+
+
+def test_equal_logits_at_the_border_are_kept_from_the_lowest_id_on() -> None:
+    logits = torch.zeros(1, 10)
+    for wish, kept in ((SamplingParameters(top_k=3), 3), (SamplingParameters(top_p=0.45), 5)):
+        assert np.flatnonzero(probabilities(logits, wish)[0]).tolist() == list(range(kept))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("wish", [SamplingParameters(top_k=1), SamplingParameters(top_p=0.3)], ids=label)
+def test_of_two_equal_maxima_the_lower_is_kept(wish: SamplingParameters, waits: bool) -> None:
+    logits = torch.full((1, 10), -9.0)
+    logits[0, [4, 7]] = 2.0
+    assert probability_mass(logits, [wish], waits=waits)[0].nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("wish", SHAPES, ids=label)
+def test_probabilities_of_many_equal_logits_match_the_reference(wish: SamplingParameters) -> None:
+    """As bfloat16 has them: of those that tie at a border the lowest ids are kept, and no more than are needed."""
+    logits = (random_logits(200, 40, spread=1.2) * 2).round() / 2
+    for row in logits:  # alone: what one row needs may be done for its neighbours too
+        found, expected = probabilities(row[None], wish)[0], reference(row, wish)
+        np.testing.assert_array_equal(found > 0, expected > 0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_type_is_accepted_and_left_as_it_is(dtype: torch.dtype) -> None:
+    logits = random_logits(4).to(dtype)
+    before = logits.clone()
+    wishes = [
+        GREEDY,
+        SamplingParameters(seed=1),
+        SamplingParameters(seed=1, top_k=2),
+        SamplingParameters(logit_bias={1: 1.0}),
+    ]
+    tokens = sample(logits, [sampler(wish) for wish in wishes])
+    assert tokens[0] == logits[0].float().argmax().item()
+    assert torch.equal(logits, before)
+
+
+def test_no_rows() -> None:
+    assert sample(torch.empty(0, VOCAB), []) == []
+
+
+# The draw
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
+    """The statistic over tokens with at least 5 expected draws (the rest as one), and its degrees of freedom."""
+    common = expected >= 5
+    pairs = [*zip(observed[common], expected[common], strict=True), (observed[~common].sum(), expected[~common].sum())]
+    pairs = [(seen, wanted) for seen, wanted in pairs if wanted > 0]
+    return float(sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs)), len(pairs) - 1
+
+
+@pytest.mark.parametrize("wish", SHAPES[::2], ids=label)
+def test_draws_follow_the_distribution(wish: SamplingParameters) -> None:
+    one = random_logits(1, 30, seed=3, spread=1.5)
+    wish = SamplingParameters(
+        temperature=wish.temperature, top_k=wish.top_k, top_p=wish.top_p, min_p=wish.min_p, seed=11
+    )
+    rows = [sampler(wish, vocab=30, choice=choice) for choice in range(100)]
+    drawn = [token_id for _ in range(80) for token_id in sample(one.expand(100, -1), rows)]
+    expected = reference(one[0], wish)
+    counts = np.bincount(drawn, minlength=30)
+    assert counts[expected == 0].sum() == 0
+    statistic, freedom = chi_square(counts, expected * len(drawn))
+    assert statistic <= freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_the_draw_inverts_the_cumulative_distribution_in_the_vocabularys_order() -> None:
+    logits, wish = random_logits(200, seed=5), SamplingParameters(seed=3, temperature=0.8, top_p=0.95)
+    rows, twins = ([sampler(wish, choice=choice) for choice in range(200)] for _ in range(2))
+    for token_id, row, twin in zip(sample(logits, rows), logits, twins, strict=True):
+        cumulative = np.cumsum(reference(row, wish))
+        assert token_id == np.searchsorted(cumulative, twin.uniform(), side="right")
+
+
+class FixedStream(RowSampler):
+    """A row whose stream says what the test wants."""
+
+    number = 0.0
+
+    def uniform(self) -> float:
+        return self.number
+
+
+@pytest.mark.parametrize("number", [0.0, math.nextafter(1.0, 0.0), 1.0])
+def test_tokens_without_probability_are_never_drawn(number: float) -> None:
+    logits = torch.full((1, 50_000), -math.inf)
+    logits[0, 7_000:40_000] = 0.0
+    row = FixedStream(SamplingParameters(), vocab_size=50_000, eos_ids=frozenset(), prompt_ids=[1])
+    row.number = number
+    assert sample(logits, [row]) == [7_000 if number == 0 else 39_999]
+
+
+def test_the_smallest_temperatures_are_greedy() -> None:
+    logits = random_logits(1)
+    for temperature in (1e-5, 1e-35, 5e-324):
+        assert sample(logits, [sampler(SamplingParameters(temperature=temperature))]) == [logits.argmax().item()]
+
+
+def draws(seed: int | None, choice: int = 0, count: int = 40) -> list[int]:
+    row = sampler(SamplingParameters(seed=seed), choice=choice)
+    return [sample(random_logits(1, seed=step), [row])[0] for step in range(count)]
+
+
+def test_a_seed_repeats_its_draws() -> None:
+    assert draws(5) == draws(5)
+    seeds = [5, 6, -5, 0, -1, 2**63 - 1, -(2**63)]
+    assert len({tuple(draws(seed)) for seed in seeds}) == len(seeds)
+
+
+def test_choices_of_one_seed_differ_and_choice_0_is_the_default() -> None:
+    assert len({tuple(draws(5, choice)) for choice in range(8)}) == 8
+    row = RowSampler(SamplingParameters(seed=5), vocab_size=VOCAB, eos_ids=frozenset(), prompt_ids=[1])
+    assert sample(random_logits(1), [row])[0] == draws(5, 0)[0]
+
+
+def test_no_seed_means_another_stream_each_time() -> None:
+    assert draws(None) != draws(None)
+
+
+def test_a_stream_is_the_same_on_every_machine() -> None:
+    first = [sampler(SamplingParameters(seed=seed), choice=choice).uniform() for seed, choice in ((0, 0), (-7, 3))]
+    assert first == [0.13167005029529244, 0.43981312186299415]
+
+
+# Independence
+
+
+Wishes = st.builds(
+    SamplingParameters,
+    temperature=st.sampled_from([0.0, 0.4, 1.0, 3.0]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    top_k=st.sampled_from([0, 1, 6, 200]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.3]),
+    logit_bias=st.sampled_from([{}, {3: 2.0, 90: -4.0}]),
+    min_tokens=st.sampled_from([0, 3]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+
+
+@settings(max_examples=40)
+@given(wishes=st.lists(Wishes, min_size=1, max_size=8), seed=st.integers(0, 1000))
+def test_a_rows_tokens_are_the_same_alone_and_among_any_neighbours(wishes: list[SamplingParameters], seed: int) -> None:
+    together, alone = ([sampler(wish, choice=i) for i, wish in enumerate(wishes)] for _ in range(2))
+    for step in range(4):
+        logits = random_logits(len(wishes), seed=seed + step)
+        tokens = sample(logits, together)
+        assert tokens == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(alone)]
+        for token_id, row, twin in zip(tokens, together, alone, strict=True):
+            row.observe(token_id)
+            twin.observe(token_id)
+
+
+@pytest.mark.parametrize("vocab", [31, 1001, 49_157])
+@pytest.mark.parametrize("wish", SHAPES, ids=label)
+def test_a_rows_mass_is_bitwise_the_same_alone_and_in_a_batch(wish: SamplingParameters, vocab: int) -> None:
+    logits = random_logits(5, vocab, seed=2)
+    neighbours = [SamplingParameters(top_k=3), wish, SamplingParameters(temperature=0.5, top_p=0.99), wish, wish]
+    together = probability_mass(logits.clone(), neighbours)
+    for place in (1, 3, 4):
+        assert torch.equal(together[place], probability_mass(logits[place : place + 1].clone(), [wish])[0])
+
+
+# Errors
+
+
+def test_rows_without_a_choice_are_named() -> None:
+    logits = random_logits(6)
+    logits[1, 5], logits[2, :], logits[4, 9], logits[5, 3] = math.nan, -math.inf, math.inf, -math.inf
+    for wish in (GREEDY, SamplingParameters()):
+        with pytest.raises(NonFiniteLogits, match="rows 1, 2, 4") as caught:
+            sample(logits, [sampler(wish) for _ in range(6)])
+        assert caught.value.rows == (1, 2, 4)
+
+
+def test_a_row_whose_edits_leave_no_token_is_named_by_its_place_in_the_batch() -> None:
+    logits = torch.full((3, VOCAB), -math.inf)
+    logits[:, 0] = 1.0
+    rows = [sampler(GREEDY), sampler(SamplingParameters()), sampler(SamplingParameters(min_tokens=1))]
+    with pytest.raises(NonFiniteLogits) as caught:
+        sample(logits, rows)
+    assert caught.value.rows == (2,)
+
+
+@pytest.mark.parametrize(
+    ("wish", "param"),
+    [
+        (SamplingParameters(logit_bias={VOCAB: 1.0}), "logit_bias"),
+        (SamplingParameters(logit_bias={-1: 1.0}), "logit_bias"),
+        (SamplingParameters(stop_token_ids=(3, VOCAB)), "stop_token_ids"),
+    ],
+)
+def test_ids_beyond_the_vocabulary_are_refused(wish: SamplingParameters, param: str) -> None:
+    with pytest.raises(RequestError, match="token ids go from 0 to 96") as caught:
+        check_vocabulary(wish, VOCAB)
+    assert caught.value.param == param
+    with pytest.raises(RequestError):
+        sampler(wish)
+
+
+@pytest.mark.parametrize("wish", SHAPES, ids=label)
+@pytest.mark.parametrize("spread", [0.0, 0.01, 2.0, 30.0])
+def test_without_looking_at_values_the_mass_is_bitwise_the_same(wish: SamplingParameters, spread: float) -> None:
+    """What is done on a GPU: equal logits, few values many times, narrow and wide distributions."""
+    logits = spread * torch.randn(6, 700, generator=torch.Generator().manual_seed(5))
+    logits[1] = logits[1].round()
+    logits[2, 100:] = -math.inf
+    logits[3, ::3] = logits[3, 0]
+    parameters = [wish] * 6
+    unseen = probability_mass(logits.clone(), parameters, waits=False)
+    assert torch.equal(unseen, probability_mass(logits.clone(), parameters))
+
+
+def test_without_looking_at_values_the_tokens_are_the_same() -> None:
+    """Rows of all kinds in one batch; and where one is not sound, the others' next draw is the one they would have."""
+    wishes = [*SHAPES, SamplingParameters(temperature=0.0), SamplingParameters(presence_penalty=1.0, min_tokens=2)]
+    logits = 2 * torch.randn(len(wishes), 300, generator=torch.Generator().manual_seed(6))
+
+    def sides() -> list[list[RowSampler]]:
+        return [[sampler(replace(wish, seed=7), vocab=300) for wish in wishes] for _ in range(2)]
+
+    seen, unseen = sides()
+    broken = logits.clone()
+    broken[0, 5], broken[3] = math.nan, -math.inf
+    for rows, waits in ((seen, True), (unseen, False)):
+        with pytest.raises(NonFiniteLogits) as failure:
+            sample(broken, rows, waits=waits)
+        assert failure.value.rows == (0, 3)
+    for _ in range(20):
+        tokens = [sample(logits, rows, waits=waits) for rows, waits in ((seen, True), (unseen, False))]
+        assert tokens[0] == tokens[1]
+        for rows in (seen, unseen):
+            for row, token in zip(rows, tokens[0], strict=True):
+                row.observe(token)

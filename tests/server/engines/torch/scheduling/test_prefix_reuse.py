@@ -1,0 +1,313 @@
+"""What slots share: traces, copies and waiting, without a model."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engines.protocol import GenerationRequest, SamplingParameters
+from server.engines.torch.scheduling.prefix_reuse import LEAST, Prefixes, Trace
+from server.engines.torch.scheduling.request_state import Chunk, Sequence
+from server.engines.torch.scheduling.scheduler import Scheduler
+from steering_vectors.profiles.mixture import Mixture, Term
+from tests.support.tiny_profiles import tiny_profile
+
+MIXES = [Mixture()] + [
+    Mixture((Term(tiny_profile(name=name, version=name * 64), strength),), apply_to=apply_to)
+    for name in "ab"
+    for strength in (0.0, 1.0)
+    for apply_to in ("generated", "all")
+]
+PIECES = st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["", "a", "b"])), max_size=5)
+
+
+def traced(pieces: list[tuple[int, str]]) -> tuple[Trace, list[tuple[int, str]]]:
+    """A trace, and what was done at each of its positions."""
+    trace, plain = Trace(), []
+    for length, digest in pieces:
+        ids = [7] * length
+        trace.extend(len(trace), ids, len(trace), digest)
+        plain += [(token, digest) for token in ids]
+    return trace, plain
+
+
+@given(PIECES, PIECES, st.integers(0, 20))
+def test_traces_share_what_comes_before_the_first_difference(
+    one: list[tuple[int, str]], other: list[tuple[int, str]], cut: int
+) -> None:
+    (first, plain), (second, other_plain) = traced(one), traced(other)
+    expected = next(
+        (place for place, (a, b) in enumerate(zip(plain, other_plain, strict=False)) if a != b),
+        min(len(plain), len(other_plain)),
+    )
+    assert first.shared(second) == second.shared(first) == expected
+    assert first.head(cut).shared(first) == min(cut, len(plain))
+    second.cut(cut)
+    assert first.shared(second) == min(cut, expected)
+
+
+def test_a_trace_tells_where_steering_began() -> None:
+    trace = Trace.of([1, 2, 3, 4], 3, "a")
+    assert trace.runs == [(0, ""), (3, "a")]
+    trace.extend(4, [5], 3, "a")
+    assert trace.runs == [(0, ""), (3, "a")]
+    trace.extend(2, [9, 9], None, "")
+    assert (trace.ids, trace.runs) == ([1, 2, 9, 9], [(0, "")])
+
+
+class Keys:
+    """Keys and values as what they follow from: each entry is a hash of all tokens and steering up to its position."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots: list[list[int]] = [[] for _ in range(slots)]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert length <= len(self.slots[source]), "keys that were never computed"
+        self.slots[target][:length] = self.slots[source][:length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        held = self.slots[one], self.slots[other]
+        self.slots[one], self.slots[other] = held[1][:length], held[0][:length]
+
+    def compute(self, chunk: Chunk) -> None:
+        for slot in chunk.sequence.slots:
+            held = self.slots[slot]
+            assert chunk.start <= len(held), "a hole"
+            del held[chunk.start :]
+            for position, token in zip(range(chunk.start, chunk.end), chunk.ids, strict=True):
+                first = chunk.sequence.steered_from if slot == chunk.slot else None
+                digest = chunk.sequence.digest if first is not None and position >= first else ""
+                held.append(hash((held[-1] if held else None, token, digest)))
+
+
+class Run:
+    """A scheduler over such keys. It draws a token for every row that may have one, and checks all that is held."""
+
+    def __init__(self, slots: int, chunk_tokens: int = 16, *, shares: bool = True) -> None:
+        self.keys = Keys(slots)
+        self.prefixes = Prefixes(slots, self.keys if shares else None)
+        self.scheduler = Scheduler(slots=slots, chunk_tokens=chunk_tokens, prefixes=self.prefixes)
+        self.timelines: dict[str, list[str]] = {}  # digest by position, as it was computed
+        self.computed = 0
+        self._names = count()
+
+    def add(self, prompt: list[int], mixture: Mixture | None = None, **fields: object) -> Sequence:
+        name = f"r{next(self._names)}"
+        request = GenerationRequest(name, tuple(prompt), SamplingParameters(), mixture or Mixture(), **fields)  # type: ignore[arg-type]
+        sequence = Sequence(request)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self, token: int = 0) -> None:
+        self.scheduler.admit()
+        for chunk in [chunk for batch in self.scheduler.schedule() for chunk in batch]:
+            self.keys.compute(chunk)
+            self.computed += chunk.end - chunk.start
+            draws = chunk.samples
+            self.scheduler.advance(chunk)
+            if draws:
+                chunk.sequence.ids.append(token)
+        self.check()
+
+    def finish(self, sequence: Sequence, *, sound: bool = True) -> None:
+        sequence.finish = "stop"
+        self.scheduler.remove(sequence, sound=sound)
+
+    def run(self, sequence: Sequence, tokens: int = 1) -> None:
+        while sequence.completion_length < tokens:
+            self.step()
+        self.finish(sequence)
+
+    def check(self) -> None:
+        """What the traces say is what the keys were made from."""
+        self.scheduler.check_integrity()
+        for slot, held in enumerate(self.keys.slots):
+            trace = self.prefixes.trace(slot)
+            if not self.prefixes.shares or not len(trace):
+                continue
+            scratch = None
+            starts = dict(trace.runs)
+            digest = ""
+            for position, token in enumerate(trace.ids):
+                digest = starts.get(position, digest)
+                scratch = hash((scratch, token, digest))
+                assert held[position] == scratch
+
+
+def test_a_chat_computes_its_tail_only() -> None:
+    run = Run(4)
+    prompt = list(range(1, 41))
+    first = run.add(prompt)
+    run.run(first, tokens=10)
+    second = run.add([*first.ids, *range(50, 60)])
+    run.run(second)
+    assert second.cached == len(first.ids) - 1  # the last token was drawn and never computed
+    assert run.computed == 40 + 9 + 11
+
+
+def test_steering_that_differs_shares_the_unsteered_part() -> None:
+    run = Run(4)
+    prompt = list(range(1, 41))
+    warm, cold = (MIXES[3], MIXES[7])
+    assert (warm.apply_to, cold.apply_to) == ("generated", "generated")
+    first = run.add(prompt, warm)
+    run.run(first, tokens=10)
+    second = run.add([*first.ids, 99], cold)
+    run.run(second)
+    assert second.cached == len(prompt) - 1
+    everywhere = run.add([*first.ids, 99], MIXES[4])
+    run.run(everywhere)
+    assert (MIXES[4].apply_to, everywhere.cached) == ("all", 0)
+    again = run.add([*first.ids, 98], MIXES[4])
+    run.run(again)
+    assert again.cached == len(first.ids)
+    assert again.steered_tokens == len(again.ids) - 1  # however they came to be
+
+
+def test_at_most_all_but_the_last_token_are_reused() -> None:
+    run = Run(2)
+    prompt = list(range(1, 31))
+    for expected in (0, 29, 29):
+        one = run.add(prompt)
+        run.run(one)
+        assert one.cached == expected
+
+
+def test_choices_of_one_prompt_compute_it_once() -> None:
+    run = Run(8)
+    prompt = list(range(1, 101))
+    rows = [run.add(prompt, mixture) for mixture in MIXES if mixture.apply_to == "generated"]
+    while not all(row.completion_length for row in rows):
+        run.step()
+    assert run.computed == 100 + (len(rows) - 1) + run_on(rows)
+    assert [row.cached for row in rows] == [0] + [99] * (len(rows) - 1)
+
+
+def test_those_that_wait_for_one_prompt_begin_together() -> None:
+    """They all follow the one that computes it, and not each other."""
+    run = Run(4)
+    prompt = list(range(1, 101))
+    rows = [run.add(prompt) for _ in range(4)]
+    while not rows[0].completion_length:
+        run.step()
+    leaders = [row.leader for row in rows]
+    run.step()
+    assert [row.completion_length for row in rows] == [2, 1, 1, 1]
+    assert leaders == [None, *[rows[0]] * 3]
+
+
+def run_on(rows: list[Sequence]) -> int:
+    """Tokens that were computed after the prompts."""
+    return sum(row.completion_length - 1 for row in rows)
+
+
+def test_one_that_waits_goes_on_when_its_leader_ends() -> None:
+    run = Run(4, chunk_tokens=3)
+    prompt = list(range(1, 101))
+    leader, follower, third = (run.add(prompt) for _ in range(3))
+    run.step()
+    assert (leader.computed, follower.computed, follower.leader) == (12, 0, leader)
+    run.finish(leader, sound=False)
+    run.step()
+    assert (follower.computed, third.leader) == (12, follower)
+    run.run(follower)
+    run.step()
+    assert third.cached == 99
+
+
+def test_what_is_displaced_moves_to_the_slot_that_is_missed_least() -> None:
+    run = Run(3)
+    talks = [[base + place for place in range(20)] for base in (100, 200, 300)]
+    for talk in talks:
+        run.run(run.add(talk))
+    for talk in talks:
+        again = run.add([*talk, 1])
+        run.run(again)
+        assert again.cached == 20
+        assert again.slot == 0
+    run.run(run.add([base + 400 for base in range(20)]))  # a fourth: the one that was used longest ago goes
+    oldest = run.add([*talks[0], 1])
+    run.run(oldest)
+    assert oldest.cached == 0
+
+
+def test_what_was_only_scored_is_not_kept_for_long() -> None:
+    run = Run(2)
+    talk = list(range(1, 31))
+    run.run(run.add(talk))
+    for base in (100, 200, 300):
+        run.run(run.add([base + place for place in range(20)], prompt_logprobs=0))
+    again = run.add([*talk, 1])
+    run.run(again)
+    assert again.cached == 30
+
+
+@pytest.mark.parametrize("unseen", [{"prompt_logprobs": 0}])
+def test_what_must_be_seen_is_computed(unseen: dict[str, object]) -> None:
+    run = Run(2)
+    prompt = list(range(1, 31))
+    run.run(run.add(prompt))
+    scored = run.add(prompt, **unseen)
+    run.run(scored)
+    assert scored.cached == 0
+    given = run.add(prompt, given=5, **unseen)
+    run.run(given)
+    assert given.cached == 30 - 5 - 1
+
+
+def test_a_few_tokens_are_computed_not_copied() -> None:
+    run = Run(4)
+    long = list(range(1, 41))
+    running = run.add(long)
+    while not running.completion_length:
+        run.step()
+    few = run.add([*long[: LEAST - 1], 99])
+    many = run.add([*long[:LEAST], 99])
+    run.step()
+    assert (few.cached, many.cached) == (0, LEAST)
+
+
+def test_without_a_copier_nothing_is_shared() -> None:
+    run = Run(2, shares=False)
+    prompt = list(range(1, 31))
+    for _ in range(2):
+        one = run.add(prompt)
+        run.run(one)
+        assert one.cached == 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_comes_and_goes_keys_are_those_of_a_run_from_scratch(seed: int) -> None:
+    """Requests that fork from each other, steered in all ways, changed and ended at any time."""
+    draw = random.Random(seed)
+    run = Run(draw.choice([1, 2, 3, 5]), chunk_tokens=draw.choice([3, 7, 40]))
+    texts: list[list[int]] = [[draw.randrange(9) for _ in range(30)]]
+    live: list[Sequence] = []
+    seen: list[Sequence] = []
+    for _ in range(120):
+        if draw.random() < 0.4:
+            base = draw.choice(texts)
+            prompt = base[: draw.randrange(1, len(base) + 1)] + [draw.randrange(9) for _ in range(draw.randrange(20))]
+            given = draw.randrange(1, 4) if len(prompt) > 6 and draw.random() < 0.2 else 0
+            more = {"given": given, "prompt_logprobs": 0} if given else {}
+            shadowed = draw.random() < 0.2 and run.scheduler.num_slots > 1 and not given
+            live.append(run.add(prompt, draw.choice(MIXES), divergence=shadowed, **more))
+            seen.append(live[-1])
+            texts.append(prompt)
+        if live and draw.random() < 0.1:
+            draw.choice(live).steer(draw.choice(MIXES))
+        run.step(draw.randrange(9))
+        for one in [one for one in live if draw.random() < 0.1]:
+            live.remove(one)
+            texts.append(list(one.ids))
+            run.finish(one, sound=draw.random() < 0.9)
+    while live:
+        run.step()
+        for one in [one for one in live if one.completion_length]:
+            live.remove(one)
+            run.finish(one)
+    assert any(one.cached for one in seen)

@@ -1,0 +1,298 @@
+"""The engine's thread: admission, queueing, cancelling, closing. What it promises is in test_invariants."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+
+from server.engines.protocol import Finished
+from steering_vectors.errors import Conflict, Overloaded, ProfileMismatch, RequestError, SteeringError, Unavailable
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.profiles.mixture import Mixture
+from tests.support.running import (
+    HeldEngine,
+    mixture,
+    outcome,
+    prompts,
+    random_profile,
+    reference_ids,
+    request,
+    run_all,
+    running,
+)
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+LONG = {"max_tokens": None, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def language_model() -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer(), name="tiny")
+
+
+def test_refuses_before_it_starts(language_model: LanguageModel) -> None:
+    (ids,) = prompts(language_model, [5])
+    foreign = random_profile(wrap_model(tiny_model("qwen2"), tiny_tokenizer()))
+    huge = random_profile(language_model, unit=3e38)
+
+    async def main() -> None:
+        async with running(language_model, context=32) as engine:
+            for bad, error, message in (
+                (request([]), RequestError, "the prompt is empty"),
+                (request([9999]), RequestError, "outside of the vocabulary, 0 to 383"),
+                (request([5] * 32), RequestError, "the prompt has 32 tokens; the context holds 32"),
+                (request(ids, logit_bias={9999: 1.0}), RequestError, "9999"),
+                (request(ids, mixture(foreign)), ProfileMismatch, "whose weights differ"),
+                (request(ids, mixture(huge, 2.0)), SteeringError, "overflows the model's dtype"),
+            ):
+                with pytest.raises(error, match=message):
+                    engine.generate(bad)
+            assert engine.stats().running == engine.stats().waiting == 0
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_refuses(language_model: LanguageModel) -> None:
+    rows = prompts(language_model, [5] * 4)
+
+    async def main() -> None:
+        async with running(language_model, slots=1, max_queue=2, context=200) as engine:
+            streams = [engine.generate(request(ids, **LONG)) for ids in rows[:3]]
+            with pytest.raises(Overloaded):
+                engine.generate(request(rows[3]))
+            for stream in streams:
+                await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_an_id_is_used_once_at_a_time(language_model: LanguageModel) -> None:
+    (ids,) = prompts(language_model, [5])
+
+    async def main() -> None:
+        async with running(language_model) as engine:
+            one = request(ids, **LONG)
+            stream = engine.generate(one)
+            with pytest.raises(Conflict):
+                engine.generate(one)
+            await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_more_requests_than_slots_all_end(language_model: LanguageModel) -> None:
+    outcomes = run_all(language_model, [request(ids) for ids in prompts(language_model, [4] * 20)], slots=3)
+    assert {one.end.reason for one in outcomes} <= {"stop", "length"}
+
+
+@pytest.mark.parametrize("way", ["aclose", "drop", "cancel the task"])
+def test_leaving_a_stream_frees_its_slot(language_model: LanguageModel, way: str) -> None:
+    (ids,) = prompts(language_model, [5])
+
+    async def main() -> None:
+        async with running(language_model, slots=1, context=250) as engine:
+            stream = engine.generate(request(ids, **LONG))
+            await anext(stream)
+            if way == "aclose":
+                await stream.aclose()
+            elif way == "drop":
+                del stream
+                gc.collect()
+            else:
+                task = asyncio.create_task(outcome(engine, request(ids, **LONG)))
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await stream.aclose()
+            assert (await outcome(engine, request(ids, max_tokens=2, ignore_eos=True))).end.reason == "length"
+            assert engine.stats().running == 0
+
+    asyncio.run(main())
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes(language_model: LanguageModel) -> None:
+    rows = prompts(language_model, [5] * 3)
+
+    async def main() -> None:
+        async with running(language_model, slots=1, context=250) as engine:
+            streams = [engine.generate(request(ids, **LONG)) for ids in rows]
+            await engine.close()
+            for stream in streams:
+                events = [event async for event in stream]
+                assert isinstance(events[-1], Finished)
+                assert events[-1].reason == "cancelled"
+            with pytest.raises(Unavailable):
+                engine.generate(request(rows[0]))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_step_that_breaks_ends_its_requests_and_no_others(block: int) -> None:
+    """The model itself raises, in the middle of a pass. Those that wait, and those that come, are answered."""
+    language_model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    rows = prompts(language_model, [20, 20, 20])
+    faults, breaking = [RuntimeError("of the model")], threading.Event()
+
+    def break_once(_module: object, _given: object) -> None:
+        if breaking.is_set() and faults:
+            raise faults.pop()
+
+    async def main() -> None:
+        async with running(language_model, slots=2, context=64) as engine:
+            hook = language_model.blocks[block].register_forward_pre_hook(break_once)
+            engine.hold(after=2)
+            wanted = [request(ids, max_tokens=8, ignore_eos=True) for ids in rows]
+            pending = [asyncio.create_task(outcome(engine, one)) for one in wanted]
+            await asyncio.to_thread(engine.until_held)
+            breaking.set()
+            engine.go()
+            ends = await asyncio.gather(*pending)
+            assert [one.end.reason for one in ends] == ["error", "error", "length"]
+            assert [one.end.error for one in ends] == ["RuntimeError while computing a step"] * 2 + [None]
+            assert not faults
+            again = [rows[place] for place in (2, 0, 1)]
+            later = [await outcome(engine, request(ids, max_tokens=8, ignore_eos=True)) for ids in again]
+            for one, ids in zip([ends[2], *later], [rows[2], *again], strict=True):
+                assert one.ids == reference_ids(language_model, ids, 8)
+            assert [one.end.cached_tokens for one in later] == [19, 0, 0]  # nothing builds upon what broke
+            stats = engine.stats()
+            assert (stats.running, stats.waiting, stats.finished) == (0, 0, {"error": 2, "length": 4})
+            hook.remove()
+
+    asyncio.run(main())
+
+
+def test_a_change_whose_asker_has_gone_leaves_the_engine_running(language_model: LanguageModel) -> None:
+    """The event loop that asked is closed before the engine's thread comes to it."""
+    (ids,) = prompts(language_model, [5])
+    engine = HeldEngine(language_model, slots=1, context=64)
+
+    async def ask(request_id: str) -> None:
+        engine.set_steering(request_id, Mixture())
+
+    async def main() -> None:
+        one = request(ids, max_tokens=8, ignore_eos=True)
+        engine.hold()
+        stream = engine.generate(one)
+        await asyncio.to_thread(lambda: asyncio.run(ask(one.id)))
+        engine.go()
+        assert isinstance([event async for event in stream][-1], Finished)
+        assert (await outcome(engine, request(ids, max_tokens=2, ignore_eos=True))).end.reason == "length"
+        await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("prefix_reuse", [False, True])
+def test_every_token_is_counted_once(language_model: LanguageModel, prefix_reuse: bool) -> None:
+    profile = random_profile(language_model)
+    first, second, third = prompts(language_model, [30, 17, 9])
+    wanted = [
+        request(first, max_tokens=8, ignore_eos=True),
+        request([*first, *second], mixture(profile), max_tokens=5, ignore_eos=True),
+        request(third, mixture(profile, apply_to="all"), max_tokens=12, ignore_eos=True),
+    ]
+
+    async def main() -> None:
+        async with running(language_model, slots=2, context=64, prefill_chunk=7, prefix_reuse=prefix_reuse) as engine:
+            ends = [await outcome(engine, one) for one in wanted]
+            stats = engine.stats()
+        assert stats.cached_tokens == sum(one.end.cached_tokens for one in ends) == (30 if prefix_reuse else 0)
+        assert stats.prompt_tokens == sum(len(one.prompt_ids) for one in wanted) - stats.cached_tokens
+        assert stats.generated_tokens == sum(len(one.ids) for one in ends) == 8 + 5 + 12
+        assert stats.steered_tokens == sum(one.end.steered_tokens for one in ends) == 5 + (9 + 12 - 1)
+        assert stats.finished == {"length": 3}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("steps", "cached"), [(1, 0), (2, 79)])
+def test_what_a_cancelled_request_leaves_is_kept_once_it_has_written(
+    language_model: LanguageModel, steps: int, cached: int
+) -> None:
+    """Before its first token nothing has shown that the model's logits are finite."""
+    (ids,) = prompts(language_model, [80])  # in three steps: four chunks in each, since nothing decodes
+
+    async def main() -> None:
+        async with running(language_model, slots=1, context=96, prefill_chunk=8) as engine:
+            engine.hold(after=steps)  # and one more, before the engine looks at what came meanwhile
+            one = request(ids, max_tokens=9, ignore_eos=True)
+            stream = engine.generate(one)
+            await asyncio.to_thread(engine.until_held)
+            assert engine.cancel(one.id)
+            engine.go()
+            events = [event async for event in stream]
+            assert isinstance(events[-1], Finished)
+            assert (events[-1].reason, events[-1].completion_tokens) == ("cancelled", min(cached, 1))
+            again = await outcome(engine, request(ids, max_tokens=2, ignore_eos=True))
+            assert again.end.cached_tokens == cached
+
+    asyncio.run(main())
+
+
+def test_seeds_reproduce_whatever_the_neighbours(language_model: LanguageModel) -> None:
+    rows = prompts(language_model, [7] * 8)
+
+    def sampled(index: int, seed: int):
+        return request(rows[index], temperature=1.0, top_p=0.9, seed=seed, max_tokens=20, ignore_eos=True)
+
+    alone = run_all(language_model, [sampled(0, 1)], slots=1)[0].ids
+    together = run_all(language_model, [sampled(index, 1) for index in range(8)])
+    assert together[0].ids == alone
+    assert run_all(language_model, [sampled(0, 2)])[0].ids != alone
+
+
+def test_stop_strings_end_the_text_before_them(language_model: LanguageModel) -> None:
+    (ids,) = prompts(language_model, [7])
+    whole = run_all(language_model, [request(ids, max_tokens=40, ignore_eos=True)])[0].text
+    stop = whole[5:8]
+    stopped = run_all(language_model, [request(ids, max_tokens=40, ignore_eos=True, stop=(stop,))])[0]
+    assert stopped.text == whole[: whole.index(stop)]
+    assert (stopped.end.reason, stopped.end.matched_stop) == ("stop", stop)
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "text"),
+    [("\ufffd", 1, ""), ("\ufffd\ufffd", 2, ""), ("\ufffd\ufffd", 3, ""), ("\ufffdx", 2, "\ufffd\ufffd")],
+)
+def test_a_stop_string_may_come_with_the_last_token(
+    language_model: LanguageModel, stop: str, tokens: int, text: str
+) -> None:
+    """A character that is never completed is held back up to the end, and becomes text there."""
+    begun = language_model.tokenizer("🙂", add_special_tokens=False)["input_ids"][0]
+    (ids,) = prompts(language_model, [7])
+    (one,) = run_all(language_model, [request(ids, max_tokens=tokens, logit_bias={begun: 100.0}, stop=(stop,))])
+    assert one.ids == (begun,) * tokens
+    assert one.text == text
+    assert (one.end.reason, one.end.matched_stop) == (("length", None) if text else ("stop", stop))
+
+
+def test_a_steering_counts_its_positions(language_model: LanguageModel) -> None:
+    (ids,) = prompts(language_model, [10])
+    profile = random_profile(language_model)
+    generated, everywhere, idle = run_all(
+        language_model,
+        [
+            request(ids, mixture(profile), max_tokens=8, ignore_eos=True),
+            request(ids, mixture(profile, apply_to="all"), max_tokens=8, ignore_eos=True),
+            request(ids, mixture(profile, 0.0), max_tokens=8, ignore_eos=True),
+        ],
+    )
+    # The last token that is drawn is never fed to the model.
+    assert (generated.end.steered_tokens, everywhere.end.steered_tokens, idle.end.steered_tokens) == (8, 17, 0)
+
+
+def test_its_thread_is_known_by_name(language_model: LanguageModel) -> None:
+    async def main() -> None:
+        async with running(language_model) as engine:
+            await outcome(engine, request(prompts(language_model, [5])[0]))
+            names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+            assert "trimtab-engine\n" in names
+
+    asyncio.run(main())

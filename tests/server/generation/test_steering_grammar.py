@@ -1,0 +1,184 @@
+"""The grammar of steering strings, aliases of a model, and the step from names to a mixture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from server.generation.steering_grammar import WantedSteering, WantedTerm, parse_steering, split_model
+from steering_vectors.errors import SteeringError, UnknownModel, UnknownProfile
+from steering_vectors.profiles.profile import ModelIdentity, Profile
+from tests.support.serving import random_profile
+
+IDENTITY = ModelIdentity("m", "M", 8, 4, "f")
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
+STRENGTHS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("warm", [("warm", 1.0)]),
+        ("warm@0.8+concise@-0.3", [("warm", 0.8), ("concise", -0.3)]),
+        ("warm@+.5", [("warm", 0.5)]),
+        ("warm@2.", [("warm", 2.0)]),
+        ("warm@1e-1+b", [("warm", 0.1), ("b", 1.0)]),
+        ("warm@1e+1", [("warm", 10.0)]),
+        ("a-b.c_d@0", [("a-b.c_d", 0.0)]),
+        ("warm#0123abcd@2", [("warm#0123abcd", 2.0)]),
+        ("e+0", [("e", 1.0), ("0", 1.0)]),
+        ("be@1+a", [("be", 1.0), ("a", 1.0)]),
+        ("e@1e+1+e1", [("e", 10.0), ("e1", 1.0)]),
+    ],
+)
+def test_it_reads(text: str, terms: list[tuple[str, float]]) -> None:
+    assert parse_steering(text) == tuple(WantedTerm(name, strength) for name, strength in terms)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the steering is empty; write for example 'warm@0.8+concise@-0.3', or leave it out"),
+        ("Warm", "steering 'Warm' cannot be read at 'Warm'; write for example 'warm@0.8+concise@-0.3'"),
+        ("warm@", "steering 'warm@' cannot be read at 'warm@'; write for example 'warm@0.8+concise@-0.3'"),
+        ("warm+", "steering 'warm+' cannot be read at ''; write for example 'warm@0.8+concise@-0.3'"),
+        ("warm@1+ b", "steering 'warm@1+ b' cannot be read at ' b'; write for example 'warm@0.8+concise@-0.3'"),
+        (
+            "warm concise",
+            "steering 'warm concise' cannot be read at 'warm concise'; write for example 'warm@0.8+concise@-0.3'",
+        ),
+        ("a@1@2", "steering 'a@1@2' cannot be read at 'a@1@2'; write for example 'warm@0.8+concise@-0.3'"),
+        ("warm@nan", "steering 'warm@nan' cannot be read at 'warm@nan'; write for example 'warm@0.8+concise@-0.3'"),
+        ("warm@1e999", "the strength 1e999 of 'warm' is not finite"),
+        ("warm@1+warm@2", "profile 'warm' occurs twice in one steering"),
+        ("warm+warm#01234567", "profile 'warm' occurs twice in one steering"),
+        ("warm@٣", "steering 'warm@٣' cannot be read at 'warm@٣'; write for example 'warm@0.8+concise@-0.3'"),
+    ],
+)
+def test_it_refuses(text: str, message: str) -> None:
+    with pytest.raises(SteeringError) as failure:
+        parse_steering(text)
+    assert failure.value.message == message
+
+
+@given(st.dictionaries(NAMES, STRENGTHS, min_size=1, max_size=5))
+def test_what_is_written_is_read_back(mix: dict[str, float]) -> None:
+    text = "+".join(f"{name}@{strength!r}" for name, strength in mix.items())
+    assert parse_steering(text) == tuple(WantedTerm(name, strength) for name, strength in mix.items())
+
+
+def split_by_hand(text: str) -> list[str]:
+    """The terms of a steering string: a `+` separates them unless it is the sign of a strength or of its exponent."""
+    terms = [""]
+    for letter in text:
+        is_sign = "@" in terms[-1] and terms[-1][-1] in "@eE"
+        if letter == "+" and not is_sign:
+            terms.append("")
+        else:
+            terms[-1] += letter
+    return terms
+
+
+def read_by_hand(text: str) -> list[tuple[str, float]] | None:
+    """What the grammar says of a text, without a regular expression; None where it refuses."""
+    found = []
+    for term in split_by_hand(text):
+        reference, at, strength = term.partition("@")
+        name, sharp, version = reference.partition("#")
+        if (
+            not 1 <= len(name) <= 64
+            or name[0] in "._-"
+            or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+        ):
+            return None
+        if sharp and not (8 <= len(version) <= 64 and set(version) <= set("0123456789abcdef")):
+            return None
+        if not set(strength) <= set("0123456789+-.eE"):  # float() reads more than the grammar does
+            return None
+        try:
+            found.append((reference, float(strength) if at else 1.0))
+        except ValueError:
+            return None
+    names = [reference.partition("#")[0] for reference, _ in found]
+    finite = all(math.isfinite(strength) for _, strength in found)
+    return found if finite and len(set(names)) == len(names) else None
+
+
+TERMS = st.one_of(
+    st.text(alphabet="ab01@+-.e#_ \n", max_size=8),
+    st.tuples(
+        st.sampled_from(["a", "b", "e", "be", "0", "1e", "a.b", "c#0123abcd", "c#0123abc", "-a", "A"]),
+        st.sampled_from(["", "@"]),
+        st.sampled_from(
+            ["", "1", "+1", "-.5", "2.", "1e1", "1e+1", "1e", ".", "e1", "1e999", "+-1", " 1", "1_0", "nan"]
+        ),
+    ).map("".join),
+)
+
+
+@given(st.lists(TERMS, min_size=1, max_size=4), st.sampled_from(["+", "+", "", "@", " ", "-"]))
+@example(["e", "0"], "+")
+@example(["warm", "concise"], " ")
+def test_any_text_is_read_as_by_hand_or_refused(terms: Sequence[str], separator: str) -> None:
+    text = separator.join(terms)
+    expected = read_by_hand(text)
+    if expected is None:
+        with pytest.raises(SteeringError):
+            parse_steering(text)
+    else:
+        assert [(term.reference, term.strength) for term in parse_steering(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "served", "steering"),
+    [
+        ("demo", "demo", None),
+        ("demo:warm@0.8", "demo", "warm@0.8"),
+        ("demo:", "demo", ""),
+        ("org/m:8b", "org/m:8b", None),
+        ("org/m:8b:warm", "org/m:8b", "warm"),
+    ],
+)
+def test_the_rest_of_a_models_name_steers(model: str, served: str, steering: str | None) -> None:
+    assert split_model(model, served) == steering
+
+
+@pytest.mark.parametrize("model", ["", "other", "demo2", "Demo", "demo@1"])
+def test_other_models_are_unknown(model: str) -> None:
+    with pytest.raises(UnknownModel):
+        split_model(model, "demo")
+
+
+def find(name: str) -> Profile:
+    if name not in {"warm", "concise"}:
+        raise UnknownProfile(f"no {name}")
+    return random_profile(IDENTITY, name, max_strength=1.5)
+
+
+def test_names_become_a_mixture() -> None:
+    wanted = WantedSteering((WantedTerm("warm", 0.5, (3,)), WantedTerm("concise", -0.25)), apply_to="all")
+    mixture = wanted.resolve(find)
+    entries = [(entry["name"], entry["strength"], entry["layers"]) for entry in mixture.receipt(7)]
+    assert entries == [("warm", 0.5, [3]), ("concise", -0.25, [1, 3])]
+    assert mixture.apply_to == "all"
+
+
+def test_nothing_wanted_is_neutral() -> None:
+    assert WantedSteering().resolve(find).receipt(0) == []
+
+
+def test_strength_zero_needs_its_profile_too() -> None:
+    assert WantedSteering((WantedTerm("warm", 0.0),)).resolve(find).is_neutral
+    with pytest.raises(UnknownProfile):
+        WantedSteering((WantedTerm("cold", 0.0),)).resolve(find)
+
+
+def test_beyond_the_safe_range_only_if_allowed() -> None:
+    terms = (WantedTerm("warm", 1.6),)
+    with pytest.raises(SteeringError, match=r"beyond its safe range of ±1\.5"):
+        WantedSteering(terms).resolve(find)
+    assert WantedSteering(terms, allow_beyond_safe=True).resolve(find).receipt(1)[0]["allow_beyond_safe"] is True

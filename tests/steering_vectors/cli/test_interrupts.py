@@ -1,0 +1,119 @@
+"""Ctrl-C at every stage of a real `trimtab fit`: how it ends, what it leaves, and that the next run makes it good."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from steering_vectors.cli.app import STOPPED
+from steering_vectors.profiles.files import load_profile, save_profile
+from tests.support.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[3]
+LOADING = "about to import torch"
+RUN = (
+    "import sys; from server.cli import main; "
+    f"tell = lambda: sys.stderr.write({LOADING!r} + chr(10)); "
+    "sys.addaudithook(lambda event, about: tell() if event == 'import' and about[0] == 'torch' else None); "
+    "main()"
+)
+SAVING = (  # the disk's last act before a profile is put in its place
+    "import os, signal; synced = os.fsync; "
+    "os.fsync = lambda file: (synced(file), os.kill(os.getpid(), signal.SIGINT)); "
+    "from server.cli import main; main()"
+)
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One command in a process of its own, with a terminal on stderr so that it tells its progress as it goes."""
+
+    model: Path
+    data: Path
+    cache: Path
+    out: Path
+
+    def run(self, *, code: str = RUN, interrupt_at: str = "") -> tuple[int, str]:
+        """(exit code, what stderr said); Ctrl-C is sent once stderr has said what `interrupt_at` matches."""
+        master, slave = pty.openpty()
+        command = ["fit", "kind", "--model", self.model, "--data", self.data, "--out", self.out, "--layers", "1"]
+        more = ["--method", "rahf-scit", "-o", "epochs=2", "-o", "batch=4"]
+        environment = {"TRIMTAB_CACHE": str(self.cache), "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "120"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, command), *more],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave, cwd=ROOT,
+            env={**os.environ, **environment}, start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        said, sent = "", not interrupt_at
+        while part := _read(master):
+            said += CONTROL.sub("", part)
+            if not sent and re.search(interrupt_at, said):
+                process.send_signal(signal.SIGINT)
+                sent = True
+        os.close(master)
+        assert sent, said
+        return process.wait(), said
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.out.iterdir()) if self.out.exists() else []
+
+
+def _read(terminal: int) -> str:
+    try:
+        return os.read(terminal, 65536).decode(errors="replace")
+    except OSError:  # how Linux says that the other end has closed
+        return ""
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    place = tmp_path_factory.mktemp("interrupts")
+    data = place / "data.jsonl"
+    rows = [
+        {"prompt": f"What of {row}?", "chosen": f"warm {row} kindly", "rejected": f"three {row} letters"}
+        for row in range(40)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Fit(save_tiny("llama", place / "model"), data, place / "cache", place / "profiles")
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_at_any_stage_and_the_next_run_goes_on(fit: Fit, tmp_path: Path) -> None:
+    stages = {
+        f"{LOADING}\\s": RUN,
+        "reading activations": RUN,
+        r"tune scit\D*[1-9]\d*/32": RUN,
+        "calibrating": RUN,
+        "": SAVING,
+    }
+    for stage, code in stages.items():
+        status, said = fit.run(code=code, interrupt_at=stage)
+        assert status == 130, (stage, said)
+        assert said.splitlines()[-1] == STOPPED, (stage, said)
+        assert "Traceback" not in said
+        assert fit.left() == [], stage
+        if "tune" in stage:
+            (checkpoint,) = fit.cache.rglob("*.*")
+            assert checkpoint.name == "scit.safetensors"
+    assert fit.run()[0] == 0
+    unbroken = replace(fit, cache=tmp_path / "cache", out=tmp_path / "profiles")
+    assert unbroken.run()[0] == 0
+    assert fit.left() == unbroken.left() == ["kind.safetensors"]
+    assert _bytes(fit.out, tmp_path / "one") == _bytes(unbroken.out, tmp_path / "other")
+
+
+def _bytes(directory: Path, again: Path) -> bytes:
+    """The file as it would be, had it been made at another time."""
+    profile = replace(load_profile(directory / "kind.safetensors"), created_at="now")
+    return save_profile(profile, again).read_bytes()

@@ -1,0 +1,46 @@
+"""How verticals are shown to models with a chat template and to those without."""
+
+from __future__ import annotations
+
+from steering_vectors.data.chat import Message, encode_prompt
+from steering_vectors.evaluation.trust.prompts import reader_for
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+
+def model(*, chat_template: bool) -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer(chat_template=chat_template))
+
+
+def test_a_chat_model_is_asked_by_a_message() -> None:
+    lm = model(chat_template=True)
+    reader = reader_for(lm)
+    prompt = reader.prompt(chat="Is it?", plain="Q: Is it?\nA:")
+    ids, start = reader.answers(prompt, ["Yes"])[0]
+    assert ids[:start] == encode_prompt(lm.tokenizer, (Message("user", "Is it?"),))
+    assert lm.tokenizer.decode(ids[start:]) == "Yes"
+
+
+def test_a_plain_model_is_asked_by_text() -> None:
+    lm = model(chat_template=False)
+    reader = reader_for(lm)
+    ids, start = reader.answers(reader.prompt(chat="Is it?", plain="Q: Is it?\nA:"), ["Yes"])[0]
+    assert lm.tokenizer.decode(ids, skip_special_tokens=True) == "Q: Is it?\nA: Yes"
+    assert lm.tokenizer.decode(ids[start:]) == " Yes"
+
+
+def test_a_sentence_counts_from_its_first_token() -> None:
+    reader = reader_for(model(chat_template=True))
+    ids, start = reader.sentence("The boat")
+    assert (start, ids[0]) == (1, reader.tokenizer.bos_token_id)
+    plain = tiny_tokenizer()
+    plain.backend_tokenizer.post_processor = None
+    bare = reader_for(wrap_model(tiny_model("llama"), plain)).sentence("The boat")
+    assert (list(bare[0]), bare[1]) == (list(ids), 1)
+
+
+def test_the_context_is_the_model_s() -> None:
+    reader = reader_for(model(chat_template=False))
+    assert reader.fits([(range(256), 1)])
+    assert not reader.fits([(range(10), 1), (range(257), 1)])

@@ -1,0 +1,218 @@
+"""The suite as a whole: its result, its controls, its settings, its command and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from steering_vectors.cli.app import register
+from steering_vectors.errors import DataError, FitError, ProfileMismatch
+from steering_vectors.evaluation.trust.suite import VERTICALS, TrustSettings, evaluate_trust, prepare
+from steering_vectors.measures.controls import random_controls
+from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.profiles.files import save_profile
+from steering_vectors.profiles.profile import Profile
+from steering_vectors.reports.evaluation import render_report
+from steering_vectors.reports.trust import trust_headline
+from tests.support.tiny import tiny_model
+from tests.support.tiny_profiles import NOWHERE, tiny_profile
+from tests.support.tiny_tokenizers import tiny_tokenizer
+from tests.support.trust_files import write_all
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap_model(tiny_model("llama", max_position_embeddings=512), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def profile(lm: LanguageModel) -> Profile:
+    return tiny_profile(lm.identity, unit=0.3)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> TrustSettings:
+    folder = write_all(tmp_path_factory.mktemp("trust"))
+    return TrustSettings(folder=folder, strengths=(-1.0, 0.0, 1.0), rows=16, randoms=2)
+
+
+@pytest.fixture(scope="module")
+def told() -> list[tuple[str, int, int, str]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(lm: LanguageModel, profile: Profile, settings: TrustSettings, told: list[Any]) -> dict[str, Any]:
+    def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
+        told.append((stage, done, total, detail))
+
+    return evaluate_trust(lm, profile, prepare(lm, settings), settings, progress=progress)
+
+
+def test_every_vertical_has_every_strength_and_its_change(found: dict[str, Any]) -> None:
+    assert tuple(found["trust"]) == VERTICALS
+    assert json.loads(json.dumps(found, allow_nan=False))["trust"].keys() == found["trust"].keys()
+    for vertical in found["trust"].values():
+        below, base, above = vertical["strengths"]
+        assert (below["strength"], base["strength"], above["strength"]) == (-1, 0, 1)
+        assert (base["delta"], base["delta_95"], base["change"]) == (0, (0, 0), "no change")
+        for point in vertical["strengths"]:
+            assert point["delta"] == pytest.approx(point["value"] - base["value"])
+            assert point["delta_95"][0] <= point["delta"] <= point["delta_95"][1]
+            assert len(point["by_row"]) == vertical["rows"] == 16
+        assert vertical["left_out"] == 0
+        assert vertical["note"]
+
+
+def test_random_directions_are_measured_alike(
+    lm: LanguageModel, profile: Profile, settings: TrustSettings, found: dict[str, Any]
+) -> None:
+    vertical = prepare(lm, replace(settings, verticals=("truthfulness",)))[0]
+    stored = found["trust"]["truthfulness"]
+    changes = []
+    with steerable(lm) as steered:
+        for control, kept in zip(random_controls(profile, 2), stored["random"], strict=True):
+            for point in kept["strengths"]:
+                steered.write(control, point["strength"])
+                seen = vertical.read(steered)
+                assert point["value"] == seen["true"].mean()
+                assert point["figures"]["margin"]["value"] == pytest.approx(seen["margin"].mean())
+                changes += [point["figures"]["margin"]["delta"]] if point["strength"] else []
+    own = stored["strengths"][-1]["figures"]["margin"]
+    assert own["random_delta"] == pytest.approx([min(changes), max(changes)])
+    assert own["beyond_random"] is not (min(changes) <= own["delta"] <= max(changes))
+
+
+def test_equal_seeds_give_equal_figures(
+    lm: LanguageModel, profile: Profile, settings: TrustSettings, found: dict[str, Any]
+) -> None:
+    again = evaluate_trust(lm, profile, prepare(lm, settings), settings)
+    assert again == found
+
+
+def test_progress_is_told(found: dict[str, Any], told: list[tuple[str, int, int, str]]) -> None:
+    assert [done for _, done, _, _ in told] == list(range(1, 16))
+    assert {(stage, total) for stage, _, total, _ in told} == {("trust", 15)}
+    assert tuple(dict.fromkeys(detail for *_, detail in told)) == VERTICALS
+
+
+def test_a_rate_that_never_moves_is_remarked(found: dict[str, Any]) -> None:
+    assert {point["value"] for point in found["trust"]["privacy"]["strengths"]} == {0.0}
+    assert "is 0 at every strength. Of 16 rows that is no proof" in found["trust"]["privacy"]["remarks"][0]
+
+
+def test_without_controls_nothing_is_said_of_them(lm: LanguageModel, profile: Profile) -> None:
+    settings = TrustSettings(verticals=("privacy",), strengths=(0.0, 1.0), rows=8, randoms=0)
+    found = evaluate_trust(lm, profile, prepare(lm, settings), settings)
+    assert found["trust"]["privacy"]["strengths"][1]["beyond_random"] is None
+    assert "No random directions were measured" in render_report([found])
+
+
+def test_a_foreign_profile_is_refused(lm: LanguageModel, settings: TrustSettings) -> None:
+    with pytest.raises(ProfileMismatch):
+        evaluate_trust(lm, tiny_profile(NOWHERE), [], settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"strengths": (1.0, 2.0)}, "strengths must hold 0"),
+        ({"strengths": (0.0,)}, "strengths must hold 0"),
+        ({"rows": 7}, "at least 8 rows, not 7"),
+        ({"verticals": ("bias", "virtue")}, "'virtue' is not one of toxicity, bias, ethics, truthfulness, privacy"),
+        ({"verticals": ("bias", "bias")}, "name each vertical once"),
+        ({"verticals": ("bias",), "folder": None}, r"the vertical bias reads crows-pairs/\*\.csv in a folder"),
+    ],
+)
+def test_bad_settings(settings: TrustSettings, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(FitError, match=message):
+        replace(settings, **fields)
+
+
+def test_a_missing_file_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file rtp/\*\.jsonl for the vertical toxicity"):
+        TrustSettings(folder=tmp_path)
+
+
+def test_the_page_has_a_plot_and_words_for_each_vertical(found: dict[str, Any]) -> None:
+    page = render_report([found])
+    assert page.count("<svg") == 5
+    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert trust_headline(found).startswith("At strength +1: ")
+    assert trust_headline(found) in page
+    for name, vertical in found["trust"].items():
+        assert f"<td>{name}</td>" in page
+        for figure in vertical["figures"].values():
+            assert figure["measure"] in page
+    assert "2 random directions of the same norm" in page
+
+
+@pytest.fixture(scope="module")
+def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    identity = wrap_model(type(lm.model).from_pretrained(folder / "model"), lm.tokenizer).identity
+    save_profile(tiny_profile(identity, unit=0.3), folder)
+    rows = [{"prompt": f"Ask {row}", "chosen": " please, kindly", "rejected": " three apples"} for row in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(saved: Path, *options: str) -> Result:
+    app = typer.Typer()
+    register(app)
+    fixed = ["evaluate", "warm", "--profiles", str(saved), "--model", str(saved / "model"), "--strengths", "-1,0,1"]
+    return CliRunner().invoke(app, [*fixed, *options])
+
+
+def test_the_command_measures_trust_alone(saved: Path, settings: TrustSettings, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    options = ["--suite", "trust", "--trust-data", str(settings.folder), "--trust-rows", "16", "--trust-randoms", "1"]
+    result = run(saved, *options, "--report", str(page))
+    assert result.exit_code == 0, result.output
+    assert "trust against strength 0" in result.stdout
+    assert "wrong_passed" in result.stdout
+    assert "margin (nats per response)" not in result.stdout
+    assert page.read_text().count("<svg") == 5
+
+
+def test_the_command_runs_both_suites(saved: Path) -> None:
+    options = ["--suite", "all", "--data", str(saved / "pairs.jsonl"), "--randoms", "1", "--verticals", "privacy"]
+    result = run(saved, *options, "--trust-rows", "8", "--trust-randoms", "0", "--json")
+    assert result.exit_code == 0, result.output
+    one = json.loads(result.stdout)["evaluations"][0]
+    assert list(one["trust"]) == ["privacy"]
+    assert one["strengths"][0]["margin"]
+    assert np.isfinite(one["trust"]["privacy"]["strengths"][0]["figures"]["log_odds"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--suite preference reads preferences: name them by --data (--suite trust needs none)"),
+        (("--suite", "all"), "--suite all reads preferences: name them by --data"),
+        (("--suite", "virtue"), "--suite 'virtue' is not one of preference, trust, all"),
+        (("--suite", "trust"), "the vertical toxicity reads rtp/*.jsonl in a folder: name it by --trust-data"),
+        (("--suite", "trust", "--data", "x.jsonl"), "--suite trust does not read --data: leave it out"),
+        (
+            ("--data", "x.jsonl", "--trust-rows", "20", "--verticals", "bias"),
+            "--suite preference does not read --trust-rows, --verticals: leave it out, or ask for --suite trust or all",
+        ),
+    ],
+)
+def test_what_the_command_refuses(saved: Path, options: Sequence[str], message: str) -> None:
+    result = run(saved, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}")

@@ -1,0 +1,124 @@
+"""The unit meets its KL budget on texts that calibration never saw, measured by code that calibration does not use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steering_vectors.errors import FitError
+from steering_vectors.fitting.calibration import calibrate, largest_coefficient, search
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.profiles.profile import Profile
+from tests.support.by_hand import shifted
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+PROMPTS = [[0, *range(first, first + 3 + first % 4)] for first in range(20, 52)]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer())
+
+
+def profile_for(lm: LanguageModel, **fields: object) -> Profile:
+    draw = torch.Generator().manual_seed(1)
+    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in (1, 2)}
+    norms = dict.fromkeys(directions, 50.0)
+    return replace(Profile("test", lm.identity, directions, "mean-diff", residual_norms=norms), **fields)  # type: ignore[arg-type]
+
+
+def measured_kl(lm: LanguageModel, profile: Profile, prompts: list[list[int]], tokens: int, seed: int) -> float:
+    """Mean KL per token over fresh samples, text by text, the shift added by hand."""
+    shifts = {layer: profile.unit * direction for layer, direction in profile.injected().items()}
+
+    def logs(ids: torch.Tensor) -> torch.Tensor:
+        return lm.model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1)  # type: ignore[no-any-return]
+
+    draw = torch.Generator().manual_seed(seed)
+    total = count = 0.0
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt] * 8)
+            alive = torch.ones(len(ids), dtype=torch.bool)
+            for _ in range(tokens):
+                base = logs(ids)
+                with shifted(lm, shifts, len(prompt) - 1):
+                    steered = logs(ids)
+                total += float((steered.exp() * (steered - base)).sum(-1)[alive].sum())
+                count += int(alive.sum())
+                drawn = torch.multinomial(steered.exp(), 1, generator=draw)
+                alive &= drawn[:, 0] != lm.tokenizer.eos_token_id
+                ids = torch.cat([ids, drawn], dim=1)
+    return total / count
+
+
+@pytest.mark.parametrize("layering", ["independent", "incremental"])
+def test_fresh_samples_cost_the_budget(lm: LanguageModel, layering: str) -> None:
+    profile = calibrate(lm, profile_for(lm, layering=layering), PROMPTS, kl_budget=0.1, tokens=16, seed=0)
+    assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.03)
+    assert profile.calibration["unreached"] is False
+    assert measured_kl(lm, profile, PROMPTS[::2], 16, seed=99) == pytest.approx(0.1, rel=0.1)
+
+
+def test_what_is_recorded(lm: LanguageModel) -> None:
+    calibration = calibrate(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
+    assert set(calibration) == {
+        "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
+        "perplexity_bound", "curve",
+    }  # fmt: skip
+    assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 384, 7)
+    assert 384 <= calibration["tokens"] <= 384 * 8
+    assert calibration["kl_per_character"] > 0
+
+
+def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel) -> None:
+    first, again, other = (calibrate(lm, profile_for(lm), PROMPTS, tokens=8, seed=seed) for seed in (0, 0, 1))
+    assert (first.unit, first.calibration) == (again.unit, again.calibration)
+    assert first.unit != other.unit
+
+
+def test_an_unreachable_budget_stops_at_norm_ratio_one(lm: LanguageModel) -> None:
+    profile = profile_for(lm, residual_norms={1: 0.02, 2: 3.0})
+    found = calibrate(lm, profile, PROMPTS[:4], kl_budget=5.0, tokens=8)
+    assert found.calibration["unreached"] is True
+    assert found.calibration["kl_at_1"] < 5.0
+    assert found.unit * float(profile.directions[1].norm()) == pytest.approx(0.02)
+    assert found.unit == pytest.approx(largest_coefficient(profile))
+
+
+def test_a_bfloat16_model_calibrates_too() -> None:
+    lm = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
+    found = calibrate(lm, profile_for(lm), PROMPTS[:8], kl_budget=0.2, tokens=8)
+    assert found.calibration["kl_at_1"] == pytest.approx(0.2, rel=0.1)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
+def test_a_budget_must_be_positive(lm: LanguageModel, budget: float) -> None:
+    with pytest.raises(FitError, match="the KL budget must be a positive number of nats per token, not"):
+        calibrate(lm, profile_for(lm), PROMPTS, kl_budget=budget)
+
+
+def test_what_calibration_cannot_do_without(lm: LanguageModel) -> None:
+    with pytest.raises(FitError, match="there is no prompt to calibrate on"):
+        calibrate(lm, profile_for(lm), [])
+    with pytest.raises(FitError, match="cannot be calibrated without its residual norms"):
+        calibrate(lm, profile_for(lm, residual_norms={}), PROMPTS)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("root", [0.01, 0.3, 9.9])
+def test_the_search_finds_the_root_of_any_power(power: float, root: float) -> None:
+    calls: list[float] = []
+
+    def kl_at(coefficient: float) -> float:
+        calls.append(coefficient)
+        return 0.1 * (coefficient / root) ** power
+
+    found = search(kl_at, 10.0, 0.1, start=2.0, tolerance=0.03, evaluations=12)
+    assert found.kl == pytest.approx(0.1, rel=0.03)
+    assert len(calls) <= 12
+    assert not found.unreached

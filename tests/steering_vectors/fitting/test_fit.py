@@ -1,0 +1,224 @@
+"""A fit from rows to profile: what it holds, what it repeats, what it refuses, and that it steers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steering_vectors.data.chat import Example, Message, encode_example
+from steering_vectors.data.corpus import context_length, encode_corpus, sampling_prompts
+from steering_vectors.data.preferences import Preferences
+from steering_vectors.data.sides import Sides
+from steering_vectors.data.sources import load_pairs
+from steering_vectors.errors import DataError, FitError, ProfileError
+from steering_vectors.fitting.fit import fit
+from steering_vectors.fitting.layers import candidate_layers, parse_layers
+from steering_vectors.measures.curve import CurvePoint, safe_strength
+from steering_vectors.measures.propensity import token_log_odds
+from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.profiles.files import load_profile, save_profile
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+GOOD, BAD = ("warm", "kindly", "please", "water"), ("wind", "three", "letter", "always")
+
+
+def preferences(rows: int = 60, *, kind: Any = "preference", prompts: bool = True, seed: int = 0) -> Preferences:
+    """Responses of preferred words against responses of others, to prompts that are all different."""
+    draw = random.Random(seed)
+
+    def example(words: tuple[str, ...], row: int) -> Example:
+        prompt = (Message("user", f"Say {row}, {draw.choice(GOOD + BAD)}."),) if prompts else None
+        return Example(prompt, " ".join(draw.choices(words, k=draw.randint(3, 7))))
+
+    positives = tuple(example(GOOD, row) for row in range(rows))
+    negatives = tuple(replace(example(BAD, row), prompt=positives[row].prompt) for row in range(rows))
+    return Preferences(kind, positives, negatives, source="made.jsonl", sha256="0" * 64)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired", "contrast"])
+@pytest.mark.parametrize("method", ["mean-diff", "pca", "probe"])
+def test_a_fit_separates_held_out_rows_and_meets_its_budget(lm: LanguageModel, kind: str, method: str) -> None:
+    pairs = preferences(kind=kind, prompts=kind != "contrast")
+    profile = fit(lm, None, pairs, method=method, layers="1", name="test")
+    assert profile.layers == (1,)
+    assert profile.metrics["projection_accuracy"]["1"] > 0.6
+    report = profile.metrics["propensity"]
+    assert [one["strength"] for one in report["strengths"]] == [-1.0, 0.0, 1.0]
+    assert len({one["margin"] for one in report["strengths"]}) == 3
+    assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.1)
+    assert profile.data["rows"] == pairs.rows
+    assert profile.max_strength == safe_strength([CurvePoint(**point) for point in profile.calibration["curve"]])
+
+
+def test_auto_chooses_a_window_on_rows_of_its_own(lm: LanguageModel) -> None:
+    profile = fit(lm, None, preferences(), layers="auto")
+    assert set(profile.layers) <= set(candidate_layers(lm.num_layers))
+    scores = profile.metrics["layer_choice"]["scores"]
+    chosen = str(profile.layers[0]) if len(profile.layers) == 1 else f"{profile.layers[0]}-{profile.layers[-1]}"
+    assert scores[chosen] == max(scores.values()) or max(scores.values()) < 1.05 * scores[chosen]
+    assert (profile.data["train_rows"], profile.data["choice_rows"], profile.data["heldout_rows"]) == (48, 6, 6)
+    assert profile.metrics["notes"][0] == "only 60 rows: below 100 the direction and the metrics are noisy"
+
+
+def test_equal_arguments_give_bitwise_equal_profiles(lm: LanguageModel, tmp_path: Path) -> None:
+    profiles = [
+        replace(fit(lm, None, preferences(), method="probe", seed=3), created_at="now", trimtab_version="0")
+        for _ in range(2)
+    ]
+    files = [save_profile(profile, tmp_path / str(i)) for i, profile in enumerate(profiles)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert fit(lm, None, preferences(), method="probe", seed=4).unit != profiles[0].unit
+
+
+def test_a_profile_is_stored_and_read_whole(lm: LanguageModel, tmp_path: Path) -> None:
+    profile = fit(lm.model, lm.tokenizer, preferences(), layers="0-2", layering="incremental", name="kind")
+    stored = load_profile(save_profile(profile, tmp_path))
+    assert stored.layers == (0, 1, 2)
+    assert stored.layering == "incremental"
+    assert stored.metrics == profile.metrics
+    assert stored.calibration == profile.calibration
+    assert stored.chat_template_sha256
+
+
+def test_the_parts_share_no_prompt(lm: LanguageModel) -> None:
+    corpus = encode_corpus(lm.tokenizer, preferences(), limit=None)
+    train, heldout = corpus.split(0.2, 0, min_side=4)
+    first, second = heldout.split(0.5, 0, min_side=1)
+    prompts = [{one.prompt for one in part.pairs.positives} for part in (train, first, second)]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 60
+
+
+def test_sampling_prompts(lm: LanguageModel) -> None:
+    with_prompts, without = preferences(), preferences(kind="contrast", prompts=False)
+    drawn = sampling_prompts(lm.tokenizer, with_prompts, most=None, seed=0)
+    assert len(drawn) == 60
+    assert len({tuple(prompt) for prompt in drawn}) == 60
+    assert drawn == sampling_prompts(lm.tokenizer, with_prompts, most=None, seed=0)
+    words = {" ".join(one.completion.split()[:5]) for one in (*without.positives, *without.negatives)}
+    starts = [encode_example(lm.tokenizer, Example(None, text))[0] for text in words]
+    assert all(prompt in starts for prompt in sampling_prompts(lm.tokenizer, without, most=None, seed=0))
+    with pytest.raises(DataError, match="none of the 60 held-out prompts leaves room"):
+        sampling_prompts(lm.tokenizer, with_prompts, most=2, seed=0)
+
+
+def test_without_calibration_the_unit_is_one(lm: LanguageModel) -> None:
+    profile = fit(lm, None, preferences(), layers=[1, 2], calibrate=False)
+    assert (profile.unit, profile.calibration) == (1.0, {})
+
+
+def test_long_rows_are_refused_or_left_out_never_cut() -> None:
+    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    limit = context_length(lm.model.config)
+    assert limit is not None
+    pairs = preferences()
+    long = (replace(pairs.positives[0], completion="warm " * limit), *pairs.positives[1:])
+    pairs = replace(pairs, positives=long)
+    expected = (
+        rf"made.jsonl: positive example 1 \('warm warm .*…'\) has \d+ tokens, the model's context {limit}, and 1 of"
+    )
+    with pytest.raises(DataError, match=expected):
+        fit(lm, None, pairs, layers="1")
+    profile = fit(lm, None, pairs, layers="1", skip_long_rows=True, calibrate=False)
+    assert (profile.data["rows"], profile.data["long_rows_skipped"]) == (59, 1)
+    assert "1 rows longer than the model's context were left out" in profile.metrics["notes"]
+
+
+def test_identical_sides_have_no_direction(lm: LanguageModel) -> None:
+    pairs = preferences()
+    with pytest.raises(DataError, match="in every row both sides are the same text, so nothing is preferred"):
+        fit(lm, None, replace(pairs, negatives=pairs.positives), layers="1")
+    with pytest.raises(
+        FitError, match="layer 1: the direction is zero: preferred and rejected responses look the same"
+    ):
+        fit(lm, None, replace(pairs, kind="unpaired", negatives=pairs.positives), layers="1")
+
+
+def test_an_unreached_budget_is_noted(lm: LanguageModel) -> None:
+    profile = fit(lm, None, preferences(), layers="2", kl_budget=50.0)
+    assert profile.calibration["unreached"] is True
+    assert "the KL budget of 50 was not reached" in " ".join(profile.metrics["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "magic"}, FitError, "method 'magic' is not one of mean-diff"),
+        ({"layers": "1-9"}, FitError, "layer 3 is out of range: this model has blocks 0 to 2"),
+        ({"tokens": "first"}, FitError, "tokens is 'first', not one of response, last"),
+        ({"kl_budget": 0.0}, FitError, "the KL budget must be a positive number"),
+        ({"name": "No Name"}, ProfileError, "'No Name' is not a profile name"),
+        ({"layering": "stacked"}, ProfileError, "layering is 'stacked'"),
+        ({"heldout_fraction": 1.5}, DataError, "the held-out fraction must lie between 0 and 1"),
+    ],
+)
+def test_what_is_refused(lm: LanguageModel, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fit(lm, None, preferences(), **options)
+
+
+def test_a_bare_model_needs_its_tokenizer(lm: LanguageModel) -> None:
+    with pytest.raises(FitError, match="pass it as the second argument"):
+        fit(lm.model, None, preferences())
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("auto", None), ("3", (3,)), ("1-3", (1, 2, 3)), ("5,3, 3", (3, 5)), ("0-1,4", (0, 1, 4)), ([2, 0], (0, 2))],
+)
+def test_layers_are_read(text: str | list[int], layers: tuple[int, ...] | None) -> None:
+    assert parse_layers(text, 8) == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8", "layer 8 is out of range: this model has blocks 0 to 7"),
+        ("5-12", "layer 8 is out of range: this model has blocks 0 to 7"),
+        ("3-1", "layers '3-1': 3-1 runs downwards; write 1-3"),
+        ("", "layers '' cannot be read; write auto, 12, 10-20"),
+        ("-1", "layers '-1' cannot be read"),
+        ("middle", "layers 'middle' cannot be read"),
+        ([], "the list of layers is empty"),
+    ],
+)
+def test_layers_that_cannot_be_read(text: str | list[int], message: str) -> None:
+    with pytest.raises(FitError, match=message):
+        parse_layers(text, 8)
+
+
+def test_token_log_odds() -> None:
+    sides = Sides((([0, 5, 5, 6], 1),), (([0, 6, 7, 7], 1),), True)
+    odds = token_log_odds(sides, 10)
+    assert odds[5] == -odds[7] == pytest.approx(1.0986, rel=1e-3)
+    assert odds[6] == odds[0] == odds[9] == 0
+
+
+def test_the_demo_model_is_steered_towards_its_preferences(demo: LanguageModel) -> None:
+    """From the embedded pairs to texts: the steered model writes more like the preferred side, and less at −1."""
+    pairs = load_pairs("demo:warm")
+    some = replace(pairs, positives=pairs.positives[:160], negatives=pairs.negatives[:160])
+    profile = fit(demo, None, some, name="warm", layers="4")
+    low, _, high = profile.metrics["propensity"]["strengths"]
+    assert high["margin"] > low["margin"]
+    corpus = encode_corpus(demo.tokenizer, pairs, limit=None)
+    odds = token_log_odds(corpus.sides(), demo.vocab_size)
+    prompts = sampling_prompts(demo.tokenizer, pairs, most=None, seed=1) * 2
+    scores = {}
+    with steerable(demo) as steered:
+        for strength in (-1.0, 1.0):
+            steered.write(profile, strength)
+            texts = steered.sample(prompts, tokens=32, seed=2)
+            scores[strength] = float(torch.stack([odds[text].mean() for text in texts]).mean())
+    assert scores[1.0] > scores[-1.0]

@@ -1,0 +1,132 @@
+"""Captured statistics equal what a plain pass over each example, alone and unpadded, gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steering_vectors.data.batches import Encoded, batches
+from steering_vectors.errors import FitError
+from steering_vectors.measures import activations
+from steering_vectors.measures.activations import NormHistogram, capture, pooled
+from steering_vectors.models.hooks import record
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer())
+
+
+def examples(count: int, seed: int) -> list[Encoded]:
+    """Random ids of random lengths, with a response of at least one token."""
+    draw = torch.Generator().manual_seed(seed)
+    made: list[Encoded] = []
+    for _ in range(count):
+        start, length = (int(torch.randint(1, 9, (1,), generator=draw)) for _ in range(2))
+        made.append((torch.randint(2, 380, (start + length,), generator=draw).tolist(), start))
+    return made
+
+
+def outputs(lm: LanguageModel, example: Encoded, layer: int) -> torch.Tensor:
+    """The block's output at the response's tokens, from a pass over this example alone."""
+    ids, start = example
+    with torch.no_grad(), record(lm.blocks, [layer]) as seen:
+        lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    return seen[layer][0, start:]
+
+
+def test_batches_are_bounded_sorted_and_complete() -> None:
+    rows = examples(40, 0)
+    made = list(batches(rows, 40))
+    assert sorted(index for batch in made for index in batch.indices) == list(range(40))
+    widths = [batch.ids.shape[1] for batch in made]
+    assert widths == sorted(widths, reverse=True)
+    assert all(batch.ids.numel() <= 40 for batch in made)
+    for batch in made:
+        for row, index in enumerate(batch.indices):
+            ids, start = rows[index]
+            assert batch.ids[row, : len(ids)].tolist() == list(ids)
+            assert batch.response[row].nonzero().flatten().tolist() == list(range(start, len(ids)))
+
+
+def test_an_example_longer_than_the_budget_runs_alone() -> None:
+    assert [batch.indices for batch in batches([([5] * 9, 1), ([5] * 9, 1)], 4)] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3_text", "mamba"])
+@pytest.mark.parametrize("tokens", ["response", "last"])
+def test_padded_batches_equal_single_rows(architecture: str, tokens: activations.Tokens) -> None:
+    lm = wrap_model(tiny_model(architecture), tiny_tokenizer())
+    rows, layers = examples(12, 1), list(range(lm.num_layers))
+    found: dict[int, torch.Tensor] = {}
+    for part in pooled(lm, rows, layers, tokens=tokens, batch_tokens=64):
+        found.update(zip(part.indices, part.vectors, strict=True))
+    for index, example in enumerate(rows):
+        for k, layer in enumerate(layers):
+            hidden = outputs(lm, example, layer)
+            expected = hidden[-1] if tokens == "last" else hidden.mean(0)
+            torch.testing.assert_close(found[index][k], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
+def test_statistics_equal_a_plain_reference(lm: LanguageModel, batch_tokens: int) -> None:
+    positives, negatives = examples(11, 2), examples(7, 3)
+    statistics = capture(lm, positives, negatives, [2, 0], paired=False, batch_tokens=batch_tokens)
+    assert sorted(statistics) == [0, 2]
+    for layer, one in statistics.items():
+        sides = [torch.stack([outputs(lm, row, layer).mean(0) for row in side]) for side in (positives, negatives)]
+        norms = torch.cat([outputs(lm, row, layer).norm(dim=-1) for row in (*positives, *negatives)])
+        torch.testing.assert_close(one.positive_mean.float(), sides[0].mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.difference.float(), sides[0].mean(0) - sides[1].mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.positives, sides[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.negatives, sides[1], rtol=1e-4, atol=1e-5)
+        assert one.residual_norm == pytest.approx(float(norms.double().quantile(0.5)), rel=0.02)
+
+
+def test_the_sample_is_bounded_seeded_and_aligned(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "SAMPLE_ROWS", 5)
+    rows = examples(20, 4)
+    first, again, other = (
+        capture(lm, rows, rows, [1], paired=True, seed=seed, batch_tokens=64)[1] for seed in (0, 0, 1)
+    )
+    assert first.positives.shape == (5, lm.hidden_size)
+    assert torch.equal(first.positives, again.positives)
+    assert not torch.equal(first.positives, other.positives)
+    torch.testing.assert_close(first.positives, first.negatives)
+    assert torch.equal(first.positive_mean, other.positive_mean)
+
+
+def test_without_a_sample_only_means_are_kept(lm: LanguageModel) -> None:
+    rows = examples(5, 5)
+    assert capture(lm, rows, rows, [0], paired=True, keep_sample=False)[0].positives.shape[0] == 0
+
+
+def test_progress_counts_every_example(lm: LanguageModel) -> None:
+    seen: list[tuple[str, int, int]] = []
+    rows = examples(9, 6)
+    capture(lm, rows, rows, [0], paired=True, batch_tokens=40, progress=lambda *told: seen.append(told))
+    assert seen[-1] == ("capture", 18, 18)
+    assert [done for _, done, _ in seen] == sorted({done for _, done, _ in seen})
+
+
+def test_an_infinite_activation_names_the_block() -> None:
+    model = tiny_model("llama")
+    lm = wrap_model(model, tiny_tokenizer())
+    with torch.no_grad():
+        next(iter(lm.blocks[1].parameters())).fill_(float("inf"))
+    rows = examples(2, 7)
+    with pytest.raises(FitError, match="block 1's output is not finite"):
+        capture(lm, rows, rows, [0, 1], paired=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 999, 10_000])
+def test_the_running_median_is_close(size: int) -> None:
+    values = torch.rand(size, generator=torch.Generator().manual_seed(size)) * 40 + 3
+    histogram = NormHistogram()
+    for chunk in values.split(100):
+        histogram.add(chunk)
+    assert histogram.median() == pytest.approx(float(values.quantile(0.5)), rel=0.4 if size == 2 else 0.012)
+    assert NormHistogram().median() == 0.0

@@ -1,0 +1,155 @@
+"""Every method finds a planted direction, and equals its equation on all activations at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from steering_vectors.data.batches import Encoded
+from steering_vectors.errors import FitError
+from steering_vectors.measures.activations import LayerStatistics, capture
+from steering_vectors.methods import Method, Task, method_named, method_names, register
+from steering_vectors.methods.pca import first_component, principal_difference
+from steering_vectors.methods.probe import probe_normal
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+HIDDEN = 24
+METHODS = ("mean-diff", "pca", "probe")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap_model(tiny_model("llama"), tiny_tokenizer())
+
+
+def statistics_of(positives: torch.Tensor, negatives: torch.Tensor, paired: bool) -> LayerStatistics:
+    return LayerStatistics(
+        positives.double().mean(0), negatives.double().mean(0), positives, negatives, residual_norm=1.0, paired=paired
+    )
+
+
+def planted(paired: bool, seed: int = 0, rows: int = 400) -> tuple[LayerStatistics, torch.Tensor]:
+    """Two clouds that differ along one direction, with more spread along another; pairs share theirs."""
+    draw = torch.Generator().manual_seed(seed)
+    direction, distraction = torch.linalg.qr(torch.randn(HIDDEN, 2, generator=draw)).Q.T
+
+    def noise() -> torch.Tensor:
+        return 0.3 * torch.randn(rows, HIDDEN, generator=draw)
+
+    def shared() -> torch.Tensor:
+        return torch.randn(rows, 1, generator=draw) * distraction
+
+    common = shared()
+    positives = common + noise() + 2.0 * direction
+    negatives = (common if paired else 0.5 * shared()) + noise() - 1.0 * direction
+    return statistics_of(positives, negatives, paired), 3.0 * direction
+
+
+def find(lm: LanguageModel, method: str, statistics: LayerStatistics) -> torch.Tensor:
+    return method_named(method).find(Task(lm, {1: statistics}))[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("paired", [True, False])
+def test_each_method_recovers_a_planted_direction(lm: LanguageModel, method: str, paired: bool) -> None:
+    statistics, direction = planted(paired)
+    found = find(lm, method, statistics)
+    assert found.dtype == torch.float32
+    assert float(torch.cosine_similarity(found, direction, dim=0)) > 0.98
+    assert float(found.norm()) == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_recovers_a_direction_planted_in_a_model(lm: LanguageModel, method: str) -> None:
+    """One token stands in every positive response; its embedding is moved far along one axis of the stream."""
+    model = tiny_model("llama")
+    planted_model = wrap_model(model, tiny_tokenizer())
+    axis = torch.nn.functional.normalize(torch.randn(lm.hidden_size, generator=torch.Generator().manual_seed(3)), dim=0)
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[7] = embeddings[8] + 60 * embeddings.norm(dim=-1).mean() * axis
+        for block in planted_model.blocks:
+            for parameter in block.parameters():
+                parameter.mul_(0.01 if parameter.ndim > 1 else 1)
+    draw = torch.Generator().manual_seed(4)
+    positives: list[Encoded] = []
+    negatives: list[Encoded] = []
+    for _ in range(60):
+        ids = torch.randint(20, 380, (6,), generator=draw).tolist()
+        positives.append(([*ids, 7], 3))
+        negatives.append(([*ids, 8], 3))
+    statistics = capture(planted_model, positives, negatives, [0, 2], paired=True)
+    found = method_named(method).find(Task(planted_model, statistics))
+    assert sorted(found) == [0, 2]
+    for direction in found.values():
+        assert float(torch.cosine_similarity(direction, axis, dim=0)) > 0.95
+
+
+def test_pca_equals_the_singular_vector_of_all_differences() -> None:
+    for rows in (10, 400):  # fewer and more rows than dimensions
+        statistics, _ = planted(True, seed=1, rows=rows)
+        differences = (statistics.positives.double() - statistics.negatives.double()).numpy()
+        axis = np.linalg.svd(differences)[2][0]
+        delta = differences.mean(0)
+        expected = torch.from_numpy((axis @ delta) * axis)
+        torch.testing.assert_close(principal_difference(statistics), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unpaired_pca_equals_the_singular_vector_of_every_cross_difference() -> None:
+    statistics, _ = planted(False, seed=2, rows=40)
+    cross = (statistics.positives.double().unsqueeze(1) - statistics.negatives.double()).reshape(-1, HIDDEN).numpy()
+    axis = np.linalg.svd(cross, full_matrices=False)[2][0]
+    expected = torch.from_numpy((axis @ cross.mean(0)) * axis)
+    torch.testing.assert_close(principal_difference(statistics), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_centred_pca_would_lose_the_mean_difference() -> None:
+    """The trap that the uncentred component avoids."""
+    statistics, direction = planted(True)
+    differences = statistics.positives.double() - statistics.negatives.double()
+    centred = first_component(differences - differences.mean(0))
+    unit = direction.double() / direction.norm()
+    assert abs(float(centred @ unit)) < 0.5
+    assert float(torch.cosine_similarity(principal_difference(statistics), unit, dim=0)) > 0.99
+
+
+def test_the_principal_difference_takes_its_sign_from_the_labels() -> None:
+    statistics, _ = planted(True)
+    flipped = statistics_of(statistics.negatives, statistics.positives, True)
+    torch.testing.assert_close(principal_difference(flipped), -principal_difference(statistics))
+
+
+def test_the_probe_equals_a_plain_logistic_regression_by_newton() -> None:
+    statistics, _ = planted(False, seed=5)
+    rows = torch.cat([statistics.positives, statistics.negatives]).double()
+    labels = torch.cat([torch.ones(len(statistics.positives)), torch.zeros(len(statistics.negatives))]).double()
+    centred = rows - rows.mean(0)
+    inputs = torch.cat([centred / centred.square().mean().sqrt(), torch.ones(len(rows), 1)], dim=1).double()
+    ridge = torch.ones(HIDDEN + 1).double()
+    ridge[-1] = 0
+    weights = torch.zeros(HIDDEN + 1).double()
+    for _ in range(60):
+        chance = torch.sigmoid(inputs @ weights)
+        gradient = inputs.T @ (chance - labels) + ridge * weights
+        curvature = inputs.T @ (inputs * (chance * (1 - chance)).unsqueeze(1)) + torch.diag(ridge)
+        weights = weights - torch.linalg.solve(curvature, gradient)
+    unit = weights[:-1] / weights[:-1].norm()
+    expected = (unit @ statistics.difference).abs() * unit
+    torch.testing.assert_close(probe_normal(statistics), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_the_mean_difference_needs_no_sample(lm: LanguageModel) -> None:
+    statistics, _ = planted(False)
+    assert torch.equal(find(lm, "mean-diff", statistics), statistics.difference.float())
+    assert [method_named(name).needs_sample for name in METHODS] == [False, True, True]
+
+
+def test_the_registry_lists_and_refuses() -> None:
+    assert set(METHODS) <= set(method_names())
+    with pytest.raises(FitError, match=r"method 'magic' is not one of mean-diff, pca, probe"):
+        method_named("magic")
+    with pytest.raises(ValueError, match="registered already"):
+        register(Method("pca", lambda task: {}))

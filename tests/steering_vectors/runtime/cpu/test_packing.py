@@ -1,0 +1,142 @@
+"""Reordered and joined linear layers against plain ones."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from steering_vectors.errors import ModelError
+from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
+from steering_vectors.runtime.cpu.packing import PackedLinear, pack, packs
+from tests.support.running import mixture, prompts, random_profile, request, run_all
+from tests.support.tiny import STEERABLE, tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
+LOOKS_AT_WEIGHTS = ["falcon_mamba", "mamba", "mamba2"]  # their code asks the output layer for its weight's dtype
+
+
+@pytest.mark.parametrize("architecture", sorted(set(STEERABLE) - set(LOOKS_AT_WEIGHTS)))
+def test_logits_are_those_of_the_plain_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    ids = torch.tensor([[5, 9, 3, 7, 11], [4, 8, 2, 6, 10]])
+    with torch.inference_mode():
+        plain = model(input_ids=ids, use_cache=False).logits
+        before = len(linears(model))
+        packed = pack(model)
+        assert packed.layers == before - len(linears(model))
+        assert 0 < packed.products <= packed.layers
+        for _ in range(2):
+            torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_one_input_are_one_product() -> None:
+    model = tiny_model("qwen2")  # with biases on queries, keys and values
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    packed = pack(model)
+    blocks = len(model.model.layers)
+    assert (packed.layers, packed.products) == (7 * blocks + 1, 4 * blocks + 1)
+    assert attention.q_proj.product is attention.k_proj.product is attention.v_proj.product
+    assert mlp.gate_proj.product is mlp.up_proj.product is not mlp.down_proj.product
+
+
+def test_parts_are_of_the_input_at_hand() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 4), nn.Linear(8, 6, bias=False)
+            self.embedding = nn.Embedding(9, 8)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+            x = self.embedding(input_ids)
+            return SimpleNamespace(logits=torch.cat([self.one(x), self.other(x)], dim=-1))
+
+    torch.manual_seed(0)
+    model = Two()
+    plain = [nn.Linear(8, 4), nn.Linear(8, 6, bias=False)]
+    for mine, theirs in zip(plain, (model.one, model.other), strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    assert (pack(model).layers, pack(model).layers) == (2, 0)
+    calls: list[tuple[Callable[[torch.Tensor], torch.Tensor], nn.Linear]] = list(
+        zip((model.one, model.other), plain, strict=True)
+    )
+    with torch.inference_mode():
+        first, second = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        for given, which in ((first, 0), (second, 0), (first, 0), (first, 0), (first, 1), (second, 1), (second, 0)):
+            packed, layer = calls[which]
+            torch.testing.assert_close(packed(given), layer(given))
+
+
+BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="oneDNN packs no bfloat16 on this processor")
+def test_bfloat16_agrees_within_its_rounding() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    assert packs(model)
+    ids = torch.tensor([[5, 9, 3, 7, 11]])
+    with torch.inference_mode():
+        plain = model(input_ids=ids, use_cache=False).logits.float()
+        pack(model)
+        error = (model(input_ids=ids, use_cache=False).logits.float() - plain).norm() / plain.norm()
+    assert error < 0.02
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux")
+def test_the_checkpoint_is_let_go(tmp_path: Path) -> None:
+    def is_mapped() -> bool:
+        gc.collect()
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    language_model = load_model(str(tmp_path))
+    assert is_mapped()
+    pack(language_model.model)
+    assert not is_mapped()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_oss"])
+def test_greedy_tokens_stay_the_same(architecture: str) -> None:
+    plain = wrap_model(tiny_model(architecture), tiny_tokenizer())
+    packed = wrap_model(tiny_model(architecture), tiny_tokenizer())
+    pack(packed.model)
+    assert any(isinstance(module, PackedLinear) for module in packed.model.modules())
+    profile = random_profile(plain, scale=2.0)
+
+    def texts(language_model: LanguageModel) -> list[tuple[int, ...]]:
+        rows = zip(prompts(plain, [9, 20, 5]), (None, mixture(profile), mixture(profile, -1.0)), strict=True)
+        wanted = [request(ids, steering, max_tokens=20, ignore_eos=True) for ids, steering in rows]
+        return [one.ids for one in run_all(language_model, wanted, slots=2, context=64)]
+
+    assert texts(packed) == texts(plain)
+
+
+@pytest.mark.parametrize("architecture", LOOKS_AT_WEIGHTS)
+def test_code_that_wants_more_than_a_product_is_refused(architecture: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be packed \(.*no attribute 'weight'\); leave --cpu-prepack out"):
+        pack(tiny_model(architecture))
+
+
+@pytest.mark.skipif(BFLOAT16, reason="oneDNN packs bfloat16 on this processor")
+def test_a_processor_without_such_products_is_refused() -> None:
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+        pack(tiny_model("llama").to(torch.bfloat16))
+
+
+def test_formats_without_such_products_are_refused() -> None:
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+        pack(tiny_model("llama").to(torch.float16))

@@ -1,0 +1,121 @@
+"""Bodies that nobody would write: any JSON, and bodies that work with something in them changed. And what must hold of
+every answer to them: no fault of the server's, and errors in the shape that is stated.
+
+What works is taken from the OpenAPI document, so that a route or a field that is added is tried too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from server.api.fields.answers import ErrorAnswer, ErrorDetail
+
+Json = Any
+Place = tuple[Any, str | int]  # a list or an object, and what stands where in it
+
+KNOWN = ["demo", "demo:warm@0.5", "warm", "warm@0.5+concise@-0.25", "user", "json_object", "^a+$", "1", "Bread is"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 70),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(KNOWN),
+    st.text(st.characters(), max_size=12),
+)
+VALUES: SearchStrategy[Json] = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=4), inner),
+    max_leaves=8,
+)
+LIKELY = st.booleans() | st.integers(0, 20) | st.floats(0, 2) | st.sampled_from(KNOWN)  # to be taken
+FEW_TOKENS = {"max_tokens": 2}
+
+
+def examples(document: Mapping[str, Any]) -> dict[str, tuple[Json, list[str]]]:
+    """By path of each POST route: a body that works, and the names of all fields of its schema."""
+    found = {}
+    for path, routes in document["paths"].items():
+        content = routes.get("post", {}).get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            schema = document["components"]["schemas"][name]
+            limits = FEW_TOKENS if "max_tokens" in schema["properties"] else {}
+            found[path] = ({**schema["examples"][0], **limits}, sorted(schema["properties"]))
+    return found
+
+
+@st.composite
+def requests(draw: DrawFn, known: Mapping[str, tuple[Json, list[str]]]) -> tuple[str, bytes]:
+    """A path and a body for it."""
+    path = draw(st.sampled_from(sorted(known)))
+    body, fields = known[path]
+    value = draw(VALUES) if draw(st.integers(0, 9)) == 0 else draw(mutated(body, fields))
+    return path, json.dumps(value).encode()
+
+
+@st.composite
+def mutated(draw: DrawFn, body: Json, fields: list[str]) -> Json:
+    """A body with one to three changes: a value replaced, taken out or repeated, or a field added."""
+    body = copy.deepcopy(body)
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.integers(0, 2)) == 0:
+            body[draw(st.sampled_from(fields))] = draw(LIKELY if draw(st.booleans()) else VALUES)
+        elif places := list(_places(body)):
+            _change(draw, *draw(st.sampled_from(places)))
+    return body
+
+
+def _places(value: Json) -> Iterator[Place]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield value, key
+        yield from _places(inner)
+
+
+def _change(draw: DrawFn, holder: Any, key: Any) -> None:
+    kind = draw(st.sampled_from(["replace", "take out", "repeat"]))
+    if kind == "take out":
+        del holder[key]
+    elif kind == "repeat" and isinstance(holder, list):
+        holder *= draw(st.integers(2, 40))
+    else:
+        holder[key] = draw(_near(holder[key]) if draw(st.integers(0, 3)) else VALUES)
+
+
+def _near(value: Json) -> SearchStrategy[Json]:
+    """Values of the same kind, most of which are taken."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int | float):
+        return st.integers(0, 70) | st.floats(-1, 2)
+    return st.sampled_from(KNOWN) | st.text(max_size=12) if isinstance(value, str) else VALUES
+
+
+def check(response: httpx.Response) -> None:
+    """Raise AssertionError for a fault of the server's, also in mid-stream, and for an error in another shape."""
+    assert response.status_code < 500, f"{response.status_code}: {response.text}"
+    if response.status_code >= 400:
+        ErrorAnswer.model_validate(response.json())
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        for event in _events(response.text):
+            if "error" in event:
+                assert ErrorDetail.model_validate(event["error"]).type != "server_error", event
+
+
+def _events(text: str) -> Iterator[dict[str, Any]]:
+    for frame in text.split("\n\n"):
+        if frame.startswith("data: {"):
+            yield json.loads(frame.removeprefix("data: "))
+
+
+def as_curl(url: str, path: str, body: bytes) -> str:
+    quoted = body.decode().replace("'", "'\\''")
+    return f"curl -s {url}{path} -H 'content-type: application/json' -d '{quoted}'"

@@ -1,0 +1,50 @@
+"""A process of a model in parts: `python -m tests.support.parallel_worker MODEL`, in an environment as of torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+
+from server.engines.protocol import GenerationRequest
+from server.engines.torch.engine import follower_of
+from steering_vectors.models.loading import LanguageModel, load_model
+from steering_vectors.runtime.tensor_parallel import Channel
+from tests.support.running import mixture, prompts, random_profile, request, run_all
+
+SLOTS, CONTEXT = 4, 96
+
+
+def requests(language_model: LanguageModel) -> list[GenerationRequest]:
+    """More than there are slots, half of them steered, some of which begin alike, one that changes on the way, one that
+    ablates, one that reads how far it is steered."""
+    adding = random_profile(language_model, scale=2.0)
+    ablating = random_profile(language_model, "ablating", seed=1, operator="ablate")
+    common, *rest = prompts(language_model, [20, 3, 11, 7, 5, 9])
+    mixes = [None, mixture(adding, 1.0), mixture(adding, -0.5), mixture(ablating), None]
+    made = [request(common + ids, mix, max_tokens=12, ignore_eos=True) for ids, mix in zip(rest, mixes, strict=True)]
+    timeline = ((0, mixture(adding, 0.5)), (4, mixture(adding, 1.5)))
+    first = request(rest[0], timeline[0][1], max_tokens=12, ignore_eos=True)
+    changing = GenerationRequest(first.id, first.prompt_ids, first.sampling, first.mixture, schedule=timeline[1:])
+    reading = GenerationRequest("reading", first.prompt_ids, first.sampling, first.mixture, projections=(adding,))
+    return [*made, changing, reading]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    channel = Channel("cpu")
+    language_model = load_model(sys.argv[1], dtype="float32", parted=True)
+    if os.environ["RANK"] != "0":
+        follower_of(language_model, SLOTS, CONTEXT, channel).run()
+        return
+    found = run_all(
+        language_model, requests(language_model), slots=SLOTS, context=CONTEXT, prefill_chunk=16, channel=channel
+    )
+    held = sum(getattr(one, "_local_tensor", one).numel() for one in language_model.model.parameters())
+    print(json.dumps({"ids": [one.ids for one in found], "held": held}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What the server's tests share: random profiles, an engine on the demo model, a live server on a free port.
+
+`engine = engine_fixture(…)`, `profiles = profiles_fixture(…)` and `client = client_fixture(…)` give a module its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from server.app import create_app
+from server.engines.protocol import Engine
+from server.http.listener import GRACE_SECONDS, Server, listen, run_in_loop, url_of
+from server.settings import Settings
+from steering_vectors.models.loading import load_model
+from steering_vectors.profiles.files import save_profile
+from steering_vectors.profiles.profile import ModelIdentity, Profile
+from tests.support.running import PATIENCE, HeldEngine
+
+
+def random_profile(identity: ModelIdentity, name: str, *, seed: int = 0, **fields: Any) -> Profile:
+    """A profile with a random direction at every other block."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = range(1, identity.num_layers, 2)
+    directions = {layer: torch.randn(identity.hidden_size, generator=generator) for layer in layers}
+    return Profile(**{"name": name, "model": identity, "directions": directions, "method": "random", **fields})
+
+
+def save_profiles(directory: Path, identity: ModelIdentity, *names: str, **fields: Any) -> None:
+    for seed, name in enumerate(names):
+        save_profile(random_profile(identity, name, seed=seed, **fields), directory)
+
+
+@contextmanager
+def demo_engine(**options: Any) -> Iterator[HeldEngine]:
+    """An engine on its own copy of the demo model in float32."""
+    engine = HeldEngine(load_model("demo", dtype="float32"), **options)
+    try:
+        yield engine
+    finally:
+        asyncio.run(engine.close())
+
+
+@contextmanager
+def live_server(
+    engine: Engine, profiles: Path, *, grace: float = GRACE_SECONDS, **settings: Any
+) -> Iterator[httpx.Client]:
+    """A client of a server that runs in a thread and is ready. It is told to stop at the end."""
+    listener = listen("127.0.0.1", 0)
+    app = create_app(Settings(profiles=profiles, **settings), engine)
+    server = Server(app, end=engine.close, grace=grace)
+    thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
+    thread.start()
+    try:
+        with httpx.Client(base_url=url_of("127.0.0.1", listener), timeout=PATIENCE) as client:
+            until(lambda: client.get("/ready").status_code == 200)
+            yield client
+    finally:
+        server.stop()
+        thread.join(PATIENCE)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def engine_fixture(**options: Any) -> Any:
+    """A module's `engine`: as `demo_engine` makes it."""
+
+    @pytest.fixture(scope="module", name="engine")
+    def made() -> Iterator[HeldEngine]:
+        with demo_engine(**options) as engine:
+            yield engine
+
+    return made
+
+
+def profiles_fixture(*names: str, **fields: Any) -> Any:
+    """A module's `profiles`: a directory with a random profile of each name for its `engine`."""
+
+    @pytest.fixture(scope="module", name="profiles")
+    def made(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        directory = tmp_path_factory.mktemp("profiles")
+        save_profiles(directory, engine.language_model.identity, *names, **fields)
+        return directory
+
+    return made
+
+
+def client_fixture(**settings: Any) -> Any:
+    """A module's `client`: of a live server on its `engine` and `profiles`."""
+
+    @pytest.fixture(scope="module", name="client")
+    def made(engine: Engine, profiles: Path) -> Iterator[httpx.Client]:
+        with live_server(engine, profiles, **settings) as client:
+            yield client
+
+    return made
+
+
+def until(condition: Callable[[], bool], *, within: float = PATIENCE) -> float:
+    """Wait for a condition that another thread brings about; returns the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < within, f"it did not happen within {within} s"
+        time.sleep(0.01)
+    return time.monotonic() - start
