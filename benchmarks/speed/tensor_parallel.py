@@ -27,7 +27,7 @@ from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.runtime.runner import BatchedRunner, Work
+from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.tiny import save_tiny
 
@@ -99,13 +99,13 @@ def _generated(language_model: LanguageModel, profile: Profile | None) -> tuple[
         if profile is not None:
             bank.write(1, Mixture((Term(profile, 1.0),)))
         rows = [list(ids) for ids in PROMPTS]
-        works = [Work(slot, ids, 0, len(ids) - 1) for slot, ids in enumerate(rows)]
+        works = [RowInput(slot, ids, 0, len(ids) - 1) for slot, ids in enumerate(rows)]
         logits = []
         for _ in range(STEPS):
-            logits.append(runner.forward(works))
+            logits.append(runner.forward(works).logits)
             for ids, token in zip(rows, logits[-1].argmax(dim=-1).tolist(), strict=True):
                 ids.append(token)
-            works = [Work(slot, ids[-1:], len(ids) - 1, 0) for slot, ids in enumerate(rows)]
+            works = [RowInput(slot, ids[-1:], len(ids) - 1, 0) for slot, ids in enumerate(rows)]
     finally:
         runner.close()
         bank.detach()

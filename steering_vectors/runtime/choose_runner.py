@@ -13,10 +13,13 @@ from itertools import pairwise
 import torch
 
 from steering_vectors.errors import ModelError
+from steering_vectors.models.forward import last_logits
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.cpu.fused_blocks import can_fuse
+from steering_vectors.runtime.cpu.fused_runner import FusedRunner
 from steering_vectors.runtime.cuda_graphs import GraphRunner
-from steering_vectors.runtime.runner import BatchedRunner, RecomputingRunner, RowRunner, Runner, Work, last_logits
+from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
+from steering_vectors.runtime.runner import BatchedRunner, RowInput, Runner
 from steering_vectors.runtime.static_decoding import StaticRunner
 from steering_vectors.steering.bank import SteeringBank
 
@@ -68,7 +71,7 @@ def _candidates(
     over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]
     if static:
         return over_buffers
-    fused = [lambda: BatchedRunner(language_model, bank, context=context, fused=True)]
+    fused: list[Callable[[], Runner]] = [lambda: FusedRunner(language_model, bank, context=context)]
     return [
         *(over_buffers if on_cuda and static is None else []),
         *(fused if can_fuse(language_model.blocks) else []),
@@ -86,7 +89,7 @@ def disagreement(runner: Runner, language_model: LanguageModel) -> float:
     errors = []
     with torch.inference_mode():
         for batch in _batches(rows, runner.chunked):
-            logits = runner.forward(batch)
+            logits = runner.forward(batch).logits
             for index, work in enumerate(batch):
                 ids = dict(rows)[work.slot][0]
                 errors.append(_error(logits[index], _reference(language_model, ids[: work.end])))
@@ -95,16 +98,16 @@ def disagreement(runner: Runner, language_model: LanguageModel) -> float:
     return max(errors)
 
 
-def _batches(rows: list[tuple[int, tuple[list[int], int]]], chunked: bool) -> list[list[Work]]:
+def _batches(rows: list[tuple[int, tuple[list[int], int]]], chunked: bool) -> list[list[RowInput]]:
     """The probes' prompts in unequal chunks side by side, then their continuations a token at a time."""
-    steps: list[list[Work]] = []
+    steps: list[list[RowInput]] = []
     for slot, (ids, prompt) in rows:
         size = CHUNK + slot if chunked else prompt
         bounds = [*range(0, prompt, size), *range(prompt, len(ids) + 1)]
         for step, (start, end) in enumerate(pairwise(bounds)):
             if step == len(steps):
                 steps.append([])
-            steps[step].append(Work(slot, ids[start:end], start))
+            steps[step].append(RowInput(slot, ids[start:end], start))
     return steps
 
 

@@ -16,7 +16,7 @@ import torch
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.memory_plan import UTILIZATION, Need, Plan, plan
-from steering_vectors.runtime.runner import BatchedRunner, Work
+from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.steering.bank import SteeringBank
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,8 @@ class _KeptBySlots:
         """A pass of so many prompt tokens in all, at the end of the context, each of which is scored."""
         context = self._runner.context
         width = min(context, max(1, tokens // rows))
-        works = [Work(row, [0] * width, context - width, wanted=width) for row in range(rows)]
-        for logits in self._runner.forward_all(works):
+        works = [RowInput(row, [0] * width, context - width, wanted=width) for row in range(rows)]
+        for logits in self._runner.forward_all(works).logits:
             logits.float().logsumexp(dim=-1)
 
     def close(self) -> None:

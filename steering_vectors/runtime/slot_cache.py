@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-Rows = slice | torch.Tensor
+Slots = slice | torch.Tensor
 
 
 class Columns(Protocol):
@@ -33,14 +33,14 @@ class Columns(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class AttentionMetadata:
     """Where one forward pass reads and writes: int64 tensors on the model's device.
 
-    `rows`: the slots, in batch order. `positions` `[rows, queries]`: absolute positions. `columns`
+    `slots`: the slots, in batch order. `positions` `[rows, queries]`: absolute positions. `columns`
     `[rows, queries]`: where keys are written (padding goes to the spare last column). `length`: columns read.
     """
 
-    rows: Rows
+    slots: Slots
     row_index: torch.Tensor  # [rows, 1]
     positions: torch.Tensor
     columns: torch.Tensor
@@ -48,7 +48,7 @@ class Span:
 
 
 class _Current(threading.local):
-    span: Span | None = None
+    metadata: AttentionMetadata | None = None
 
 
 _current = _Current()
@@ -77,39 +77,39 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Write `[rows, heads, queries, size]` at the span's columns; return the keys and values to attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        span = active_span()
-        self.keys[span.row_index, :, span.columns] = key_states.transpose(1, 2)
-        self.values[span.row_index, :, span.columns] = value_states.transpose(1, 2)
-        return self.keys[span.rows, :, : span.length], self.values[span.rows, :, : span.length]
+        metadata = active_metadata()
+        self.keys[metadata.row_index, :, metadata.columns] = key_states.transpose(1, 2)
+        self.values[metadata.row_index, :, metadata.columns] = value_states.transpose(1, 2)
+        return self.keys[metadata.slots, :, : metadata.length], self.values[metadata.slots, :, : metadata.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return active_span().length, 0
+        return active_metadata().length, 0
 
     def get_seq_length(self) -> int:
         """So that this and the queries add up to the columns read, which is what models derive lengths from."""
-        span = active_span()
-        return span.length - span.positions.shape[1]
+        metadata = active_metadata()
+        return metadata.length - metadata.positions.shape[1]
 
     def get_max_length(self) -> int:
         return self._shape[1] - 1
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """KV of all slots. Use it inside `with cache.spanning(span):` only."""
+    """KV of all slots. Use it inside `with cache.forward_pass(metadata):` only."""
 
     def __init__(self, *, layers: int, slots: int, context: int) -> None:
         super().__init__(layers=[SlotLayer(slots, context) for _ in range(layers)])
 
     @contextmanager
-    def spanning(self, span: Span) -> Iterator[None]:
+    def forward_pass(self, metadata: AttentionMetadata) -> Iterator[None]:
         """Tell the cache and the masks which rows and positions the forward pass inside computes."""
-        if _current.span is not None:
+        if _current.metadata is not None:
             raise RuntimeError("a forward pass through the slot cache is already under way")
-        _current.span = span
+        _current.metadata = metadata
         try:
             yield
         finally:
-            _current.span = None
+            _current.metadata = None
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of a slot's first so many positions to another."""
@@ -140,10 +140,10 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return flat.view(like.dtype).view(shape)
 
 
-def active_span() -> Span:
-    if _current.span is None:
+def active_metadata() -> AttentionMetadata:
+    if _current.metadata is None:
         raise RuntimeError("the slot cache is used outside of a forward pass of the engine")
-    return _current.span
+    return _current.metadata
 
 
 def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., Any]:
@@ -159,8 +159,8 @@ def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., A
         dtype: torch.dtype = torch.float32,
         **arguments: Any,
     ) -> Any:
-        span = _current.span
-        if span is None:
+        metadata = _current.metadata
+        if metadata is None:
             return original(
                 batch_size=batch_size,
                 q_length=q_length,
@@ -169,11 +169,11 @@ def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., A
                 dtype=dtype,
                 **arguments,
             )
-        device = span.positions.device
+        device = metadata.positions.device
         rows = torch.arange(batch_size, device=device)[:, None, None, None]
         heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
         keys = torch.arange(kv_length, device=device)[None, None, None, :]
-        mask = mask_function(rows, heads, span.positions[:, None, :, None], keys)
+        mask = mask_function(rows, heads, metadata.positions[:, None, :, None], keys)
         mask = mask.expand(batch_size, 1, q_length, kv_length)
         if not as_bias:
             return mask

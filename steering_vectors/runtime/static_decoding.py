@@ -11,8 +11,7 @@ steps, and hold until the next step runs. Knows nothing of how a step is replaye
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +19,8 @@ import torch
 from steering_vectors.errors import first_line
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.models.transfers import staged
-from steering_vectors.runtime.runner import BatchedRunner, Work
-from steering_vectors.runtime.slot_cache import Span
+from steering_vectors.runtime.runner import BatchedRunner, Output, RowInput
+from steering_vectors.runtime.slot_cache import AttentionMetadata
 from steering_vectors.steering.bank import SteeringBank
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class Inputs:
         self.slots = torch.arange(slots, device=device).unsqueeze(1)  # [slots, 1]
         self.held = self._idle.to(device, copy=True)
 
-    def fill(self, batch: Items[Work], rows: int) -> None:
+    def fill(self, batch: Sequence[RowInput], rows: int) -> None:
         """One copy, which the host does not wait for."""
         values = self._idle[:rows].clone()
         slots = torch.tensor([work.slot for work in batch])
@@ -86,9 +85,9 @@ class StaticRunner(BatchedRunner):
         self._record = record
         self._replays: dict[tuple[int, int], Replay] = {}
 
-    def forward(self, batch: Items[Work]) -> torch.Tensor:
-        if not self._is_static(batch):
-            return super().forward(batch)
+    def forward(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[torch.Tensor]:
+        if read or not self._is_static(batch):
+            return super().forward(batch, read)
         rows = bucket(batch[-1].slot + 1, 1, self.bank.num_rows)
         columns = bucket(max(work.end for work in batch), min(LEAST_COLUMNS, self.context), self.context)
         self._inputs_held.fill(batch, rows)
@@ -97,18 +96,20 @@ class StaticRunner(BatchedRunner):
         self._replays[rows, columns]()
         assert self._logits_held is not None
         if batch[-1].slot + 1 == len(batch):
-            return self._logits_held[: len(batch)]
-        return self._logits_held.index_select(0, self._inputs_held.held[: len(batch), PLACE])
+            return Output(self._logits_held[: len(batch)])
+        return Output(self._logits_held.index_select(0, self._inputs_held.held[: len(batch), PLACE]))
 
     def step(self, rows: int, columns: int) -> Callable[[], None]:
         """A step of the slots below `rows` that reads `columns`, and nothing but buffers."""
         inputs, every = self._inputs_held.held[:rows], slice(0, rows)
         positions = inputs[:, POSITION : POSITION + 1]
-        span = Span(every, self._inputs_held.slots[:rows], positions, inputs[:, COLUMN : COLUMN + 1], columns)
+        metadata = AttentionMetadata(
+            every, self._inputs_held.slots[:rows], positions, inputs[:, COLUMN : COLUMN + 1], columns
+        )
         arguments: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
 
         def compute() -> None:
-            with self.cache.spanning(span), self.bank.step(every, always=True):
+            with self.cache.forward_pass(metadata), self.bank.step(every, always=True):
                 output = self.model(
                     input_ids=inputs[:, ID : ID + 1], past_key_values=self.cache, use_cache=True, **arguments
                 )
@@ -131,14 +132,10 @@ class StaticRunner(BatchedRunner):
         self._replays.clear()
         super().close()
 
-    def _is_static(self, batch: Items[Work]) -> bool:
+    def _is_static(self, batch: Sequence[RowInput]) -> bool:
         """Whether a batch is of one token a row, steered by nothing but the bank's shifts or not at all."""
-        return (
-            not self.read
-            and self.bank.only_adds
-            and all(
-                len(work.ids) == 1 and (work.steered_from is None or work.start >= work.steered_from) for work in batch
-            )
+        return self.bank.only_adds and all(
+            len(work.ids) == 1 and (work.steered_from is None or work.start >= work.steered_from) for work in batch
         )
 
     def _keep(self, logits: torch.Tensor) -> None:

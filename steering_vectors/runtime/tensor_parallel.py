@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture
-from steering_vectors.runtime.runner import Runner, Work
+from steering_vectors.runtime.runner import Output, RowInput, Runner
 from steering_vectors.runtime.slot_cache import Columns
 from steering_vectors.steering.bank import SteeringBank
 
@@ -64,18 +64,17 @@ class LeadingRunner(Runner):
     def __init__(self, language_model: LanguageModel, runner: Runner, channel: Channel) -> None:
         super().__init__(language_model, runner.bank, context=runner.context)
         self._runner, self._channel = runner, channel
-        self.residuals, self.sums = runner.residuals, runner.sums
         self.chunked = runner.chunked
         self.path = f"{runner.path}, in {channel.processes} processes"
         runner.bank.watch(lambda row, mixture: channel.send("steer", row, mixture))
 
-    def forward(self, batch: Items[Work]) -> torch.Tensor:
-        self._begin("forward", batch)
-        return self._runner.forward(batch)
+    def forward(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[torch.Tensor]:
+        self._channel.send("forward", list(batch), list(read))
+        return self._runner.forward(batch, read)
 
-    def forward_all(self, batch: Items[Work]) -> list[torch.Tensor]:
-        self._begin("forward_all", batch)
-        return self._runner.forward_all(batch)
+    def forward_all(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[list[torch.Tensor]]:
+        self._channel.send("forward_all", list(batch), list(read))
+        return self._runner.forward_all(batch, read)
 
     @property
     def columns(self) -> Columns | None:
@@ -86,19 +85,15 @@ class LeadingRunner(Runner):
         self._channel.send("release", slot)
         self._runner.release(slot)
 
-    def scrub(self, slot: int) -> None:
-        self._channel.send("scrub", slot)
-        self._runner.scrub(slot)
+    def zero_slot(self, slot: int) -> None:
+        self._channel.send("zero_slot", slot)
+        self._runner.zero_slot(slot)
 
     def close(self) -> None:
         with suppress(RuntimeError):  # they may be gone
             self._channel.send("close")
             self._channel.close()
         self._runner.close()
-
-    def _begin(self, kind: str, batch: Items[Work]) -> None:
-        self._runner.read = self.read
-        self._channel.send(kind, list(batch), list(self.read))
 
 
 class LeadingColumns:
@@ -135,12 +130,9 @@ class Follower:
         self._bank.detach()
 
     def _follow(self, kind: str, *details: Any) -> None:
-        if kind in ("forward", "forward_all"):
-            batch, self._runner.read = details
-            getattr(self._runner, kind)(batch)
-        elif kind == "steer":
+        if kind == "steer":
             self._steer(*details)
-        elif kind in ("release", "scrub"):
+        elif kind in ("forward", "forward_all", "release", "zero_slot"):
             getattr(self._runner, kind)(*details)
         else:
             getattr(self._runner.columns, kind)(*details)

@@ -16,7 +16,7 @@ from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.memory_probe import CudaMeter, planned
-from steering_vectors.runtime.runner import BatchedRunner, Work
+from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.runtime.static_decoding import StaticRunner
 from tests.support.running import attached_bank, mixture, prompts, random_profile, request, run_all
 from tests.support.tiny import tiny_model
@@ -99,15 +99,15 @@ def test_steering_changed_between_replays_takes_effect() -> None:
         ordinary = BatchedRunner(language_model, bank, context=CONTEXT)
         rows = prompts(language_model, [125, 7, 60])
         for runner in (graphs, ordinary):
-            runner.forward([Work(slot, ids, 0) for slot, ids in enumerate(rows)])
+            runner.forward([RowInput(slot, ids, 0) for slot, ids in enumerate(rows)])
         assert isinstance(graphs, StaticRunner)
         recorded = []
         for step in range(8):
             for row, profile in enumerate(profiles):
                 strength = (0.0, 1.0, -0.5, 2.0)[(step + row) % 4]
                 bank.write(row, mixture(profile, strength)) if strength else bank.clear(row)
-            works = [Work(slot, [step + slot], len(ids) + step, 0) for slot, ids in enumerate(rows)]
-            found, expected = (runner.forward(works).clone() for runner in (graphs, ordinary))
+            works = [RowInput(slot, [step + slot], len(ids) + step, 0) for slot, ids in enumerate(rows)]
+            found, expected = (runner.forward(works).logits.clone() for runner in (graphs, ordinary))
             assert torch.allclose(found, expected, atol=1e-4, rtol=1e-3), step
             recorded.append(len(graphs._replays))
         assert recorded[0] == recorded[2]
@@ -122,12 +122,12 @@ def test_a_step_waits_for_nothing_but_its_tokens() -> None:
     profile = random_profile(language_model, scale=2.0)
     with attached_bank(language_model, SLOTS) as bank:
         runner = choose_runner(language_model, bank, context=CONTEXT, static=True)
-        runner.forward([Work(slot, ids, 0) for slot, ids in enumerate(prompts(language_model, [9, 4]))])
-        works = [[Work(0, [5], 9 + step, 0), Work(1, [6], 4 + step, 0)] for step in range(2)]
+        runner.forward([RowInput(slot, ids, 0) for slot, ids in enumerate(prompts(language_model, [9, 4]))])
+        works = [[RowInput(0, [5], 9 + step, 0), RowInput(1, [6], 4 + step, 0)] for step in range(2)]
         runner.forward(works[0])
         with refusing_to_wait():
             bank.write(0, mixture(profile, 0.5))
-            logits = runner.forward(works[1])
+            logits = runner.forward(works[1]).logits
         assert logits.isfinite().all()
         runner.close()
 

@@ -17,7 +17,7 @@ from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.runtime.choose_runner import choose_runner
-from steering_vectors.runtime.runner import BatchedRunner, Work
+from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.running import Outcome, mixture, outcome, prompts, random_profile, request, run_all, running
 from tests.support.tiny import tiny_model
@@ -40,8 +40,8 @@ def engine_step(language_model: LanguageModel, bank: SteeringBank) -> torch.Tens
     runner = choose_runner(language_model, bank, context=64)
     first, second = prompts(language_model, [9, 5])
     with torch.inference_mode():
-        prefill = runner.forward([Work(0, first, 0, 8), Work(1, second, 0, 4)])
-        decode = runner.forward([Work(0, [7], 9, 8), Work(1, [11], 5, 4)])
+        prefill = runner.forward([RowInput(0, first, 0, 8), RowInput(1, second, 0, 4)]).logits
+        decode = runner.forward([RowInput(0, [7], 9, 8), RowInput(1, [11], 5, 4)]).logits
     runner.close()
     return torch.cat([prefill, decode])
 
@@ -74,10 +74,10 @@ def test_invariant_2_hidden_state_is_shifted_at_exactly_the_steered_positions() 
     bank.attach()
     try:
         with torch.inference_mode(), record(language_model.blocks, layers) as seen:
-            runner.forward([Work(0, ids, 0, 8)])
+            runner.forward([RowInput(0, ids, 0, 8)])
             before = {layer: hidden.clone() for layer, hidden in seen.items()}
             bank.write(0, mixture(profile, -1.5))
-            runner.forward([Work(0, ids, 0, 8)])
+            runner.forward([RowInput(0, ids, 0, 8)])
     finally:
         bank.detach()
         runner.close()
@@ -167,7 +167,7 @@ def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
             first = 0 if steering.apply_to == "all" else len(prompt) - 1
             scratch = BatchedRunner(language_model, bank, context=64)
             with torch.inference_mode():
-                scratch.forward([Work(0, ids, 0, first)])
+                scratch.forward([RowInput(0, ids, 0, first)])
             for (keys, values), layer in zip(layers, scratch.cache.layers, strict=True):
                 torch.testing.assert_close(keys[:, : len(ids)], layer.keys[0, :, : len(ids)], rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(values[:, : len(ids)], layer.values[0, :, : len(ids)], rtol=1e-4, atol=1e-5)
@@ -238,7 +238,7 @@ def check_held(language_model: LanguageModel, held: list[Held], known: dict[str,
             with torch.inference_mode():
                 for (start, digest), end in zip(trace.runs, ends, strict=True):
                     bank.write(0, known[digest])
-                    scratch.forward([Work(0, trace.ids[start:end], start, start if digest else None)])
+                    scratch.forward([RowInput(0, trace.ids[start:end], start, start if digest else None)])
             for (keys, values), layer in zip(layers, scratch.cache.layers, strict=True):
                 for mine, theirs in ((keys, layer.keys[0]), (values, layer.values[0])):
                     torch.testing.assert_close(mine[:, : len(trace)], theirs[:, : len(trace)], rtol=1e-4, atol=1e-5)

@@ -7,13 +7,14 @@ reads. Knows nothing of tokens drawn or of requests' ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from server.engines.torch.request import Residuals
 from server.engines.torch.scheduling.request_state import Chunk
 from steering_vectors.models.transfers import picked
-from steering_vectors.runtime.runner import Runner, Work
+from steering_vectors.runtime.runner import Output, RowInput, Runner
 
 
 class Passes:
@@ -21,11 +22,15 @@ class Passes:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._residuals: dict[int, Residuals] = {}
+        self._sums: dict[int, Residuals] = {}
 
     def forward(self, batch: Sequence[Chunk]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Logits of each chunk's last token `[chunks, vocabulary]`, and those of shadows by request."""
-        works, shadowed = self._begin(batch)
-        logits = self._runner.forward(works)
+        works, shadowed = self._inputs(batch)
+        output = self._runner.forward(works, _layers_to_read(batch))
+        self._keep(works, output)
+        logits = output.logits
         if not shadowed:
             return logits, {}
         places = {work.slot: place for place, work in enumerate(works)}
@@ -34,34 +39,38 @@ class Passes:
 
     def forward_all(self, batch: Sequence[Chunk]) -> list[torch.Tensor]:
         """Logits of each chunk's tokens from the first scored one on, `[tokens, vocabulary]` a chunk."""
-        works, _ = self._begin(batch)
-        found = {work.slot: logits for work, logits in zip(works, self._runner.forward_all(works), strict=True)}
+        works, _ = self._inputs(batch)
+        output = self._runner.forward_all(works, _layers_to_read(batch))
+        self._keep(works, output)
+        found = {work.slot: logits for work, logits in zip(works, output.logits, strict=True)}
         return [found[chunk.slot] for chunk in batch]
 
     def residuals(self) -> dict[int, Residuals]:
         """At each slot's last token of its latest pass, by layer, where they were to be read."""
-        return {slot: self._by_layer(found) for slot, found in self._runner.residuals.items()}
+        return self._residuals
 
     def sums(self, slot: int) -> Residuals:
         """Over the tokens of a slot's latest pass, by layer."""
-        return self._by_layer(self._runner.sums[slot])
+        return self._sums[slot]
 
-    def _begin(self, batch: Sequence[Chunk]) -> tuple[list[Work], list[Chunk]]:
+    def _keep(self, works: list[RowInput], output: Output[Any]) -> None:
+        slots = [work.slot for work in works]
+        self._residuals = dict(zip(slots, output.residuals, strict=False))
+        self._sums = dict(zip(slots, output.sums, strict=False))
+
+    def _inputs(self, batch: Sequence[Chunk]) -> tuple[list[RowInput], list[Chunk]]:
         """The work in order of slots, and the chunks that have a shadow."""
-        self._runner.read = _layers_to_read(batch)
-        self._runner.residuals.clear()
         shadowed = [chunk for chunk in batch if chunk.sequence.shadow is not None]
         works = [
-            Work(chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from, max(1, chunk.end - chunk.scored_from))
+            RowInput(
+                chunk.slot, chunk.ids, chunk.start, chunk.sequence.steered_from, max(1, chunk.end - chunk.scored_from)
+            )
             for chunk in batch
         ]
         if shadowed:
-            works += [Work(chunk.sequence.shadow or 0, chunk.ids, chunk.start) for chunk in shadowed]
+            works += [RowInput(chunk.sequence.shadow or 0, chunk.ids, chunk.start) for chunk in shadowed]
             works.sort(key=lambda work: work.slot)
         return works, shadowed
-
-    def _by_layer(self, found: torch.Tensor) -> Residuals:
-        return dict(zip(self._runner.read, found, strict=True))
 
 
 def _layers_to_read(batch: Sequence[Chunk]) -> list[int]:

@@ -182,7 +182,7 @@ class Steps:
             if sound:
                 self._runner.release(slot)
             else:
-                self._runner.scrub(slot)
+                self._runner.zero_slot(slot)
         self._scheduler.remove(sequence, sound=sound)
         del self._rows[sequence.request.id]
         self._ended(sequence.request.id)

@@ -18,7 +18,7 @@ from torch import nn
 from steering_vectors.errors import ModelError
 from steering_vectors.runtime.cpu.kernels import LARGEST_HEAD, SUFFIXES, Heads, Kernels, Pass, WholeBlock, load
 from steering_vectors.runtime.cpu.packing import PackedLinear, joined_weight
-from steering_vectors.runtime.slot_cache import SlotCache, active_span
+from steering_vectors.runtime.slot_cache import SlotCache, active_metadata
 from steering_vectors.steering.bank import SteeringBank
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -31,17 +31,13 @@ def can_fuse(blocks: Sequence[nn.Module]) -> bool:
     return load() is not None and all(map(is_of_the_kind, blocks))
 
 
-def fuse(blocks: Sequence[nn.Module], bank: SteeringBank) -> list[FusedBlock]:
-    """Give each block its faster forward, which adds the bank's shifts itself where that is all there is to do. Raises
-    ModelError if the blocks are of another kind."""
+def fused_blocks(blocks: Sequence[nn.Module], bank: SteeringBank) -> list[FusedBlock]:
+    """A faster forward for each block, not attached yet. Raises ModelError if the blocks cannot be fused."""
     kernels = load()
     if kernels is None or not can_fuse(blocks):
         raise ModelError("the blocks are of a kind that is not fused")
     passes = _Passes()
-    fused = [FusedBlock(kernels, block, layer, passes, bank) for layer, block in enumerate(blocks)]
-    for one in fused:
-        one.attach()
-    return fused
+    return [FusedBlock(kernels, block, layer, passes, bank) for layer, block in enumerate(blocks)]
 
 
 def is_of_the_kind(block: Any) -> bool:
@@ -70,14 +66,14 @@ class _Passes:
 
     def of(self, hidden: torch.Tensor, size: int, mask: Any, turn: Any) -> Pass | None:
         """None if what the blocks are given is not what the kernels take, of heads of `size`."""
-        span = active_span()
-        now = (span, mask, turn)
+        metadata = active_metadata()
+        now = (metadata, mask, turn)
         if len(self._of) == len(now) and all(map(is_, self._of, now)):
             return self._latest
         expected = ((*hidden.shape[:2], size), hidden.dtype)
         known = mask is not None and turn is not None and mask.dtype == torch.bool
         suits = known and all((tuple(one.shape), one.dtype) == expected for one in turn)
-        self._of, self._latest = now, Pass(turn, span.row_index, span.columns, mask) if suits else None
+        self._of, self._latest = now, Pass(turn, metadata.row_index, metadata.columns, mask) if suits else None
         return self._latest
 
 

@@ -10,7 +10,8 @@ from server.engines.torch.engine import TorchEngine
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner, disagreement
-from steering_vectors.runtime.runner import BatchedRunner, RecomputingRunner, RowRunner
+from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
+from steering_vectors.runtime.runner import BatchedRunner
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.running import mixture, prompts, random_profile, reference_ids, request, run_all
 from tests.support.tiny import OTHERS, REQUIRED, STEERABLE, tiny_model

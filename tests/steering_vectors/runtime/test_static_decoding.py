@@ -13,7 +13,7 @@ from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.runtime.choose_runner import choose_runner
-from steering_vectors.runtime.runner import BatchedRunner, Work
+from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.runtime.static_decoding import Replay, StaticRunner, bucket, run_as_it_is
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.running import attached_bank, mixture, prompts, random_profile, reference_ids, request, run_all
@@ -37,18 +37,18 @@ class Decoding:
         self.runner, self.rows = runner, rows
         self.done = dict.fromkeys(rows, 0)
         for slot, ids in rows.items():
-            runner.forward([Work(slot, ids, 0)])
+            runner.forward([RowInput(slot, ids, 0)])
             self.done[slot] = len(ids)
 
     def step(self, tokens: dict[int, int], steered: set[int]) -> torch.Tensor:
         """Logits of the rows that run, in order of slots."""
         works = [
-            Work(slot, [token], self.done[slot], 0 if slot in steered else None)
+            RowInput(slot, [token], self.done[slot], 0 if slot in steered else None)
             for slot, token in sorted(tokens.items())
         ]
         for slot in tokens:
             self.done[slot] += 1
-        return self.runner.forward(works).clone()
+        return self.runner.forward(works).logits.clone()
 
 
 def steer(bank: SteeringBank, language_model: LanguageModel, strengths: dict[int, float]) -> None:
@@ -125,11 +125,11 @@ def test_a_write_between_two_runs_of_a_step_takes_effect() -> None:
     profile = random_profile(language_model, scale=2.0)
     with attached_bank(language_model, SLOTS) as bank:
         runner = StaticRunner(language_model, bank, context=CONTEXT, record=replayed)
-        runner.forward([Work(0, prompts(language_model, [9])[0], 0)])
+        runner.forward([RowInput(0, prompts(language_model, [9])[0], 0)])
 
         def logits(mix: Mixture) -> torch.Tensor:
             bank.write(0, mix)
-            return runner.forward([Work(0, [5], 9, 0)]).clone()
+            return runner.forward([RowInput(0, [5], 9, 0)]).logits.clone()
 
         plain, steered, half, again = (logits(mixture(profile, strength)) for strength in (0.0, 1.0, 0.5, 1.0))
         assert torch.equal(steered, again)
@@ -154,11 +154,9 @@ def test_what_is_not_an_addition_takes_the_ordinary_path() -> None:
                 pass
             assert torch.equal(*(one.step({0: 3, 1: 4}, {0}) for one in pair))
         bank.write(0, mixture(adding))
-        assert torch.equal(*(runner.forward([Work(0, [3], 9, 20)]) for runner in runners))
-        for runner in runners:
-            runner.read = [1]
-            runner.forward([Work(0, [3], 9, 0)])
-        assert torch.equal(*(runner.residuals[0] for runner in runners))
+        assert torch.equal(*(runner.forward([RowInput(0, [3], 9, 20)]).logits for runner in runners))
+        read = [runner.forward([RowInput(0, [3], 9, 0)], read=[1]).residuals for runner in runners]
+        assert torch.equal(*(residuals[0][1] for residuals in read))
         assert runners[1]._replays == {}
         for runner in runners:
             runner.close()
@@ -193,11 +191,11 @@ def test_a_step_that_cannot_be_recorded_later_is_run_as_it_is(caplog: pytest.Log
     with attached_bank(language_model, SLOTS) as bank:
         runner = StaticRunner(language_model, bank, context=CONTEXT, record=scarce)
         with pytest.raises(torch.OutOfMemoryError):
-            runner.forward([Work(0, [5], 0)])
+            runner.forward([RowInput(0, [5], 0)])
         allowed = 1
-        first = runner.forward([Work(0, [5], 0)]).clone()
+        first = runner.forward([RowInput(0, [5], 0)]).logits.clone()
         with caplog.at_level(logging.WARNING):
-            second = runner.forward([Work(0, [5], 0), Work(1, [5], 0)])
+            second = runner.forward([RowInput(0, [5], 0), RowInput(1, [5], 0)]).logits
         assert "a step of 2 rows and 128 columns is not recorded: out of memory" in caplog.text
         assert torch.allclose(second, first.expand(2, -1), atol=1e-5)
         runner.close()

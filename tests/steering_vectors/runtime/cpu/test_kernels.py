@@ -16,10 +16,11 @@ from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.fused_blocks import can_fuse
+from steering_vectors.runtime.cpu.fused_runner import FusedRunner
 from steering_vectors.runtime.cpu.kernels import Heads, Kernels, Pass, WholeBlock, compiled, load
 from steering_vectors.runtime.cpu.packing import pack, packs
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, quantize
-from steering_vectors.runtime.runner import BatchedRunner, Work
+from steering_vectors.runtime.runner import RowInput
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.running import mixture, prompts, random_profile, request, run_all
 from tests.support.tiny import tiny_model
@@ -330,14 +331,14 @@ def test_whole_blocks_steer_as_hooks_do() -> None:
     pack(language_model.model)
     bank = SteeringBank.over(language_model, rows=3)
     bank.attach()
-    runner = BatchedRunner(language_model, bank, context=32, fused=True)
-    works = [Work(slot, ids, 0, steered_from=0) for slot, ids in enumerate(prompts(language_model, [6, 6, 6]))]
+    runner = FusedRunner(language_model, bank, context=32)
+    works = [RowInput(slot, ids, 0, steered_from=0) for slot, ids in enumerate(prompts(language_model, [6, 6, 6]))]
     steered = [random_profile(language_model, seed=seed, scale=2.0) for seed in (0, 1)]
     turned = random_profile(language_model, seed=2, operator="ablate")
 
     def logits() -> torch.Tensor:
         with torch.inference_mode():
-            return runner.forward(works)
+            return runner.forward(works).logits
 
     plain = logits()
     for row, profile in enumerate(steered):

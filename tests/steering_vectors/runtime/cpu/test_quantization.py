@@ -16,11 +16,11 @@ from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
 from steering_vectors.runtime.choose_runner import TOLERANCE, disagreement
 from steering_vectors.runtime.cpu import kernels as library
+from steering_vectors.runtime.cpu.fused_runner import FusedRunner
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.quantization import GROUP, Kind, Quantized, dequantize, joined, quantize
 from steering_vectors.runtime.cpu.quantized_layers import quantize_layers
 from steering_vectors.runtime.cpu.weights import has_quantized, pack_quantized
-from steering_vectors.runtime.runner import BatchedRunner
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.running import request, run_all
 from tests.support.serving import live_server, save_profiles
@@ -151,7 +151,7 @@ def test_fused_blocks_compute_the_quantised_model(kind: Kind, architecture: str)
     plain = wrapped(quantized_plainly(tiny_model(architecture).bfloat16(), kind))
     pack(packed.model, kind)
     bank = SteeringBank.over(packed, rows=4)
-    runner = BatchedRunner(packed, bank, context=64, fused=True)
+    runner = FusedRunner(packed, bank, context=64)
     assert disagreement(runner, plain) <= TOLERANCE[torch.bfloat16]
     runner.close()
 
