@@ -15,13 +15,13 @@ from functools import cached_property, partial
 import torch
 
 from server.engines.protocol import Engine
-from server.engines.torch.admission import checked_context
 from server.engines.torch.engine import TorchEngine, follower_of
 from server.engines.torch.scheduling.scheduler import UNDISTURBED
 from server.generation.token_texts import TokenTexts
 from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
 from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
+from steering_vectors.models.limits import checked_context
 from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.profiles.files import installed_version
 from steering_vectors.runtime.cpu.packing import pack

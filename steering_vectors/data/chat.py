@@ -129,10 +129,26 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tupl
     return before + completion, len(before)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
+    """Token ids of a text whose first token is to be predicted too, and the index of that token.
+
+    A tokenizer that adds no BOS gets its BOS before the text, or else its EOS.
+    """
+    ids, start = encode_example(tokenizer, Example(None, text))
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return (ids, start) if start or first is None else ([first, *ids], 1)
+
+
 def decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """The text that token ids add to a prompt, special tokens skipped, its leading space kept."""
-    whole, start = _decode(tokenizer, before + ids), _decode(tokenizer, before)
-    return whole[len(start) :]
+    """The text that token ids add to a prompt, special tokens skipped, its leading space kept.
+
+    If they change how the prompt's end reads (by completing a character), it is what follows the common prefix.
+    """
+    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
+    if whole.startswith(start):
+        return whole[len(start) :]
+    pairs = enumerate(zip(start, whole, strict=False))
+    return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -10,13 +10,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Example, encode_example, encode_prompt
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides
 from steering_vectors.errors import DataError, RequestError
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 
 PROMPTS = 96  # to calibrate on
@@ -43,12 +44,6 @@ class Corpus:
         """Part by prompts, as `Preferences.split`."""
         first, second = self.pairs.split(fraction, seed, min_side=min_side)
         return replace(self, pairs=first), replace(self, pairs=second)
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """How many tokens the model can read, None if its architecture sets no limit."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def encode_corpus(
@@ -94,7 +89,7 @@ def sampling_prompts(
 
 def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed: int) -> list[list[int]]:
     """`sampling_prompts` after which the model's context has room for so many tokens."""
-    limit = context_length(lm.model.config)
+    limit = context_limit(lm)
     return sampling_prompts(lm.tokenizer, pairs, most=None if limit is None else limit - room, seed=seed)
 
 

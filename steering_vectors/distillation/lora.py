@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from steering_vectors.data.corpus import Corpus, context_length, encode_corpus
+from steering_vectors.data.corpus import Corpus, encode_corpus
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.distillation.targets import ConstantShift, Target, TokenDifferences
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named
 from steering_vectors.methods.rahf import FIRST_STEPS
 from steering_vectors.methods.tuned import train_on
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
@@ -250,7 +251,7 @@ def _evaluating(lm: LanguageModel) -> Iterator[None]:
 def _parted(
     lm: LanguageModel, pairs: Preferences, settings: DistillSettings, skip_long_rows: bool
 ) -> tuple[Corpus, Corpus]:
-    corpus = encode_corpus(lm.tokenizer, pairs, limit=context_length(lm.model.config), skip_long_rows=skip_long_rows)
+    corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows)
     return corpus.split(HELDOUT, settings.seed, min_side=4)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.corpus import Corpus, context_length, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides, spread
 from steering_vectors.errors import DataError, FitError
@@ -26,6 +26,7 @@ from steering_vectors.measures.controls import bootstrap, measured_profile, rand
 from steering_vectors.measures.curve import curve_record, measure_point
 from steering_vectors.measures.propensity import Propensity, propensity
 from steering_vectors.measures.steered_model import SteeredModel, steerable
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
@@ -76,7 +77,7 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     profile.check_model(lm.identity, allow_mismatch=False)
-    limit = context_length(lm.model.config)
+    limit = context_limit(lm)
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
     trained, corpus = parted(profile, corpus)
     sides = corpus.sides().thinned(settings.rows)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS
 from steering_vectors.data.chat import chat_template_sha256
-from steering_vectors.data.corpus import Corpus, context_length, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.fitting import calibration
@@ -27,6 +27,7 @@ from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, 
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Method, Task, method_named
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
@@ -104,7 +105,7 @@ def fit(
     check_budget(kl_budget)
     blank = _blank(lm, name, description, settings)
     pairs.check()
-    limit = context_length(lm.model.config)
+    limit = context_limit(lm)
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows)
     parts = _part(lm, corpus, settings)
     statistics = _capture(lm, parts.train, settings)

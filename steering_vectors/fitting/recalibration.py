@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from steering_vectors.data.corpus import Corpus, context_length, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate
 from steering_vectors.measures.curve import PERPLEXITY_BOUND
 from steering_vectors.measures.propensity import REPORT_ROWS, propensity_report
 from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
@@ -36,7 +37,7 @@ def recalibrate(
     to the model (ProfileMismatch) unless `allow_model_mismatch`.
     """
     profile.check_model(lm.identity, allow_mismatch=allow_model_mismatch)
-    limit = context_length(lm.model.config)
+    limit = context_limit(lm)
     corpus = unseen(profile, encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows))
     prompts = prompts_with_room(lm, corpus.pairs, room=SAMPLED_TOKENS, seed=seed)
     fresh = calibrate(

@@ -7,7 +7,6 @@ rows. Knows nothing of methods, of profiles or of texts.
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
 from steering_vectors.errors import FitError
+from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
@@ -186,9 +186,8 @@ def _sample_size(layers: int, hidden: int) -> int:
 
 
 def _block_outputs(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
-    accepted = inspect.signature(lm.model.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    if "attention_mask" in accepted:
+    options: dict[str, Any] = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
+    if takes(lm.model, "attention_mask"):
         options["attention_mask"] = batch.mask.long()
     with torch.no_grad(), record(lm.blocks, layers) as outputs:
         lm.model(input_ids=batch.ids, use_cache=False, **options)

@@ -7,7 +7,6 @@ has its own engine.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +16,9 @@ import torch
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
 from steering_vectors.errors import ModelError
 from steering_vectors.measures.divergence import kl_divergence
+from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import PositionSelector
+from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
@@ -111,7 +112,7 @@ class SteeredModel:
     def _log_probs(self, batch: Batch, index: torch.Tensor, steer: bool) -> torch.Tensor:
         """Log-probabilities over the vocabulary at the given positions, float32 `[rows, k, vocabulary]`."""
         where = batch.mask & (batch.positions >= (batch.starts.clamp_min(1) - 1).unsqueeze(1))
-        options = {"attention_mask": batch.mask.long()} if _accepts(self.lm, "attention_mask") else {}
+        options = {"attention_mask": batch.mask.long()} if takes(self.lm.model, "attention_mask") else {}
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(self._selector.select(index))
             if steer:
@@ -123,7 +124,7 @@ class SteeredModel:
         """All rows advance together from the shortest prompt's end; a longer prompt's own tokens come first."""
         tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
         ids, ends = _room_for(prompts, tokens).to(self.lm.device), lengths + tokens
-        eos = torch.tensor(eos_ids(self.lm), dtype=torch.long, device=self.lm.device)
+        eos = torch.tensor(sorted(eos_ids(self.lm)), dtype=torch.long, device=self.lm.device)
         cache: dict[str, Any] = {}
         for position in range(int(lengths.min()), ids.shape[1]):
             logits, cache = self._advance(ids[:, :position], lengths, cache)
@@ -165,18 +166,6 @@ def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
     finally:
         bank.detach()
         selector.remove()
-
-
-def eos_ids(lm: LanguageModel) -> list[int]:
-    """Every token that ends a text, by the generation config and the tokenizer."""
-    config = lm.model.generation_config
-    stated = config.eos_token_id if config is not None else None
-    found = stated if isinstance(stated, list) else [stated]
-    return sorted({int(token) for token in [*found, lm.tokenizer.eos_token_id] if token is not None})
-
-
-def _accepts(lm: LanguageModel, argument: str) -> bool:
-    return argument in inspect.signature(lm.model.forward).parameters
 
 
 def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:

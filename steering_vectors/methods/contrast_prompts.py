@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from steering_vectors.data.corpus import context_length
 from steering_vectors.methods.registry import Directions, Method, Task
+from steering_vectors.models.limits import context_limit
 from steering_vectors.tuning.instructions import Instructions, instructions_for
 from steering_vectors.tuning.paired_reading import Twin, mean_differences
 from steering_vectors.tuning.twins import twins_of
@@ -38,7 +38,7 @@ def task_twins(task: Task, options: InstructionOptions, *, most: int | None) -> 
         [*task.positives, *task.negatives],
         [*task.positive_ids, *task.negative_ids],
         options.instructions(task.name),
-        limit=context_length(task.lm.model.config),
+        limit=context_limit(task.lm),
         most=most,
         seed=task.seed,
     )

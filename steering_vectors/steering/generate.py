@@ -14,12 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from steering_vectors.errors import SteeringError
+from steering_vectors.models.forward import STATE_ARGUMENTS
 from steering_vectors.models.loading import LanguageModel, find_blocks, identify
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import ApplyTo, Profile
 from steering_vectors.steering.bank import SteeringBank
-
-CACHES = ("past_key_values", "cache_params", "state")  # what architectures call their memory of earlier positions
 
 Steering = Profile | Mixture | Sequence[tuple[Profile, float]]
 
@@ -115,7 +114,7 @@ class Timeline:
     def _past(self, length: int, kwargs: Mapping[str, Any]) -> int:
         """Positions before this pass. Where a cache cannot tell, a pass no longer than what was seen so far must go on
         from there, as generate's passes over a whole sequence only grow."""
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache = next((kwargs[name] for name in STATE_ARGUMENTS if kwargs.get(name) is not None), None)
         told = _length(cache)
         if cache is None or told:
             return told or 0

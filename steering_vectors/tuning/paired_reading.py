@@ -7,7 +7,6 @@ of what the differences are for.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS
 from steering_vectors.errors import FitError
 from steering_vectors.measures.activations import Tokens
+from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
@@ -130,7 +130,7 @@ def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tup
 
 def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Tensor:
     """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`; gradients flow."""
-    head = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
+    head = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
     with record(lm.blocks, layers) as outputs:
         lm.model(**forward_arguments(lm, reading), **head, use_cache=False)
     return torch.stack([outputs[layer][:, reading.start :].float() for layer in layers])
@@ -138,11 +138,10 @@ def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Te
 
 def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:
     """What the model's forward takes: ids, and mask and positions where the architecture has them."""
-    accepted = inspect.signature(lm.model.forward).parameters
     arguments = {"input_ids": reading.ids}
-    if "attention_mask" in accepted:
+    if takes(lm.model, "attention_mask"):
         arguments["attention_mask"] = reading.mask.long()
-    if "position_ids" in accepted:
+    if takes(lm.model, "position_ids"):
         arguments["position_ids"] = reading.positions
     return arguments
 

@@ -5,10 +5,9 @@ Owns which logits belong to which token of a response. Knows nothing of losses, 
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
+from steering_vectors.models.forward import takes
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.tuning.paired_reading import Reading, forward_arguments
 
@@ -19,8 +18,7 @@ def response_log_likelihoods(lm: LanguageModel, reading: Reading) -> tuple[torch
     Prompts must have a token: a response's first one is predicted from the column before it.
     """
     columns = reading.ids.shape[1] - reading.start + 1
-    keeps = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
-    options = {"logits_to_keep": columns} if keeps else {}
+    options = {"logits_to_keep": columns} if takes(lm.model, "logits_to_keep") else {}
     logits = lm.model(**forward_arguments(lm, reading), **options, use_cache=False).logits[:, -columns:-1]
     targets = reading.ids[:, reading.start :]
     chosen = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from server.engines.torch.admission import checked_context
 from server.engines.torch.engine import TorchEngine
 from server.engines.torch.sampling.request_sampler import RowSampler
 from server.engines.torch.sampling.sample import sample
 from steering_vectors.errors import ModelError
+from steering_vectors.models.limits import checked_context
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.memory_probe import CudaMeter, planned

@@ -1,18 +1,13 @@
-"""What may enter the engine: how long a context a model bears, and which prompts fit it."""
+"""What may enter the engine: which prompts fit the context, and which options go together."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from server.engines.errors import reject
 from server.engines.protocol import GenerationRequest
-from steering_vectors.errors import ModelError, RequestError, SteeringError
-from steering_vectors.models.loading import LanguageModel
+from steering_vectors.errors import RequestError, SteeringError
 from steering_vectors.profiles.mixture import Mixture
-
-DEFAULT_CONTEXT = 4096
 
 
 def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context: int, writes: bool) -> None:
@@ -57,50 +52,3 @@ def check_no_new_gates(known: Collection[str], mixture: Mixture) -> None:
                 f"profile {term.profile.name!r} has a gate, which a prompt decides before it is answered: it cannot "
                 "join a running generation"
             )
-
-
-def checked_context(language_model: LanguageModel, context: int | None) -> int:
-    """The context to run with; None takes the model's own, at most 4096. Raises ModelError beyond the model's."""
-    limit = context_limit(language_model)
-    if context is None:
-        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if context < 2:
-        raise ModelError(f"a context of {context} tokens is too short: at least 2")
-    if limit is not None and context > limit:
-        raise ModelError(f"a context of {context} tokens is more than the model's {limit}")
-    return context
-
-
-def context_limit(language_model: LanguageModel) -> int | None:
-    """The most positions the model can be run on; None where nothing bounds it.
-
-    Rotary embeddings that depend on the longest row of a batch (dynamic, longrope) are bounded by the length up to
-    which they do not, so that a row never depends on its neighbours.
-    """
-    config = language_model.model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    described = json.dumps(config.to_dict(), default=str)
-    if any(f'"{kind}"' in described for kind in ("dynamic", "longrope")):
-        limits.append(_original_length(config.to_dict()))
-    known = [int(limit) for limit in limits if isinstance(limit, int) and limit > 0]
-    return min(known, default=None)
-
-
-def _original_length(config: dict[str, Any]) -> int | None:
-    """`original_max_position_embeddings`, wherever a configuration keeps it."""
-    for key, value in config.items():
-        if key == "original_max_position_embeddings" and isinstance(value, int):
-            return value
-        if isinstance(value, dict) and (found := _original_length(value)) is not None:
-            return found
-    return None
-
-
-def eos_ids(language_model: LanguageModel) -> frozenset[int]:
-    """Every end-of-sequence id of the generation configuration; else of the model's; else of the tokenizer."""
-    model = language_model.model
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    for ids in (generation, model.config.get_text_config().eos_token_id, language_model.tokenizer.eos_token_id):
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()

@@ -29,8 +29,6 @@ from server.engines.torch.admission import (
     check_no_new_gates,
     check_options,
     check_prompt,
-    checked_context,
-    eos_ids,
 )
 from server.engines.torch.constraints.cache import Grammars
 from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, matcher_of
@@ -48,6 +46,7 @@ from steering_vectors.errors import (
     Unavailable,
     UnknownGeneration,
 )
+from steering_vectors.models.limits import checked_context, eos_ids
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.profiles.profile import Profile

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.chat import Example, Message, Prompt, chat_template_source, encode_example
-from steering_vectors.data.corpus import context_length
+from steering_vectors.data.chat import Example, Message, Prompt, chat_template_source, encode_example, encode_text
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 
 
@@ -35,17 +35,12 @@ class Reader:
         return [encode_example(self.tokenizer, Example(prompt, f"{space}{text}")) for text in texts]
 
     def sentence(self, text: str) -> Encoded:
-        """A text from its first token on. A tokenizer that adds no BOS gets its BOS, else its EOS, ahead of it, so
-        that the first token counts too."""
-        ids, start = encode_example(self.tokenizer, Example(None, text))
-        first = next(
-            (one for one in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if one is not None), None
-        )
-        return (ids, start) if start or first is None else ([first, *ids], 1)
+        """A text whose every token is scored, the first one too."""
+        return encode_text(self.tokenizer, text)
 
     def fits(self, examples: Iterable[Encoded]) -> bool:
         return self.limit is None or all(len(ids) <= self.limit for ids, _ in examples)
 
 
 def reader_for(lm: LanguageModel) -> Reader:
-    return Reader(lm.tokenizer, chat_template_source(lm.tokenizer) == "tokenizer", context_length(lm.model.config))
+    return Reader(lm.tokenizer, chat_template_source(lm.tokenizer) == "tokenizer", context_limit(lm))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steering_vectors.data.chat import Example, Message, encode_example
-from steering_vectors.data.corpus import context_length, encode_corpus, sampling_prompts
+from steering_vectors.data.corpus import encode_corpus, sampling_prompts
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides
 from steering_vectors.data.sources import load_pairs
@@ -21,6 +21,7 @@ from steering_vectors.fitting.layers import candidate_layers, parse_layers
 from steering_vectors.measures.curve import CurvePoint, safe_strength
 from steering_vectors.measures.propensity import token_log_odds
 from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.files import load_profile, save_profile
 from tests.support.tiny import tiny_model
@@ -120,7 +121,7 @@ def test_without_calibration_the_unit_is_one(lm: LanguageModel) -> None:
 
 def test_long_rows_are_refused_or_left_out_never_cut() -> None:
     lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    limit = context_length(lm.model.config)
+    limit = context_limit(lm)
     assert limit is not None
     pairs = preferences()
     long = (replace(pairs.positives[0], completion="warm " * limit), *pairs.positives[1:])

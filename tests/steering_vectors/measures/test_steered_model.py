@@ -9,7 +9,8 @@ import torch
 
 from steering_vectors.data.batches import Encoded
 from steering_vectors.measures.divergence import kl_divergence
-from steering_vectors.measures.steered_model import eos_ids, steerable
+from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
@@ -68,7 +69,7 @@ def test_samples_equal_those_drawn_one_text_at_a_time(architecture: str) -> None
     uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(3))
     for i, prompt in enumerate(prompts):
         drawn: list[int] = []
-        while len(drawn) < 6 and not set(drawn) & set(eos_ids(lm)):
+        while len(drawn) < 6 and not set(drawn) & eos_ids(lm):
             chances = plain_logits(lm, profile, [*prompt, *drawn], len(prompt))[-1].softmax(-1).cumsum(0)
             drawn.append(int((chances <= uniforms[i, len(drawn)] * chances[-1]).sum()))
         assert texts[i] == drawn
@@ -76,7 +77,7 @@ def test_samples_equal_those_drawn_one_text_at_a_time(architecture: str) -> None
 
 def test_texts_end_with_their_eos_token() -> None:
     lm = lm_of("llama")
-    end = eos_ids(lm)[0]
+    (end,) = eos_ids(lm)
     with torch.no_grad():
         lm.model.get_output_embeddings().weight[end] *= 12
     with steerable(lm) as steered:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.engines.torch.admission import context_limit
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.errors import ModelError
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner, disagreement
 from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner

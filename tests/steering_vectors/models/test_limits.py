@@ -1,0 +1,98 @@
+"""Fitting and serving end texts at the same tokens and bound them by the same context."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from server.engines.torch.engine import TorchEngine
+from steering_vectors.errors import ModelError
+from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.limits import DEFAULT_CONTEXT, checked_context, context_limit, eos_ids
+from steering_vectors.models.loading import LanguageModel, wrap_model
+from tests.support.running import request, run_all
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+GENERATION, OTHER, CONFIG, TOKENIZER, PLAIN = CANDIDATES = (20, 21, 22, 23, 24)
+TOKENS = 12
+
+
+def model_with(generation: Any, config: Any, tokenizer: int | None) -> LanguageModel:
+    """A model that writes each of CANDIDATES with the same probability and nothing else, whose three places name these
+    end-of-sequence tokens."""
+    network = tiny_model("phi")
+    projection = network.get_output_embeddings()
+    with torch.no_grad():
+        projection.weight.zero_()
+        projection.bias.fill_(-1e4)
+        projection.bias[list(CANDIDATES)] = 0.0
+    words = tiny_tokenizer()
+    words.eos_token = None if tokenizer is None else words.convert_ids_to_tokens(tokenizer)
+    network.config.eos_token_id = config
+    if generation == "no generation config":
+        network.generation_config = None
+    else:
+        network.generation_config.eos_token_id = generation
+    return wrap_model(network, words)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "expected"),
+    [
+        (GENERATION, CONFIG, TOKENIZER, {GENERATION}),
+        ([GENERATION, OTHER], CONFIG, TOKENIZER, {GENERATION, OTHER}),
+        (None, CONFIG, TOKENIZER, {CONFIG}),
+        (None, [CONFIG, OTHER], TOKENIZER, {CONFIG, OTHER}),
+        ("no generation config", CONFIG, TOKENIZER, {CONFIG}),
+        (None, None, TOKENIZER, {TOKENIZER}),
+        (None, None, None, set()),
+    ],
+)
+def test_calibration_and_serving_end_texts_at_the_same_tokens(
+    generation: Any, config: Any, tokenizer: int | None, expected: set[int]
+) -> None:
+    lm = model_with(generation, config, tokenizer)
+    assert eos_ids(lm) == expected
+    with steerable(lm) as steered:
+        sampled = steered.sample([[0, 5]] * 40, tokens=TOKENS, seed=0)
+    requests = [request([0, 5], temperature=1.0, seed=seed, max_tokens=TOKENS) for seed in range(40)]
+    served = run_all(lm, requests, slots=8, context=64)
+    for ids in sampled:
+        assert not expected & set(ids[:-1])
+        assert ids[-1] in expected or len(ids) == TOKENS
+    for one in served:
+        assert not expected & set(one.ids)
+        assert (one.end.reason == "length") == (len(one.ids) == TOKENS)
+    for seen in ([token for ids in sampled for token in ids], [token for one in served for token in one.ids]):
+        assert set(CANDIDATES) - expected <= set(seen)
+
+
+def test_a_served_model_has_the_context_of_the_fitted_one() -> None:
+    lm = wrap_model(tiny_model("llama", max_position_embeddings=48), tiny_tokenizer())
+    assert context_limit(lm) == 48
+    engine = TorchEngine(lm, slots=2)
+    assert engine.stats().context == 48
+    asyncio.run(engine.close())
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, 256), (256, 256), (2, 2)])
+def test_a_context_within_the_model_s_is_taken(wanted: int | None, expected: int) -> None:
+    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    assert checked_context(lm, wanted) == expected
+
+
+def test_no_context_is_longer_than_the_default_unless_asked_for() -> None:
+    lm = wrap_model(tiny_model("llama", max_position_embeddings=DEFAULT_CONTEXT * 2), tiny_tokenizer())
+    assert checked_context(lm, None) == DEFAULT_CONTEXT
+    assert checked_context(lm, DEFAULT_CONTEXT * 2) == DEFAULT_CONTEXT * 2
+
+
+@pytest.mark.parametrize(("wanted", "error"), [(257, "more than the model's 256"), (1, "too short: at least 2")])
+def test_an_impossible_context_is_refused(wanted: int, error: str) -> None:
+    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    with pytest.raises(ModelError, match=error):
+        checked_context(lm, wanted)
