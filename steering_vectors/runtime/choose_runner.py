@@ -21,7 +21,7 @@ from steering_vectors.runtime.cuda_graphs import GraphRunner
 from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput, Runner
 from steering_vectors.runtime.static_decoding import StaticRunner
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def choose_runner(
-    language_model: LanguageModel, bank: SteeringBank, *, context: int, static: bool | None = None
+    language_model: LanguageModel, bank: AcceleratedBank, *, context: int, static: bool | None = None
 ) -> Runner:
     """The fastest runner whose logits agree with the plain model. Raises ModelError if none does.
 
@@ -63,7 +63,7 @@ def choose_runner(
 
 
 def _candidates(
-    language_model: LanguageModel, bank: SteeringBank, context: int, static: bool | None
+    language_model: LanguageModel, bank: AcceleratedBank, context: int, static: bool | None
 ) -> list[Callable[[], Runner]]:
     """What may run a model, fastest first."""
     on_cuda = language_model.device.type == "cuda"

@@ -13,7 +13,7 @@ import torch
 
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.static_decoding import Replay, StaticRunner
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 WARM_UP = 2
 
@@ -50,5 +50,5 @@ class GraphRunner(StaticRunner):
 
     path = "batched, CUDA graphs"
 
-    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
+    def __init__(self, language_model: LanguageModel, bank: AcceleratedBank, *, context: int) -> None:
         super().__init__(language_model, bank, context=context, record=GraphRecorder(language_model.device))

@@ -21,7 +21,7 @@ from steering_vectors.models.loading import LanguageModel
 from steering_vectors.models.transfers import staged
 from steering_vectors.runtime.runner import BatchedRunner, Output, RowInput
 from steering_vectors.runtime.slot_cache import AttentionMetadata
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class StaticRunner(BatchedRunner):
     path = "batched, decoding over static buffers"
 
     def __init__(
-        self, language_model: LanguageModel, bank: SteeringBank, *, context: int, record: Recorder = run_as_it_is
+        self, language_model: LanguageModel, bank: AcceleratedBank, *, context: int, record: Recorder = run_as_it_is
     ) -> None:
         super().__init__(language_model, bank, context=context)
         self._inputs_held = Inputs(bank.num_rows, context, self.device)

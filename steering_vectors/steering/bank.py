@@ -1,8 +1,4 @@
-"""The bank of shifts: what steers each row of a batch, and the arithmetic of it inside a forward pass.
-
-Knows nothing of profiles' files, requests or time: rows are given mixes, and each step is told which rows it runs and
-at which positions steering holds. Its hooks are registered by `hooks`.
-"""
+"""The steering bank: a shift for each row and block, and the hooks that add it to the residual stream."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -26,26 +22,25 @@ if TYPE_CHECKING:
     from steering_vectors.models.loading import LanguageModel
 
 Rows = slice | torch.Tensor
-TINY = 1e-12
+Hook = Callable[[nn.Module, Any, Any], Any]
+MIN_NORM = 1e-12
 
 
 @dataclass(frozen=True)
 class Step:
-    """Which bank rows run in this forward pass, in batch order, and where steering holds.
+    """The bank rows of one forward pass, in batch order, and the positions that are steered.
 
-    `where` is bool `[rows, positions]`; None means at every position. `always`: at every block, also where the rows'
-    shifts are zeros now: what is recorded once and replayed must not depend on which rows are steered today.
+    `where` is bool `[rows, positions]`; None means every position. `buffer` is the bank's, `[layers, rows, hidden]`.
     """
 
     rows: Rows
     where: torch.Tensor | None
-    bank: torch.Tensor
-    always: bool = False
+    buffer: torch.Tensor
 
     @cached_property
     def shifts(self) -> Sequence[torch.Tensor]:
         """`[rows, 1, hidden]` of each block."""
-        return self.bank[:, self.rows].unsqueeze(2).unbind()
+        return self.buffer[:, self.rows].unsqueeze(2).unbind()
 
 
 def shifts_in(mixture: Mixture, dtype: torch.dtype) -> Shifts:
@@ -60,12 +55,12 @@ def shifts_in(mixture: Mixture, dtype: torch.dtype) -> Shifts:
 class SteeringBank:
     """Per-row shifts for every block, and the hooks that apply them.
 
-    For row r at block l, at steered positions, in this order (DESIGN: what steering does):
+    For row r at block l, at steered positions, in this order:
 
         h ← h + shift[l, r];   h ← h − β (h·u) u  for each ablated u;   h ← h · ‖h_before‖ / ‖h‖  if asked
 
-    Hooks are registered once, by `attach`. Outside of a `step`, and at blocks where no row has anything to do, they
-    leave the output object as it is. A step of a single row steers a batch of any size alike.
+    Hooks are registered once, by `attach`. They return nothing outside of a `step`, and at blocks where no row is
+    steered. A step of a single row steers every row of the batch alike.
     """
 
     def __init__(
@@ -79,22 +74,16 @@ class SteeringBank:
     ) -> None:
         self._blocks = list(blocks)
         self._shift = torch.zeros(len(blocks), rows, hidden_size, dtype=dtype, device=device)
-        self._largest = torch.finfo(dtype).max
         self._ablations: dict[int, dict[int, list[tuple[float, torch.Tensor]]]] = {}  # row -> layer -> (β, u)
         self._shifted: dict[int, tuple[int, ...]] = {}  # row -> layers with a shift
-        self._preserving: set[int] = set()
-        self._busy: Counter[int] = Counter()  # layer -> rows that act there
+        self._preserving: set[int] = set()  # rows whose norms are kept
+        self._busy: Counter[int] = Counter()  # layer -> number of rows that are steered there
         self._step: Step | None = None
-        self._claimed: int | None = None  # the layer whose block adds its shifts itself
         self._handles: list[RemovableHandle] = []
         self._watcher: Callable[[int, Mixture | None], None] | None = None
 
-    def watch(self, watcher: Callable[[int, Mixture | None], None]) -> None:
-        """Have `watcher` called before each change with the row and its mix, None for one that is cleared."""
-        self._watcher = watcher
-
     @classmethod
-    def over(cls, language_model: LanguageModel, *, rows: int) -> SteeringBank:
+    def over(cls, language_model: LanguageModel, *, rows: int) -> Self:
         """A bank for a model's blocks, in its dtype and on its device, not attached yet."""
         lm = language_model
         return cls(lm.blocks, rows=rows, hidden_size=lm.hidden_size, dtype=lm.dtype, device=lm.device)
@@ -105,8 +94,13 @@ class SteeringBank:
 
     @property
     def shift(self) -> torch.Tensor:
-        """The buffer itself, `[layers, rows, hidden]` in the model's dtype."""
+        """The buffer, `[layers, rows, hidden]` in the model's dtype."""
         return self._shift
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether the buffer is all that steers the rows: none ablates a direction or keeps norms."""
+        return not (self._ablations or self._preserving)
 
     def attach(self) -> None:
         """Register the hooks. Done once for the life of a model."""
@@ -115,10 +109,14 @@ class SteeringBank:
         self._handles = hook_outputs(self._blocks, self._hook_for)
 
     def detach(self) -> None:
-        """Remove the hooks; the model is then untouched."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def watch(self, watcher: Callable[[int, Mixture | None], None]) -> None:
+        """Call `watcher` before each change with the row and its mix, None for a row that is cleared."""
+        self._watcher = watcher
 
     def check(self, mixture: Mixture) -> Shifts:
         """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
@@ -129,15 +127,47 @@ class SteeringBank:
 
         Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
         """
-        if self._rescale(row, mixture):
-            return
         shifts = self.check(mixture)
+        self._announce(row, mixture)
+        self._replace(row, mixture, shifts)
+
+    def clear(self, row: int) -> None:
+        """Make a row unsteered."""
+        self._announce(row, None)
+        self._erase(row)
+
+    @contextmanager
+    def step(self, rows: Rows, where: torch.Tensor | None = None) -> Iterator[None]:
+        """Steer the forward passes run inside. Steps cannot be nested."""
+        self._begin(Step(rows, where, self._shift))
+        try:
+            yield
+        finally:
+            self._step = None
+
+    @contextmanager
+    def steps(self, model: nn.Module, where: Callable[[Any, Any], torch.Tensor | None]) -> Iterator[None]:
+        """Make every forward pass of `model` a step of all rows, at the positions `where(args, kwargs)`."""
+
+        def begin(args: Any, kwargs: Any) -> None:
+            self._step = Step(slice(None), where(args, kwargs), self._shift)
+
+        def end() -> None:
+            self._step = None
+
+        with registered(hook_passes(model, begin, end)):
+            yield
+
+    def _begin(self, step: Step) -> None:
+        if self._step is not None:
+            raise RuntimeError("a steering step is already under way")
+        self._step = step
+
+    def _announce(self, row: int, mixture: Mixture | None) -> None:
         if self._watcher is not None:
             self._watcher(row, mixture)
-        if self._shifted.get(row) == shifts.layers and not mixture.ablations() and row not in self._ablations:
-            self._put(row, shifts)  # another strength of the same profiles: the common change
-            self._note_norm(row, mixture)
-            return
+
+    def _replace(self, row: int, mixture: Mixture, shifts: Shifts) -> None:
         self._erase(row)
         self._put(row, shifts)
         self._shifted[row] = shifts.layers
@@ -148,31 +178,6 @@ class SteeringBank:
             }
         self._note_norm(row, mixture)
         self._busy.update(self._layers_of(row))
-
-    def _rescale(self, row: int, mixture: Mixture) -> bool:
-        """Give a row another strength of the one profile that it has at all blocks, in one operation: the most common
-        change. False, and nothing is done, if this is another one."""
-        scaled = mixture.scaled() if self._shift.device.type == "cpu" else None
-        if scaled is None or row in self._ablations:
-            return False
-        unit, factor = scaled
-        known = self._shifted.get(row) == unit.layers and len(unit.layers) == len(self._blocks)
-        if not known or not unit.bound * abs(factor) <= self._largest:
-            return False
-        if self._watcher is not None:
-            self._watcher(row, mixture)
-        torch.mul(unit.rows, factor, out=self._shift[:, row])
-        self._note_norm(row, mixture)
-        return True
-
-    def _note_norm(self, row: int, mixture: Mixture) -> None:
-        (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
-
-    def clear(self, row: int) -> None:
-        """Make a row unsteered."""
-        if self._watcher is not None:
-            self._watcher(row, None)
-        self._erase(row)
 
     def _erase(self, row: int) -> None:
         self._busy.subtract(self._layers_of(row))
@@ -188,69 +193,23 @@ class SteeringBank:
             layers = tensor_on(list(shifts.layers), self._shift.device)
             self._shift[layers, row] = sent(shifts.rows, self._shift.device)
 
-    @property
-    def only_adds(self) -> bool:
-        """Whether what the rows' shifts hold is all that steers them: a step with `always` is then the whole of it."""
-        return not (self._ablations or self._preserving)
-
-    @contextmanager
-    def step(self, rows: Rows, where: torch.Tensor | None = None, *, always: bool = False) -> Iterator[None]:
-        """Steer the forward passes run inside; refuses nesting. `always`: see `Step`; it bears additions alone."""
-        if self._step is not None:
-            raise RuntimeError("a steering step is already under way")
-        if always and not self.only_adds:
-            raise RuntimeError("a row ablates or keeps norms, which a recorded step cannot follow")
-        self._step = Step(rows, where, self._shift, always)
-        try:
-            yield
-        finally:
-            self._step = self._claimed = None
-
-    def claim(self, layer: int, rows: int) -> torch.Tensor | None:
-        """The shifts `[rows, 1, hidden]` of the step under way, for a block that adds them to its output itself: its
-        hook then leaves that output alone. None where there is nothing to add, or more to do than to add them to so
-        many rows at all positions: then the hook does all of it."""
-        step = self._step
-        if step is None or step.where is not None or not self.only_adds or not self._acts(layer, step):
-            return None
-        shifts = step.shifts[layer]
-        if len(shifts) != rows:
-            return None
-        self._claimed = layer
-        return shifts
-
-    def _acts(self, layer: int, step: Step) -> bool:
-        return step.always or self._busy[layer] > 0
-
-    @contextmanager
-    def steps(self, model: nn.Module, where: Callable[[Any, Any], torch.Tensor | None]) -> Iterator[None]:
-        """Make every forward pass of `model` a step of all rows, at the positions `where(args, kwargs)` tells."""
-
-        def begin(args: Any, kwargs: Any) -> None:
-            self._step = Step(slice(None), where(args, kwargs), self._shift)
-
-        def end() -> None:
-            self._step = None
-
-        with registered(hook_passes(model, begin, end)):
-            yield
+    def _note_norm(self, row: int, mixture: Mixture) -> None:
+        (self._preserving.add if mixture.preserve_norm else self._preserving.discard)(row)
 
     def _layers_of(self, row: int) -> set[int]:
         return {*self._shifted.get(row, ()), *self._ablations.get(row, {})}
 
-    def _hook_for(self, layer: int) -> Callable[..., Any]:
+    def _hook_for(self, layer: int) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             step = self._step
-            if step is None or not self._acts(layer, step):
+            if step is None or not self._busy[layer] > 0:
                 return None
-            if self._claimed == layer:
-                self._claimed = None
-                return None
-            if step.where is None and type(output) is torch.Tensor and self.only_adds:
-                return output + step.shifts[layer]  # what is most common, without a call between
-            return with_block_output(output, self._steer(layer, block_output(output), step))
+            return self._steered_output(layer, output, step)
 
         return hook
+
+    def _steered_output(self, layer: int, output: Any, step: Step) -> Any:
+        return with_block_output(output, self._steer(layer, block_output(output), step))
 
     def _steer(self, layer: int, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         shift = step.shifts[layer].to(hidden)
@@ -260,7 +219,7 @@ class SteeringBank:
         return steered
 
     def _steer_rows(self, layer: int, before: torch.Tensor, after: torch.Tensor, step: Step) -> None:
-        """The operators that differ in kind between rows, one row at a time, in float32, into `after`."""
+        """Apply the operators that differ in kind between rows, one row at a time, in float32, into `after`."""
         for row, index in self._places(step.rows):
             pairs = self._ablations.get(row, {}).get(layer, [])
             preserve = row in self._preserving and layer in self._layers_of(row)
@@ -291,5 +250,5 @@ def ablated(hidden: torch.Tensor, pairs: Sequence[tuple[float, torch.Tensor]]) -
 def with_norm_of(reference: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """`hidden` scaled to the norms of `reference`, both float32 `[…, hidden]`; a zero vector stays zero."""
     norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (reference, hidden)]
-    scaled: torch.Tensor = hidden * (norms[0] / norms[1].clamp_min(TINY))
+    scaled: torch.Tensor = hidden * (norms[0] / norms[1].clamp_min(MIN_NORM))
     return scaled

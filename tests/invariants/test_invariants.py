@@ -18,7 +18,7 @@ from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from tests.support.running import Outcome, mixture, outcome, prompts, random_profile, request, run_all, running
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
@@ -31,11 +31,11 @@ def language_model(request: pytest.FixtureRequest) -> LanguageModel:
     return wrap_model(tiny_model(request.param), tiny_tokenizer(), name=request.param)
 
 
-def bank_for(language_model: LanguageModel, rows: int = 4) -> SteeringBank:
-    return SteeringBank.over(language_model, rows=rows)
+def bank_for(language_model: LanguageModel, rows: int = 4) -> AcceleratedBank:
+    return AcceleratedBank.over(language_model, rows=rows)
 
 
-def engine_step(language_model: LanguageModel, bank: SteeringBank) -> torch.Tensor:
+def engine_step(language_model: LanguageModel, bank: AcceleratedBank) -> torch.Tensor:
     """Logits of a prefill and a decode step with two rows, as the engine runs them."""
     runner = choose_runner(language_model, bank, context=64)
     first, second = prompts(language_model, [9, 5])

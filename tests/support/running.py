@@ -17,7 +17,7 @@ from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 PATIENCE = 20.0
 _ids = count()
@@ -114,9 +114,9 @@ def run_all(language_model: LanguageModel, requests: Sequence[GenerationRequest]
 
 
 @contextmanager
-def attached_bank(language_model: LanguageModel, rows: int) -> Iterator[SteeringBank]:
+def attached_bank(language_model: LanguageModel, rows: int) -> Iterator[AcceleratedBank]:
     """A bank whose hooks are registered inside, where no gradients are kept."""
-    bank = SteeringBank.over(language_model, rows=rows)
+    bank = AcceleratedBank.over(language_model, rows=rows)
     bank.attach()
     try:
         with torch.inference_mode():

@@ -54,7 +54,7 @@ from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.threads import run_apart, use_threads
 from steering_vectors.runtime.runner import Runner
 from steering_vectors.runtime.tensor_parallel import Channel, Follower, LeadingRunner
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
 
@@ -293,9 +293,9 @@ def follower_of(language_model: LanguageModel, slots: int, context: int, channel
 
 def _made_for(
     language_model: LanguageModel, slots: int, context: int, static: bool | None
-) -> tuple[SteeringBank, Runner]:
+) -> tuple[AcceleratedBank, Runner]:
     """What steers the model, and what runs it."""
-    bank = SteeringBank.over(language_model, rows=slots)
+    bank = AcceleratedBank.over(language_model, rows=slots)
     bank.attach()
     return bank, choose_runner(language_model, bank, context=context, static=static)
 

@@ -19,7 +19,7 @@ from steering_vectors.errors import ModelError
 from steering_vectors.runtime.cpu.kernels import LARGEST_HEAD, SUFFIXES, Heads, Kernels, Pass, WholeBlock, load
 from steering_vectors.runtime.cpu.packing import PackedLinear, joined_weight
 from steering_vectors.runtime.slot_cache import SlotCache, active_metadata
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -31,7 +31,7 @@ def can_fuse(blocks: Sequence[nn.Module]) -> bool:
     return load() is not None and all(map(is_of_the_kind, blocks))
 
 
-def fused_blocks(blocks: Sequence[nn.Module], bank: SteeringBank) -> list[FusedBlock]:
+def fused_blocks(blocks: Sequence[nn.Module], bank: AcceleratedBank) -> list[FusedBlock]:
     """A faster forward for each block, not attached yet. Raises ModelError if the blocks cannot be fused."""
     kernels = load()
     if kernels is None or not can_fuse(blocks):
@@ -80,7 +80,7 @@ class _Passes:
 class FusedBlock:
     """Takes the place of a block's `forward`. Raises ModelError if its layers were not packed as they are used."""
 
-    def __init__(self, kernels: Kernels, block: Any, layer: int, passes: _Passes, bank: SteeringBank) -> None:
+    def __init__(self, kernels: Kernels, block: Any, layer: int, passes: _Passes, bank: AcceleratedBank) -> None:
         self._kernels, self._block, self._layer, self._passes, self._bank = kernels, block, layer, passes, bank
         self._plain = block.forward
         attention, mlp = block.self_attn, block.mlp

@@ -5,7 +5,7 @@ from __future__ import annotations
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.cpu.fused_blocks import fused_blocks
 from steering_vectors.runtime.runner import BatchedRunner
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 
 class FusedRunner(BatchedRunner):
@@ -13,7 +13,7 @@ class FusedRunner(BatchedRunner):
 
     path = "batched, fused blocks"
 
-    def __init__(self, language_model: LanguageModel, bank: SteeringBank, *, context: int) -> None:
+    def __init__(self, language_model: LanguageModel, bank: AcceleratedBank, *, context: int) -> None:
         fused = fused_blocks(language_model.blocks, bank)
         super().__init__(language_model, bank, context=context)
         self._fused = fused

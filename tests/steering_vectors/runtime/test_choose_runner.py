@@ -12,7 +12,7 @@ from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner, disagreement
 from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
 from steering_vectors.runtime.runner import BatchedRunner
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from tests.support.running import mixture, prompts, random_profile, reference_ids, request, run_all
 from tests.support.tiny import OTHERS, REQUIRED, STEERABLE, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -44,8 +44,8 @@ def tiny(architecture: str, **overrides: object) -> LanguageModel:
     return wrap_model(tiny_model(architecture, **overrides), tiny_tokenizer(), name=architecture)
 
 
-def bank_for(language_model: LanguageModel) -> SteeringBank:
-    return SteeringBank.over(language_model, rows=4)
+def bank_for(language_model: LanguageModel) -> AcceleratedBank:
+    return AcceleratedBank.over(language_model, rows=4)
 
 
 # ALiBi, attention sinks, soft-capping, chunked attention, layers without positions, latent attention

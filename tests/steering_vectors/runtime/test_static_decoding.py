@@ -15,7 +15,7 @@ from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.runtime.static_decoding import Replay, StaticRunner, bucket, run_as_it_is
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from tests.support.running import attached_bank, mixture, prompts, random_profile, reference_ids, request, run_all
 from tests.support.tiny import REQUIRED, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -51,7 +51,7 @@ class Decoding:
         return self.runner.forward(works).logits.clone()
 
 
-def steer(bank: SteeringBank, language_model: LanguageModel, strengths: dict[int, float]) -> None:
+def steer(bank: AcceleratedBank, language_model: LanguageModel, strengths: dict[int, float]) -> None:
     """Each row its own profile; those that are not named are unsteered."""
     for row in range(SLOTS):
         if strength := strengths.get(row):

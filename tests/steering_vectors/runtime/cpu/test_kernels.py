@@ -21,7 +21,7 @@ from steering_vectors.runtime.cpu.kernels import Heads, Kernels, Pass, WholeBloc
 from steering_vectors.runtime.cpu.packing import pack, packs
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, quantize
 from steering_vectors.runtime.runner import RowInput
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from tests.support.running import mixture, prompts, random_profile, request, run_all
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -329,7 +329,7 @@ def test_whole_blocks_steer_as_hooks_do() -> None:
     """The same shifts on the same rows, whether a block adds them or its hook does; hooks do where rows ablate."""
     language_model = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
     pack(language_model.model)
-    bank = SteeringBank.over(language_model, rows=3)
+    bank = AcceleratedBank.over(language_model, rows=3)
     bank.attach()
     runner = FusedRunner(language_model, bank, context=32)
     works = [RowInput(slot, ids, 0, steered_from=0) for slot, ids in enumerate(prompts(language_model, [6, 6, 6]))]

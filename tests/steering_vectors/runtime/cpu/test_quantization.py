@@ -21,7 +21,7 @@ from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.quantization import GROUP, Kind, Quantized, dequantize, joined, quantize
 from steering_vectors.runtime.cpu.quantized_layers import quantize_layers
 from steering_vectors.runtime.cpu.weights import has_quantized, pack_quantized
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from tests.support.running import request, run_all
 from tests.support.serving import live_server, save_profiles
 from tests.support.tiny import tiny_model
@@ -150,7 +150,7 @@ def test_fused_blocks_compute_the_quantised_model(kind: Kind, architecture: str)
     packed = wrapped(tiny_model(architecture).bfloat16())
     plain = wrapped(quantized_plainly(tiny_model(architecture).bfloat16(), kind))
     pack(packed.model, kind)
-    bank = SteeringBank.over(packed, rows=4)
+    bank = AcceleratedBank.over(packed, rows=4)
     runner = FusedRunner(packed, bank, context=64)
     assert disagreement(runner, plain) <= TOLERANCE[torch.bfloat16]
     runner.close()

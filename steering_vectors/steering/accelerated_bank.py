@@ -1,0 +1,111 @@
+"""A steering bank that does the common cases faster: changes of strength, additions, fused blocks, recorded steps.
+
+It steers exactly as `SteeringBank` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from steering_vectors.profiles.mixture import Mixture, Shifts
+from steering_vectors.steering.bank import Hook, Rows, SteeringBank, Step
+
+
+class AcceleratedBank(SteeringBank):
+    """The bank of an engine, whose rows change at every step and whose blocks may add shifts themselves."""
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        *,
+        rows: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(blocks, rows=rows, hidden_size=hidden_size, dtype=dtype, device=device)
+        self._largest = torch.finfo(dtype).max
+        self._always = False  # whether the current step adds at every block
+        self._claimed: int | None = None  # the layer whose block adds its shifts itself
+
+    def write(self, row: int, mixture: Mixture) -> None:
+        if not self._rescale(row, mixture):
+            super().write(row, mixture)
+
+    @contextmanager
+    def step(self, rows: Rows, where: torch.Tensor | None = None, *, always: bool = False) -> Iterator[None]:
+        """Steer the forward passes run inside. Steps cannot be nested.
+
+        With `always` the buffer is added at every block, zeros included, so that a recorded step does not depend on
+        which rows are steered now. No row may then ablate directions or keep norms.
+        """
+        if always and not self.only_adds:
+            raise RuntimeError("a row ablates or keeps norms, which a recorded step cannot follow")
+        self._begin(Step(rows, where, self._shift))
+        self._always = always
+        try:
+            yield
+        finally:
+            self._step = self._claimed = None
+            self._always = False
+
+    def claim(self, layer: int, rows: int) -> torch.Tensor | None:
+        """The shifts `[rows, 1, hidden]` for a block that adds them to its output itself; its hook then does nothing.
+
+        None if there is nothing to add here, or if the step has other rows than these, steers some positions only or
+        does more than add: then the hook does all of it.
+        """
+        step = self._step
+        if step is None or step.where is not None or not self.only_adds or not self._acts(layer):
+            return None
+        shifts = step.shifts[layer]
+        if len(shifts) != rows:
+            return None
+        self._claimed = layer
+        return shifts
+
+    def _acts(self, layer: int) -> bool:
+        return self._always or self._busy[layer] > 0
+
+    def _rescale(self, row: int, mixture: Mixture) -> bool:
+        """Give a row another strength of the one profile that it has at all blocks, in one operation.
+
+        False, with nothing changed, if the mix differs from the row's in more than that.
+        """
+        scaled = mixture.scaled() if self._shift.device.type == "cpu" else None
+        if scaled is None or row in self._ablations:
+            return False
+        unit, factor = scaled
+        known = self._shifted.get(row) == unit.layers and len(unit.layers) == len(self._blocks)
+        if not known or not unit.bound * abs(factor) <= self._largest:
+            return False
+        self._announce(row, mixture)
+        torch.mul(unit.rows, factor, out=self._shift[:, row])
+        self._note_norm(row, mixture)
+        return True
+
+    def _replace(self, row: int, mixture: Mixture, shifts: Shifts) -> None:
+        if self._shifted.get(row) == shifts.layers and not mixture.ablations() and row not in self._ablations:
+            self._put(row, shifts)  # the same layers: nothing to erase
+            self._note_norm(row, mixture)
+        else:
+            super()._replace(row, mixture, shifts)
+
+    def _hook_for(self, layer: int) -> Hook:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            step = self._step
+            if step is None or not self._acts(layer):
+                return None
+            if self._claimed == layer:
+                self._claimed = None
+                return None
+            if step.where is None and type(output) is torch.Tensor and self.only_adds:
+                return output + step.shifts[layer]
+            return self._steered_output(layer, output, step)
+
+        return hook
