@@ -26,7 +26,7 @@ from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.profiles.files import installed_version
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
-from steering_vectors.runtime.memory_probe import CudaMeter, planned
+from steering_vectors.runtime.memory import CudaMeter, planned
 from steering_vectors.runtime.tensor_parallel import Channel
 
 logger = logging.getLogger(__name__)
@@ -156,12 +156,12 @@ def _loaded(settings: Settings, channel: Channel | None) -> tuple[LanguageModel,
         dtype=settings.dtype,
         device=settings.device,
         adapter=settings.adapter,
-        parted=channel is not None,
+        tensor_parallel=channel is not None,
     )
     if settings.cpu_prepack or settings.quantize is not None:
         pack(language_model.model, settings.quantize)
     slots, context = _sizes(settings, language_model)
-    return language_model, slots if channel is None else channel.least(slots), context
+    return language_model, slots if channel is None else channel.minimum(slots), context
 
 
 def _sizes(settings: Settings, language_model: LanguageModel) -> tuple[int, int]:

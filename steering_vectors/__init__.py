@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from steering_vectors.data.sources import load_pairs
     from steering_vectors.fitting.fit import fit
-    from steering_vectors.models.loading import LanguageModel, find_blocks, load_model
+    from steering_vectors.models.blocks import find_blocks
+    from steering_vectors.models.loading import LanguageModel, load_model
     from steering_vectors.profiles.files import load_profile, save_profile
     from steering_vectors.profiles.mixture import Mixture, Term
     from steering_vectors.profiles.profile import Profile
@@ -43,7 +44,7 @@ _HOMES = {
     "Mixture": "profiles.mixture",
     "Profile": "profiles.profile",
     "Term": "profiles.mixture",
-    "find_blocks": "models.loading",
+    "find_blocks": "models.blocks",
     "fit": "fitting.fit",
     "load_model": "models.loading",
     "load_pairs": "data.sources",

@@ -67,11 +67,11 @@ def _compare(source: str, device: torch.device) -> dict[str, Any]:
     network = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, distributed_config=DistributedConfig(tp_plan="auto")
     ).eval()
-    parted = wrap_model(network, whole.tokenizer)
+    divided = wrap_model(network, whole.tokenizer)
     profile = _profile(whole)
-    outputs = [_outputs(one.model, one.blocks) for one in (whole, parted)]
-    steered = [_generated(one, profile) for one in (whole, parted)]
-    unsteered = [_generated(one, None) for one in (whole, parted)]
+    outputs = [_outputs(one.model, one.blocks) for one in (whole, divided)]
+    steered = [_generated(one, profile) for one in (whole, divided)]
+    unsteered = [_generated(one, None) for one in (whole, divided)]
     return {
         "parameters": f"{_held(network) / _held(whole.model):.2f} of them",
         "block outputs": f"{type(outputs[1][0]).__name__} {tuple(outputs[1][0].shape)}",

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from steering_vectors.errors import FitError
+from steering_vectors.models.blocks import find_blocks
 from steering_vectors.models.hooks import record
-from steering_vectors.models.loading import LanguageModel, find_blocks
+from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 

@@ -1,1 +1,4 @@
-"""Models: loading, finding blocks, hooks, masks, fingerprints. Only `hooks` registers hooks."""
+"""Models: loading, blocks, limits, hooks, masks, fingerprints. Only `hooks` registers hooks.
+
+Knows nothing of requests, methods or how a model is run fast.
+"""

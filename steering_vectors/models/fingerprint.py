@@ -1,7 +1,7 @@
-"""Which model is this: a sha256 over a checkpoint's shapes and a fixed sample of its weights.
+"""The fingerprint of a model: a sha256 over a checkpoint's shapes and a fixed sample of its weights.
 
-Reads the stored tensors, not the loaded ones, so that dtype, packing or quantisation at load do not change it. A model
-that exists in memory only is read from its parameters.
+It reads the stored tensors, so that dtype, packing or quantisation at load do not change it. A model that exists in
+memory only is read from its parameters.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def fingerprint_checkpoint(directory: Path, config: PretrainedConfig) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that a checkpoint is made of: those its index names, or the single one, or all there are.
+    """The safetensors files of a checkpoint: the single one, or those its index names, or all there are.
 
-    Others may lie beside them (another packing of the same weights, an adapter), and are not part of it.
+    Other files beside them (another packing of the same weights, an adapter) are not part of it.
     """
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.exists():
@@ -49,7 +49,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def fingerprint_parameters(model: PreTrainedModel) -> str:
-    """Fingerprint of a model that was never stored: of its parameters as they are in memory."""
+    """Fingerprint of a model that was never stored, from its parameters in memory."""
     entries = sorted(_entry(name, tensor.detach()) for name, tensor in model.named_parameters())
     return _digest(model.config, entries)
 
@@ -67,7 +67,7 @@ def _entry(name: str, tensor: torch.Tensor | object) -> str:
 
 
 def _index(shape: list[int], k: int) -> tuple[int, ...]:
-    """The k-th of SAMPLES positions spread over a tensor of this shape, the same for any storage."""
+    """The index of the k-th of SAMPLES evenly spaced values of a tensor of this shape."""
     total = 1
     for size in shape:
         total *= size
@@ -86,8 +86,8 @@ def _digest(config: PretrainedConfig, entries: list[str]) -> str:
 
 
 def _field(config: PretrainedConfig, name: str) -> Any:
-    """A field of the configuration; None where there is none, or where it differs between blocks."""
+    """A field of the configuration; None if it has none, or if it differs between blocks."""
     try:
         return getattr(config, name, None)
-    except RuntimeError:  # transformers refuses to name one value for all blocks; the tensors' shapes tell them apart
+    except RuntimeError:  # one value for each block: the tensors' shapes show them
         return None

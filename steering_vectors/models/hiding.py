@@ -1,7 +1,6 @@
-"""Whether part of a text can be kept from a model's upper blocks.
+"""Checks, by measurement, whether part of a text can be hidden from a model's upper blocks.
 
-Owns the check by measurement: masks have many forms, and a recurrent block carries along what its mask hides. Knows
-nothing of what is to be hidden.
+Attention masks have many forms, and a recurrent block carries along what its mask hides.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from steering_vectors.errors import FitError
 from steering_vectors.models.hooks import adding, hiding
 from steering_vectors.models.loading import LanguageModel
 
-LENGTH, HIDDEN = 12, slice(1, 4)  # of the text that is read for the check, and the part hidden in it
-LEAK = 0.005  # of the change that the same part makes where it is seen; hidden it makes none but for rounding
+LENGTH, HIDDEN = 12, slice(1, 4)  # tokens of the text that the check reads, and those hidden in it
+MAX_LEAK = 0.005  # of the change that the same part makes while it is seen; rounding alone makes some
 
 
 def check_hiding(lm: LanguageModel, first: int) -> None:
     """Raise FitError unless tokens can be hidden from block `first` and those above it.
 
-    A shift is added to three positions' output of the block before; the logits after them must not tell.
+    A shift is added to three positions' output of the block before. It must not change the logits after them.
     """
     columns = torch.zeros(1, LENGTH, dtype=torch.bool, device=lm.device)
     columns[:, HIDDEN] = True
@@ -28,12 +27,12 @@ def check_hiding(lm: LanguageModel, first: int) -> None:
         hidden, seen = _change(lm, first, columns, columns), _change(lm, first, columns, nothing)
     except (FitError, RuntimeError, TypeError, ValueError) as error:
         raise _refusal(lm) from error
-    if not hidden <= LEAK * seen:
+    if not hidden <= MAX_LEAK * seen:
         raise _refusal(lm)
 
 
 def _change(lm: LanguageModel, first: int, shifted: torch.Tensor, hidden: torch.Tensor) -> float:
-    """How far the logits after the part move if the positions `shifted` are, while `hidden` ones are."""
+    """How far the logits after the part move if a shift is added at `shifted`, while `hidden` is hidden."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (1, LENGTH), generator=draw).to(lm.device)
     shift = torch.randn(lm.hidden_size, generator=draw).to(lm.device)

@@ -1,7 +1,4 @@
-"""The only file that registers forward hooks: to read blocks' outputs, to change them, to select positions.
-
-Knows nothing of profiles, rows or requests.
-"""
+"""Forward hooks: reading blocks' outputs, changing them, selecting positions. No other file registers hooks."""
 
 from __future__ import annotations
 
@@ -20,13 +17,13 @@ from steering_vectors.models.masks import hide
 
 
 def block_output(output: Any) -> torch.Tensor:
-    """The residual stream in what a decoder block returned, a tensor or a tuple that begins with it."""
+    """The residual stream in a decoder block's output, which is a tensor or a tuple that begins with it."""
     hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return hidden
 
 
 def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
-    """`output` with its residual stream replaced, in the form in which the block returned it."""
+    """`output` with its residual stream replaced, in the same form."""
     if isinstance(output, torch.Tensor):
         return hidden
     return type(output)((hidden, *output[1:]))
@@ -34,7 +31,7 @@ def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
 
 @contextmanager
 def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Hooks that go when the context ends."""
+    """Remove the hooks when the context ends."""
     try:
         yield
     finally:
@@ -44,7 +41,7 @@ def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def record(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the output `[batch, positions, hidden]` of the given blocks in the latest forward pass."""
+    """Collect the outputs `[batch, positions, hidden]` of these blocks in the latest forward pass, by layer."""
     seen: dict[int, torch.Tensor] = {}
 
     def hook_for(layer: int) -> Callable[..., None]:
@@ -61,7 +58,8 @@ def record(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[
 def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterator[None]:
     """Add `shift` `[hidden]` to a block's output at `where` (bool `[batch, positions]`) in the passes run inside.
 
-    Gradients flow to the shift, which the bank's buffer has none of."""
+    Gradients flow to the shift, unlike to the bank's buffer.
+    """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = block_output(output)
@@ -73,8 +71,10 @@ def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterat
 
 @contextmanager
 def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]:
-    """Make these blocks attend to `columns` (bool `[batch, positions]`) from these columns alone, in the passes run
-    inside. Raises FitError in a pass, if a block takes no attention mask or one of another form."""
+    """Hide `columns` (bool `[batch, positions]`) from all other positions in these blocks, in the passes run inside.
+
+    A pass raises FitError if a block takes no attention mask, or one of another form.
+    """
 
     def hook(block: nn.Module, args: Any, kwargs: Any) -> Any:
         call = inspect.signature(block.forward).bind(*args, **kwargs)
@@ -90,12 +90,12 @@ def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]
 def hook_outputs(
     blocks: Sequence[nn.Module], hook_for: Callable[[int], Callable[[nn.Module, Any, Any], Any]]
 ) -> list[RemovableHandle]:
-    """Register, on each block, the hook that is made for its number."""
+    """Register a hook on each block, made for its layer."""
     return [block.register_forward_hook(hook_for(layer)) for layer, block in enumerate(blocks)]
 
 
 def hook_passes(model: nn.Module, begin: Callable[[Any, Any], None], end: Callable[[], None]) -> list[RemovableHandle]:
-    """Register what is called around every forward pass: `begin` with its arguments, `end` also if it fails."""
+    """Call `begin` with the arguments of every forward pass before it, and `end` after it, even if it fails."""
     return [
         model.register_forward_pre_hook(lambda _module, args, kwargs: begin(args, kwargs), with_kwargs=True),
         model.register_forward_hook(lambda *_: end(), always_call=True),
@@ -103,10 +103,10 @@ def hook_passes(model: nn.Module, begin: Callable[[Any, Any], None], end: Callab
 
 
 class PositionSelector:
-    """Keeps, ahead of the output projection, only the positions whose logits are wanted.
+    """Keeps only the positions whose logits are wanted, before the output projection.
 
-    `select(index)` with int `[rows, k]` makes the model compute logits `[rows, k, vocabulary]`; whatever the
-    architecture does after its projection (scaling, soft-capping) still happens.
+    Inside `select(index)`, int `[rows, k]`, the model computes logits `[rows, k, vocabulary]`. What the architecture
+    does after its projection (scaling, soft-capping) still happens.
     """
 
     def __init__(self, projection: nn.Module) -> None:
@@ -134,8 +134,11 @@ class PositionSelector:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of a module: the tensors it was given, and the residual stream it returned, None if it returned
-    something that the bank cannot write into (not a tensor, nor a tuple or list that begins with one)."""
+    """One call of a module: the tensors it took, and the residual stream it returned.
+
+    `returned` is None for an output that the bank cannot write into: not a tensor, nor a tuple or list that begins
+    with one.
+    """
 
     name: str
     given: tuple[torch.Tensor, ...]
@@ -143,7 +146,7 @@ class Call:
 
 
 def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]) -> list[Call]:
-    """Run `run` and tell the calls of the named modules, in the order in which they returned."""
+    """The calls of the named modules while `run` runs, in the order in which they returned."""
     calls: list[Call] = []
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -160,7 +163,7 @@ def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]
 
 
 def trace_inputs(modules: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn.Module, torch.Tensor]]:
-    """Run `run` and tell which modules were called, each with the first tensor that it was given, in their order."""
+    """The modules that were called while `run` runs, in order, each with its first tensor argument."""
     calls: list[tuple[nn.Module, torch.Tensor]] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,13 +1,8 @@
-"""Loading a causal language model of any architecture and finding its decoder blocks.
-
-Owns what is needed to read or write a model's residual stream: the model, its tokenizer, its blocks and its identity.
-Knows nothing of profiles' contents, methods or serving.
-"""
+"""Loading a causal language model of any architecture: the model, its tokenizer, its blocks and its identity."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -19,14 +14,13 @@ from transformers.utils import cached_file
 
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.adapters import merge_adapter
+from steering_vectors.models.blocks import find_blocks, hidden_size_of
 from steering_vectors.models.fingerprint import fingerprint_checkpoint, fingerprint_parameters
-from steering_vectors.models.hooks import Call, trace_calls
 from steering_vectors.profiles.profile import ModelIdentity
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-DRY_RUN_TOKENS = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,20 +56,20 @@ class LanguageModel:
 
 
 def load_model(
-    model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None, parted: bool = False
+    model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None, tensor_parallel: bool = False
 ) -> LanguageModel:
     """Load `demo`, a directory or a hub id; only safetensors weights, no remote code.
 
     `dtype` is auto (the checkpoint's), float32, bfloat16 or float16. An `adapter` is a folder in peft's format, merged
-    into the weights: the result is another model, whose profiles are its own. `parted`: each process of torch's process
-    group holds a part of the weights, and all run the same passes. Raises ModelError with the remedy.
+    into the weights: the result is another model, whose profiles are its own. With `tensor_parallel` each process of
+    torch's process group holds a part of the weights, and all run the same passes. Raises ModelError with the remedy.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     source = str(DEMO_DIRECTORY) if model == DEMO else model
     _check_source(source)
     tokenizer = _load_tokenizer(source)
-    network = _load_network(source, DTYPES.get(dtype, "auto"), None if parted else device)
+    network = _load_network(source, DTYPES.get(dtype, "auto"), None if tensor_parallel else device)
     if adapter is not None:
         network = merge_adapter(network, adapter)
     return wrap_model(network, tokenizer, name=_served_name(model))
@@ -89,7 +83,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, na
 
 
 def identify(model: PreTrainedModel, *, num_layers: int, name: str | None = None) -> ModelIdentity:
-    """Which model this is. A model loaded from files is known by them, one in memory by its parameters."""
+    """Which model this is, by its files, or by its parameters if it exists in memory only."""
     return ModelIdentity(
         id=name or _served_name(str(model.config.name_or_path or type(model).__name__)),
         architecture=type(model).__name__,
@@ -99,63 +93,8 @@ def identify(model: PreTrainedModel, *, num_layers: int, name: str | None = None
     )
 
 
-def hidden_size_of(model: PreTrainedModel) -> int:
-    """Width of the residual stream, whatever the configuration calls it and however wide the embedding is."""
-    return int(model.config.get_text_config(decoder=True).hidden_size)
-
-
-def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Decoder blocks, structurally: a list of modules that hand a residual stream `[batch, positions, hidden]` from one
-    to the next (as a tensor, or first in a tuple), each running once per forward pass.
-
-    Where several lists do so, the one as long as the configuration says is meant, else the longest; of equals (blocks,
-    and the parts of a block) the one that finishes last. Raises ModelError if there is none.
-    """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    members = [(f"{name}.{i}", member) for name, modules in lists.items() for i, member in enumerate(modules)]
-    calls = trace_calls(members, lambda: _dry_run(model))
-    shape = (1, DRY_RUN_TOKENS, hidden_size_of(model))
-    candidates = [name for name, modules in lists.items() if _carries(name, len(modules), calls, shape)]
-    if not candidates:
-        raise ModelError(
-            f"no decoder blocks were found in {type(model).__name__}: no list of modules hands a residual stream of "
-            f"width {shape[-1]} from one to the next. This architecture cannot be steered yet."
-        )
-    expected = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    finished = [call.name for call in calls]
-
-    def rank(name: str) -> tuple[bool, int, int]:
-        length = len(lists[name])
-        return length == expected, length, finished.index(f"{name}.{length - 1}")
-
-    return tuple(lists[max(candidates, key=rank)])
-
-
-def _carries(name: str, length: int, calls: list[Call], shape: tuple[int, ...]) -> bool:
-    """Whether the members of a list ran once each, in order, every one given what the one before it returned."""
-    names = [f"{name}.{i}" for i in range(length)]
-    ours = [call for call in calls if call.name in set(names)]
-    return (
-        length > 0
-        and [call.name for call in ours] == names
-        and all(call.returned is not None and tuple(call.returned.shape) == shape for call in ours)
-        and all(any(tensor is before.returned for tensor in call.given) for before, call in pairwise(ours))
-    )
-
-
-def _dry_run(model: PreTrainedModel) -> None:
-    ids = torch.arange(1, DRY_RUN_TOKENS + 1, device=model.device).unsqueeze(0)
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    except Exception as error:  # an architecture's own code: it may raise anything
-        raise ModelError(
-            f"{type(model).__name__} cannot run on token ids alone, so its blocks cannot be found: {first_line(error)}"
-        ) from error
-
-
 def _check_source(source: str) -> None:
-    """Tell what is wrong with a directory before transformers does it at length."""
+    """Raise ModelError for what is wrong with a directory, in fewer words than transformers."""
     directory = Path(source).expanduser()
     if directory.is_dir():
         _check_directory(directory)
@@ -181,7 +120,7 @@ def _check_directory(directory: Path) -> None:
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a stranger's files: anything can be wrong in them
+    except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"the tokenizer of {source!r} is not a transformers tokenizer")
@@ -189,14 +128,14 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def _load_network(source: str, dtype: torch.dtype | str, device: str | None) -> PreTrainedModel:
-    """On a device; None: this process's part, on the device that is this process's."""
+    """The model on a device. Without one, this process's part of it, on this process's device."""
     options = {} if device is not None else {"distributed_config": DistributedConfig(tp_plan="auto")}
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
         network = (network if device is None else network.to(device)).eval().requires_grad_(False)
-    except Exception as error:  # a stranger's files: anything can be wrong in them
+    except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"model {source!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(

@@ -1,7 +1,4 @@
-"""What an attention mask becomes when some columns are to be unseen by what follows them.
-
-Owns the forms in which transformers gives a decoder block its mask. Knows nothing of models or of what columns hold.
-"""
+"""Attention masks that hide some columns from the positions after them, in the forms that transformers uses."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from steering_vectors.errors import FitError
 
 
 def hide(mask: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
-    """The mask under which `columns` (bool `[rows, positions]`) are seen by themselves alone: `[rows, 1, q, k]`.
+    """A mask `[rows, 1, q, k]` under which `columns` (bool `[rows, positions]`) are seen by themselves alone.
 
-    `mask` is as a block is given it: None for a causal one, bool (True is seen), or numbers added to the scores. The
-    result is of the same kind, bool if there was none. Raises FitError for any other form (of two dimensions, or made
-    for another kernel).
+    `mask` is what a block takes: None for causal attention, bool (True is seen), or numbers added to the scores. The
+    result has the same dtype, bool for None. Raises FitError for any other form (two dimensions, or made for another
+    kernel).
     """
     length = columns.shape[1]
     if mask is None:

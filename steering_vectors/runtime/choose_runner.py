@@ -1,7 +1,7 @@
-"""Which runner an architecture gets: decided by trying, not by a table of names.
+"""Which runner a model gets: the fastest whose logits agree with the plain model, found by trying, not by name.
 
-Two random sequences are computed through a candidate as the engine would (slots apart, prompts in unequal chunks, then
-decoding together) and compared with one plain forward pass each. The first candidate that agrees is used.
+Two random sequences run through a candidate as in an engine (slots apart, prompts in unequal chunks, then decoding
+together) and are compared with plain forward passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 PROMPTS = (23, 9)  # lengths of the two probes' prompts
 DECODED = 4
 CHUNK = 5
-# Relative error of logits that still counts as the same computation in another order.
+# Relative error of logits that sums in another order may make.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
@@ -37,8 +37,9 @@ def choose_runner(
 ) -> Runner:
     """The fastest runner whose logits agree with the plain model. Raises ModelError if none does.
 
-    `static`: decode over static buffers, which a CUDA device replays as graphs; None: on CUDA where that agrees; True:
-    on any device, and nothing else will do."""
+    `static` asks for decoding over static buffers, which a CUDA device replays as graphs: on any device and nothing
+    else if True, never if False, on CUDA if it agrees if None.
+    """
     candidates = _candidates(language_model, bank, context, static)
     reasons = []
     for make in candidates:
@@ -51,7 +52,7 @@ def choose_runner(
         else:
             if error <= TOLERANCE.get(language_model.dtype, 0.05):
                 if reasons:
-                    logger.warning("the model is run %s; not otherwise, since %s", runner.path, "; ".join(reasons))
+                    logger.warning("the model is run %s; other ways failed: %s", runner.path, "; ".join(reasons))
                 return runner
             reasons.append(f"{runner.path}: logits differ by {error:.2g}")
         if runner is not None:
@@ -65,7 +66,7 @@ def choose_runner(
 def _candidates(
     language_model: LanguageModel, bank: AcceleratedBank, context: int, static: bool | None
 ) -> list[Callable[[], Runner]]:
-    """What may run a model, fastest first."""
+    """The runners to try, fastest first."""
     on_cuda = language_model.device.type == "cuda"
     kind = GraphRunner if on_cuda else StaticRunner
     over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]
@@ -90,16 +91,16 @@ def disagreement(runner: Runner, language_model: LanguageModel) -> float:
     with torch.inference_mode():
         for batch in _batches(rows, runner.chunked):
             logits = runner.forward(batch).logits
-            for index, work in enumerate(batch):
-                ids = dict(rows)[work.slot][0]
-                errors.append(_error(logits[index], _reference(language_model, ids[: work.end])))
+            for index, row in enumerate(batch):
+                ids = dict(rows)[row.slot][0]
+                errors.append(_error(logits[index], _reference(language_model, ids[: row.end])))
     for slot in slots:
         runner.release(slot)
     return max(errors)
 
 
 def _batches(rows: list[tuple[int, tuple[list[int], int]]], chunked: bool) -> list[list[RowInput]]:
-    """The probes' prompts in unequal chunks side by side, then their continuations a token at a time."""
+    """The probes' prompts in unequal chunks side by side, then the rest a token at a time."""
     steps: list[list[RowInput]] = []
     for slot, (ids, prompt) in rows:
         size = CHUNK + slot if chunked else prompt

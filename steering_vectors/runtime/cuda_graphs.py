@@ -1,9 +1,4 @@
-"""Recording steps as CUDA graphs: one launch in place of some thousand.
-
-A step is run a few times on a side stream, so that whatever is made at first use is there, then recorded on it. All
-graphs share one pool of memory, which is sound because they never run side by side and leave their results in a buffer
-outside of it. Owns how a step is recorded; what it computes is its own affair.
-"""
+"""Decoding steps recorded as CUDA graphs: one launch in place of some thousand."""
 
 from __future__ import annotations
 
@@ -19,7 +14,11 @@ WARM_UP = 2
 
 
 class GraphRecorder:
-    """Turns steps on one CUDA device into graphs. What a step reads must stay at its address for as long."""
+    """Records steps on one CUDA device as graphs. The tensors that a step reads must stay at their addresses.
+
+    All graphs share one memory pool, which is safe because they never run at the same time and copy their results to a
+    buffer outside of the pool.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,7 +26,10 @@ class GraphRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Replay:
-        """Raises RuntimeError if the step does what no graph can hold, such as waiting for the device."""
+        """Run the step a few times, so that everything made at first use exists, then record it.
+
+        Raises RuntimeError if the step does what a graph cannot hold, such as waiting for the device.
+        """
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(current):  # a recording that fails would leave the side stream the current one
@@ -36,7 +38,7 @@ class GraphRecorder:
                 for _ in range(WARM_UP):
                     step()
             current.wait_stream(self._stream)
-            # other threads may go on using the device, for a profile that is being checked
+            # other threads may use the device meanwhile, to check a profile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 step()
         return graph.replay
@@ -45,8 +47,9 @@ class GraphRecorder:
 class GraphRunner(StaticRunner):
     """The static runner on a CUDA device, its steps replayed as graphs.
 
-    Each is recorded when it first comes up, which takes as long as a few tens of steps: there are dozens of pairs of
-    buckets, of which a server meets few, so that recording all of them would only make the start long."""
+    A graph is recorded when its pair of buckets first comes up, which takes as long as a few tens of steps. There are
+    dozens of pairs, few of which a server meets, so recording all of them would only delay the start.
+    """
 
     path = "batched, CUDA graphs"
 

@@ -1,8 +1,8 @@
-"""The slot KV cache, and the masks that go with it.
+"""The slot KV cache and its attention masks.
 
-Every row of the engine has a slot; the key of position p lies in column p of its slot, whatever the other rows do. The
-cache speaks transformers' `Cache` interface and masks are made by the modelling code's own mask functions (causal,
-sliding, chunked), evaluated at each row's own positions, so stock models run unchanged. Knows nothing of requests.
+Each row has a slot, and the key of position p lies in column p of its slot. The cache has transformers' `Cache`
+interface, and masks come from the modelling code's own mask functions (causal, sliding, chunked), evaluated at each
+row's own positions, so that stock models run unchanged.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Columns(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Where one forward pass reads and writes: int64 tensors on the model's device.
+    """Where one forward pass reads and writes the cache, int64 tensors on the model's device.
 
-    `slots`: the slots, in batch order. `positions` `[rows, queries]`: absolute positions. `columns`
-    `[rows, queries]`: where keys are written (padding goes to the spare last column). `length`: columns read.
+    `slots` are the rows' slots in batch order, `positions` `[rows, queries]` absolute positions, `columns`
+    `[rows, queries]` where keys are written (padding goes to the spare last column), `length` the number of columns
+    read.
     """
 
     slots: Slots
@@ -74,7 +75,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[rows, heads, queries, size]` at the span's columns; return the keys and values to attend to."""
+        """Write `[rows, heads, queries, size]` at the pass's columns; return the keys and values to attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         metadata = active_metadata()
@@ -86,7 +87,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return active_metadata().length, 0
 
     def get_seq_length(self) -> int:
-        """So that this and the queries add up to the columns read, which is what models derive lengths from."""
+        """The columns read without the queries: models add the two."""
         metadata = active_metadata()
         return metadata.length - metadata.positions.shape[1]
 
@@ -102,7 +103,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     @contextmanager
     def forward_pass(self, metadata: AttentionMetadata) -> Iterator[None]:
-        """Tell the cache and the masks which rows and positions the forward pass inside computes."""
+        """Set the rows and positions that the cache and the masks use for the forward pass inside."""
         if _current.metadata is not None:
             raise RuntimeError("a forward pass through the slot cache is already under way")
         _current.metadata = metadata
@@ -133,7 +134,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros that take no memory on a CPU until they are written: torch's own are written at once."""
+    """Zeros that take no memory on a CPU until they are written; torch writes its own at once."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     flat = torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8))
@@ -142,13 +143,13 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 def active_metadata() -> AttentionMetadata:
     if _current.metadata is None:
-        raise RuntimeError("the slot cache is used outside of a forward pass of the engine")
+        raise RuntimeError("the slot cache is used outside of a forward pass of a runner")
     return _current.metadata
 
 
 def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., Any]:
-    """A mask maker that evaluates the model's mask function at each row's own positions within a span, and is
-    `original` everywhere else."""
+    """A mask maker that evaluates the model's mask function at each row's own positions in a forward pass over the slot
+    cache, and is `original` everywhere else."""
 
     def make(
         *,
@@ -183,7 +184,7 @@ def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., A
 
 
 def install_row_masks() -> None:
-    """Register the row-aware mask makers with transformers; outside of a span nothing changes. Idempotent."""
+    """Register the row-aware mask makers with transformers. Outside of the slot cache nothing changes. Idempotent."""
     for name, as_bias in (("sdpa", False), ("eager", True)):
         original = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if not getattr(original, "is_row_aware", False):

@@ -1,8 +1,7 @@
-"""One model in parts, held by several processes that run the same passes: tensor parallelism.
+"""Tensor parallelism: one model whose weights are divided among several processes that run the same passes.
 
-The first process serves. It tells the others what it is about to do (a pass, a row's steering, a copy in the cache) and
-they do the same; what is exchanged within a pass is the model's own affair. Each process steers with the same shifts,
-since between blocks the residual stream is whole on all of them.
+The first process serves. It sends the others each pass, change of steering and copy in the cache, and they do the same.
+Each process steers with the same shifts, since the residual stream between blocks is whole on all of them.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from steering_vectors.runtime.runner import Output, RowInput, Runner
 from steering_vectors.runtime.slot_cache import Columns
 from steering_vectors.steering.bank import SteeringBank
 
-IDLE = timedelta(days=365)  # how long nobody may ask for anything
+IDLE = timedelta(days=365)  # the longest time between two messages
 
 
 class Channel:
-    """Messages of the first process to all others, in order."""
+    """Sends messages from the first process to all others, in order."""
 
     def __init__(self, device: str) -> None:
         """Join torchrun's process group, with `nccl` on CUDA, where each process takes a device of its own."""
@@ -48,18 +47,18 @@ class Channel:
         dist.broadcast_object_list(received, src=0, group=self._group)
         return received[0]
 
-    def least(self, number: int) -> int:
-        """The least of what the processes say, each of which must say something."""
-        said: list[Any] = [None] * self.processes
-        dist.all_gather_object(said, number, group=self._group)
-        return int(min(said))
+    def minimum(self, number: int) -> int:
+        """The smallest of all processes' numbers; every process must call this."""
+        numbers: list[Any] = [None] * self.processes
+        dist.all_gather_object(numbers, number, group=self._group)
+        return int(min(numbers))
 
     def close(self) -> None:
         dist.destroy_process_group()
 
 
 class LeadingRunner(Runner):
-    """The first process's runner: the others do what it does."""
+    """The first process's runner. The others repeat what it does."""
 
     def __init__(self, language_model: LanguageModel, runner: Runner, channel: Channel) -> None:
         super().__init__(language_model, runner.bank, context=runner.context)
@@ -90,14 +89,14 @@ class LeadingRunner(Runner):
         self._runner.zero_slot(slot)
 
     def close(self) -> None:
-        with suppress(RuntimeError):  # they may be gone
+        with suppress(RuntimeError):  # the others may have ended
             self._channel.send("close")
             self._channel.close()
         self._runner.close()
 
 
 class LeadingColumns:
-    """The first process's cache: the others copy what it copies."""
+    """The first process's cache. The others repeat its copies."""
 
     def __init__(self, columns: Columns, channel: Channel) -> None:
         self._columns, self._channel = columns, channel
@@ -112,15 +111,17 @@ class LeadingColumns:
 
 
 class Follower:
-    """Another process: does what it is told until it is told to close. An error ends the process, and with it, by
-    torchrun, all of them: parts that disagree are worse than none."""
+    """Another process: repeats what the first one does until that one closes.
+
+    An error ends the process, and torchrun then ends all of them: processes that disagree must not go on.
+    """
 
     def __init__(self, runner: Runner, bank: SteeringBank, channel: Channel) -> None:
         self._runner, self._bank, self._channel = runner, bank, channel
 
     @torch.inference_mode()
     def run(self) -> None:
-        # the first process ends them, after it has answered those who wait
+        # the first process ends the others, after it has answered waiting requests
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         while (message := self._channel.receive())[0] != "close":

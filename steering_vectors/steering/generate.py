@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from steering_vectors.errors import SteeringError
+from steering_vectors.models.blocks import find_blocks
 from steering_vectors.models.forward import STATE_ARGUMENTS
-from steering_vectors.models.loading import LanguageModel, find_blocks, identify
+from steering_vectors.models.loading import LanguageModel, identify
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import ApplyTo, Profile
 from steering_vectors.steering.bank import SteeringBank

@@ -15,7 +15,7 @@ from steering_vectors.errors import ModelError
 from steering_vectors.models.limits import checked_context
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
-from steering_vectors.runtime.memory_probe import CudaMeter, planned
+from steering_vectors.runtime.memory import CudaMeter, planned
 from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.runtime.static_decoding import StaticRunner
 from tests.support.running import attached_bank, mixture, prompts, random_profile, request, run_all

@@ -35,7 +35,7 @@ def requests(language_model: LanguageModel) -> list[GenerationRequest]:
 def main() -> None:
     torch.set_num_threads(1)
     channel = Channel("cpu")
-    language_model = load_model(sys.argv[1], dtype="float32", parted=True)
+    language_model = load_model(sys.argv[1], dtype="float32", tensor_parallel=True)
     if os.environ["RANK"] != "0":
         follower_of(language_model, SLOTS, CONTEXT, channel).run()
         return

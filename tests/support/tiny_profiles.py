@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from steering_vectors.models.loading import find_blocks, identify
+from steering_vectors.models.blocks import find_blocks
+from steering_vectors.models.loading import identify
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 from tests.support.tiny import BLOCKS, HIDDEN
 

@@ -1,1 +1,1 @@
-"""Compiled kernels of a CPU, the layouts they read, and the blocks made of them."""
+"""Compiled kernels for a CPU, the weight layouts they read, and the decoder blocks made of them."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steering_vectors.models.blocks import find_blocks
 from steering_vectors.models.hooks import PositionSelector, record, with_block_output
-from steering_vectors.models.loading import find_blocks
 from tests.support.tiny import REQUIRED, tiny_model
 
 IDS = torch.randint(2, 300, (3, 10), generator=torch.Generator().manual_seed(0))

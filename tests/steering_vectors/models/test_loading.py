@@ -12,8 +12,9 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from steering_vectors.errors import ModelError
+from steering_vectors.models.blocks import find_blocks, hidden_size_of
 from steering_vectors.models.hooks import block_output, registered, trace_calls
-from steering_vectors.models.loading import find_blocks, hidden_size_of, load_model, wrap_model
+from steering_vectors.models.loading import load_model, wrap_model
 from tests.support.tiny import HIDDEN, STEERABLE, save_tiny, tiny_blocks, tiny_model, tiny_tokenizer
 
 

@@ -10,8 +10,7 @@ import torch
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.runtime.memory_plan import GIB, MOST_SLOTS, Need, plan
-from steering_vectors.runtime.memory_probe import measure, planned
+from steering_vectors.runtime.memory import GIB, MAX_SLOTS, Need, measure, plan, planned
 from tests.support.tiny import BLOCKS, HIDDEN, tiny_model
 from tests.support.tiny_tokenizers import VOCAB, tiny_tokenizer
 
@@ -27,7 +26,7 @@ def test_as_many_slots_as_fit() -> None:
     assert NEED.used + NEED.one_pass + found.slots * NEED.slot_of(4096) <= 0.9 * NEED.total
     assert NEED.used + NEED.one_pass + (found.slots + 1) * NEED.slot_of(4096) > 0.9 * NEED.total
     assert str(found) == (
-        "8 slots of 4096 tokens take 4.51 GiB, what is loaded 16.00 GiB, a pass 1.00 GiB: of 24.00 GiB, 90% may be used"
+        "8 slots of 4096 tokens take 4.51 GiB, the model 16.00 GiB, a pass 1.00 GiB: of 24.00 GiB, 90% may be used"
     )
 
 
@@ -38,7 +37,7 @@ def test_what_others_use_and_a_smaller_share_leave_less() -> None:
 
 def test_many_slots_are_for_those_who_ask() -> None:
     small = Need(total=24 * GIB, used=2 * GIB, one_pass=GIB, row=0, column=1000, slot=0)
-    assert plan(small, slots=None, context=4096).slots == MOST_SLOTS
+    assert plan(small, slots=None, context=4096).slots == MAX_SLOTS
     assert plan(small, slots=1000, context=4096).slots == 1000
 
 

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from steering_vectors.errors import SteeringError
+from steering_vectors.models.blocks import find_blocks
 from steering_vectors.models.hooks import record
-from steering_vectors.models.loading import find_blocks
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.accelerated_bank import AcceleratedBank

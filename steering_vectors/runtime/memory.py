@@ -1,0 +1,217 @@
+"""How many slots fit into a device's memory: what a model needs is measured, then planned with.
+
+A share of the device's memory may be used. What is left of it beside the loaded model and one forward pass is for the
+slots: their keys and values, their shifts, and what each row adds to a pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from steering_vectors.errors import ModelError, first_line
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.runtime.runner import BatchedRunner, RowInput
+from steering_vectors.steering.bank import SteeringBank
+
+logger = logging.getLogger(__name__)
+
+UTILIZATION = 0.9  # share of the device's memory that may be used
+MAX_SLOTS = 128  # where no number is asked for
+CONTEXT_STEP = 16  # a suggested context is a multiple of this, and at least this
+GIB = 2**30
+ROWS = 2  # measured together, to tell what one row costs
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes measured on a device.
+
+    `total` is the device's memory and `used` what is taken with the model loaded and nothing running. A pass takes
+    `one_pass` more, of which `row` for each row; a slot keeps `column` for each position and `slot` besides.
+    """
+
+    total: int
+    used: int
+    one_pass: int
+    row: int
+    column: int
+    slot: int
+
+    def slot_of(self, context: int) -> int:
+        """Bytes of one slot; its cache has a spare column."""
+        return self.column * (context + 1) + self.slot + self.row
+
+    def room(self, utilization: float) -> int:
+        """Bytes left for slots."""
+        return int(utilization * self.total) - self.used - self.one_pass
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The slots and the context to run with, and why."""
+
+    slots: int
+    context: int
+    need: Need
+    utilization: float
+
+    def __str__(self) -> str:
+        need = self.need
+        return (
+            f"{self.slots} slots of {self.context} tokens take {_gib(self.slots * need.slot_of(self.context))}, "
+            f"the model {_gib(need.used)}, a pass {_gib(need.one_pass)}: of {_gib(need.total)}, "
+            f"{self.utilization:.0%} may be used"
+        )
+
+
+class Meter(Protocol):
+    """A device's memory, in bytes."""
+
+    def used_and_total(self) -> tuple[int, int]:
+        """What all processes on the device use now, and what there is."""
+
+    def peak(self, work: Callable[[], None]) -> int:
+        """The most memory that `work` took at any time, beside what was taken before."""
+
+
+class CudaMeter:
+    """The memory of a CUDA device, as reported by its driver and torch's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def used_and_total(self) -> tuple[int, int]:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free, total
+
+    def peak(self, work: Callable[[], None]) -> int:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        work()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+def planned(
+    language_model: LanguageModel,
+    meter: Meter,
+    *,
+    slots: int | None,
+    context: int,
+    tokens: int,
+    utilization: float | None,
+) -> Plan | None:
+    """The slots that fit, by measurement.
+
+    None, with a warning, if the model does not run over the slot cache: the size of its own state is not known ahead.
+    Raises ModelError if too little fits, or if a `utilization` is given for such a model.
+    """
+    try:
+        need = measure(language_model, meter, context=context, tokens=tokens)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"a pass of {tokens} prompt tokens in a context of {context} does not fit the device's memory: take a "
+            f"smaller --prefill-chunk or --context ({first_line(error)})"
+        ) from error
+    except Exception as error:  # an architecture may fail in any way
+        if utilization is not None:
+            raise ModelError(
+                "this model's memory cannot be planned, since it does not run over slots "
+                f"({first_line(error)}): leave --gpu-memory-utilization out"
+            ) from error
+        logger.warning("memory is not planned: the model does not run over slots (%s)", first_line(error))
+        return None
+    found = plan(need, slots=slots, context=context, utilization=utilization or UTILIZATION)
+    logger.info("memory: %s", found)
+    return found
+
+
+def plan(need: Need, *, slots: int | None, context: int, utilization: float = UTILIZATION) -> Plan:
+    """The given number of slots, or as many as fit up to MAX_SLOTS.
+
+    Raises ModelError, which names what would fit, if they do not fit or if none does.
+    """
+    room = need.room(utilization)
+    fitting = max(0, room // need.slot_of(context))
+    if (slots or 1) <= fitting:
+        return Plan(slots or min(fitting, MAX_SLOTS), context, need, utilization)
+    wanted = "one slot" if slots in (None, 1) else f"{slots} slots"
+    raise ModelError(
+        f"{wanted} of {context} tokens need {_gib((slots or 1) * need.slot_of(context))} of the device's memory, and "
+        f"{_gib(max(0, room))} are left of {utilization:.0%} of {_gib(need.total)}: "
+        + _remedy(need, room, slots or 1, fitting)
+    )
+
+
+@torch.inference_mode()
+def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens: int) -> Need:
+    """What passes of so many prompt tokens need: the widest that an engine makes, at the far end of the context.
+
+    Raises what the model raises if it cannot run over slots.
+    """
+    measured = _MeasuredSlots(language_model, context)
+    try:
+        measured.run(1, 1)  # allocates what is made at the first use
+        one = meter.peak(partial(measured.run, 1, tokens))
+        two = meter.peak(partial(measured.run, ROWS, tokens))
+        column, slot = measured.column, measured.slot
+    finally:
+        measured.close()
+    del measured  # so that it is not counted as used
+    used, total = meter.used_and_total()
+    return Need(total=total, used=used, one_pass=one, row=max(0, two - one), column=column, slot=slot)
+
+
+class _MeasuredSlots:
+    """A runner with a few slots, to be measured."""
+
+    def __init__(self, language_model: LanguageModel, context: int) -> None:
+        self._bank = SteeringBank.over(language_model, rows=ROWS)
+        self._runner = BatchedRunner(language_model, self._bank, context=context)
+        self._vocabulary = language_model.vocab_size
+
+    @property
+    def column(self) -> int:
+        """Bytes of the keys and values of one position."""
+        states = [state for layer in self._runner.cache.layers for state in (layer.keys, layer.values)]
+        return sum(state.element_size() * state[0, :, 0].numel() for state in states)
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a row's shifts and of its logits."""
+        shift = self._bank.shift
+        return shift[:, 0].numel() * shift.element_size() + 4 * self._vocabulary
+
+    def run(self, rows: int, tokens: int) -> None:
+        """A pass of so many prompt tokens in all, at the end of the context, each of which is scored."""
+        context = self._runner.context
+        width = min(context, max(1, tokens // rows))
+        batch = [RowInput(row, [0] * width, context - width, wanted=width) for row in range(rows)]
+        for logits in self._runner.forward_all(batch).logits:
+            logits.float().logsumexp(dim=-1)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def _remedy(need: Need, room: int, slots: int, fitting: int) -> str:
+    """The flags that would make it fit."""
+    remedies = [f"--slots {fitting}"] if fitting else []
+    columns = (room // slots - need.slot - need.row) // max(1, need.column) - 1
+    if columns >= CONTEXT_STEP:
+        remedies.append(f"--context {columns // CONTEXT_STEP * CONTEXT_STEP}")
+    if not remedies:
+        return "free memory, raise --gpu-memory-utilization, or serve a smaller model"
+    return f"{' or '.join(remedies)} would fit"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
