@@ -1,8 +1,4 @@
-"""What a model is shown: messages rendered to text, and texts to token ids, the same way for fitting and for serving.
-
-Owns the chat template's use, its fallback, and the border between prompt and completion. Knows nothing of files of
-data, of HTTP or of models; a tokenizer is passed in by whoever has one.
-"""
+"""Chat templates, BOS tokens, and where a prompt ends: one definition for fitting and serving."""
 
 from __future__ import annotations
 
@@ -42,7 +38,7 @@ class Example:
 
 
 def chat_template_source(tokenizer: PreTrainedTokenizerBase) -> TemplateSource:
-    """Who renders messages: the tokenizer's own template, or `"fallback"`, which joins contents by newlines."""
+    """Whether messages are rendered by the tokenizer's template, or by the fallback, which joins contents by newlines."""
     return "fallback" if _template(tokenizer) is None else "tokenizer"
 
 
@@ -78,7 +74,7 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
+    except Exception as error:  # a template is a program and may raise anything
         reason = str(error) or type(error).__name__
         raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from error
     return cast(str, text)

@@ -1,8 +1,6 @@
-"""A model under one mix of profiles, as offline work needs it: log-probabilities, divergences and samples.
+"""A model under one profile, for offline work: log-probabilities, divergences and samples.
 
-Owns teacher-forced passes with steering from the last prompt token on, and a batched sampler that needs no padding, so
-that it works for recurrent models as for attention. Knows nothing of methods, of budgets or of texts; a served model
-has its own engine.
+Steering begins at the last prompt token. The batched sampler needs no padding, so it works for recurrent models too.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.bank import SteeringBank
 
-CACHES = ("past_key_values", "cache_params")  # a model without either (RWKV's state is wrong in batches) rereads
-LOGITS_PER_BATCH = 2**27  # numbers, so that a large vocabulary shrinks the batch
-SPREAD = 32  # prompts that are sampled together differ by at most so many tokens in length,
-SAMPLED_TOGETHER = 2**15  # and with what is written to them are so many tokens, which bounds the cache's memory
+CACHES = ("past_key_values", "cache_params")  # a model without either is reread (RWKV's state is wrong in batches)
+LOGITS_PER_BATCH = 2**27  # numbers; a large vocabulary shrinks the batch
+SPREAD = 32  # tokens by which prompts that are sampled together may differ in length
+SAMPLED_TOGETHER = 2**15  # tokens of a batch of prompts and samples, which bounds the cache's memory
 
 
 class SteeredModel:
-    """A model with a bank of one row. Made by `steerable`; while it lasts, the model's hooks are in place."""
+    """A model with a bank of one row. Made by `steerable`."""
 
     def __init__(self, lm: LanguageModel, bank: SteeringBank, selector: PositionSelector) -> None:
         self.lm = lm
@@ -39,7 +37,7 @@ class SteeredModel:
         self._selector = selector
 
     def write(self, profile: Profile, strength: float) -> None:
-        """Steer the passes that ask for it by this profile alone, at any strength."""
+        """Steer later passes by this profile, at any strength."""
         self._bank.write(0, Mixture((Term(profile, strength),), allow_beyond_safe=True))
 
     def log_likelihoods(
@@ -47,7 +45,7 @@ class SteeredModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log P(response | prompt) in nats, number of tokens counted) per example, float64 `[examples]` each.
 
-        A response's first token counts if there is any token before it.
+        A response's first token counts if there is a token before it.
         """
         sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
         for batch, index, valid in self._scored(examples, batch_tokens):
@@ -79,10 +77,10 @@ class SteeredModel:
             yield self._log_probs(batch, index, steer)[valid]
 
     def sample(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[list[int]]:
-        """Continue each prompt by up to `tokens` tokens at temperature 1, steered; the EOS token that ends a row is in.
+        """Continue each prompt by up to `tokens` tokens at temperature 1, steered. A row's EOS token is included.
 
-        Row i draws by inverse transform from numbers that depend on (seed, i) alone: calls with one seed and slightly
-        different shifts give mostly equal texts.
+        Row i draws by inverse transform from numbers that depend on (seed, i) alone, so calls with one seed and
+        slightly different shifts give mostly equal texts.
         """
         uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
         texts: dict[int, list[int]] = {}
@@ -92,7 +90,7 @@ class SteeredModel:
         return [texts[index] for index in range(len(prompts))]
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[Encoded]:
-        """Each prompt with the text that `sample` writes after it, as the other methods read them."""
+        """Each prompt with its sample, in the form that the other methods take."""
         texts = self.sample(prompts, tokens=tokens, seed=seed)
         return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -121,9 +119,9 @@ class SteeredModel:
         return torch.log_softmax(logits.float(), dim=-1)
 
     def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:
-        """All rows advance together from the shortest prompt's end; a longer prompt's own tokens come first."""
+        """Advance all rows together from the shortest prompt's end; a longer prompt keeps its own tokens first."""
         tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
-        ids, ends = _room_for(prompts, tokens).to(self.lm.device), lengths + tokens
+        ids, ends = _padded(prompts, tokens).to(self.lm.device), lengths + tokens
         eos = torch.tensor(sorted(eos_ids(self.lm)), dtype=torch.long, device=self.lm.device)
         cache: dict[str, Any] = {}
         for position in range(int(lengths.min()), ids.shape[1]):
@@ -141,7 +139,7 @@ class SteeredModel:
     def _advance(
         self, ids: torch.Tensor, lengths: torch.Tensor, cache: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Logits `[rows, vocabulary]` after ids `[rows, positions]`; a cache holds all but the last of them."""
+        """Logits `[rows, vocabulary]` after ids `[rows, positions]`. A cache holds all but the last position."""
         seen = ids.shape[1] - 1 if cache else 0
         positions = torch.arange(seen, ids.shape[1], device=ids.device)
         where = positions >= (lengths - 1).unsqueeze(1)
@@ -169,7 +167,7 @@ def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
 
 
 def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices in groups, by length, none spread further than SPREAD or, with `tokens` more a row, too large."""
+    """Indices grouped by length, within SPREAD and SAMPLED_TOGETHER, if `tokens` are added to each row."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         room = (lengths[index] + tokens) * (len(groups[-1]) + 1) <= SAMPLED_TOGETHER if groups else False
@@ -180,8 +178,8 @@ def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return groups
 
 
-def _room_for(prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
-    """The prompts, aligned at their first token, with zeros where tokens are to come: `[rows, longest + tokens]`."""
+def _padded(prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
+    """The prompts, aligned at their first token and padded with zeros for samples, `[rows, longest + tokens]`."""
     width = max(map(len, prompts)) + tokens
     return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
 

@@ -1,7 +1,6 @@
-"""Steering of transformers' own `generate`, for notebooks and research: `with steer(model, profile): …`.
+"""Steering transformers' own `generate`, for notebooks and research: `with steer(model, profile): …`.
 
-Owns the step from a model and profiles to hooks that live as long as a `with` block, and the bookkeeping of where in a
-sequence each forward pass stands. Knows nothing of requests or batches of different mixes: every row is steered alike.
+All rows of a batch are steered alike.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ def steer(
     """Steer every forward pass of `model` inside the context; afterwards it has no hooks. Yields what is applied.
 
     `steering` is a profile at `strength` (α; `layers` restricts it to some of its layers), a list of (profile,
-    strength), or a Mixture, which says everything itself (it alone can allow strengths beyond the safe range).
+    strength), or a Mixture, which brings its own options (it alone can allow strengths beyond the safe range).
 
-    `apply_to="generated"` steers from the last prompt token on. Inside `model.generate` the prompt is what generate is
-    given, with KV cache or without, and prompts of a batch must be padded on the left. In a forward pass outside of
-    generate, the prompt is the whole input if there is no cache yet; with a cache, every position is steered.
-    `prompt_length` (positions, padding included) overrides both, as for scoring a completion in one pass.
-    `apply_to="all"` steers every position, padding included.
+    `apply_to="generated"` steers from the last prompt token on. Inside `model.generate` the prompt is generate's input,
+    with KV cache or without, and prompts of a batch must be padded on the left. In a forward pass outside of generate,
+    the prompt is the whole input if there is no cache yet; with a cache, every position is steered. `prompt_length`
+    (positions, padding included) overrides both, for example to score a completion in one pass. `apply_to="all"`
+    steers every position, padding included.
 
     Raises ProfileMismatch for a profile of another model (`allow_model_mismatch` accepts one of the same shape),
     SteeringError for strengths and layers that are not possible, a profile with a gate or a batch padded on the right,
@@ -54,7 +53,9 @@ def steer(
     mixture = _mixture(steering, strength, layers, apply_to, preserve_norm)
     if mixture.gated:
         name = mixture.gated[0].profile.name
-        raise SteeringError(f"profile {name!r} has a gate, which only a server decides: replace(profile, gate=None)")
+        raise SteeringError(
+            f"profile {name!r} has a gate, which only a server decides: use replace(profile, gate=None)"
+        )
     timeline = Timeline(prompt_length)
     network, bank = _written_bank(model, mixture, allow_model_mismatch)
     where = timeline.where if mixture.apply_to == "generated" else _everywhere
@@ -69,7 +70,7 @@ def steer(
 def _written_bank(
     model: PreTrainedModel | LanguageModel, mixture: Mixture, allow_mismatch: bool
 ) -> tuple[PreTrainedModel, SteeringBank]:
-    """The model to run, and a bank of one row for it that holds the mix."""
+    """The model to run, and a bank of one row that holds the mix."""
     if isinstance(model, LanguageModel):
         network, blocks, identity = model.model, model.blocks, model.identity
     else:
@@ -83,7 +84,7 @@ def _written_bank(
 
 
 class Timeline:
-    """Where forward passes stand in their sequence, and which of their positions follow the prompt's last but one."""
+    """Tracks where forward passes are in their sequence, and which of their positions are steered."""
 
     def __init__(self, prompt_length: int | None) -> None:
         if prompt_length is not None and prompt_length < 1:
@@ -95,7 +96,7 @@ class Timeline:
 
     @contextmanager
     def begin(self, prompt_length: int) -> Iterator[None]:
-        """While generate runs: a new sequence, whose prompt has this many positions."""
+        """Start a new sequence, whose prompt has this many positions, while generate runs."""
         self._prompt_length, self._seen, self._generating = self._given or prompt_length, 0, True
         try:
             yield
@@ -103,7 +104,7 @@ class Timeline:
             self._prompt_length, self._generating = self._given, False
 
     def where(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-        """The steered positions of the pass that is about to run, bool `[1, positions]`; None for all of them."""
+        """The steered positions of the next pass, bool `[1, positions]`; None for all of them."""
         inputs = _inputs(args, kwargs)
         length = inputs.shape[1]
         past = self._past(length, kwargs)
@@ -113,13 +114,16 @@ class Timeline:
         return None if first <= 0 else (torch.arange(length, device=inputs.device) >= first).unsqueeze(0)
 
     def _past(self, length: int, kwargs: Mapping[str, Any]) -> int:
-        """Positions before this pass. Where a cache cannot tell, a pass no longer than what was seen so far must go on
-        from there, as generate's passes over a whole sequence only grow."""
+        """Positions before this pass.
+
+        If the cache has no length, a pass no longer than the positions seen so far continues from them: generate's
+        passes over a whole sequence only grow.
+        """
         cache = next((kwargs[name] for name in STATE_ARGUMENTS if kwargs.get(name) is not None), None)
-        told = _length(cache)
-        if cache is None or told:
-            return told or 0
-        unsure = told is None or self._generating
+        known = _length(cache)
+        if cache is None or known:
+            return known or 0
+        unsure = known is None or self._generating
         return self._seen if unsure and length <= self._seen else 0
 
 
@@ -127,10 +131,10 @@ def _mixture(
     steering: Steering, strength: float, layers: Sequence[int] | None, apply_to: ApplyTo, preserve_norm: bool
 ) -> Mixture:
     if not isinstance(steering, Profile) and (strength != 1.0 or layers is not None):
-        raise SteeringError("strength and layers belong to a single profile; a mix says them for each of its terms")
+        raise SteeringError("strength and layers belong to a single profile; in a mix, set them for each term")
     if isinstance(steering, Mixture):
         if apply_to != "generated" or preserve_norm:
-            raise SteeringError("a Mixture brings its own apply_to and preserve_norm: set them there")
+            raise SteeringError("a Mixture has its own apply_to and preserve_norm: set them there")
         return steering
     if isinstance(steering, Profile):
         terms: tuple[Term, ...] = (Term(steering, strength, None if layers is None else tuple(layers)),)
@@ -141,7 +145,7 @@ def _mixture(
 
 @contextmanager
 def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator[None]:
-    """Tell `begin` of each call of `model.generate`: only generate knows where its prompt ends."""
+    """Run each call of `model.generate` inside `begin(prompt length)`: only generate knows where its prompt ends."""
     if not hasattr(model, "generate"):
         yield
         return
@@ -170,7 +174,7 @@ def _check_padding(mask: Any) -> None:
 
 
 def _prompt_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Positions of the prompt that generate was given; without one it starts from a single BOS."""
+    """Positions of generate's prompt; without one it starts from a single BOS token."""
     for given in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")):
         if given is not None:
             return int(given.shape[1])
@@ -185,7 +189,7 @@ def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _length(cache: Any) -> int | None:
-    """Positions that a cache holds; None where it cannot tell, as those of recurrent models."""
+    """Positions that a cache holds; None if it has no length, as those of recurrent models."""
     try:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):

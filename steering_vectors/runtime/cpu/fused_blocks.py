@@ -1,9 +1,8 @@
-"""Decoder blocks of the common kind in one call, or in eight, in place of some sixty operations.
+"""Llama-like decoder blocks in one kernel call, or eight, in place of about sixty operations.
 
-The kind: norm, attention with rotary positions, norm, gated SiLU network, both added to the stream (Llama, Mistral,
-Qwen 2 and 3, SmolLM and their like). Which blocks are of it is read off their parts, and proven by the comparison that
-every runner passes. A block keeps its hooks, and all other passes go its own way. Owns what a block is made of; knows
-nothing of rows' requests.
+Such a block has a norm, attention with rotary embeddings, a second norm and a gated SiLU network, both added to the
+residual stream (Llama, Mistral, Qwen 2 and 3, SmolLM). They are recognised by their parts. A block keeps its hooks, and
+a pass that the kernels do not take runs its own forward.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from steering_vectors.errors import ModelError
-from steering_vectors.runtime.cpu.kernels import LARGEST_HEAD, SUFFIXES, Heads, Kernels, Pass, WholeBlock, load
+from steering_vectors.runtime.cpu.kernels import MAX_HEAD_SIZE, SUFFIXES, Heads, Kernels, PassInputs, WholeBlock, load
 from steering_vectors.runtime.cpu.packing import PackedLinear, joined_weight
 from steering_vectors.runtime.slot_cache import SlotCache, active_metadata
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
@@ -27,21 +26,21 @@ HEAD_NORMS = {"q_norm", "k_norm"}
 
 
 def can_fuse(blocks: Sequence[nn.Module]) -> bool:
-    """Whether all blocks are of the kind, their layers packed, and there are kernels for this processor."""
-    return load() is not None and all(map(is_of_the_kind, blocks))
+    """Whether all blocks are Llama-like, their layers are packed and this processor has kernels."""
+    return load() is not None and all(map(is_llama_like, blocks))
 
 
 def fused_blocks(blocks: Sequence[nn.Module], bank: AcceleratedBank) -> list[FusedBlock]:
     """A faster forward for each block, not attached yet. Raises ModelError if the blocks cannot be fused."""
     kernels = load()
     if kernels is None or not can_fuse(blocks):
-        raise ModelError("the blocks are of a kind that is not fused")
-    passes = _Passes()
-    return [FusedBlock(kernels, block, layer, passes, bank) for layer, block in enumerate(blocks)]
+        raise ModelError("these blocks cannot be fused")
+    current = _CurrentPass()
+    return [FusedBlock(kernels, block, layer, current, bank) for layer, block in enumerate(blocks)]
 
 
-def is_of_the_kind(block: Any) -> bool:
-    """Whether a block has the parts that are fused, and none besides."""
+def is_llama_like(block: Any) -> bool:
+    """Whether a block has exactly the parts that are fused, with packed layers."""
     if set(dict(block.named_children())) != PARTS:
         return False
     attention, mlp = block.self_attn, block.mlp
@@ -52,36 +51,36 @@ def is_of_the_kind(block: Any) -> bool:
         and type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
         and all(_epsilon(norm) is not None for norm in (block.input_layernorm, block.post_attention_layernorm))
         and all(isinstance(layer, PackedLinear) for layer in _linear_layers(block))
-        and attention.head_dim <= LARGEST_HEAD
+        and attention.head_dim <= MAX_HEAD_SIZE
         and block.input_layernorm.weight.dtype in SUFFIXES
     )
 
 
-class _Passes:
-    """The pass that is under way, described once for all of its blocks."""
+class _CurrentPass:
+    """The inputs of the current pass, converted once for all blocks."""
 
     def __init__(self) -> None:
         self._of: tuple[Any, ...] = ()
-        self._latest: Pass | None = None
+        self._latest: PassInputs | None = None
 
-    def of(self, hidden: torch.Tensor, size: int, mask: Any, turn: Any) -> Pass | None:
-        """None if what the blocks are given is not what the kernels take, of heads of `size`."""
+    def inputs(self, hidden: torch.Tensor, size: int, mask: Any, rotary: Any) -> PassInputs | None:
+        """The pass's inputs for heads of `size`; None if the kernels do not take them."""
         metadata = active_metadata()
-        now = (metadata, mask, turn)
+        now = (metadata, mask, rotary)
         if len(self._of) == len(now) and all(map(is_, self._of, now)):
             return self._latest
         expected = ((*hidden.shape[:2], size), hidden.dtype)
-        known = mask is not None and turn is not None and mask.dtype == torch.bool
-        suits = known and all((tuple(one.shape), one.dtype) == expected for one in turn)
-        self._of, self._latest = now, Pass(turn, metadata.row_index, metadata.columns, mask) if suits else None
+        known = mask is not None and rotary is not None and mask.dtype == torch.bool
+        suits = known and all((tuple(one.shape), one.dtype) == expected for one in rotary)
+        self._of, self._latest = now, PassInputs(rotary, metadata.row_index, metadata.columns, mask) if suits else None
         return self._latest
 
 
 class FusedBlock:
-    """Takes the place of a block's `forward`. Raises ModelError if its layers were not packed as they are used."""
+    """Replaces a block's `forward`. Raises ModelError if its layers are not packed in the groups it reads them in."""
 
-    def __init__(self, kernels: Kernels, block: Any, layer: int, passes: _Passes, bank: AcceleratedBank) -> None:
-        self._kernels, self._block, self._layer, self._passes, self._bank = kernels, block, layer, passes, bank
+    def __init__(self, kernels: Kernels, block: Any, layer: int, current: _CurrentPass, bank: AcceleratedBank) -> None:
+        self._kernels, self._block, self._layer, self._current, self._bank = kernels, block, layer, current, bank
         self._plain = block.forward
         attention, mlp = block.self_attn, block.mlp
         self._first, self._second = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
@@ -118,8 +117,8 @@ class FusedBlock:
         if args or not isinstance(cache, SlotCache) or (hidden_states.shape[1] > 1 and not self._takes_prompts):
             return self._plain(hidden_states, *args, **kwargs)
         layer = cache.layers[self._layer]
-        turn = kwargs.get("position_embeddings")
-        given = self._passes.of(hidden_states, self._heads.size, kwargs.get("attention_mask"), turn)
+        rotary = kwargs.get("position_embeddings")
+        given = self._current.inputs(hidden_states, self._heads.size, kwargs.get("attention_mask"), rotary)
         if given is None or not layer.is_initialized:
             return self._plain(hidden_states, *args, **kwargs)
         if self._whole is not None:
@@ -127,7 +126,7 @@ class FusedBlock:
             return self._whole(hidden_states.contiguous(), layer.keys, layer.values, given, shift)
         return self._in_parts(hidden_states.contiguous(), layer, given)
 
-    def _in_parts(self, hidden: torch.Tensor, layer: Any, given: Pass) -> torch.Tensor:
+    def _in_parts(self, hidden: torch.Tensor, layer: Any, given: PassInputs) -> torch.Tensor:
         kernels = self._kernels
         joined = self._joined.product(kernels.norm(hidden, *self._first))
         seen = kernels.attend(self._heads, joined, layer.keys, layer.values, given)
@@ -143,14 +142,14 @@ def _linear_layers(block: Any) -> list[nn.Module]:
 
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
-    """Weight and epsilon of a root mean square norm."""
+    """Weight and epsilon of an RMS norm."""
     epsilon = _epsilon(module)
     assert epsilon is not None
     return module.weight.detach(), epsilon
 
 
 def _epsilon(module: Any) -> float | None:
-    """None if it is no root mean square norm."""
+    """The epsilon of an RMS norm; None for any other module."""
     if "RMSNorm" not in type(module).__name__:
         return None
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))

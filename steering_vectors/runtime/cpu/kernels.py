@@ -1,7 +1,6 @@
-"""The compiled kernels of this package: which of them this processor can run, and calling them with tensors.
+"""The compiled kernels of this package: which of them this processor can run, and calls into C with tensors.
 
-Owns the border to C: pointers, sizes and their checks. They are compiled when the package is installed, where there is
-a compiler; `load` is None where there is none, or where the processor is another, and everything works without them.
+They are compiled when the package is installed, if there is a compiler. Everything works without them.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Any
 
 import torch
 
-from steering_vectors.runtime.cpu.layouts import LANES, ordered, ordered_codes, ordered_scales
+from steering_vectors.runtime.cpu.layouts import LANES, packed_codes, packed_scales, packed_weight
 from steering_vectors.runtime.cpu.quantization import Quantized
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("avx512_bf16", "avx2")  # the better one first
+NAMES = ("avx512_bf16", "avx2")  # fastest first
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"}
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-KINDS = {"int8": 1, "int4": 2}  # as products.hpp has them
-LARGEST_HEAD = 512
+KINDS = {"int8": 1, "int4": 2}  # as in products.hpp
+MAX_HEAD_SIZE = 512
 
 
 class _Pass(Structure):
@@ -68,7 +67,7 @@ class _Block(Structure):
 
 @cache
 def load() -> Kernels | None:
-    """The best kernels that this processor runs, loaded once; None if there are none."""
+    """The fastest kernels that this processor can run, loaded once; None if there are none."""
     for path in compiled():
         try:
             return Kernels(path)
@@ -78,7 +77,7 @@ def load() -> Kernels | None:
 
 
 def compiled() -> list[Path]:
-    """The libraries that were compiled and that this processor runs, the best first."""
+    """The compiled libraries that this processor can run, fastest first."""
     return [path for name in NAMES if _runs(name) and (path := _path(name)) is not None]
 
 
@@ -88,7 +87,7 @@ def _path(name: str) -> Path | None:
 
 
 def _runs(name: str) -> bool:
-    """Whether the processor has the instructions, as Linux tells them."""
+    """Whether the processor has the instructions, by /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -99,10 +98,10 @@ def _runs(name: str) -> bool:
 
 
 class Kernels:
-    """Functions over contiguous tensors of one dtype, bfloat16 or float32, on a CPU."""
+    """Functions of contiguous CPU tensors of one dtype, bfloat16 or float32."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: most calls take microseconds
+        library = ctypes.PyDLL(str(path))  # keeps the GIL: most calls take microseconds
         self.has_products = bool(library.has_products())
         self._norm = {dtype: getattr(library, f"norm_{suffix}") for dtype, suffix in SUFFIXES.items()}
         self._gated = {dtype: getattr(library, f"gated_{suffix}") for dtype, suffix in SUFFIXES.items()}
@@ -129,20 +128,20 @@ class Kernels:
         return out
 
     def gated(self, both: torch.Tensor) -> torch.Tensor:
-        """silu(g) · u of `[…, 2n]`, where g is the first half of the last dimension and u the second."""
+        """silu(g) · u for `[…, 2n]`, where g is the first half of the last dimension and u the second."""
         size = both.shape[-1] // 2
         out = both.new_empty((*both.shape[:-1], size))
         self._gated[both.dtype](both.data_ptr(), out.data_ptr(), out.numel() // size, size)
         return out
 
     def attend(
-        self, heads: Heads, joined: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, given: Pass
+        self, heads: Heads, joined: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, given: PassInputs
     ) -> torch.Tensor:
         """Attention of new tokens over their row's slot, `[rows, queries, heads · size]`.
 
-        `joined` `[rows, queries, (heads + 2 · groups) · size]` are queries, keys and values before their position is
-        turned in. Keys and values go to the pass's columns of the cache `[slots, groups, columns, size]`. More than one
-        query a row needs `takes_prompts`.
+        `joined` `[rows, queries, (heads + 2 · groups) · size]` are queries, keys and values before the rotary
+        embedding. Keys and values are written to the pass's columns of the cache `[slots, groups, columns, size]`. More
+        than one query a row needs `takes_prompts`.
         """
         rows, queries = joined.shape[:2]
         out = joined.new_empty((rows, queries, heads.heads * heads.size))
@@ -159,34 +158,34 @@ class Kernels:
         return self.has_products and dtype == torch.bfloat16 and heads.size % LANES == 0
 
     def packed(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
-        """x Wᵀ + b for a bfloat16 weight `[outputs, inputs]`, which is copied; the number of inputs is even."""
+        """x Wᵀ + b for a bfloat16 weight `[outputs, inputs]`, which is copied. The number of inputs must be even."""
         outputs, inputs = weight.shape
-        return Product(self._product, ordered(weight), inputs, outputs, bias)
+        return Product(self._product, packed_weight(weight), inputs, outputs, bias)
 
     def quantized(self, weight: Quantized, bias: torch.Tensor | None = None) -> Product:
-        """x Wᵀ + b for a weight of 8 or 4 bits `[outputs, inputs]`, which is copied; the number of inputs is even."""
+        """x Wᵀ + b for a weight of 8 or 4 bits, which is copied. The number of inputs must be even."""
         outputs, inputs = weight.codes.shape
-        codes, scales = ordered_codes(weight), ordered_scales(weight)
+        codes, scales = packed_codes(weight), packed_scales(weight)
         return Product(self._product, codes, inputs, outputs, bias, KINDS[weight.kind], scales)
 
 
 class Product:
-    """A weight in the order in which the kernel reads it. One call at a time."""
+    """x Wᵀ + b over a packed weight. One call at a time."""
 
     def __init__(
         self,
         function: Any,
-        ordered: torch.Tensor,
+        packed: torch.Tensor,
         inputs: int,
         outputs: int,
         bias: torch.Tensor | None,
         kind: int = 0,
         scales: torch.Tensor | None = None,
     ) -> None:
-        self._function, self._kept = function, (ordered, None if bias is None else bias.contiguous(), scales)
-        ordered, bias, scales = self._kept
+        self._function, self._kept = function, (packed, None if bias is None else bias.contiguous(), scales)
+        packed, bias, scales = self._kept
         self.given = _Product(
-            weight=ordered.data_ptr(),
+            weight=packed.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
             inputs=inputs,
             outputs=outputs,
@@ -204,18 +203,18 @@ class Product:
         return out
 
 
-class Pass:
-    """What all blocks of one forward pass are given alike.
+class PassInputs:
+    """The inputs that all blocks of one forward pass share.
 
-    `turn`: cosines and sines `[rows, queries, size]` that turn a token's position into its heads. `columns`
-    `[rows, queries]` of `slots` `[rows, 1]`: where keys and values go. `mask` bool `[rows, 1, queries, length]`: the
-    columns that a token sees, the new ones among them.
+    `rotary` are the cosines and sines `[rows, queries, size]` of the rotary embedding. Keys and values are written to
+    `columns` `[rows, queries]` of `slots` `[rows, 1]`. `mask`, bool `[rows, 1, queries, length]`, is True at the
+    columns that a token attends to, the new ones included.
     """
 
     def __init__(
-        self, turn: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
+        self, rotary: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
     ) -> None:
-        cosines, sines = (one.contiguous() for one in turn)
+        cosines, sines = (one.contiguous() for one in rotary)
         self._kept = cosines, sines, slots, columns, mask = cosines, sines, slots, columns, mask.contiguous()
         rows, queries = columns.shape
         pointers = (one.data_ptr() for one in self._kept)
@@ -223,7 +222,7 @@ class Pass:
 
 
 class WholeBlock:
-    """A block of these norms (weight and epsilon), heads and products, whose output is computed in one call."""
+    """A whole decoder block in one call, made of its norms (weight and epsilon), heads and products."""
 
     def __init__(
         self,
@@ -242,11 +241,14 @@ class WholeBlock:
         hidden: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        given: Pass,
+        given: PassInputs,
         shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[rows, queries, hidden]` to the same; the cache `[slots, groups, columns, size]` takes keys and values.
-        `shift` `[rows, 1, hidden]` is added to the output, rounded as that is."""
+        """The block's output, `[rows, queries, hidden]` as its input.
+
+        Keys and values are written to the cache `[slots, groups, columns, size]`. `shift` `[rows, 1, hidden]` is added
+        to the rounded output.
+        """
         if keys is not self._keys or values is not self._values:
             self._keys, self._values = keys, values
             self._given.attention = self._heads.described(keys, values)
@@ -258,8 +260,10 @@ class WholeBlock:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heads:
-    """One block's attention: `heads` of queries share `groups` of keys and values, each of `size` numbers; the weights
-    of the norms of single heads, where the model has them, and their epsilon."""
+    """One block's attention: `heads` query heads share `groups` key and value heads, each of `size` numbers.
+
+    `query_norm` and `key_norm` are the weights of norms over single heads, if the model has them.
+    """
 
     heads: int
     groups: int
@@ -270,7 +274,7 @@ class Heads:
     epsilon: float = 0.0
 
     def described(self, keys: torch.Tensor, values: torch.Tensor) -> _Attention:
-        """All that is known before a pass."""
+        """The attention's part that is known before a pass."""
         return _Attention(
             heads=self.heads,
             groups=self.groups,

@@ -1,13 +1,14 @@
-"""Linear layers as a processor wants them: weights reordered once, layers that read the same input joined into one.
+"""Packing and quantising a model's linear layers for a CPU.
 
-For a CPU. A plain bf16 matrix-vector product reads memory at half the rate of one over a reordered weight, and one wide
-product costs less than several narrow ones. Owns the swap of modules, decided by a dry run, not by names. Knows nothing
-of what a layer is for.
+Weights are packed once, and layers that read the same input are joined into one product. A plain bf16 matrix-vector
+product reads memory at half the rate of a packed one, and one wide product costs less than several narrow ones. Which
+layers share an input is found by a dry run, not by names.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,26 +18,28 @@ from torch import nn
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.hooks import trace_inputs
-from steering_vectors.runtime.cpu.quantization import Kind, Quantized, joined
-from steering_vectors.runtime.cpu.quantized_layers import check_quantizes, quantize_layers
-from steering_vectors.runtime.cpu.weights import PackedWeight, pack_quantized, pack_weight
+from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, joined, quantize
+from steering_vectors.runtime.cpu.weights import PackedWeight, has_quantized, pack_quantized, pack_weight
+
+logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float32)
-TOLERANCE = 0.03  # relative error of logits: sums in another order, in bfloat16
+TOLERANCE = 0.03  # relative error of logits that sums in another order make in bfloat16
+MIN_SHARE = 0.5  # of the weights besides embeddings and output layer that must be quantised
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What `pack` did: layers that were swapped, and the products that they cost in one pass."""
+    """What `pack` did: the layers it replaced, and their products in one pass."""
 
     layers: int
     products: int
 
 
 class _Product:
-    """x Wᵀ + b over a reordered weight, for one layer or several that are given the same input.
+    """x Wᵀ + b over a packed weight, for one layer or several with the same input.
 
-    The first of the layers to be called computes for all; each takes its part once.
+    The first layer that is called computes for all, and each takes its part once.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
@@ -62,7 +65,7 @@ class _Product:
 
 
 def joined_weight(layers: Sequence[PackedLinear]) -> PackedWeight:
-    """The weight of these layers together. Raises ModelError if they were not packed as one, in this order."""
+    """The joint weight of these layers. Raises ModelError if they were not packed as one, in this order."""
     products = {layer.product for layer in layers}
     if len(products) != 1 or [layer.index for layer in layers] != list(range(len(layers))):
         raise ModelError("these layers do not share one weight")
@@ -70,7 +73,7 @@ def joined_weight(layers: Sequence[PackedLinear]) -> PackedWeight:
 
 
 class PackedLinear(nn.Module):
-    """Stands where an `nn.Linear` stood, and computes what it did up to the order of sums."""
+    """Replaces an `nn.Linear` and computes the same up to the order of sums."""
 
     def __init__(self, layer: nn.Linear, product: _Product, index: int) -> None:
         super().__init__()
@@ -82,15 +85,14 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
-    """Swap the linear layers that a pass over two tokens calls; the model is for inference on this CPU from then on.
+    """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
 
-    With a `kind`, their weights are quantised first, and the model is the quantised one. Raises ModelError if this CPU
-    has no such products for the model, or the model's code wants more of a linear layer than its product; it is of no
-    use then.
+    With a `kind`, their weights are quantised first. Raises ModelError if this CPU has no such products for the model,
+    or if the model's code uses more of a linear layer than its product; the model cannot be used then.
     """
     remedy = f"leave --{'cpu-prepack' if kind is None else 'quantize'} out"
     if kind is not None:
-        check_quantizes(model, kind, remedy)
+        _check_quantizes(model, kind, remedy)
     elif not packs(model):
         raise ModelError(f"oneDNN packs no weights of this kind here; {remedy}")
     groups = _groups(model)
@@ -99,10 +101,10 @@ def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
     packed = _swap(model, groups, quantized)
     del groups, quantized  # the plain weights
     _leave_file(model)
-    _give_back()
+    _trim_heap()
     try:
         error = float((_dry_run(model) - plain).norm() / plain.norm())
-    except Exception as failure:  # whatever a model's code does with a layer that is no nn.Linear
+    except Exception as failure:  # a model's code may do anything with a layer that is no nn.Linear
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
     if not error <= TOLERANCE:
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
@@ -120,31 +122,29 @@ def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Ma
 
 
 def _leave_file(model: nn.Module) -> None:
-    """Copy the weights that were not packed: while one of them is a view of the mapped checkpoint, all of it stays
-    resident."""
+    """Copy the weights that were not packed: while one of them is a view of the mapped checkpoint file, all of the file
+    stays in memory."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
-def _give_back() -> None:
-    """Let the system have what the plain weights took: glibc keeps it, as it lies between what is still in use."""
+def _trim_heap() -> None:
+    """Return the plain weights' memory to the system, which glibc would keep."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether torch has such products for the model's device and number format on this processor."""
+    """Whether oneDNN packs weights of the model's dtype on its device, which for bfloat16 needs AVX512 or better."""
     parameter = next(model.parameters())
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or parameter.device.type != "cpu":
+    if not available or parameter.device.type != "cpu" or parameter.dtype not in DTYPES:
         return False
-    if parameter.dtype == torch.bfloat16:  # for which oneDNN needs AVX-512 or AVX-NE-CONVERT
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return parameter.dtype in DTYPES
+    return parameter.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
-    """Linear layers called in a dry run, those together that were given the very same tensor one after the other."""
+    """The linear layers called in a dry run. Consecutive ones with the very same input tensor form a group."""
     layers = [module for module in model.modules() if type(module) is nn.Linear and module.weight.dtype in DTYPES]
     calls = trace_inputs(layers, lambda: _dry_run(model))
     counts = {id(layer): sum(other is layer for other, _ in calls) for layer, _ in calls}
@@ -176,3 +176,62 @@ def _joined_bias(layers: Sequence[nn.Linear]) -> torch.Tensor | None:
     return torch.cat(
         [torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias.detach() for layer in layers]
     )
+
+
+def _check_quantizes(model: nn.Module, kind: Kind, remedy: str) -> None:
+    """Raise ModelError, with the remedy, unless this machine has products of quantised weights for the model."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        raise ModelError(f"--quantize {kind} is for a CPU, not for {parameter.device}: use --device cpu, or {remedy}")
+    if not has_quantized():
+        raise ModelError(
+            f"--quantize {kind} needs a processor with AVX512-BF16 and AVX512-VBMI (from Zen 4 or Sapphire Rapids on) "
+            f"and the kernels that are compiled at installation where there is a C++ compiler; {remedy}"
+        )
+    if parameter.dtype != torch.bfloat16:
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        raise ModelError(f"--quantize {kind} is for models in bfloat16, not {dtype}: use --dtype bfloat16, or {remedy}")
+
+
+def quantize_layers(
+    model: nn.Module, groups: Sequence[Sequence[nn.Linear]], kind: Kind, remedy: str
+) -> dict[nn.Linear, Quantized]:
+    """Quantise layers, those of a group to the same kind. Each then has the plain weight that its codes represent, so
+    that the packed model is compared with the same numbers.
+
+    The output layer has 8 bits even if the others have 4. Embeddings stay as they are, even if the output layer shares
+    their weight. Raises ModelError if the layers are not most of the model's weights, or one has an odd number of
+    inputs.
+    """
+    layers = [layer for group in groups for layer in group]
+    if odd := next((layer.in_features for layer in layers if layer.in_features % 2), None):
+        raise ModelError(f"a linear layer of {odd} inputs cannot be quantised, an odd number; {remedy}")
+    output = _output_layer(model)
+    share = _share(model, [layer for layer in layers if layer is not output], output)
+    if share < MIN_SHARE:
+        raise ModelError(
+            f"--quantize {kind} would reach {share:.0%} of this architecture's weights, as the others are not those of "
+            f"linear layers; {remedy}"
+        )
+    quantized = {}
+    for group in groups:
+        of_group: Kind = "int8" if output in group else kind
+        for layer in group:
+            quantized[layer] = quantize(layer.weight, of_group)
+            plain = dequantize(quantized[layer]).to(layer.weight.dtype)
+            layer.weight = nn.Parameter(plain, requires_grad=False)  # a new one: embeddings may share the old one
+    message = "%d linear layers are quantised to %s, %.1f %% of the weights besides embeddings and the output layer"
+    logger.info(message, len(layers), kind, 100 * share)
+    return quantized
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
+
+
+def _share(model: nn.Module, layers: Sequence[nn.Linear], output: nn.Module | None) -> float:
+    """The share of these layers in all matrices but embeddings and the output layer."""
+    others = [module for module in model.modules() if module is not output and not isinstance(module, nn.Embedding)]
+    every = sum(one.numel() for module in others for one in module.parameters(recurse=False) if one.dim() >= 2)
+    return sum(layer.weight.numel() for layer in layers) / every if every else 0.0

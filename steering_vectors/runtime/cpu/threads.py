@@ -1,8 +1,8 @@
-"""Which threads torch's parallel sections may use.
+"""Which threads torch's parallel sections use.
 
-GNU's OpenMP keeps a team of workers for every thread that ever began a parallel section, and lets workers wait awake
-only while all teams together are no more than the processors: a second team makes every section wait for workers to be
-woken, 50 µs each. So one thread alone, the engine's, has a team that lasts.
+GNU's OpenMP keeps a team of workers for every thread that ever began a parallel section. Workers spin while all teams
+together are no more than the processors; with a second team, every section waits 50 µs for workers to wake. So only one
+thread, the engine's, has a lasting team.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ Result = TypeVar("Result")
 
 
 def processors() -> int:
-    """How many threads to compute with where nobody says: as many as torch would, and no more than this process's
-    affinity and its container's quota of processor time allow.
+    """The default number of threads: torch's own, but no more than this process's affinity and its container's CPU
+    quota allow.
 
-    They are not pinned to processors, which made a step of one row a third slower.
+    They are not pinned: pinning made a step of one row a third slower.
     """
     allowed: int = cpu_count()
     return min(torch.get_num_threads(), allowed)
 
 
 def use_threads(count: int) -> None:
-    """Give this thread so many threads, whatever others set later."""
+    """Set this thread's number of threads, whatever other threads set later."""
     torch.set_num_threads(count)
-    torch.get_num_threads()  # a thread's first question for its number takes the latest that any thread has set
+    torch.get_num_threads()  # a thread's first read takes the latest number that any thread has set
 
 
 def run_apart(work: Callable[[], Result]) -> Result:
-    """Run `work` in a thread that ends with it, and so does its team. Raises what it raises.
+    """Run `work` in a thread of its own, whose team of workers ends with it. Raises what it raises.
 
-    torch's number of threads is each thread's own, and what one sets is the default of those that come later: that is
-    left as it was.
+    torch's number of threads is kept for each thread, and setting it changes the default of later threads; that default
+    is restored.
     """
     threads = torch.get_num_threads()
 

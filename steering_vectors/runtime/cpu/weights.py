@@ -1,5 +1,5 @@
-"""Weights of linear layers in the order in which a processor reads them: by our own kernel for bfloat16 where the
-processor has its instructions, else by oneDNN. Weights of 8 and 4 bits by our own kernel alone."""
+"""Packed weights of linear layers and their products: by this package's kernels in bfloat16 and 8 or 4 bits, if the
+processor has the instructions, else by oneDNN."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from steering_vectors.errors import ModelError
 from steering_vectors.runtime.cpu.kernels import Kernels, Product, load
 from steering_vectors.runtime.cpu.quantization import Quantized
 
-ROWS = 1  # that oneDNN's order is chosen for; it is no worse for sixteen, measured
+ROWS = 1  # the batch size oneDNN optimises its layout for; measured, it is no worse for sixteen
 
 
 class PackedWeight(ABC):
-    """A weight `[outputs, inputs]` with its bias; `kernel`: the product of our own, where it is that."""
+    """A packed weight `[outputs, inputs]` with its bias. `kernel` is this package's product, if it is used."""
 
     kernel: Product | None = None
 
     @abstractmethod
     def product(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """x Wᵀ + b, and then + `added`, each rounded; `[…, inputs]` to `[…, outputs]`."""
+        """x Wᵀ + b, rounded, then + `added`, rounded; `[…, inputs]` to `[…, outputs]`."""
 
 
 class _KernelWeight(PackedWeight):
@@ -43,7 +43,7 @@ class _OneDnnWeight(PackedWeight):
 
 
 def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight:
-    """The weight for this processor; it is copied."""
+    """A weight packed for this processor; it is copied."""
     kernels = _products()
     if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return _KernelWeight(kernels.packed(weight, bias))
@@ -51,9 +51,9 @@ def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedWeight
 
 
 def pack_quantized(weight: Quantized, bias: torch.Tensor | None) -> PackedWeight:
-    """A weight of 8 or 4 bits; it is copied. Its bias and what it is multiplied by are bfloat16.
+    """A weight of 8 or 4 bits, packed; it is copied. Its bias and its inputs are bfloat16.
 
-    Raises ModelError unless `has_quantized` and its inputs are even in number.
+    Raises ModelError unless `has_quantized`, and for an odd number of inputs.
     """
     kernels = _products()
     if kernels is None or weight.codes.shape[1] % 2:
@@ -62,7 +62,7 @@ def pack_quantized(weight: Quantized, bias: torch.Tensor | None) -> PackedWeight
 
 
 def has_quantized() -> bool:
-    """Whether there are products over quantised weights for this processor."""
+    """Whether this processor has products of quantised weights."""
     return _products() is not None
 
 

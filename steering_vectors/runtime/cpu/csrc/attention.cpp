@@ -1,4 +1,4 @@
-// Attention of one new token a row, over as many keys as the row sees.
+// Attention of one new token a row over the keys that the row's mask shows.
 
 #include "attention.hpp"
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// out[s][place] = query s · key place, of `share` queries of `size` numbers and `count` keys.
+// out[s][place] = query s · key place, for `share` queries of `size` numbers and `count` keys.
 template <typename T>
 void scores_of(const T* queries, const T* keys, int64_t share, int64_t size, int64_t count, float* out) {
     for (int64_t place = 0; place < count; place++)
@@ -23,23 +23,23 @@ void scores_of(const T* queries, const T* keys, int64_t share, int64_t size, int
         }
 }
 
-// sums[s] = Σ chances[s][place] · value place; a place that is not seen is not read.
+// sums[s] = Σ weights[s][place] · value place. Values at masked places are not read.
 template <typename T>
-void weigh(const float* chances, const uint8_t* seen, const T* values, int64_t share, int64_t size, int64_t count,
+void weigh(const float* weights, const uint8_t* seen, const T* values, int64_t share, int64_t size, int64_t count,
            float* sums) {
     for (int64_t i = 0; i < share * size; i++) sums[i] = 0;
     for (int64_t place = 0; place < count; place++)
         for (int64_t s = 0; seen[place] && s < share; s++) {
-            const float chance = chances[s * count + place];
+            const float weight = weights[s * count + place];
             const T* value = values + place * size;
             float* to = sums + s * size;
 #pragma omp simd
-            for (int64_t i = 0; i < size; i++) to[i] += chance * up(value[i]);
+            for (int64_t i = 0; i < size; i++) to[i] += weight * up(value[i]);
         }
 }
 
 #ifdef __AVX512BF16__
-// The sum of each of sixteen vectors, in their order.
+// The sums of sixteen vectors, in order.
 inline __m512 sums_of(const __m512* v) {
     __m512 pairs[8], fours[4];
     for (int i = 0; i < 8; i++)
@@ -54,7 +54,7 @@ inline __m512 sums_of(const __m512* v) {
     return lanes(lanes(fours[0], fours[1]), lanes(fours[2], fours[3]));
 }
 
-// Sixteen keys at a time, for heads of whole vectors.
+// The same, sixteen keys at a time, for head sizes that fill whole vectors.
 void scores_of(const Bfloat16* queries, const Bfloat16* keys, int64_t share, int64_t size, int64_t count, float* out) {
     if (size % 32 != 0) return scores_of<Bfloat16>(queries, keys, share, size, count, out);
     for (int64_t place = 0; place < count; place += 16) {
@@ -81,7 +81,7 @@ void scores_of(const Bfloat16* queries, const Bfloat16* keys, int64_t share, int
 }
 
 template <int SHARE>
-void weigh_some(const float* chances, const uint8_t* seen, const Bfloat16* values, int64_t size, int64_t count,
+void weigh_some(const float* weights, const uint8_t* seen, const Bfloat16* values, int64_t size, int64_t count,
                 float* sums) {
     for (int64_t first = 0; first < size; first += 64) {
         __m512 totals[SHARE][4];
@@ -99,9 +99,9 @@ void weigh_some(const float* chances, const uint8_t* seen, const Bfloat16* value
             }
 #pragma GCC unroll 4
             for (int s = 0; s < SHARE; s++) {
-                const __m512 chance = _mm512_set1_ps(chances[s * count + place]);
+                const __m512 weight = _mm512_set1_ps(weights[s * count + place]);
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) totals[s][i] = _mm512_fmadd_ps(chance, value[i], totals[s][i]);
+                for (int i = 0; i < 4; i++) totals[s][i] = _mm512_fmadd_ps(weight, value[i], totals[s][i]);
             }
         }
         for (int s = 0; s < SHARE; s++)
@@ -109,22 +109,22 @@ void weigh_some(const float* chances, const uint8_t* seen, const Bfloat16* value
     }
 }
 
-void weigh(const float* chances, const uint8_t* seen, const Bfloat16* values, int64_t share, int64_t size,
+void weigh(const float* weights, const uint8_t* seen, const Bfloat16* values, int64_t share, int64_t size,
            int64_t count, float* sums) {
-    if (size % 64 != 0) return weigh<Bfloat16>(chances, seen, values, share, size, count, sums);
+    if (size % 64 != 0) return weigh<Bfloat16>(weights, seen, values, share, size, count, sums);
     int64_t s = 0;
-    for (; s + 4 <= share; s += 4) weigh_some<4>(chances + s * count, seen, values, size, count, sums + s * size);
-    if (share - s == 3) weigh_some<3>(chances + s * count, seen, values, size, count, sums + s * size);
-    if (share - s == 2) weigh_some<2>(chances + s * count, seen, values, size, count, sums + s * size);
-    if (share - s == 1) weigh_some<1>(chances + s * count, seen, values, size, count, sums + s * size);
+    for (; s + 4 <= share; s += 4) weigh_some<4>(weights + s * count, seen, values, size, count, sums + s * size);
+    if (share - s == 3) weigh_some<3>(weights + s * count, seen, values, size, count, sums + s * size);
+    if (share - s == 2) weigh_some<2>(weights + s * count, seen, values, size, count, sums + s * size);
+    if (share - s == 1) weigh_some<1>(weights + s * count, seen, values, size, count, sums + s * size);
 }
 #endif
 
-// Scores into chances, in place: e^(scaling · score) over its largest of the places that are seen, 0 elsewhere. Returns
-// their sum.
-inline float chances_of(float* scores, const uint8_t* seen, int64_t count, float scaling) {
+// Turns scores into softmax weights that are not normalised, in place: e^(scaling · score − maximum), 0 at masked
+// places. Returns their sum.
+inline float weights_of(float* scores, const uint8_t* seen, int64_t count, float scaling) {
 #ifdef __AVX512BF16__
-    return vectors::chances(scores, seen, count, scaling, [scores, count](__m512 found, int64_t place) {
+    return vectors::softmax_weights(scores, seen, count, scaling, [scores, count](__m512 found, int64_t place) {
         _mm512_mask_storeu_ps(scores + place, vectors::lanes(count - place), found);
     });
 #else
@@ -143,7 +143,7 @@ inline float chances_of(float* scores, const uint8_t* seen, int64_t count, float
 #endif
 }
 
-// One row's queries of one key head.
+// One row's queries that share one key head.
 template <typename T> void attend_group(const Attention& a, int64_t row, int64_t group) {
     const int64_t d = a.size, share = a.heads / a.groups;
     a.keep<T>(row, 0, group);
@@ -159,15 +159,15 @@ template <typename T> void attend_group(const Attention& a, int64_t row, int64_t
     thread_local std::vector<float> scratch;
     scratch.resize(share * (d + span + 1));
     float* sums = scratch.data();
-    float* chances = sums + share * d;
+    float* weights = sums + share * d;
     thread_local std::vector<T> queries;
     queries.resize(share * d);
     for (int64_t s = 0; s < share; s++)
-        a.turn(a.new_head<T>(row, 0, group * share + s), a.query_norm, row, 0, queries.data() + s * d);
-    scores_of(queries.data(), keys + first * d, share, d, span, chances);
+        a.rotate_head(a.new_head<T>(row, 0, group * share + s), a.query_norm, row, 0, queries.data() + s * d);
+    scores_of(queries.data(), keys + first * d, share, d, span, weights);
     float* totals = sums + share * (d + span);
-    for (int64_t s = 0; s < share; s++) totals[s] = chances_of(chances + s * span, seen + first, span, a.scaling);
-    weigh(chances, seen + first, values + first * d, share, d, span, sums);
+    for (int64_t s = 0; s < share; s++) totals[s] = weights_of(weights + s * span, seen + first, span, a.scaling);
+    weigh(weights, seen + first, values + first * d, share, d, span, sums);
     T* result = (T*)a.out + (row * a.heads + group * share) * d;
     for (int64_t s = 0; s < share; s++) {
         const float part = 1.0f / totals[s];

@@ -1,8 +1,8 @@
-// A decoder block of the common kind in one call, in bfloat16, for processors with AVX512-BF16:
+// A Llama-like decoder block in one call, in bfloat16, for processors with AVX512-BF16:
 //
 //     h ← h + o(attention(qkv(norm(h))));   h ← h + down(silu(gate(norm(h))) · up(norm(h)))
 //
-// What is between two products stays in memory that is kept from block to block.
+// Intermediate results use buffers that are kept from block to block.
 
 #ifdef __AVX512BF16__
 #include "attention.hpp"
@@ -23,7 +23,7 @@ struct Norm {
     float epsilon;
 };
 
-// The numbers of one product's result.
+// A buffer for an intermediate result.
 class Scratch {
     std::vector<uint16_t> numbers;
 
@@ -34,7 +34,7 @@ class Scratch {
     }
 };
 
-// to ← to + shift, of all tokens of a row alike.
+// to ← to + shift, the same shift for all tokens of a row.
 void shift_rows(uint16_t* to, const uint16_t* shift, int64_t rows, int64_t queries, int64_t size) {
     using namespace vectors;
 #pragma omp parallel for if (rows * queries * size >= SERIAL)
@@ -58,28 +58,28 @@ void multiply(Product p, const uint16_t* x, int64_t tokens, uint16_t* out, const
 
 struct Block {
     Norm first, second;
-    Product joined, output, gate_up, down;  // queries, keys and values in one
-    Attention attention;                    // what does not change from pass to pass
+    Product joined, output, gate_up, down;  // joined: queries, keys and values
+    Attention attention;                    // the part that is known before a pass
 };
 
-// `hidden` [rows, queries, inputs] to `out` of the same shape; to which `shift` [rows, inputs] is added, if there is one.
+// Computes `out` from `hidden`, both [rows, queries, inputs], and adds `shift` [rows, inputs] unless it is null.
 extern "C" void block(const Block* given, const Pass* pass, const uint16_t* hidden, const uint16_t* shift,
                       uint16_t* out) {
     thread_local Scratch normed, joined, seen, both, gated;
     const Block& b = *given;
     const int64_t tokens = pass->rows * pass->queries, size = b.joined.inputs, inner = b.down.inputs;
-    uint16_t* quiet = normed.of(tokens * size);
+    uint16_t* normalised = normed.of(tokens * size);
 
-    norm_bfloat16(hidden, b.first.weight, quiet, tokens, size, b.first.epsilon);
-    multiply(b.joined, quiet, tokens, joined.of(tokens * b.joined.outputs));
+    norm_bfloat16(hidden, b.first.weight, normalised, tokens, size, b.first.epsilon);
+    multiply(b.joined, normalised, tokens, joined.of(tokens * b.joined.outputs));
     Attention a = b.attention;
     static_cast<Pass&>(a) = *pass;
     a.joined = joined.of(0), a.out = seen.of(tokens * b.output.inputs);
     a.queries == 1 ? attend_bfloat16(&a) : attend_prompts(&a);
     multiply(b.output, seen.of(0), tokens, out, hidden);
 
-    norm_bfloat16(out, b.second.weight, quiet, tokens, size, b.second.epsilon);
-    multiply(b.gate_up, quiet, tokens, both.of(tokens * 2 * inner));
+    norm_bfloat16(out, b.second.weight, normalised, tokens, size, b.second.epsilon);
+    multiply(b.gate_up, normalised, tokens, both.of(tokens * 2 * inner));
     gated_bfloat16(both.of(0), gated.of(tokens * inner), tokens, inner);
     multiply(b.down, gated.of(0), tokens, out, out);
     if (shift != nullptr) shift_rows(out, shift, pass->rows, pass->queries, size);

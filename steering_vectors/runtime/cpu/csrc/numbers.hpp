@@ -1,4 +1,4 @@
-// float32 and bfloat16: reading, rounding, and an exponential that vectorises.
+// float32 and bfloat16: conversion, rounding, and an exponential that vectorises.
 
 #pragma once
 
@@ -27,13 +27,13 @@ template <> inline Bfloat16 down<Bfloat16>(float value) {
     return {uint16_t(value == value ? rounded : 0x7fc0)};
 }
 
-// What is left of a value after it was stored.
+// A value rounded to T and read back.
 template <typename T> inline float stored(float value) { return up(down<T>(value)); }
 
 // e^x with a relative error of 2e-7: 2^n times a polynomial (Cephes' expf), in a form that vectorises.
 inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+    const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // to the nearest integer
     const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -48,4 +48,4 @@ inline float exponential(float x) {
     return value * power;
 }
 
-constexpr int64_t SERIAL = 16384;  // elements; a parallel region costs as much as so many
+constexpr int64_t SERIAL = 16384;  // elements; fewer are not worth a parallel region

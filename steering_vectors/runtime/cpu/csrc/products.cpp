@@ -1,6 +1,6 @@
-// x Wᵀ in bfloat16 for processors with AVX512-BF16, over weights in the order in which they are read.
+// x Wᵀ over packed weights for processors with AVX512-BF16.
 //
-// At few rows the time is that of reading the weights, at many that of the multiplications.
+// With few rows it is bound by reading the weights, with many by the multiplications.
 
 #include "products.hpp"
 

@@ -1,8 +1,9 @@
 // Attention of many new tokens a row in bfloat16, for processors with AVX512-BF16.
 //
-// Scores and sums are products like those of the layers: keys are packed as weights whose outputs are the columns, values
-// as weights whose inputs are. The queries that share a key head are rows of one product, those of a tile see columns up
-// to the last that any of them sees. Chances are rounded to bfloat16 before they are divided by their sum.
+// Scores and weighted sums are products like those of the layers: keys are packed as a weight whose outputs are the
+// columns, values as a weight whose inputs are the columns. The queries that share a key head are rows of one product. A
+// tile of them covers columns up to the last that any of its queries sees. Softmax weights are rounded to bfloat16 before
+// they are divided by their sum.
 
 #ifdef __AVX512BF16__
 #include "attention.hpp"
@@ -15,11 +16,11 @@ namespace {
 
 using namespace tiles;
 
-constexpr int64_t TILE = 64;  // queries, whose scores stay in the cache
+constexpr int64_t TILE = 64;  // queries whose scores stay in the processor's cache
 
 inline int64_t whole_blocks(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-// The number of columns up to the last one that is seen.
+// The number of columns up to the last one that the mask shows.
 int64_t end_of(const uint8_t* seen, int64_t length) {
     uint64_t eight = 0;
     while (length >= 8 && (std::memcpy(&eight, seen + length - 8, 8), eight == 0)) length -= 8;
@@ -27,7 +28,7 @@ int64_t end_of(const uint8_t* seen, int64_t length) {
     return length;
 }
 
-// Sixteen keys as a block of a weight: [size / 2][16][2]. Those beyond `count` are zeros.
+// Packs sixteen keys as a block of a weight, [size / 2][16][2]; zeros beyond `count`.
 void pack_keys(const uint16_t* keys, int64_t size, int64_t count, uint16_t* to) {
     for (int64_t key = 0; key < LANES; key++)
         for (int64_t pair = 0; pair < size / 2; pair++) {
@@ -37,7 +38,7 @@ void pack_keys(const uint16_t* keys, int64_t size, int64_t count, uint16_t* to) 
         }
 }
 
-// Sixteen values as inputs of a weight [size / 16][inputs / 2][16][2], from input `place` on.
+// Packs sixteen values as inputs of a weight [size / 16][inputs / 2][16][2], from input `place` on.
 void pack_values(const uint16_t* values, int64_t size, int64_t count, int64_t place, int64_t inputs, uint16_t* to) {
     for (int64_t pair = 0; pair < LANES / 2; pair++)
         for (int64_t block = 0; block < size / LANES; block++) {
@@ -51,27 +52,27 @@ void pack_values(const uint16_t* values, int64_t size, int64_t count, int64_t pl
 }
 
 struct Scratch {
-    std::vector<uint16_t> keys, values;  // packed, of every row and group
-    std::vector<int64_t> ends;           // of every row and query
-    int64_t inputs;                      // columns, in whole blocks
+    std::vector<uint16_t> keys, values;  // packed, for each row and group
+    std::vector<int64_t> ends;           // for each row and query
+    int64_t inputs;                      // columns, rounded up to whole blocks
 };
 
-// A tile's queries, from `first` to `last`, of one row and group; query q is head q % share of token q / share.
+// The queries `first` … `last` of one row and group; query q is head q % share of token q / share.
 void attend_tile(const Attention& a, const Scratch& s, int64_t row, int64_t group, int64_t first, int64_t last) {
     const int64_t d = a.size, share = a.heads / a.groups, count = last - first, place = (row * a.groups + group);
-    thread_local std::vector<uint16_t> turned, chances;
+    thread_local std::vector<uint16_t> rotated, weights;
     thread_local std::vector<float> scores;
-    turned.resize(TILE * d);
-    chances.resize(TILE * s.inputs);
+    rotated.resize(TILE * d);
+    weights.resize(TILE * s.inputs);
     scores.resize(TILE * s.inputs);
     int64_t end = 0;
     for (int64_t q = first; q < last; q++) {
-        a.turn(a.new_head<Bfloat16>(row, q / share, group * share + q % share), a.query_norm, row, q / share,
-               (Bfloat16*)turned.data() + (q - first) * d);
+        a.rotate_head(a.new_head<Bfloat16>(row, q / share, group * share + q % share), a.query_norm, row, q / share,
+               (Bfloat16*)rotated.data() + (q - first) * d);
         end = std::max(end, s.ends[row * a.queries + q / share]);
     }
     end = whole_blocks(end);
-    const Operands looking{turned.data(), d, count, d, s.keys.data() + place * s.inputs * d};
+    const Operands looking{rotated.data(), d, count, d, s.keys.data() + place * s.inputs * d};
     multiply(looking, 0, end / LANES, [&](__m512 sums, int64_t query, int64_t block) {
         _mm512_storeu_ps(scores.data() + query * s.inputs + block * LANES, sums);
     });
@@ -79,14 +80,14 @@ void attend_tile(const Attention& a, const Scratch& s, int64_t row, int64_t grou
     for (int64_t q = 0; q < count; q++) {
         const uint8_t* seen = a.mask + (row * a.queries + (first + q) / share) * a.length;
         const float* mine = scores.data() + q * s.inputs;
-        uint16_t* to = chances.data() + q * s.inputs;
+        uint16_t* to = weights.data() + q * s.inputs;
         const auto keep = [to](__m512 found, int64_t place) {
             _mm256_storeu_si256((__m256i*)(to + place), rounded(found));
         };
-        const float total = vectors::chances(mine, seen, std::min(end, a.length), a.scaling, keep);
+        const float total = vectors::softmax_weights(mine, seen, std::min(end, a.length), a.scaling, keep);
         shares[q] = total > 0 ? 1.0f / total : 0.0f;
     }
-    const Operands weighing{chances.data(), s.inputs, count, end, s.values.data() + place * s.inputs * d,
+    const Operands weighing{weights.data(), s.inputs, count, end, s.values.data() + place * s.inputs * d,
                             LANES * s.inputs};
     multiply(weighing, 0, d / LANES, [&](__m512 sums, int64_t query, int64_t block) {
         const int64_t q = first + query, head = (row * a.queries + q / share) * a.heads + group * share + q % share;
@@ -97,7 +98,7 @@ void attend_tile(const Attention& a, const Scratch& s, int64_t row, int64_t grou
 
 }  // namespace
 
-// Heads of whole blocks only.
+// For head sizes that fill whole blocks.
 extern "C" void attend_prompts(const Attention* given) {
     const Attention& a = *given;
     thread_local Scratch kept;

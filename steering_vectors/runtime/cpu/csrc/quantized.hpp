@@ -1,9 +1,9 @@
 // Products over weights of 8 and 4 bits for processors with AVX512-BF16 and AVX512-VBMI.
 //
-// A code is a whole number and exact in bfloat16, so the instruction of bfloat16 products adds up code · x in float32, and
-// the sum is multiplied by the scale that its codes share: one for each output in 8 bits, one for each output and GROUP
-// inputs in 4 bits. Sixteen outputs are a block here too, [N / 16][vectors][64 bytes]: a vector holds their codes of STEPS
-// neighbouring pairs of inputs, the last one of a row filled up with zeros. A row's sums do not depend on its neighbours.
+// A code is an integer and exact in bfloat16, so the bfloat16 dot product instruction sums code · x in float32, and the
+// sum is multiplied by the codes' scale: one for each output in 8 bits, one for each output and GROUP inputs in 4 bits.
+// Sixteen outputs form a block here too, [N / 16][vectors][64 bytes]: a vector holds their codes of STEPS neighbouring
+// pairs of inputs, and the last vector is padded with zeros. A row's sums do not depend on other rows.
 
 #pragma once
 
@@ -28,10 +28,10 @@ inline uint16_t bits_of(float value) {
     return uint16_t(bits >> 16);
 }
 
-// Codes from -127 to 127 as sign and magnitude; byte 16 i + 8 t + j of a vector is number 8 i + j of pair t.
+// Codes from -127 to 127 as sign and magnitude. Byte 16 i + 8 t + j of a vector is number 8 i + j of pair t.
 struct Int8 {
     static constexpr int64_t STEPS = 2;
-    __m512i low[2], high[2];  // bytes of the numbers from 0 to 127
+    __m512i low[2], high[2];  // low and high bytes of 0 … 127 in bfloat16
     __m512i sign = _mm512_set1_epi8(-128);
 
     Int8() {
@@ -47,7 +47,7 @@ struct Int8 {
 
     inline void decode(const uint8_t* from, __m512i (&to)[STEPS]) const {
         const __m512i codes = _mm512_loadu_si512(from);
-        const __m512i lows = _mm512_permutex2var_epi8(low[0], codes, low[1]);  // looks at seven bits of a code
+        const __m512i lows = _mm512_permutex2var_epi8(low[0], codes, low[1]);  // uses seven bits of a code
         const __m512i sizes = _mm512_permutex2var_epi8(high[0], codes, high[1]);
         const __m512i highs = _mm512_ternarylogic_epi32(sizes, codes, sign, 0xf8);  // sizes | (codes & sign)
         to[0] = _mm512_unpacklo_epi8(lows, highs);
@@ -55,10 +55,10 @@ struct Int8 {
     }
 };
 
-// Codes from -8 to 7 as nibbles; nibble t of a vector's words is pair t.
+// Codes from -8 to 7 as nibbles. Nibble t of a vector's words is pair t.
 struct Int4 {
     static constexpr int64_t STEPS = 4;
-    __m512i table;  // the sixteen numbers, twice: five bits of a word are looked at, of which one is a neighbour's
+    __m512i table;  // the sixteen numbers, twice: the lookup uses five bits of a word, one of which belongs to the next nibble
 
     Int4() {
         uint16_t values[32];
@@ -84,7 +84,7 @@ template <int BLOCKS, int ROWS> inline void clear(Sums<BLOCKS, ROWS>& sums) {
         for (int m = 0; m < ROWS; m++) sums[b][m] = _mm512_setzero_ps();
 }
 
-// Adds the products of a vector's first `steps` pairs; `block` bytes are from one block to the next.
+// Adds the products of a vector's first `steps` pairs. Blocks are `block` bytes apart.
 template <typename Format, int BLOCKS, int ROWS>
 inline __attribute__((always_inline)) void add(
     const Format& format, const uint16_t* x, int64_t stride, const uint8_t* codes, int64_t block, int64_t steps,
@@ -110,7 +110,7 @@ inline __attribute__((always_inline)) void add(
     }
 }
 
-// `store(sums, row, block)` is given the sixteen sums of each row and block.
+// Calls `store(sums, row, block)` with the sixteen sums of each row and block.
 template <typename Format, int BLOCKS, int ROWS, typename Store>
 inline void tile(const Format& format, const Codes& o, int64_t row, int64_t block, const Store& store) {
     constexpr int64_t STEPS = Format::STEPS;
@@ -142,7 +142,7 @@ inline void tile(const Format& format, const Codes& o, int64_t row, int64_t bloc
 
 template <typename Format, int ROWS, typename Store>
 void rows_of(const Format& format, const Codes& o, int64_t& row, int64_t first, int64_t end, const Store& store) {
-    constexpr int BLOCKS = ROWS == 8 ? 2 : ROWS == 4 ? 3 : 4;  // as many as there are registers for their sums
+    constexpr int BLOCKS = ROWS == 8 ? 2 : ROWS == 4 ? 3 : 4;  // as many as the registers hold sums for
     for (; row + ROWS <= o.rows; row += ROWS) {
         int64_t block = first;
         for (; block + BLOCKS <= end; block += BLOCKS) tile<Format, BLOCKS, ROWS>(format, o, row, block, store);
@@ -150,10 +150,10 @@ void rows_of(const Format& format, const Codes& o, int64_t& row, int64_t first, 
     }
 }
 
-// All rows times the blocks from `first` to `last`.
+// Multiplies all rows by the blocks `first` … `last`.
 template <typename Format, typename Store>
 void multiply(const Codes& o, int64_t first, int64_t last, const Store& store) {
-    constexpr int64_t CODED_PANEL = 12;  // whole tiles of each kind
+    constexpr int64_t CODED_PANEL = 12;  // a multiple of every BLOCKS above
     const Format format;
     for (; first < last; first += CODED_PANEL) {
         const int64_t end = std::min(last, first + CODED_PANEL);

@@ -1,6 +1,6 @@
-// The norm and the gated unit of all rows, each in one pass over its memory; rounded where plain modelling code rounds.
+// RMS norm and gated SiLU over all rows, each in one pass over memory. They round where the modelling code rounds.
 //
-// Called through C's calling convention, with raw pointers to contiguous memory.
+// The exported functions take raw pointers to contiguous memory.
 
 #include "rows.hpp"
 
@@ -42,7 +42,7 @@ void gate_row(const Bfloat16* gate, const Bfloat16* other, Bfloat16* to, int64_t
 }
 #endif
 
-// The same, of rows that hold both side by side.
+// The same for rows that hold both halves side by side.
 template <typename T> void gated(const T* both, T* out, int64_t rows, int64_t size) {
 #pragma omp parallel for if (rows * size >= SERIAL)
     for (int64_t row = 0; row < rows; row++) {

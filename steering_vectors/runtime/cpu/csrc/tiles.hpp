@@ -1,7 +1,7 @@
 // The inner loop of bfloat16 products for processors with AVX512-BF16.
 //
-// A weight [N, K] is packed as [N / 16][K / 2][16][2]: one vector holds two neighbouring inputs of sixteen outputs, which
-// one instruction multiplies by a pair of x and adds up in float32. A row's sums do not depend on its neighbours.
+// A weight [N, K] is packed as [N / 16][K / 2][16][2]: one vector holds two neighbouring inputs of sixteen outputs, and
+// one instruction multiplies them by a pair of x and sums in float32. A row's sums do not depend on other rows.
 
 #pragma once
 
@@ -11,19 +11,19 @@
 
 namespace tiles {
 
-using namespace vectors;  // a block has as many outputs as a vector has lanes
+using namespace vectors;  // a block has LANES outputs
 
-constexpr int64_t PANEL = 9;  // blocks that stay in the cache for all rows
-constexpr int64_t AHEAD = 4;  // blocks between what is multiplied and what is fetched
+constexpr int64_t PANEL = 9;  // blocks that stay in the processor's cache for all rows
+constexpr int64_t AHEAD = 4;  // blocks that are prefetched ahead
 
 struct Operands {
-    const uint16_t* x;  // rows of `stride` numbers, of which `inputs` are taken, an even number
+    const uint16_t* x;  // rows of `stride` numbers, of which the first `inputs` are used, an even number
     int64_t stride, rows, inputs;
     const uint16_t* weight;
     int64_t block = LANES * inputs;  // numbers from one block of outputs to the next
 };
 
-// `store(sums, row, block)` is given the sixteen sums of each row and block.
+// Calls `store(sums, row, block)` with the sixteen sums of each row and block.
 template <int BLOCKS, int ROWS, typename Store>
 inline void tile(const Operands& o, int64_t row, int64_t block, const Store& store) {
     __m512 sums[BLOCKS][ROWS];
@@ -38,7 +38,7 @@ inline void tile(const Operands& o, int64_t row, int64_t block, const Store& sto
         for (int b = 0; b < BLOCKS; b++) {
             const uint16_t* from = weight + b * o.block + k * 2 * LANES;
             vectors[b] = (__m512bh)_mm512_loadu_si512(from);
-            // the panel after this one comes meanwhile
+            // prefetch the next panel
             if (ROWS == 8) _mm_prefetch((const char*)(from + AHEAD * o.block), _MM_HINT_T1);
         }
 #pragma GCC unroll 8
@@ -56,7 +56,7 @@ inline void tile(const Operands& o, int64_t row, int64_t block, const Store& sto
 
 template <int ROWS, typename Store>
 void rows_of(const Operands& o, int64_t& row, int64_t first, int64_t end, const Store& store) {
-    constexpr int BLOCKS = ROWS <= 2 ? 9 : 3;  // of a panel, as many as there are registers for their sums
+    constexpr int BLOCKS = ROWS <= 2 ? 9 : 3;  // of a panel, as many as the registers hold sums for
     for (; row + ROWS <= o.rows; row += ROWS) {
         int64_t block = first;
         for (; block + BLOCKS <= end; block += BLOCKS) tile<BLOCKS, ROWS>(o, row, block, store);
@@ -64,7 +64,7 @@ void rows_of(const Operands& o, int64_t& row, int64_t first, int64_t end, const 
     }
 }
 
-// All rows times the blocks from `first` to `last`.
+// Multiplies all rows by the blocks `first` … `last`.
 template <typename Store> void multiply(const Operands& o, int64_t first, int64_t last, const Store& store) {
     for (; first < last; first += PANEL) {
         const int64_t end = first + PANEL < last ? first + PANEL : last;

@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, for processors with AVX512-BF16: reading and rounding bfloat16, and the exponential.
+// Sixteen numbers at a time, for processors with AVX512-BF16: conversion from and to bfloat16, the exponential, softmax.
 
 #pragma once
 
@@ -16,12 +16,12 @@ inline __m512 widened(__m256i values) {
 
 inline __m256i rounded(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 
-// The first `count` lanes, all of them if there are more.
+// A mask of the first `count` lanes, or of all if there are more.
 inline __mmask16 lanes(int64_t count) { return __mmask16((1u << (count < LANES ? count : LANES)) - 1); }
 
-// As `exponential` of one number.
+// The exponential of sixteen numbers, as `exponential` of one.
 inline __m512 exponential(__m512 x) {
-    // the second operand is the result where either is not a number
+    // if either operand is NaN, the result is the second
     x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -36,10 +36,10 @@ inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// e^(scaling · score) over its largest, of `count` scores of which those that are seen count; the others are 0. `store`
-// is given sixteen at a time and where they begin. Returns their sum, 0 if nothing is seen.
+// Softmax weights of `count` scores that are not normalised: e^(scaling · score − maximum), 0 at masked places. Calls
+// `store` with sixteen of them at a time and the place of the first. Returns their sum, 0 if all are masked.
 template <typename Store>
-float chances(const float* scores, const uint8_t* seen, int64_t count, float scaling, const Store& store) {
+float softmax_weights(const float* scores, const uint8_t* seen, int64_t count, float scaling, const Store& store) {
     const auto seen_at = [&](int64_t i) {
         const __mmask16 there = lanes(count - i);
         const __m128i bytes = _mm_maskz_loadu_epi8(there, seen + i);
@@ -55,9 +55,9 @@ float chances(const float* scores, const uint8_t* seen, int64_t count, float sca
     for (int64_t i = 0; i < count; i += LANES) {
         const __mmask16 present = seen_at(i);
         const __m512 score = _mm512_mul_ps(_mm512_maskz_loadu_ps(present, scores + i), scale);
-        const __m512 chance = _mm512_maskz_mov_ps(present, exponential(_mm512_sub_ps(score, highest)));
-        total = _mm512_add_ps(total, chance);
-        store(chance, i);
+        const __m512 weight = _mm512_maskz_mov_ps(present, exponential(_mm512_sub_ps(score, highest)));
+        total = _mm512_add_ps(total, weight);
+        store(weight, i);
     }
     return _mm512_reduce_add_ps(total);
 }

@@ -17,7 +17,7 @@ from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.fused_blocks import can_fuse
 from steering_vectors.runtime.cpu.fused_runner import FusedRunner
-from steering_vectors.runtime.cpu.kernels import Heads, Kernels, Pass, WholeBlock, compiled, load
+from steering_vectors.runtime.cpu.kernels import Heads, Kernels, PassInputs, WholeBlock, compiled, load
 from steering_vectors.runtime.cpu.packing import pack, packs
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, quantize
 from steering_vectors.runtime.runner import RowInput
@@ -148,7 +148,7 @@ def assert_attends(
         scale=described.scaling,
         enable_gqa=True,
     ).to(dtype)
-    found = kernels.attend(described, joined, keys, values, Pass(turn, where, columns, mask))
+    found = kernels.attend(described, joined, keys, values, PassInputs(turn, where, columns, mask))
     assert_alike(found, expected.transpose(1, 2).reshape(rows, queries, heads * size))
     torch.testing.assert_close(keys, expected_keys, equal_nan=True)
     torch.testing.assert_close(values, expected_values, equal_nan=True)
@@ -176,7 +176,7 @@ def test_attention_without_norms_of_heads_turns_what_it_is_given(kernels: Kernel
     joined, keys, values = draw(2, 1, 3 * size), torch.zeros(2, 1, 9, size), torch.zeros(2, 1, 9, size)
     columns, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, 1, 1, dtype=torch.bool)
     slots = torch.tensor([[1], [0]])
-    found = kernels.attend(Heads(1, 1, size, 0.25), joined, keys, values, Pass(turn, slots, columns, mask))
+    found = kernels.attend(Heads(1, 1, size, 0.25), joined, keys, values, PassInputs(turn, slots, columns, mask))
     torch.testing.assert_close(found, joined[..., 2 * size :])  # one key: its value
     torch.testing.assert_close(keys[[1, 0], 0, 0], rotated(joined[..., size : 2 * size], turn)[:, 0])
 
@@ -266,7 +266,7 @@ def test_a_whole_block_is_its_parts_one_after_the_other(products: Kernels, queri
     )
     columns = torch.tensor([[3], [0], [7]]) + torch.arange(queries)
     mask = (torch.arange(16) <= columns.unsqueeze(-1)).unsqueeze(1)
-    given = Pass(turn, torch.tensor([[4], [0], [2]]), columns, mask)
+    given = PassInputs(turn, torch.tensor([[4], [0], [2]]), columns, mask)
     kept, other = ([draw(*shape, dtype=torch.bfloat16, seed=seed) for seed in (5, 6)] for _ in range(2))
     joined, output, gate_up, down = (
         products.packed(draw(outputs, inputs, dtype=torch.bfloat16, seed=outputs), draw(outputs, dtype=torch.bfloat16))
@@ -289,6 +289,8 @@ def test_a_whole_block_is_its_parts_one_after_the_other(products: Kernels, queri
 def test_fused_blocks_write_what_plain_ones_write(architecture: str, dtype: torch.dtype) -> None:
     plain = wrap_model(tiny_model(architecture).to(dtype), tiny_tokenizer())
     fused = wrap_model(tiny_model(architecture).to(dtype), tiny_tokenizer())
+    if not packs(fused.model):
+        pytest.skip("weights of this dtype are not packed on this processor")
     assert not can_fuse(fused.blocks)  # their weights are not packed
     pack(fused.model)
     profile = random_profile(plain, scale=2.0)
@@ -328,6 +330,8 @@ def logits_of(language_model: LanguageModel) -> torch.Tensor:
 def test_whole_blocks_steer_as_hooks_do() -> None:
     """The same shifts on the same rows, whether a block adds them or its hook does; hooks do where rows ablate."""
     language_model = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
+    if not packs(language_model.model):
+        pytest.skip("bfloat16 weights are not packed on this processor")
     pack(language_model.model)
     bank = AcceleratedBank.over(language_model, rows=3)
     bank.attach()

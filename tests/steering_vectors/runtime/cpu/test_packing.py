@@ -83,6 +83,14 @@ def test_parts_are_of_the_input_at_hand() -> None:
 BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@pytest.mark.skipif(BFLOAT16, reason="oneDNN packs bfloat16 on this processor")
+def test_a_processor_without_bfloat16_is_refused() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    assert not packs(model)
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+        pack(model)
+
+
 @pytest.mark.skipif(not BFLOAT16, reason="oneDNN packs no bfloat16 on this processor")
 def test_bfloat16_agrees_within_its_rounding() -> None:
     model = tiny_model("llama").to(torch.bfloat16)

@@ -17,9 +17,8 @@ from steering_vectors.models.loading import LanguageModel, load_model, wrap_mode
 from steering_vectors.runtime.choose_runner import TOLERANCE, disagreement
 from steering_vectors.runtime.cpu import kernels as library
 from steering_vectors.runtime.cpu.fused_runner import FusedRunner
-from steering_vectors.runtime.cpu.packing import pack
+from steering_vectors.runtime.cpu.packing import pack, quantize_layers
 from steering_vectors.runtime.cpu.quantization import GROUP, Kind, Quantized, dequantize, joined, quantize
-from steering_vectors.runtime.cpu.quantized_layers import quantize_layers
 from steering_vectors.runtime.cpu.weights import has_quantized, pack_quantized
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from tests.support.running import request, run_all
