@@ -26,7 +26,7 @@ from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.profiles.files import installed_version
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
-from steering_vectors.runtime.memory import CudaMeter, planned
+from steering_vectors.runtime.memory import CudaMeter, plan_memory
 from steering_vectors.runtime.tensor_parallel import Channel
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def _sizes(settings: Settings, language_model: LanguageModel) -> tuple[int, int]
     context = checked_context(language_model, settings.context)
     if language_model.device.type != "cuda":
         return settings.slots, context
-    plan = planned(
+    plan = plan_memory(
         language_model,
         CudaMeter(language_model.device),
         slots=settings.slots if "slots" in settings.model_fields_set else None,

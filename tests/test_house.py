@@ -135,6 +135,13 @@ def test_only_hooks_registers_hooks() -> None:
             assert "register_forward" not in path.read_text(), name
 
 
+def test_only_the_choice_of_a_runner_knows_the_kernels_of_a_cpu() -> None:
+    cpu = "steering_vectors.runtime.cpu"
+    importers = {name for name, targets in GRAPH.items() if any(target.startswith(cpu) for target in targets)}
+    runtime = {name for name in importers if name.startswith("steering_vectors.runtime.")}
+    assert {name for name in runtime if not name.startswith(cpu)} == {"steering_vectors.runtime.choose_runner"}
+
+
 def test_folders_are_rooms_not_corridors() -> None:
     counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in FILES if path.name != "__init__.py")
     assert {folder: count for folder, count in counts.items() if count > MAX_FILES_OF.get(folder, MAX_FILES)} == {}

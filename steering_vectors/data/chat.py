@@ -38,7 +38,7 @@ class Example:
 
 
 def chat_template_source(tokenizer: PreTrainedTokenizerBase) -> TemplateSource:
-    """Whether messages are rendered by the tokenizer's template, or by the fallback, which joins contents by newlines."""
+    """Who renders messages: the tokenizer's own template, or the fallback, which joins contents by newlines."""
     return "fallback" if _template(tokenizer) is None else "tokenizer"
 
 

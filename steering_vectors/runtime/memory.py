@@ -29,7 +29,7 @@ ROWS = 2  # measured together, to tell what one row costs
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryNeed:
     """Bytes measured on a device.
 
     `total` is the device's memory and `used` what is taken with the model loaded and nothing running. A pass takes
@@ -53,12 +53,12 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MemoryPlan:
     """The slots and the context to run with, and why."""
 
     slots: int
     context: int
-    need: Need
+    need: MemoryNeed
     utilization: float
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class CudaMeter:
         return torch.cuda.max_memory_allocated(self._device) - before
 
 
-def planned(
+def plan_memory(
     language_model: LanguageModel,
     meter: Meter,
     *,
@@ -108,7 +108,7 @@ def planned(
     context: int,
     tokens: int,
     utilization: float | None,
-) -> Plan | None:
+) -> MemoryPlan | None:
     """The slots that fit, by measurement.
 
     None, with a warning, if the model does not run over the slot cache: the size of its own state is not known ahead.
@@ -134,7 +134,7 @@ def planned(
     return found
 
 
-def plan(need: Need, *, slots: int | None, context: int, utilization: float = UTILIZATION) -> Plan:
+def plan(need: MemoryNeed, *, slots: int | None, context: int, utilization: float = UTILIZATION) -> MemoryPlan:
     """The given number of slots, or as many as fit up to MAX_SLOTS.
 
     Raises ModelError, which names what would fit, if they do not fit or if none does.
@@ -142,7 +142,7 @@ def plan(need: Need, *, slots: int | None, context: int, utilization: float = UT
     room = need.room(utilization)
     fitting = max(0, room // need.slot_of(context))
     if (slots or 1) <= fitting:
-        return Plan(slots or min(fitting, MAX_SLOTS), context, need, utilization)
+        return MemoryPlan(slots or min(fitting, MAX_SLOTS), context, need, utilization)
     wanted = "one slot" if slots in (None, 1) else f"{slots} slots"
     raise ModelError(
         f"{wanted} of {context} tokens need {_gib((slots or 1) * need.slot_of(context))} of the device's memory, and "
@@ -152,7 +152,7 @@ def plan(need: Need, *, slots: int | None, context: int, utilization: float = UT
 
 
 @torch.inference_mode()
-def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens: int) -> Need:
+def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens: int) -> MemoryNeed:
     """What passes of so many prompt tokens need: the widest that an engine makes, at the far end of the context.
 
     Raises what the model raises if it cannot run over slots.
@@ -167,7 +167,7 @@ def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens
         measured.close()
     del measured  # so that it is not counted as used
     used, total = meter.used_and_total()
-    return Need(total=total, used=used, one_pass=one, row=max(0, two - one), column=column, slot=slot)
+    return MemoryNeed(total=total, used=used, one_pass=one, row=max(0, two - one), column=column, slot=slot)
 
 
 class _MeasuredSlots:
@@ -202,7 +202,7 @@ class _MeasuredSlots:
         self._runner.close()
 
 
-def _remedy(need: Need, room: int, slots: int, fitting: int) -> str:
+def _remedy(need: MemoryNeed, room: int, slots: int, fitting: int) -> str:
     """The flags that would make it fit."""
     remedies = [f"--slots {fitting}"] if fitting else []
     columns = (room // slots - need.slot - need.row) // max(1, need.column) - 1

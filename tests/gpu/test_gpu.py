@@ -15,7 +15,7 @@ from steering_vectors.errors import ModelError
 from steering_vectors.models.limits import checked_context
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
-from steering_vectors.runtime.memory import CudaMeter, planned
+from steering_vectors.runtime.memory import CudaMeter, plan_memory
 from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.runtime.static_decoding import StaticRunner
 from tests.support.running import attached_bank, mixture, prompts, random_profile, request, run_all
@@ -150,13 +150,13 @@ def test_memory_is_planned() -> None:
     language_model = on_cuda("llama")
     meter = CudaMeter(language_model.device)
     sizes = {"context": checked_context(language_model, None), "tokens": 64}
-    plan = planned(language_model, meter, slots=None, utilization=None, **sizes)
+    plan = plan_memory(language_model, meter, slots=None, utilization=None, **sizes)
     assert plan is not None
     engine_options = {"slots": plan.slots, "context": plan.context}
     assert len(run_all(language_model, [request([5, 6, 7], max_tokens=4)], **engine_options)) == 1
     used, total = meter.used_and_total()
     with pytest.raises(ModelError, match="--gpu-memory-utilization"):
-        planned(language_model, meter, slots=None, utilization=0.5 * used / total, **sizes)
+        plan_memory(language_model, meter, slots=None, utilization=0.5 * used / total, **sizes)
 
 
 def test_graphs_that_are_asked_for_and_cannot_be_recorded_are_an_error() -> None:

@@ -10,13 +10,13 @@ import torch
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.runtime.memory import GIB, MAX_SLOTS, Need, measure, plan, planned
+from steering_vectors.runtime.memory import GIB, MAX_SLOTS, MemoryNeed, measure, plan, plan_memory
 from tests.support.tiny import BLOCKS, HIDDEN, tiny_model
 from tests.support.tiny_tokenizers import VOCAB, tiny_tokenizer
 
 # A model of 8B parameters in bfloat16 on a device of 24 GiB: 32 blocks of 8 heads of 128, keys and values
 COLUMN = 32 * 2 * 8 * 128 * 2
-NEED = Need(total=24 * GIB, used=16 * GIB, one_pass=GIB, row=64 * 2**20, column=COLUMN, slot=2**20)
+NEED = MemoryNeed(total=24 * GIB, used=16 * GIB, one_pass=GIB, row=64 * 2**20, column=COLUMN, slot=2**20)
 
 
 def test_as_many_slots_as_fit() -> None:
@@ -36,7 +36,7 @@ def test_what_others_use_and_a_smaller_share_leave_less() -> None:
 
 
 def test_many_slots_are_for_those_who_ask() -> None:
-    small = Need(total=24 * GIB, used=2 * GIB, one_pass=GIB, row=0, column=1000, slot=0)
+    small = MemoryNeed(total=24 * GIB, used=2 * GIB, one_pass=GIB, row=0, column=1000, slot=0)
     assert plan(small, slots=None, context=4096).slots == MAX_SLOTS
     assert plan(small, slots=1000, context=4096).slots == 1000
 
@@ -58,7 +58,7 @@ def test_a_context_of_which_not_one_slot_fits() -> None:
 
 
 def test_a_model_that_leaves_nothing() -> None:
-    full = Need(total=24 * GIB, used=22 * GIB, one_pass=GIB, row=0, column=COLUMN, slot=0)
+    full = MemoryNeed(total=24 * GIB, used=22 * GIB, one_pass=GIB, row=0, column=COLUMN, slot=0)
     with pytest.raises(ModelError, match=r"0\.00 GiB are left.*: free memory, raise --gpu-memory-utilization, or"):
         plan(full, slots=None, context=4096)
 
@@ -100,7 +100,7 @@ def test_a_slot_is_measured() -> None:
 def test_a_plan_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         language_model = tiny("gpt2")
-        found = planned(language_model, Tape(language_model), slots=None, context=64, tokens=32, utilization=None)
+        found = plan_memory(language_model, Tape(language_model), slots=None, context=64, tokens=32, utilization=None)
     assert found is not None
     assert found.slots == int((0.4 * 1024 - 10) / 10.02)
     assert f"memory: {found}" in caplog.text
@@ -109,7 +109,7 @@ def test_a_plan_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_model_without_slots_is_not_planned(caplog: pytest.LogCaptureFixture) -> None:
     language_model = tiny("jamba")
     options = {"slots": None, "context": 64, "tokens": 32}
-    assert planned(language_model, Tape(language_model), utilization=None, **options) is None
+    assert plan_memory(language_model, Tape(language_model), utilization=None, **options) is None
     assert "memory is not planned" in caplog.text
     with pytest.raises(ModelError, match="leave --gpu-memory-utilization out"):
-        planned(language_model, Tape(language_model), utilization=0.5, **options)
+        plan_memory(language_model, Tape(language_model), utilization=0.5, **options)
