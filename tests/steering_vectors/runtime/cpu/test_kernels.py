@@ -308,18 +308,18 @@ def test_fused_blocks_write_what_plain_ones_write(architecture: str, dtype: torc
 
 def logits_of(language_model: LanguageModel) -> torch.Tensor:
     """In float32, of two prompts and ten tokens after each, which are given, one of them steered."""
-    bank = SteeringBank.over(language_model, rows=2)
+    bank = AcceleratedBank.over(language_model, rows=2)
     bank.attach()
     runner = choose_runner(language_model, bank, context=64)
     bank.write(0, mixture(random_profile(language_model, scale=2.0)))
     texts = prompts(language_model, [30, 21])
     found = []
     with torch.inference_mode():
-        works = [Work(slot, ids[:-10], 0, len(ids) - 11) for slot, ids in enumerate(texts)]
-        found.append(runner.forward(works).float())
+        rows = [RowInput(slot, ids[:-10], 0, len(ids) - 11) for slot, ids in enumerate(texts)]
+        found.append(runner.forward(rows).logits.float())
         for place in range(-10, 0):
-            works = [Work(slot, [ids[place]], len(ids) + place, len(ids) - 11) for slot, ids in enumerate(texts)]
-            found.append(runner.forward(works).float())
+            rows = [RowInput(slot, [ids[place]], len(ids) + place, len(ids) - 11) for slot, ids in enumerate(texts)]
+            found.append(runner.forward(rows).logits.float())
     runner.close()
     bank.detach()
     return torch.cat(found)
