@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
@@ -31,7 +32,7 @@ async def profile(
 ) -> dict[str, Any]:
     """All there is to know about one profile but its vectors."""
     entry = registry.entry(name)
-    known = profile_summary(entry.profile) if entry.profile is not None else {}
+    known: Mapping[str, Any] = profile_summary(entry.profile) if entry.profile is not None else {}
     return {**_state(entry), **known}
 
 

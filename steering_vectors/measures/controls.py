@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
+from steering_vectors.measures.results import MeasuredProfile
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 
 
-def measured_profile(lm: LanguageModel, profile: Profile) -> dict[str, Any]:
-    """What every measurement says of the profile and the model it is about, ready for JSON."""
+def measured_profile(lm: LanguageModel, profile: Profile) -> MeasuredProfile:
+    """Which profile on which model a measurement is about."""
     return {
         "profile": profile.name,
         "version": profile.version,

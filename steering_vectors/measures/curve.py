@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from steering_vectors.measures.steered_model import SteeredModel
+from steering_vectors.profiles.metadata import CurvePointRecord
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
@@ -90,6 +90,6 @@ def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND)
     return math.floor(10 * safe + 1e-9) / 10
 
 
-def curve_record(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+def curve_record(points: Sequence[CurvePoint]) -> list[CurvePointRecord]:
     """The curve as a profile's metadata holds it."""
-    return [asdict(point) for point in points]
+    return [CurvePointRecord(strength=one.strength, kl=one.kl, perplexity=one.perplexity) for one in points]

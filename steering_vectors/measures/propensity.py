@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from steering_vectors.data.sides import Sides
 from steering_vectors.measures.activations import LayerStatistics, Tokens, pooled
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.metadata import PropensityReport
 from steering_vectors.profiles.profile import Profile
 
 STRENGTHS = (-1.0, 0.0, 1.0)
@@ -63,13 +63,13 @@ def propensity(steered: SteeredModel, sides: Sides, *, steer: bool) -> Propensit
     return Propensity(scores[: len(sides.positives)], scores[len(sides.positives) :], sides.paired)
 
 
-def propensity_report(steered: SteeredModel, profile: Profile, sides: Sides) -> dict[str, Any]:
+def propensity_report(steered: SteeredModel, profile: Profile, sides: Sides) -> PropensityReport:
     """Margin and accuracy at strengths −1, 0 and +1; for pairs also the share whose margin falls from −1 to +1."""
     seen: dict[float, Propensity] = {}
     for strength in STRENGTHS:
         steered.write(profile, strength)
         seen[strength] = propensity(steered, sides, steer=strength != 0)
-    report: dict[str, Any] = {
+    report: PropensityReport = {
         "unit": "nats per response" if sides.paired else "nats per token",
         "rows": len(sides.positives) if sides.paired else len(sides.positives) + len(sides.negatives),
         "strengths": [

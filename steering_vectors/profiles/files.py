@@ -28,6 +28,7 @@ from safetensors.torch import save as to_safetensors
 
 from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.gate import Gate
+from steering_vectors.profiles.metadata import ProfileSummary
 from steering_vectors.profiles.profile import FORMAT_VERSION, NAME_PATTERN, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
@@ -119,7 +120,7 @@ def read_profile(data: bytes, name: str) -> Profile:
     return _read(data, name, f"profile {name!r}")
 
 
-def profile_summary(profile: Profile) -> dict[str, Any]:
+def profile_summary(profile: Profile) -> ProfileSummary:
     """What there is to know about a profile but its vectors, as plain JSON values with text keys.
 
     Holds the metadata of the file and `version`, `residual_norms` and `direction_norms` (both by layer). Raises
@@ -137,7 +138,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "direction_norms": norms,
         **created,
     }
-    plain: dict[str, Any] = json.loads(_to_json(summary, profile.name))
+    plain: ProfileSummary = json.loads(_to_json(summary, profile.name))
     return plain
 
 

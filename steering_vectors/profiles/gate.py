@@ -6,13 +6,13 @@ Owns the condition and its measure. Knows nothing of how a gate is found, stored
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from steering_vectors.errors import ProfileError
+from steering_vectors.profiles.metadata import GateMetrics
 
 Side = Literal["above", "below"]
 SIDES = ("above", "below")
@@ -33,7 +33,7 @@ class Gate:
     direction: torch.Tensor
     threshold: float
     side: Side
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: GateMetrics = field(default_factory=GateMetrics)
 
     def __post_init__(self) -> None:
         if self.side not in SIDES:

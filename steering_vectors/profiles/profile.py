@@ -10,12 +10,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from steering_vectors.errors import ProfileError, ProfileMismatch, SteeringError
 from steering_vectors.profiles.gate import Gate
+from steering_vectors.profiles.metadata import Calibration, DataRecord, MethodOptions, Metrics
 
 FORMAT_VERSION = 1
 DEFAULT_MAX_STRENGTH = 2.0
@@ -64,11 +65,11 @@ class Profile:
     layering: Layering = "independent"
     max_strength: float = DEFAULT_MAX_STRENGTH
     description: str = ""
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    method_options: MethodOptions = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
     chat_template_sha256: str | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    data: DataRecord = field(default_factory=DataRecord)
+    metrics: Metrics = field(default_factory=Metrics)
     residual_norms: Mapping[int, float] = field(default_factory=dict)
     created_at: str = ""
     trimtab_version: str = ""

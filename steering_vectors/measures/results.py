@@ -1,0 +1,245 @@
+"""The results of evaluations: JSON objects that the CLI prints, the reports draw and Python returns."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict, TypeGuard, final
+
+from steering_vectors.profiles.metadata import CurvePointRecord
+
+Interval = tuple[float, float]
+"""A 95 % bootstrap interval (low, high)."""
+
+
+class MeasuredProfile(TypedDict):
+    """Which profile was measured on which model."""
+
+    profile: str
+    version: str
+    method: str
+    layers: list[int]
+    model: str
+
+
+class EvaluatedRows(TypedDict):
+    """`rows` of the data were not trained on; `read` of them were measured, per side."""
+
+    rows: int
+    read: int
+    sha256: str
+
+
+class MarginEstimate(TypedDict):
+    """Mean margin and accuracy. Intervals are given for paired data."""
+
+    margin: float
+    accuracy: float
+    margin_95: NotRequired[Interval]
+    accuracy_95: NotRequired[Interval]
+
+
+class StrengthMargins(MarginEstimate):
+    strength: float
+
+
+class MarginsByStrength(TypedDict):
+    """Margins at each strength. For paired data also the least-squares `slopes` of each row's margin over strength,
+    their mean (`steerability`, arXiv:2407.12404), and the share of rows whose slope is negative (`anti_steerable`)."""
+
+    strengths: list[StrengthMargins]
+    steerability: NotRequired[float]
+    steerability_95: NotRequired[Interval]
+    steerability_quartiles: NotRequired[list[float]]
+    anti_steerable: NotRequired[float]
+    slopes: NotRequired[list[float]]
+
+
+class PromptingBaseline(TypedDict):
+    """The same rows without a vector, under an instruction (`positive`) and under its opposite (`negative`)."""
+
+    positive_instruction: str
+    positive: NotRequired[MarginEstimate]
+    negative: NotRequired[MarginEstimate]
+    note: NotRequired[str]
+
+
+class RewardQuality(TypedDict):
+    """A reward and its AUC on held-out responses. `fitted_rows` is given if the reward was fitted here."""
+
+    name: str
+    unit: str
+    fitted_rows: NotRequired[int]
+    tested_texts: int
+    auc: float
+    auc_95: Interval
+
+
+class RewardPoint(TypedDict):
+    """Mean reward of sampled texts at one strength and their KL(steered‖base) in nats per text.
+
+    `optimum` is the best mean reward at that KL, `share` the part of that gain that the profile makes; None where the
+    samples do not reach so far.
+    """
+
+    strength: float
+    reward: float
+    reward_95: Interval
+    kl: float
+    optimum: float | None
+    share: float | None
+
+
+class OptimumRecord(TypedDict):
+    """The KL-regularised optimum at one β; `effective` is the effective number of samples per prompt."""
+
+    beta: float
+    reward: float
+    kl: float
+    effective: float
+
+
+class RewardCurve(TypedDict):
+    """Reward against KL. `kl_limit` is the log of `samples_per_prompt`, beyond which samples show no optimum."""
+
+    prompts: int
+    samples_per_prompt: int
+    texts_per_prompt: int
+    kl_unit: str
+    kl_limit: float
+    strengths: list[RewardPoint]
+    optimum: list[OptimumRecord]
+
+
+@final
+class RewardReport(RewardCurve):
+    scorer: RewardQuality
+
+
+@final
+class NotMeasured(TypedDict):
+    """Stands where a result would; `note` is the reason."""
+
+    note: str
+
+
+class PreferenceEvaluation(MeasuredProfile, MarginsByStrength):
+    """The result of `evaluate`. `costs` are per sampled token, `norm_ratios` are by block, `random` holds controls."""
+
+    data: EvaluatedRows
+    unit: str
+    costs: list[CurvePointRecord]
+    norm_ratios: dict[str, float]
+    random: list[MarginsByStrength]
+    prompting: PromptingBaseline
+    reward: RewardReport | NotMeasured
+
+
+class Change(TypedDict):
+    """A figure and its change against strength 0."""
+
+    value: float
+    delta: float
+
+
+class ControlPoint(Change):
+    """A random direction at one strength: the main figure, and the further ones by name."""
+
+    strength: float
+    figures: dict[str, Change]
+
+
+class ControlCurve(TypedDict):
+    strengths: list[ControlPoint]
+
+
+class Comparison(Change):
+    """A change with its paired interval; `change` is `no change`, `better`, `worse` or `other side`."""
+
+    value_95: Interval
+    delta_95: Interval
+    change: str
+
+
+class ControlledComparison(Comparison):
+    """A comparison beside the range of the random directions' changes, if any were measured."""
+
+    random_delta: list[float] | None
+    beyond_random: bool | None
+
+
+class GroupComparison(Comparison):
+    rows: int
+
+
+class TrustPoint(ControlledComparison):
+    """The main figure of a vertical at one strength, the further figures, and the main figure by group of rows."""
+
+    strength: float
+    figures: dict[str, ControlledComparison]
+    parts: dict[str, GroupComparison]
+    by_row: list[float]
+
+
+class FigureText(TypedDict):
+    """What a figure measures; `aim` is higher, lower or half; `reference` is the value of a model without skill."""
+
+    measure: str
+    aim: str
+    reference: float | None
+
+
+class SourceFile(TypedDict):
+    file: str
+    sha256: str
+
+
+class ScorerRecord(TypedDict):
+    """A toxicity scorer and its Pearson correlations with the file's own scores."""
+
+    name: str
+    fitted_on: NotRequired[int]
+    correlation: float | None
+    correlation_continuations: float | None
+
+
+class VerticalDetails(TypedDict, total=False):
+    """What only some verticals have."""
+
+    files: list[SourceFile]
+    tokens: int
+    seed: int
+    scorer: ScorerRecord
+    wrong: int
+    decoys: int
+
+
+class VerticalReport(FigureText, VerticalDetails):
+    """One vertical of the trust suite. `rows` were measured; `left_out` rows were too long or unusable."""
+
+    figures: dict[str, FigureText]
+    strengths: list[TrustPoint]
+    random: list[ControlCurve]
+    rows: int
+    left_out: int
+    note: str
+    remarks: list[str]
+
+
+class TrustEvaluation(MeasuredProfile):
+    """The result of `evaluate_trust`, by vertical."""
+
+    trust: dict[str, VerticalReport]
+
+
+class FullEvaluation(PreferenceEvaluation, TrustEvaluation):
+    """Both suites for one profile."""
+
+
+Evaluation = PreferenceEvaluation | TrustEvaluation | FullEvaluation
+
+
+def has_preferences(one: Evaluation) -> TypeGuard[PreferenceEvaluation]:
+    return "strengths" in one
+
+
+def has_trust(one: Evaluation) -> TypeGuard[TrustEvaluation]:
+    return "trust" in one

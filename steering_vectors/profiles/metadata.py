@@ -1,0 +1,140 @@
+"""The JSON objects that a profile's file holds: its calibration, its data, its held-out metrics and its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NotRequired, TypedDict
+
+OptionValue = str | int | float | bool
+MethodOptions = Mapping[str, OptionValue]
+
+
+class CurvePointRecord(TypedDict):
+    """Texts sampled at one strength. `kl` is KL(steered‖base) in nats per token."""
+
+    strength: float
+    kl: float
+    perplexity: float
+
+
+class Calibration(TypedDict, total=False):
+    """How the unit was set. All KL values are in nats of KL(steered‖base).
+
+    `kl_at_1` is the measured cost of strength 1 per token. `unreached` says that even the largest coefficient stayed
+    below `kl_budget`. `texts` sampled texts after `prompts` distinct prompts hold `tokens` steered tokens. `curve`
+    holds the points from which `max_strength` was read. The object is empty for a profile that was not calibrated.
+    """
+
+    kl_budget: float
+    kl_at_1: float
+    kl_per_character: float | None
+    tokens: int
+    prompts: int
+    prompts_sha256: str
+    unreached: bool
+    texts: int
+    seed: int
+    perplexity_bound: float
+    curve: list[CurvePointRecord]
+
+
+class StrengthMargin(TypedDict):
+    """Mean of log P(chosen) − log P(rejected) at one strength, and the share of pairs that are ranked correctly."""
+
+    strength: float
+    margin: float
+    accuracy: float
+
+
+class PropensityReport(TypedDict):
+    """Held-out margins at strengths −1, 0 and +1, in `unit`; `anti_steerable` is given for paired data."""
+
+    unit: str
+    rows: int
+    strengths: list[StrengthMargin]
+    anti_steerable: NotRequired[float]
+
+
+class LayerScores(TypedDict):
+    """The score of each window of blocks that the automatic choice tried, by the window's text (`5` or `5-7`)."""
+
+    criterion: str
+    scores: dict[str, float]
+
+
+class Metrics(TypedDict, total=False):
+    """What `fit` measured on held-out rows. `projection_accuracy` is by block; `notes` are sentences for the user."""
+
+    projection_accuracy: dict[str, float]
+    layer_choice: LayerScores
+    propensity: PropensityReport
+    notes: list[str]
+
+
+class DataRecord(TypedDict, total=False):
+    """The data of a fit: its file, its rows, and how many of them each step used."""
+
+    source: str
+    kind: str
+    rows: int
+    sha256: str
+    train_rows: int
+    choice_rows: int
+    heldout_rows: int
+    bad_rows_skipped: int
+    long_rows_skipped: int
+    duplicates: int
+
+
+class GateMetrics(TypedDict, total=False):
+    """F1 of a gate on its training and its held-out prompts. `prompts` counts those with label true and false."""
+
+    f1_train: float
+    f1_heldout: float
+    prompts: list[int]
+    heldout: int
+    source: str
+    sha256: str
+
+
+class GateRecord(TypedDict):
+    layer: int
+    threshold: float
+    side: str
+    metrics: GateMetrics
+
+
+class ModelRecord(TypedDict):
+    """The model that a profile was fitted on; see `ModelIdentity`."""
+
+    id: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    fingerprint: str
+
+
+class ProfileSummary(TypedDict):
+    """Everything a profile holds except its vectors. `residual_norms` and `direction_norms` are by block."""
+
+    name: str
+    version: str
+    description: str
+    method: str
+    method_options: dict[str, OptionValue]
+    operator: str
+    apply_to: str
+    layering: str
+    layers: list[int]
+    unit: float
+    max_strength: float
+    calibration: Calibration
+    model: ModelRecord
+    chat_template_sha256: str | None
+    data: DataRecord
+    metrics: Metrics
+    gate: NotRequired[GateRecord]
+    residual_norms: dict[str, float]
+    direction_norms: dict[str, float]
+    created_at: str
+    trimtab_version: str
