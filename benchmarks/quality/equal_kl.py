@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from steering_vectors import Profile
-from steering_vectors.fitting.calibration import ROWS, SAMPLED_TOKENS, calibrate, cost_of
+from steering_vectors.fitting.calibration import ROWS, SAMPLED_TOKENS, calibrate_on, cost_of
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel
 
@@ -43,6 +43,6 @@ def at_equal_kl(
     found = []
     for index, control in enumerate(controls):
         named = replace(control, name=f"equal-kl-{index}")
-        own = calibrate(language_model, named, prompts, kl_budget=budget, tokens=tokens)
+        own = calibrate_on(language_model, named, prompts, kl_budget=budget, tokens=tokens)
         found.append(replace(own, max_strength=control.max_strength))
     return found

@@ -29,7 +29,7 @@ from steering_vectors.data.chat import Message, encode_prompt
 from steering_vectors.data.corpus import encode_corpus
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides
-from steering_vectors.fitting.recalibration import recalibrate
+from steering_vectors.fitting.calibration import CalibrationSettings, calibrate
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel
@@ -169,7 +169,7 @@ def random_profile(setting: Setting) -> Profile:
     control = random_controls(fitted(setting, "mean-diff"), 1, seed=setting.seed)[0]
     control = replace(control, method_options={"heldout_fraction": HELDOUT, "seed": setting.seed})
     _, heldout = setting.pairs.split(HELDOUT, setting.seed)
-    return recalibrate(setting.lm, control, heldout, seed=setting.seed)
+    return calibrate(setting.lm, control, heldout, CalibrationSettings(seed=setting.seed))
 
 
 def baseline(setting: Setting, kind: str, folder: Path) -> Made:

@@ -1,1 +1,1 @@
-"""The offline commands of `trimtab`. Model code is imported when a command runs."""
+"""The offline commands of `trimtab`, one file each. They import model code only when a command runs."""

@@ -1,1 +1,1 @@
-"""A profile without hooks: as a LoRA, or as biases in the model's weights."""
+"""Distillation: a profile as weights, as a LoRA or as biases. Knows nothing of commands."""

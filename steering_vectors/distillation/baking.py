@@ -1,7 +1,4 @@
-"""A constant shift folded into a model's weights, as biases of the layers that write into the residual stream.
-
-Owns the search for such a layer and the baked model. Knows nothing of files.
-"""
+"""Baking: a profile's shift folded into a model's weights, as biases of layers that write to the residual stream."""
 
 from __future__ import annotations
 
@@ -21,20 +18,22 @@ from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 
 PROBE_TOKENS = 5
-FLAG = "mlp_bias"  # configurations that can be given biases which they lack
+FLAG = "mlp_bias"  # the configuration's switch for biases
 
 
-def bake(lm: LanguageModel, profile: Profile, strength: float) -> PreTrainedModel:
-    """A copy of the model that answers as if every request were steered by the profile at `strength`, at all positions.
+def bake(lm: LanguageModel, profile: Profile, strength: float = 1.0) -> PreTrainedModel:
+    """Return a copy of the model that computes what steering with `apply_to="all"` at `strength` computes.
 
-    The shift of block l becomes part of the bias of the last layer in that block whose bias moves the block's output by
-    exactly itself (found by trying, on any architecture); a model of the Llama kind is given such biases. Only operator
-    "add" can be baked. Raises FitError if the architecture has no such layer, ProfileMismatch for another model's
-    profile, SteeringError beyond the safe range.
+    The shift of block l is added to the last bias in that block that moves the block's output by exactly its own value.
+    The bias is found by trying, so this works for any architecture that has one; models of the Llama family get zero
+    biases first. The copy is in memory; save it with `save_pretrained`.
+
+    Raises FitError for operator "ablate" and for an architecture without such a bias, ProfileMismatch for a profile of
+    another model, SteeringError for a strength beyond the safe range.
     """
     profile.check_model(lm.identity, allow_mismatch=False)
     if profile.operator != "add":
-        raise FitError(f"profile {profile.name!r} ablates, which no constant bias can do: steer by request instead")
+        raise FitError(f"profile {profile.name!r} ablates, which a constant bias cannot do: steer by request instead")
     shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     model = _with_biases(lm.model)
     blocks = find_blocks(model)
@@ -46,7 +45,7 @@ def bake(lm: LanguageModel, profile: Profile, strength: float) -> PreTrainedMode
 
 
 def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy, with biases of zero where the configuration can have them and does not."""
+    """A copy of the model, with zero biases if its configuration allows biases and has none."""
     if getattr(model.config, FLAG, None) is not False:
         return copy.deepcopy(model)
     config = copy.deepcopy(model.config)
@@ -54,9 +53,7 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
     biased = type(model)(config).to(model.device, model.dtype)
     missing, unexpected = biased.load_state_dict(model.state_dict(), strict=False)
     if unexpected or not all(name.endswith(".bias") for name in missing):
-        raise FitError(
-            f"{type(model).__name__} cannot be given biases: its weights do not fit the changed configuration"
-        )
+        raise FitError(f"{type(model).__name__} cannot get biases: its weights do not fit the changed configuration")
     parameters = dict(biased.named_parameters())
     with torch.no_grad():
         for name in missing:
@@ -66,7 +63,7 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, shift: torch.Tensor) -> nn.Parameter:
-    """The bias in a block that moves the block's output by what is added to it, at every position."""
+    """The bias in a block that moves the block's output by its own change, at every position."""
     before = _output(model, blocks, layer)
     for bias in reversed(list(_biases(blocks[layer], len(shift)))):
         kept = bias.detach().clone()
@@ -79,7 +76,7 @@ def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, s
             return bias
     raise FitError(
         f"{type(model).__name__} has no bias that writes into the residual stream after block {layer}, so the profile "
-        "cannot be baked in: steer by request, or distil it into a LoRA"
+        "cannot be baked: steer by request, or distil it into a LoRA"
     )
 
 
@@ -98,6 +95,6 @@ def _output(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int) -
 
 
 def _tolerance(model: PreTrainedModel, output: torch.Tensor, shift: torch.Tensor) -> float:
-    """A few roundings of the largest entries."""
+    """A few rounding errors of the largest entries."""
     largest = float(output.abs().max()) + float(shift.abs().max())
     return 8 * torch.finfo(model.dtype).eps * largest

@@ -1,8 +1,4 @@
-"""A shift of activations learnt by a LoRA: RAHF's second step, so that steering can be had as an adapter.
-
-Owns the loss, how near a LoRA comes to its target, and both ways to one: a profile's constant shift, and a method's
-difference per token. Knows nothing of files but the adapter's folder.
-"""
+"""A LoRA that learns a shift of activations, as RAHF's second step does: a profile's, or a method's per token."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -23,6 +19,7 @@ from steering_vectors.methods.rahf import FIRST_STEPS
 from steering_vectors.methods.tuned import train_on
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.metadata import OptionValue
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
@@ -35,16 +32,19 @@ NAME = "default"  # peft's own name for a single adapter
 HELDOUT = 0.2
 CHECKED = 64
 CHECKED_AT_ONCE = 16
-TINY = 1e-12
+MIN_SQUARE = 1e-12
 PAPER_STRENGTH = 5.0
 PAPER_DEPTH = (9 / 32, 17 / 32)  # of the blocks whose outputs are targets
 
 
 @dataclass(frozen=True, slots=True)
 class DistillSettings:
-    """The paper's shape and schedule (arXiv:2312.15997, SCIT): 450 steps of 64 responses at 3e-4, a LoRA of rank 8 on
-    the query and value projections (`targets` empty: peft's choice for the architecture), the first 512 tokens of a
-    response."""
+    """Options of `distill` and `distill_method`.
+
+    The defaults are those of RAHF-SCIT (arXiv:2312.15997): 450 `steps` of `batch` 64 responses, a peak `learning_rate`
+    of 3e-4, `rank` 8. `targets` are peft's module names, comma-separated, or `all-linear`; empty takes peft's choice
+    for the architecture. Only the first `response_tokens` of a response are read. Raises FitError for values below 1.
+    """
 
     steps: int = 450
     batch: int = 64
@@ -64,33 +64,57 @@ class DistillSettings:
         return LoraShape(self.rank, self.alpha, self.dropout, self.targets, last_block)
 
 
-PAPER_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+class DistillOptions(TypedDict, total=False):
+    """The fields of `DistillSettings` as keyword arguments."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    rank: int
+    alpha: int
+    dropout: float
+    targets: str
+    response_tokens: int
+    seed: int
+
+
+PAPER_SETTINGS: Mapping[str, DistillOptions] = {
     "rahf-scit": {},
     "rahf-dual": {"steps": 2500, "batch": 8, "learning_rate": 9e-6, "response_tokens": 64},
 }
 
 
+def paper_settings(method: str, **options: Unpack[DistillOptions]) -> DistillSettings:
+    """The settings of a method's paper, with the given options in place of the paper's."""
+    chosen: DistillOptions = {**PAPER_SETTINGS[method], **options}
+    return DistillSettings(**chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class MethodTarget:
-    """A method whose differences per token are the target: its name, the profile's name that its default instructions
-    go by, its options as in fit, and the strength α. The paper's blocks, the middle ones, if `layers` is empty."""
+    """A method whose difference per token is the target of a LoRA.
+
+    `name` selects the default instructions, as a profile's name does in `fit`. `options` are the method's. `layers` are
+    the target blocks; empty takes the paper's, the middle ones. `strength` is α. Raises FitError for a method without
+    a difference per token, and for strength 0.
+    """
 
     method: str
     name: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
     strength: float = PAPER_STRENGTH
 
     def __post_init__(self) -> None:
         if self.method not in FIRST_STEPS:
-            raise FitError(f"method {self.method!r} leaves no difference per token; {', '.join(FIRST_STEPS)} do")
+            raise FitError(f"method {self.method!r} has no difference per token; {', '.join(FIRST_STEPS)} have one")
         if self.strength == 0:
             raise FitError("at strength 0 there is nothing to distil")
 
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """What came of it: mean distance to the target on held-out responses, before and after, and their ratio."""
+    """The mean distance to the target on `rows` held-out responses, before and after training, and their ratio."""
 
     before: float
     after: float
@@ -107,33 +131,35 @@ def distill(
     profile: Profile,
     pairs: Preferences,
     folder: Path,
+    settings: DistillSettings | None = None,
     *,
     strength: float = 1.0,
-    settings: DistillSettings | None = None,
     skip_long_rows: bool = False,
     progress: Progress | None = None,
 ) -> Distilled:
-    """Fit a LoRA to the profile's shift and save it in peft's format.
+    """Fit a LoRA to a profile's shift and save it to `folder` in peft's format.
 
-    On the data's responses after their plain prompts, at every steered block l and response token t, the LoRA's output
-    is drawn to the unsteered model's plus the shift:
+    On the data's responses after their plain prompts, at every steered block l and response token t, the LoRA learns
+    the unsteered output plus the shift:
 
         loss = mean over l, responses and t of ‖h_lora − (h_base + α·c·d_l)‖₂
 
-    A fifth of the rows, by prompt, is held out to measure the distance. Tuning is cached and resumable as a fit's first
-    step is. Raises ProfileMismatch, SteeringError beyond the safe range, FitError for what cannot be tuned or written.
+    A fifth of the rows, split by prompt, is held out to measure the distance. Training is cached and resumable.
+
+    Raises ProfileMismatch for a profile of another model, SteeringError for a strength beyond the safe range, FitError
+    if the LoRA cannot be trained or written.
     """
     settings = settings or DistillSettings()
     profile.check_model(lm.identity, allow_mismatch=False)
     shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     if not shifts:
         raise FitError("at strength 0 there is nothing to distil")
-    training, heldout = (_plain(part) for part in _parted(lm, pairs, settings, skip_long_rows))
+    training, heldout = (_plain(part) for part in _split(lm, pairs, settings, skip_long_rows))
     weights = LoraWeights(lm, {NAME: settings.shape(max(shifts))}, settings.seed)
     try:
         student = _Student(lm, weights, ConstantShift(shifts, lm.device), settings)
-        key = {"profile": profile.version or profile.name, "strength": strength}
-        return student.taught(training, heldout, folder, key, progress)
+        key: dict[str, object] = {"profile": profile.version or profile.name, "strength": strength}
+        return student.trained(training, heldout, folder, key, progress)
     finally:
         weights.close()
 
@@ -143,52 +169,55 @@ def distill_method(
     target: MethodTarget,
     pairs: Preferences,
     folder: Path,
-    *,
     settings: DistillSettings | None = None,
+    *,
     skip_long_rows: bool = False,
     progress: Progress | None = None,
 ) -> Distilled:
-    """RAHF's own end product: a LoRA for the plain prompt, fitted to the difference that each token has.
+    """Fit a LoRA to a method's difference per token and save it to `folder` in peft's format.
 
         loss = mean over l, responses and t of ‖h_lora − (h_base + α·v_{l,t})‖₂,   v = h(p⁺, q, r) − h(p⁻, q, r)
 
-    with v from the model (or the two) of the first step, which is shared with `fit` through its cache. h_base is the
-    untuned model's, so the adapter is one for the model that is served; in the paper both begin at the first step's.
-    Raises FitError for what cannot be tuned or written.
+    v comes from the tuned model (or two models) of the method's first step, whose weights `fit` caches. h_base is the
+    untuned model, so the adapter belongs to the model that is served; in the paper, both start from the first step's
+    model. Paper: RAHF (arXiv:2312.15997, §3.3). Without settings, the method's paper's are used.
+
+    Raises FitError if the LoRA cannot be trained or written.
     """
-    settings = settings or DistillSettings(**PAPER_SETTINGS[target.method])
+    settings = settings or paper_settings(target.method)
     layers = target.layers or paper_blocks(lm.num_layers)
     step = FIRST_STEPS[target.method]
     train, heldout = (
-        _task(lm, part, target, layers, settings.seed, progress)
-        for part in _parted(lm, pairs, settings, skip_long_rows)
+        _task(lm, part, target, layers, settings.seed, progress) for part in _split(lm, pairs, settings, skip_long_rows)
     )
     with step.tuned(train, {NAME: settings.shape(max(layers))}) as first:
         assert isinstance(first.weights, LoraWeights)
         student = _Student(lm, first.weights, TokenDifferences(lm, first, layers, target.strength), settings)
-        key = {"method": target.method, "options": train.options, "layers": layers, "strength": target.strength}
+        key: dict[str, object] = {
+            "method": target.method, "options": train.options, "layers": layers, "strength": target.strength,
+        }  # fmt: skip
         unseen = [twin for side in step.sides(heldout) for twin in side]
-        return student.taught(first.twins, unseen, folder, key, progress)
+        return student.trained(first.twins, unseen, folder, key, progress)
 
 
 def paper_blocks(num_layers: int) -> tuple[int, ...]:
-    """The middle blocks, from .28 to .53 of the depth; every second one from 16 blocks on."""
+    """The middle blocks, from 0.28 to 0.53 of the depth; every second one in models of 16 blocks or more."""
     first, last = (round(share * num_layers) for share in PAPER_DEPTH)
     return tuple(range(first, max(first, last) + 1, 2 if num_layers >= 16 else 1))
 
 
 class _Student:
-    """A LoRA that learns a target; it is trained, measured and saved here."""
+    """A LoRA that learns a target: its training, its distance and its folder."""
 
     def __init__(self, lm: LanguageModel, weights: LoraWeights, target: Target, settings: DistillSettings) -> None:
         self.lm, self.weights, self.target, self.settings = lm, weights, target, settings
 
-    def taught(
+    def trained(
         self,
         training: Sequence[Twin],
         heldout: Sequence[Twin],
         folder: Path,
-        key: Mapping[str, Any],
+        key: Mapping[str, object],
         progress: Progress | None,
     ) -> Distilled:
         settings = self.settings
@@ -209,13 +238,13 @@ class _Student:
         return _mean(read(self.lm, reading, self.target.layers) - base - shift, reading)
 
     def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:
-        """The plain prompts' reading, the untuned model's outputs there, and how far they are to move."""
+        """The reading after plain prompts, the untuned model's outputs there, and their target change."""
         reading, _ = readings([_plain_twin(twin) for twin in twins], pad_id(self.lm), self.lm.device)
         with self.weights.aside(), _evaluating(self.lm), torch.no_grad():
             return reading, read(self.lm, reading, self.target.layers), self.target.shift(twins)
 
     def _distances(self, twins: Sequence[Twin]) -> tuple[float, float]:
-        """Of the untuned and of the tuned model from the target, over many responses."""
+        """Mean distances of the untuned and of the tuned model from the target."""
         before = after = 0.0
         for start in range(0, len(twins), CHECKED_AT_ONCE):
             part = twins[start : start + CHECKED_AT_ONCE]
@@ -232,14 +261,14 @@ class _Student:
 def _mean(difference: torch.Tensor, reading: Reading) -> torch.Tensor:
     """Mean norm of `[layers, rows, response, hidden]` over blocks, responses and their tokens."""
     response = reading.response  # [rows, columns]
-    distances = difference.masked_fill(~response[None, :, :, None], 0).square().sum(-1).clamp_min(TINY).sqrt()
+    distances = difference.masked_fill(~response[None, :, :, None], 0).square().sum(-1).clamp_min(MIN_SQUARE).sqrt()
     per_row = (distances * response).sum(-1) / response.sum(-1)  # [blocks, rows]
     return per_row.mean()
 
 
 @contextmanager
 def _evaluating(lm: LanguageModel) -> Iterator[None]:
-    """Without dropout, whatever is being trained around it."""
+    """Switch dropout off, and restore the mode afterwards."""
     training = lm.model.training
     lm.model.eval()
     try:
@@ -248,7 +277,7 @@ def _evaluating(lm: LanguageModel) -> Iterator[None]:
         lm.model.train(training)
 
 
-def _parted(
+def _split(
     lm: LanguageModel, pairs: Preferences, settings: DistillSettings, skip_long_rows: bool
 ) -> tuple[Corpus, Corpus]:
     corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows)
@@ -263,7 +292,7 @@ def _task(
     seed: int,
     progress: Progress | None,
 ) -> Task:
-    """What RAHF's first step is given of these rows."""
+    """The input of RAHF's first step."""
     texts, sides = corpus.pairs, corpus.sides()
     return Task(
         lm, {}, texts.positives, texts.negatives, sides.positives, sides.negatives, sides.paired, target.name,

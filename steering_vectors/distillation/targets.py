@@ -1,8 +1,4 @@
-"""What a LoRA is drawn to: block outputs that a steered model would have, for responses after their plain prompts.
-
-Owns the two kinds of target: a constant shift, and the difference that each token has between two readings of a tuned
-model. Knows nothing of optimisers or of files.
-"""
+"""Targets of a LoRA: a constant shift of block outputs, or a difference per token from a tuned model."""
 
 from __future__ import annotations
 
@@ -18,17 +14,17 @@ from steering_vectors.tuning.paired_reading import Twin, differences
 
 
 class Target(Protocol):
-    """How far block outputs are to move, and at which blocks."""
+    """The change of block outputs that a LoRA learns."""
 
     @property
     def layers(self) -> Sequence[int]: ...
 
     def shift(self, twins: Sequence[Twin]) -> torch.Tensor:
-        """Float32 `[layers, rows, response, hidden]`, or of a shape that broadcasts to it; no gradients."""
+        """Float32 `[layers, rows, response, hidden]`, or a shape that broadcasts to it; no gradients."""
 
 
 class ConstantShift:
-    """The same shift at every token: what a profile adds."""
+    """The same shift at every token, as a profile adds it."""
 
     def __init__(self, shifts: Mapping[int, torch.Tensor], device: torch.device | str) -> None:
         self.layers: Sequence[int] = sorted(shifts)

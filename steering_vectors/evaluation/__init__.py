@@ -1,1 +1,1 @@
-"""What a profile does, measured: preferences, reward, the trust suite."""
+"""Evaluation: what a profile does to held-out preferences and to trust. Knows nothing of commands or of display."""

@@ -1,14 +1,9 @@
-"""How far a profile moves a model's preferences, what that costs, and how it compares with controls.
-
-Owns the preference suite: margins and accuracies against strength, per-sample steerability, costs, random directions of
-the same norm, and the prompting baseline. Knows nothing of files or of how results are shown.
-"""
+"""The preference suite: margins against strength, their cost, and controls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,32 +13,45 @@ from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_roo
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides, spread
 from steering_vectors.errors import DataError, FitError
-from steering_vectors.evaluation.frontier import reward_report
+from steering_vectors.evaluation.frontier import reward_curve
 from steering_vectors.evaluation.reward import Reward, judged
-from steering_vectors.fitting.calibration import SAMPLED_TOKENS
-from steering_vectors.fitting.recalibration import parted
+from steering_vectors.fitting.calibration import SAMPLED_TOKENS, trained_and_fresh
 from steering_vectors.measures.controls import bootstrap, measured_profile, random_controls
 from steering_vectors.measures.curve import curve_record, measure_point
 from steering_vectors.measures.propensity import Propensity, propensity
+from steering_vectors.measures.results import (
+    MarginEstimate,
+    MarginsByStrength,
+    NotMeasured,
+    PreferenceEvaluation,
+    PromptingBaseline,
+    RewardReport,
+)
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.metadata import CurvePointRecord
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.instructions import instructions_for
+from steering_vectors.tuning.paired_reading import Twin
 from steering_vectors.tuning.twins import twins_of
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 ROWS = 256
 RANDOMS = 10
 TEXTS = 64
-REWARD_SAMPLES = 64  # unsteered texts per prompt, for the optimum
+REWARD_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """`rows` held-out rows at most are read; `randoms` random directions are compared with; `reward_samples` texts per
-    prompt show the optimum of reward against KL (0: not measured)."""
+    """Options of `evaluate`.
+
+    `rows` is the maximum number of held-out rows, `randoms` the number of random directions to compare with,
+    `reward_samples` the number of unsteered texts per prompt that show the optimum of reward against KL (0 leaves the
+    reward out). Raises FitError unless `strengths` holds 0 and at least two others.
+    """
 
     strengths: tuple[float, ...] = STRENGTHS
     rows: int = ROWS
@@ -65,44 +73,45 @@ def evaluate(
     *,
     reward: Reward | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The preference suite for one profile, as a JSON-ready object.
+) -> PreferenceEvaluation:
+    """Measure a profile on held-out preferences.
 
-    Of the data that the profile was fitted to, only rows that it was not trained on are read. Margins are in nats:
-    log P(chosen) − log P(rejected) per pair, or per token between unpaired sides. `steerability` is the per-sample
-    least-squares slope of the margin over strength (arXiv:2407.12404), `anti_steerable` the share of samples whose
-    slope is negative; both need pairs. Intervals are 95 % bootstrap over samples. `reward` scores sampled texts against
-    their KL (see `reward_report`); without one it is fitted to rows that are not tested on (see `judged`). Raises
-    ProfileMismatch for a profile of another model.
+    Of the data that the profile was fitted to, only the rows that it was not trained on are read. Margins are in nats:
+    log P(chosen) − log P(rejected) per pair, or per token between unpaired sides. `steerability` is the mean
+    least-squares slope of a row's margin over strength (arXiv:2407.12404), `anti_steerable` the share of rows with a
+    negative slope; both need pairs. Intervals are 95 % bootstrap over rows.
+
+    `reward` scores sampled texts against their KL (see `reward_curve`). Without one, a small reward is fitted to rows
+    that are not tested on (see `judged`).
+
+    Raises ProfileMismatch for a profile of another model, DataError for rows that this model cannot use.
     """
     settings = settings or EvaluationSettings()
     profile.check_model(lm.identity, allow_mismatch=False)
     limit = context_limit(lm)
     corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
-    trained, corpus = parted(profile, corpus)
-    sides = corpus.sides().thinned(settings.rows)
-    prompts = prompts_with_room(lm, corpus.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
-    repeated = [prompts[i % len(prompts)] for i in range(TEXTS)]
+    trained, fresh = trained_and_fresh(profile, corpus)
+    prompts = prompts_with_room(lm, fresh.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
     with steerable(lm) as steered:
-        bench = _Bench(steered, sides, settings, progress)
-        own = bench.measure(profile)
+        suite = PreferenceSuite(steered, fresh, settings, progress)
+        sides = suite.sides
         return {
             **measured_profile(lm, profile),
-            "data": {"rows": corpus.pairs.rows, "read": len(sides.positives), "sha256": pairs.sha256},
+            "data": {"rows": fresh.pairs.rows, "read": len(sides.positives), "sha256": pairs.sha256},
             "unit": "nats per response" if sides.paired else "nats per token",
-            **own,
-            "costs": bench.costs(profile, repeated),
+            **suite.margins(profile),
+            "costs": suite.costs(profile, prompts),
             "norm_ratios": norm_ratios(profile),
             "random": [
-                bench.measure(control) for control in random_controls(profile, settings.randoms, seed=settings.seed)
+                suite.margins(control) for control in random_controls(profile, settings.randoms, seed=settings.seed)
             ],
-            "prompting": _prompting(bench, corpus, profile.name, limit, settings),
-            "reward": bench.rewards(profile, prompts, reward, trained, corpus),
+            "prompting": suite.prompting(profile.name, limit),
+            "reward": suite.reward(profile, prompts, reward, trained),
         }
 
 
 def norm_ratios(profile: Profile) -> dict[str, float]:
-    """Norm of the shift at strength 1 over the median residual norm, per block that has one stored."""
+    """Norm of the shift at strength 1 over the median residual norm, by block."""
     return {
         str(layer): profile.unit * float(shift.norm()) / profile.residual_norms[layer]
         for layer, shift in profile.injected().items()
@@ -111,84 +120,104 @@ def norm_ratios(profile: Profile) -> dict[str, float]:
 
 
 def slopes(strengths: Sequence[float], margins: np.ndarray) -> np.ndarray:
-    """Least-squares slopes over strength of margins `[strengths, samples]`: `[samples]`."""
+    """Least-squares slopes over strength of margins `[strengths, rows]`: `[rows]`."""
     centred = np.asarray(strengths) - np.mean(strengths)
     result: np.ndarray = centred @ margins / (centred @ centred)
     return result
 
 
-class _Bench:
-    """One model, one set of held-out rows; profiles are measured on it under equal conditions."""
+class PreferenceSuite:
+    """One model and one set of held-out rows, on which profiles are measured under equal conditions."""
 
     def __init__(
-        self, steered: SteeredModel, sides: Sides, settings: EvaluationSettings, progress: Progress | None
+        self, steered: SteeredModel, fresh: Corpus, settings: EvaluationSettings, progress: Progress | None
     ) -> None:
-        self.steered, self.sides, self.settings = steered, sides, settings
+        self.sides = fresh.sides().thinned(settings.rows)
+        self._steered, self._fresh, self._settings = steered, fresh, settings
         self._progress, self._done = progress, 0
-        self._base = propensity(steered, sides, steer=False)
+        self._base = propensity(steered, self.sides, steer=False)
 
-    def measure(self, profile: Profile) -> dict[str, Any]:
-        """Margin and accuracy at every strength, and for pairs the distribution of slopes."""
-        seen = []
-        for strength in self.settings.strengths:
-            self.steered.write(profile, strength)
-            seen.append(propensity(self.steered, self.sides, steer=True) if strength else self._base)
-        self._tell()
-        report: dict[str, Any] = {
+    def margins(self, profile: Profile) -> MarginsByStrength:
+        """Margin and accuracy at each strength, and for pairs the distribution of slopes."""
+        settings, seen = self._settings, []
+        for strength in settings.strengths:
+            self._steered.write(profile, strength)
+            seen.append(propensity(self._steered, self.sides, steer=True) if strength else self._base)
+        self._report()
+        found: MarginsByStrength = {
             "strengths": [
-                {"strength": strength, **summary(one, self.settings.seed)}
-                for strength, one in zip(self.settings.strengths, seen, strict=True)
+                {"strength": strength, **estimate(one, settings.seed)}
+                for strength, one in zip(settings.strengths, seen, strict=True)
             ]
         }
         if self.sides.paired:
             margins = torch.stack([one.positives - one.negatives for one in seen]).numpy()
-            report |= steerability(slopes(self.settings.strengths, margins), self.settings.seed)
-        return report
+            values = slopes(settings.strengths, margins)
+            found["steerability"] = float(values.mean())
+            found["steerability_95"] = bootstrap(
+                lambda rows: float(values[rows].mean()), len(values), seed=settings.seed
+            )
+            found["steerability_quartiles"] = [float(one) for one in np.percentile(values, [25, 50, 75])]
+            found["anti_steerable"] = float((values < 0).mean())
+            found["slopes"] = [float(one) for one in values]
+        return found
 
-    def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-        """KL(steered‖base) per token and perplexity under the unsteered model, of sampled texts at every strength."""
+    def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[CurvePointRecord]:
+        """KL(steered‖base) per token, and perplexity under the unsteered model, of texts sampled at each strength."""
+        repeated = [prompts[i % len(prompts)] for i in range(TEXTS)]
         points = [
-            measure_point(self.steered, profile, strength, prompts, tokens=SAMPLED_TOKENS, seed=self.settings.seed)
-            for strength in self.settings.strengths
+            measure_point(self._steered, profile, strength, repeated, tokens=SAMPLED_TOKENS, seed=self._settings.seed)
+            for strength in self._settings.strengths
         ]
-        self._tell()
+        self._report()
         return curve_record(points)
 
-    def rewards(
-        self,
-        profile: Profile,
-        prompts: Sequence[Sequence[int]],
-        reward: Reward | None,
-        trained: Corpus | None,
-        fresh: Corpus,
-    ) -> dict[str, Any]:
-        """Reward against KL at every strength beside the optimum, or a note on why there is none."""
-        settings, tokenizer = self.settings, self.steered.lm.tokenizer
+    def prompting(self, name: str, limit: int | None) -> PromptingBaseline:
+        """The same rows without a vector, under the instruction p⁺ and under p⁻ of a goal."""
+        instructions, tokenizer = instructions_for(name), self._steered.lm.tokenizer
+        positives, negatives = (spread(side, self._settings.rows) for side in self._fresh.pairs.sides())
+        twins = [
+            twins_of(tokenizer, side, [self._fresh.encoded[one] for one in side], instructions, limit=limit)
+            for side in (positives, negatives)
+        ]
+        found: PromptingBaseline = {"positive_instruction": instructions.positive}
+        if self.sides.paired and not len(twins[0]) == len(twins[1]) == len(positives):
+            found["note"] = "with an instruction added, some rows exceed the model's context"
+            return found
+        found["positive"] = self._unsteered(*([_read_after(twin, twin.positive) for twin in side] for side in twins))
+        found["negative"] = self._unsteered(*([_read_after(twin, twin.negative) for twin in side] for side in twins))
+        return found
+
+    def reward(
+        self, profile: Profile, prompts: Sequence[Sequence[int]], reward: Reward | None, trained: Corpus | None
+    ) -> RewardReport | NotMeasured:
+        """Reward against KL at each strength, or a note on why it was not measured."""
+        settings, tokenizer = self._settings, self._steered.lm.tokenizer
         if not settings.reward_samples:
             return {"note": "it was not asked for"}
         try:
-            found = judged(reward, trained, fresh, tokenizer, most=SAMPLED_TOKENS, seed=settings.seed)
+            found = judged(reward, trained, self._fresh, tokenizer, most=SAMPLED_TOKENS, seed=settings.seed)
         except DataError as error:
             return {"note": error.message}
-        return {"scorer": found.quality} | reward_report(
-            self.steered, profile, found.reward, prompts, settings.strengths,
+        curve = reward_curve(
+            self._steered, profile, found.reward, prompts, settings.strengths,
             samples=settings.reward_samples, tokens=SAMPLED_TOKENS, seed=settings.seed, progress=self._progress,
         )  # fmt: skip
+        return {"scorer": found.quality, **curve}
 
-    def under(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> dict[str, Any]:
-        """What the unsteered model says of these readings of the rows."""
-        self._tell()
+    def _unsteered(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> MarginEstimate:
+        self._report()
         sides = Sides(tuple(positives), tuple(negatives), self.sides.paired)
-        return summary(propensity(self.steered, sides, steer=False), self.settings.seed)
+        return estimate(propensity(self._steered, sides, steer=False), self._settings.seed)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._done += 1
         if self._progress is not None:
-            self._progress("evaluate", self._done, self.settings.randoms + 4)
+            self._progress("evaluate", self._done, self._settings.randoms + 4)
 
 
-def summary(one: Propensity, seed: int = 0) -> dict[str, Any]:
-    """Margin and accuracy with their intervals."""
+def estimate(one: Propensity, seed: int = 0) -> MarginEstimate:
+    """Margin and accuracy, for pairs with their intervals."""
     if not one.paired:
         return {"margin": one.margin, "accuracy": one.accuracy}
     margins = (one.positives - one.negatives).numpy()
@@ -200,35 +229,5 @@ def summary(one: Propensity, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def steerability(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Mean slope, its interval, quartiles, and the share of samples that move the other way."""
-    return {
-        "steerability": float(values.mean()),
-        "steerability_95": bootstrap(lambda rows: float(values[rows].mean()), len(values), seed=seed),
-        "steerability_quartiles": [float(one) for one in np.percentile(values, [25, 50, 75])],
-        "anti_steerable": float((values < 0).mean()),
-        "slopes": [float(one) for one in values],
-    }
-
-
-def _prompting(
-    bench: _Bench, corpus: Corpus, name: str, limit: int | None, settings: EvaluationSettings
-) -> dict[str, Any]:
-    """The same rows without a vector, under the instruction p⁺ and under p⁻."""
-    instructions = instructions_for(name)
-    positives, negatives = (spread(side, settings.rows) for side in corpus.pairs.sides())
-    readings: dict[str, Any] = {"positive_instruction": instructions.positive}
-    twins = [
-        twins_of(bench.steered.lm.tokenizer, side, [corpus.encoded[one] for one in side], instructions, limit=limit)
-        for side in (positives, negatives)
-    ]
-    if bench.sides.paired and not len(twins[0]) == len(twins[1]) == len(positives):
-        return readings | {"note": "with an instruction ahead of them some rows exceed the model's context"}
-    for key, prompt in (("positive", 0), ("negative", 1)):
-        encoded = [
-            [((*(twin.positive, twin.negative)[prompt], *twin.response), len((twin.positive, twin.negative)[prompt]))
-             for twin in side]
-            for side in twins
-        ]  # fmt: skip
-        readings[key] = bench.under(*encoded)
-    return readings
+def _read_after(twin: Twin, prompt: Sequence[int]) -> Encoded:
+    return [*prompt, *twin.response], len(prompt)

@@ -1,14 +1,10 @@
-"""A score of texts that is not the steering itself: how much more like the preferred side a text reads.
-
-Owns what a reward is, a small one that is fitted to preference data by words alone, and how good it is on rows that it
-was not fitted to. Knows nothing of models' insides, of profiles or of strengths.
-"""
+"""Rewards: scores of texts, a small one fitted to preference data, and its quality on held-out rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +14,7 @@ from steering_vectors.data.preferences import MIN_SIDE
 from steering_vectors.data.sides import Sides
 from steering_vectors.errors import DataError
 from steering_vectors.measures.controls import bootstrap
+from steering_vectors.measures.results import Interval, RewardQuality
 
 WORDS = r"(?u)\w+|[^\w\s]"
 TEST_FRACTION = 0.2
@@ -38,10 +35,10 @@ class Reward(Protocol):
 
 
 class WordReward:
-    """Log-odds that a text is a preferred response, by a logistic regression on its words and pairs of words.
+    """Log-odds that a text is a preferred response, by a logistic regression on words and pairs of words.
 
-    Weights are tf-idf with sublinear counts, of unit length per text, so a score does not grow with the text's length;
-    both sides weigh the same. Raises DataError if the texts hold no word.
+    Features are tf-idf with sublinear counts and unit length, so the score does not grow with the length of the text.
+    Both sides have equal weight. Raises DataError if the texts hold no word.
     """
 
     name = "logistic regression on words and pairs of words"
@@ -65,10 +62,17 @@ class WordReward:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A reward, and what is known of it; `quality` is ready for JSON."""
+    """A reward and its quality on held-out responses."""
 
     reward: Reward
-    quality: dict[str, Any]
+    quality: RewardQuality
+
+
+class Separation(TypedDict):
+    """The area under the ROC curve, with its 95 % bootstrap interval."""
+
+    auc: float
+    auc_95: Interval
 
 
 def judged(
@@ -80,22 +84,33 @@ def judged(
     most: int,
     seed: int = 0,
 ) -> Judged:
-    """A reward with its quality on held-out rows; without a reward given, a WordReward fitted to other rows.
+    """Measure a reward on held-out rows; without one, fit a `WordReward` to other rows first.
 
-    `trained` are the rows that the profile was trained on, and the reward is fitted to; `fresh` it is tested on. Where
-    `trained` is None, `fresh` is parted by prompts. Responses are cut to their first `most` tokens, as sampled texts
-    are. Raises DataError if the rows cannot be parted.
+    The reward is fitted to `trained`, the rows that the profile was trained on, and tested on `fresh`. If `trained` is
+    None, `fresh` is split by prompt. Responses are cut to their first `most` tokens, as sampled texts are. Raises
+    DataError if the rows cannot be split.
     """
     if trained is None:
         trained, fresh = fresh.split(TEST_FRACTION, seed, min_side=MIN_SIDE)
-    quality: dict[str, Any] = {}
-    if reward is None:
-        reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, most))
-        quality["fitted_rows"] = min(trained.pairs.rows, FITTED_ROWS)
-    tested = fresh.sides().thinned(TESTED_ROWS)
-    scores = [reward(texts) for texts in texts_of(tested, tokenizer, most)]
-    quality |= {"tested_texts": sum(map(len, scores)), **separation(*scores, seed=seed)}
-    return Judged(reward, {"name": reward.name, "unit": reward.unit, **quality})
+    tested = texts_of(fresh.sides().thinned(TESTED_ROWS), tokenizer, most)
+    if reward is not None:
+        return Judged(reward, _quality(reward, tested, seed))
+    reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, most))
+    quality = _quality(reward, tested, seed)
+    quality["fitted_rows"] = min(trained.pairs.rows, FITTED_ROWS)
+    return Judged(reward, quality)
+
+
+def _quality(reward: Reward, tested: tuple[list[str], list[str]], seed: int) -> RewardQuality:
+    scores = [reward(texts) for texts in tested]
+    found = separation(*scores, seed=seed)
+    return {
+        "name": reward.name,
+        "unit": reward.unit,
+        "tested_texts": sum(map(len, scores)),
+        "auc": found["auc"],
+        "auc_95": found["auc_95"],
+    }
 
 
 def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[list[str], list[str]]:
@@ -107,9 +122,8 @@ def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, most: int) -> tup
     return list(preferred), list(rejected)
 
 
-def separation(preferred: np.ndarray, rejected: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """Area under the ROC curve (the share of pairs, one of either side, that are scored in the right order, ties by
-    half) with its 95 % bootstrap interval."""
+def separation(preferred: np.ndarray, rejected: np.ndarray, *, seed: int = 0) -> Separation:
+    """AUC: the share of pairs of a preferred and a rejected text that are scored in the right order, ties as a half."""
     order = np.sign(preferred[:, None] - rejected[None, :]) / 2 + 0.5  # [preferred, rejected]
 
     def resampled(rows: np.ndarray) -> float:

@@ -1,1 +1,1 @@
-"""From preference data to a calibrated profile."""
+"""Fitting: from preference data to a calibrated profile. Knows nothing of files or of commands."""

@@ -1,9 +1,6 @@
-"""How long a profile's step is, and how many steps are safe.
+"""Calibration: the unit at which strength 1 costs a KL budget, and the range of strengths that is safe.
 
-Owns the search for the unit, at which strength 1 costs a given divergence from the unsteered model, and what is stored
-about it; the curve over strengths and the safe range come from `curve`. Knows nothing of data, of layers' choice or of
-files; prompts come as token ids. A budget per token means different things to different tokenizers, so the cost per
-character is stored beside it.
+A budget per token is not comparable between tokenizers, so the cost per character is stored beside it.
 """
 
 from __future__ import annotations
@@ -13,49 +10,97 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from steering_vectors.data.batches import Encoded
+from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
+from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.measures.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
+from steering_vectors.measures.propensity import REPORT_ROWS, propensity_report
 from steering_vectors.measures.steered_model import SteeredModel, steerable
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.profiles.metadata import Calibration, Metrics
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
 DEFAULT_KL_BUDGET = 0.1  # nats per token
 SAMPLED_TOKENS = 48
 ROWS = 384  # texts; fewer prompts are sampled several times each
-ROUGH_ROWS = 96  # of them, that the first search looks at
+ROUGH_ROWS = 96  # texts of the first search
 TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
 EVALUATIONS, ROUGH_EVALUATIONS = 6, 10
-ROUNDS = 3  # of writing texts and searching on them
-NEAR = 0.05  # texts written at c stand for those written at c·exp(±NEAR)
+MAX_ROUNDS = 3  # of sampling texts and searching on them
+MAX_DRIFT = 0.05  # texts sampled at c stand for those sampled at c·exp(±MAX_DRIFT)
 START = 0.2  # of the largest coefficient
-LEAST_MOVE = 1.03  # by which the search moves until there is a bracket
-TINY = 1e-12
-LEAST_SAFE = 0.1
+MIN_STEP = 1.03  # factor by which the search moves until it has a bracket
+MIN_KL = 1e-12
+MIN_SAFE_STRENGTH = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What steering costs over sampled texts, in nats of KL(steered‖base)."""
+class CalibrationSettings:
+    """Options of `calibrate`.
 
-    per_token: float
-    per_character: float | None
-    tokens: int
+    `kl_budget` is in nats of KL(steered‖base) per token at strength 1. `perplexity_bound` is the factor over the
+    unsteered perplexity that ends the safe range. Raises FitError for values that cannot be used.
+    """
 
+    kl_budget: float = DEFAULT_KL_BUDGET
+    perplexity_bound: float = PERPLEXITY_BOUND
+    seed: int = 0
+    skip_long_rows: bool = False
+    allow_model_mismatch: bool = False
 
-@dataclass(frozen=True, slots=True)
-class Reached:
-    """Where a search ended: the coefficient, the divergence there, and whether the budget was out of reach."""
-
-    coefficient: float
-    kl: float
-    unreached: bool = False
+    def __post_init__(self) -> None:
+        check_budget(self.kl_budget)
+        check_bound(self.perplexity_bound)
 
 
 def calibrate(
+    lm: LanguageModel,
+    profile: Profile,
+    pairs: Preferences,
+    settings: CalibrationSettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Profile:
+    """Set a profile's unit and safe range, and measure its held-out margins, on the prompts of preference data.
+
+    Of the data that the profile was fitted to, only the rows that it was not trained on are used. `calibrate_on`
+    describes the measurement. Raises ProfileMismatch for a profile of another model unless `allow_model_mismatch` is
+    set, DataError for rows that this model cannot use, FitError if the calibration fails.
+    """
+    settings = settings or CalibrationSettings()
+    profile.check_model(lm.identity, allow_mismatch=settings.allow_model_mismatch)
+    corpus = encode_corpus(
+        lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows
+    )
+    _, fresh = trained_and_fresh(profile, corpus)
+    calibrated = calibrate_on(
+        lm,
+        profile,
+        prompts_with_room(lm, fresh.pairs, room=SAMPLED_TOKENS, seed=settings.seed),
+        kl_budget=settings.kl_budget,
+        perplexity_bound=settings.perplexity_bound,
+        seed=settings.seed,
+        progress=progress,
+    )
+    with steerable(lm) as steered:
+        report = propensity_report(steered, calibrated, fresh.sides().thinned(REPORT_ROWS))
+    metrics: Metrics = {**calibrated.metrics, "propensity": report}
+    return replace(calibrated, metrics=metrics)
+
+
+def trained_and_fresh(profile: Profile, corpus: Corpus) -> tuple[Corpus | None, Corpus]:
+    """Split data into the rows that a profile was trained on and the others; None and all rows for other data."""
+    options = profile.method_options
+    if corpus.pairs.sha256 != profile.data.get("sha256") or "heldout_fraction" not in options:
+        return None, corpus
+    return corpus.split(float(options["heldout_fraction"]), int(options["seed"]), min_side=4)
+
+
+def calibrate_on(
     lm: LanguageModel,
     profile: Profile,
     prompts: Sequence[Sequence[int]],
@@ -66,17 +111,21 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
-    """The profile with the unit c at which KL(steered‖base) at α = 1 is `kl_budget` nats per token, with its curve, and
-    with the `max_strength` up to which steered texts' perplexity is within `perplexity_bound` times that of unsteered.
+    """Set a profile's unit and safe range on prompts of token ids.
 
-    The mean is over the steered positions of texts that the steered model writes after the prompts (T = 1, at most
-    `tokens` each, up to and with the token that ends one), over the whole vocabulary. A search comes near on 96 texts,
-    written anew for every candidate c with the same random numbers. From there 384 texts are written, and a second
-    search reads these alone, since the KL of texts written anew jumps from one c to the next; it ends within 3 % of the
-    budget, and is repeated, at most three times, if it moved c by over 5 %. If even the c that makes the shift as long
-    as the median residual norm at some block stays below the budget, that c is taken and `unreached` stored. The safe
-    range is read from the curve (see `measure_curve`), a tenth at least. Raises FitError without prompts, residual
-    norms, a positive budget or a bound above 1.
+    The unit c is the coefficient at which KL(steered‖base) at strength 1 is `kl_budget` nats per token. The mean is
+    taken over the whole vocabulary and over the steered positions of texts that the steered model samples after the
+    prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
+
+    1. A rough search on 96 texts samples them again at every candidate c, with the same random numbers.
+    2. Then 384 texts are sampled at the c found, and a second search measures KL on these texts alone, because the KL
+       of newly sampled texts jumps from one c to the next. It ends within 3 % of the budget. The step is repeated up
+       to three times while it moves c by more than 5 %.
+    3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
+       block, that c is taken and the calibration says `unreached`.
+
+    `max_strength` is read from the curve of perplexity over strength (see `measure_curve`) and is at least 0.1.
+    Raises FitError without prompts or residual norms, and for a budget or a bound that cannot be used.
     """
     if not prompts:
         raise FitError("there is no prompt to calibrate on; add rows with other prompts")
@@ -84,37 +133,48 @@ def calibrate(
     check_bound(perplexity_bound)
     rows = [prompts[i % len(prompts)] for i in range(max(ROWS, len(prompts)))]
     with steerable(lm) as steered:
-        bench = _Bench(steered, profile, rows, tokens, seed, progress)
-        found, cost = bench.find_unit(kl_budget)
+        found, cost = UnitSearch(steered, profile, rows, tokens, seed, progress).find_unit(kl_budget)
         profile = replace(profile, unit=found.coefficient)
         curve = measure_curve(
             steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
         )
-    calibration = {
+    calibration: Calibration = {
         "kl_budget": kl_budget,
-        **_record(cost, prompts),
+        "kl_at_1": cost.per_token,
+        "kl_per_character": cost.per_character,
+        "tokens": cost.tokens,
+        "prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
         "unreached": found.unreached,
         "texts": len(rows),
         "seed": seed,
         "perplexity_bound": perplexity_bound,
         "curve": curve_record(curve),
     }
-    safe = max(LEAST_SAFE, safe_strength(curve, perplexity_bound))
+    safe = max(MIN_SAFE_STRENGTH, safe_strength(curve, perplexity_bound))
     return replace(profile, max_strength=safe, calibration=calibration)
 
 
-def _record(cost: Cost, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    return {
-        "kl_at_1": cost.per_token,
-        "kl_per_character": cost.per_character,
-        "tokens": cost.tokens,
-        "prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
-    }
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The cost of steering over sampled texts, in nats of KL(steered‖base)."""
+
+    per_token: float
+    per_character: float | None
+    tokens: int
 
 
-class _Bench:
-    """What a profile costs at one coefficient or another, and the one at which it costs the budget."""
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The end of a search: the coefficient, the KL there in nats per token, and whether the budget is out of reach."""
+
+    coefficient: float
+    kl: float
+    unreached: bool = False
+
+
+class UnitSearch:
+    """The search for the coefficient at which a profile costs the budget."""
 
     def __init__(
         self,
@@ -130,19 +190,19 @@ class _Bench:
         self._done = 0
 
     def find_unit(self, budget: float) -> tuple[Reached, Cost]:
-        """Where the budget is met, and what texts cost there."""
+        """Return the coefficient that meets the budget, and the cost of texts there."""
         largest = largest_coefficient(self._profile)
         few = self._prompts[:ROUGH_ROWS]
         found = search(
             lambda c: self._cost(c, self._texts(c, few)).per_token, largest, budget,
             start=START * largest, tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
         )  # fmt: skip
-        for _ in range(ROUNDS):
+        for _ in range(MAX_ROUNDS):
             written = found.coefficient
             found, cost = self._find_on(self._texts(written, self._prompts), largest, budget, written)
-            if abs(math.log(found.coefficient / written)) <= NEAR:
+            if abs(math.log(found.coefficient / written)) <= MAX_DRIFT:
                 break
-        self._tell(last=True)
+        self._report(last=True)
         return found, cost
 
     def _find_on(self, texts: Sequence[Encoded], largest: float, budget: float, start: float) -> tuple[Reached, Cost]:
@@ -160,10 +220,10 @@ class _Bench:
         return self._steered.continuations(prompts, tokens=self._tokens, seed=self._seed)
 
     def _cost(self, coefficient: float, texts: Sequence[Encoded]) -> Cost:
-        self._tell()
+        self._report()
         return cost_of(self._steered, replace(self._profile, unit=coefficient), texts)
 
-    def _tell(self, *, last: bool = False) -> None:
+    def _report(self, *, last: bool = False) -> None:
         expected = ROUGH_EVALUATIONS + EVALUATIONS
         self._done += 1
         if self._progress is not None:
@@ -171,7 +231,7 @@ class _Bench:
 
 
 def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded]) -> Cost:
-    """What a profile costs at strength 1 over given texts. Raises FitError if that is not finite."""
+    """The cost of a profile at strength 1 over given texts. Raises FitError if it is not finite."""
     steered.write(profile, 1.0)
     sums, counts = steered.divergences(texts)
     total, count = float(sums.sum()), int(counts.sum())
@@ -183,7 +243,7 @@ def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded]) -
 
 
 def largest_coefficient(profile: Profile) -> float:
-    """The c at which, for the first block, ‖c·d‖ equals the median residual norm there (norm ratio 1)."""
+    """The smallest c at which ‖c·d‖ equals the median residual norm at some block (norm ratio 1)."""
     ratios = [
         profile.residual_norms.get(layer, 0.0) / norm
         for layer, shift in profile.injected().items()
@@ -203,11 +263,11 @@ def search(
     tolerance: float,
     evaluations: int,
 ) -> Reached:
-    """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by bisection on log c.
+    """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by interpolation on log c.
 
-    KL grows about as c² while it is small, so the search goes from `start` where that law points until the budget is
-    bracketed; then each step tries the point that a straight line in log-log through the
-    bracket's ends predicts, and halves the bracket where that falls outside its middle 90 %.
+    KL grows about as c² while it is small. The search follows this law from `start` until the budget is bracketed.
+    Then each step tries the point that a straight line through the bracket's ends predicts in log-log space, or halves
+    the bracket if that point lies outside its middle 90 %. Returns the closest point if `evaluations` run out.
     """
     low: Reached | None = None
     high: Reached | None = None
@@ -230,20 +290,20 @@ def _next(low: Reached | None, high: Reached | None, largest: float, budget: flo
         return _between(low, high, budget)
     end = low or high
     assert end is not None
-    factor = math.sqrt(budget / max(end.kl, TINY))
-    factor = min(max(factor, LEAST_MOVE), 10.0) if low else max(min(factor, 1 / LEAST_MOVE), 0.1)
+    factor = math.sqrt(budget / max(end.kl, MIN_KL))
+    factor = min(max(factor, MIN_STEP), 10.0) if low else max(min(factor, 1 / MIN_STEP), 0.1)
     return min(end.coefficient * factor, largest)
 
 
 def _between(low: Reached, high: Reached, budget: float) -> float:
     width = math.log(high.coefficient / low.coefficient)
-    rise = math.log(max(high.kl, TINY) / max(low.kl, TINY))
-    share = math.log(budget / max(low.kl, TINY)) / rise if rise > 0 else 0.5
+    rise = math.log(max(high.kl, MIN_KL) / max(low.kl, MIN_KL))
+    share = math.log(budget / max(low.kl, MIN_KL)) / rise if rise > 0 else 0.5
     return low.coefficient * math.exp(width * (share if 0.05 < share < 0.95 else 0.5))
 
 
 def _distance(reached: Reached, budget: float) -> float:
-    return abs(math.log(max(reached.kl, TINY) / budget))
+    return abs(math.log(max(reached.kl, MIN_KL) / budget))
 
 
 def check_budget(kl_budget: float) -> None:

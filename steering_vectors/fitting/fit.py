@@ -1,15 +1,11 @@
-"""From preference data and a model to a profile: the one call behind `trimtab fit`.
-
-Owns the order of the work (encode, part, capture, find, choose layers, calibrate, measure) and what is recorded of it.
-Knows nothing of files: data comes loaded, and the profile is stored by whoever asked for it.
-"""
+"""Fitting: from a model and preference data to a calibrated profile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
-from typing import Any
+from typing import TypedDict, Unpack, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,103 +15,133 @@ from steering_vectors.data.chat import chat_template_sha256
 from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
-from steering_vectors.fitting import calibration
-from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, check_budget
+from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate_on, check_budget
+from steering_vectors.fitting.gates import GatePrompts, fit_gate
 from steering_vectors.fitting.layers import AUTO, Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
 from steering_vectors.fitting.notes import data_notes, effect_notes
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
-from steering_vectors.methods import Directions, Method, Task, method_named
+from steering_vectors.methods import Directions, Task, method_named
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.profiles.metadata import DataRecord, LayerScores, Metrics, OptionValue
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
 
-NEGLIGIBLE = 1e-6  # a direction this short against the residual stream is rounding error
+NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What a fit was asked to do."""
+class FitSettings:
+    """Options of `fit`.
 
-    method: Method
-    layers: tuple[int, ...] | None
+    - `name`, `description`: the name that the profile is served under, and a sentence to store with it.
+    - `method`, `options`: a method of `trimtab methods`, and its own options; missing options take their defaults.
+    - `layers`: `auto`, `12`, `10-20` (both ends included), `3,5,7`, or a list of block indices.
+    - `tokens`: read the mean over the `response` tokens, or the `last` one.
+    - `layering`: `independent` injects each block's direction; `incremental` injects d_l less the direction at the
+      profile's previous block.
+    - `heldout_fraction`: share of the rows, split by prompt, that is not trained on.
+    - `kl_budget`: nats of KL(steered‖base) per token that strength 1 costs. `calibrate=False` leaves the unit at 1.
+    - `gate`: prompts on which the profile should and should not steer (`load_gate_prompts`); None steers always.
+    - `seed`: equal settings with equal seeds give bitwise equal tensors.
+    - `batch_tokens`: tokens per forward pass. `skip_long_rows`: leave out rows longer than the model's context
+      instead of raising DataError.
+
+    Raises FitError for an unknown method or option, and for values that cannot be used.
+    """
+
+    name: str = "profile"
+    description: str = ""
+    method: str = "mean-diff"
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    layers: str | Sequence[int] = AUTO
+    tokens: Tokens = "response"
+    layering: Layering = "independent"
+    heldout_fraction: float = 0.2
+    kl_budget: float = DEFAULT_KL_BUDGET
+    calibrate: bool = True
+    gate: GatePrompts | None = None
+    seed: int = 0
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    skip_long_rows: bool = False
+
+    def __post_init__(self) -> None:
+        method_named(self.method).complete(self.options)
+        if self.tokens not in ("response", "last"):
+            raise FitError(f"tokens is {self.tokens!r}, not one of response, last")
+        check_budget(self.kl_budget)
+
+
+class FitOptions(TypedDict, total=False):
+    """The fields of `FitSettings` as keyword arguments."""
+
+    name: str
+    description: str
+    method: str
+    options: Mapping[str, OptionValue]
+    layers: str | Sequence[int]
     tokens: Tokens
     layering: Layering
     heldout_fraction: float
     kl_budget: float
+    calibrate: bool
+    gate: GatePrompts | None
     seed: int
     batch_tokens: int
-    calibrate: bool
-    progress: Progress | None
-    options: Mapping[str, Any]
+    skip_long_rows: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The data, parted by prompt. `choosing` is None where the layers are given."""
-
-    train: Corpus
-    choosing: Corpus | None
-    heldout: Corpus
-    prompts: tuple[tuple[int, ...], ...]  # to calibrate on
-    choosing_prompts: tuple[tuple[int, ...], ...]
+@overload
+def fit(
+    lm: LanguageModel, pairs: Preferences, settings: FitSettings | None = None, /, *, progress: Progress | None = None
+) -> Profile: ...
 
 
+@overload
 def fit(
     model: LanguageModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     pairs: Preferences,
     *,
-    name: str = "profile",
-    method: str = "mean-diff",
-    layers: str | Sequence[int] = AUTO,
-    tokens: Tokens = "response",
-    layering: Layering = "independent",
-    heldout_fraction: float = 0.2,
-    kl_budget: float = DEFAULT_KL_BUDGET,
-    seed: int = 0,
-    description: str = "",
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    skip_long_rows: bool = False,
-    calibrate: bool = True,
-    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **options: Unpack[FitOptions],
+) -> Profile: ...
+
+
+def fit(
+    model: LanguageModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Preferences | None,
+    pairs: Preferences | FitSettings | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[FitOptions],
 ) -> Profile:
-    """Fit a profile to preference data; equal arguments give bitwise equal tensors.
+    """Fit a profile to preference data: directions, layers, unit, gate and held-out metrics.
 
-    The rows are parted by prompt: most are trained on; of the held-out ones half choose the layers (with
-    `layers="auto"`, see `choose_layers`) and half calibrate the unit (see `calibrate`) and give the metrics, so what
-    is reported was seen by neither. With layers given, all held-out rows calibrate. `tokens` says which of a
-    response's tokens are looked at: the mean of all, or the last. `options` are the method's own. `tokenizer` may be
-    None for a LanguageModel.
+        profile = fit(lm, pairs, FitSettings(name="warm", method="pca"))
+        profile = fit(model, tokenizer, pairs, name="warm", method="pca")
 
-    `metrics` holds `projection_accuracy` per block, `propensity` at strengths −1, 0 and +1, `layer_choice` with the
-    score of every window tried, and `notes`, sentences on what the user should know (few rows, duplicates, an
-    unreached budget). Without `calibrate` the unit is 1 and `calibration` is empty.
+    Both forms do the same. `lm` comes from `load_model`; the second form takes a transformers model with its tokenizer
+    (None for a LanguageModel) and the fields of `FitSettings` as keyword arguments.
 
-    Raises FitError for what cannot be fitted, DataError for rows that are unusable with this model.
+    Rows are split by prompt: most are trained on. With `layers="auto"`, half of the held-out rows choose the layers
+    (see `choose_layers`) and the other half calibrates the unit (see `calibrate_on`) and gives the metrics, so the
+    reported figures come from rows that neither step has seen. With layers given, all held-out rows calibrate.
+
+    The profile holds float32 directions of shape `[hidden_size]` per block. Its `metrics` hold `projection_accuracy`
+    by block, `propensity` at strengths −1, 0 and +1, `layer_choice`, and `notes` for the user.
+
+    Raises FitError if no profile can be fitted, DataError for rows that this model cannot use, ProfileError for an
+    unusable name.
     """
-    lm, found = _language_model(model, tokenizer), method_named(method)
-    settings = Settings(
-        found, parse_layers(layers, lm.num_layers), _known_tokens(tokens), layering, heldout_fraction,
-        kl_budget, seed, batch_tokens, calibrate, progress, found.complete(options or {}),
-    )  # fmt: skip
-    check_budget(kl_budget)
-    blank = _blank(lm, name, description, settings)
-    pairs.check()
-    limit = context_limit(lm)
-    corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=skip_long_rows)
-    parts = _part(lm, corpus, settings)
-    statistics = _capture(lm, parts.train, settings)
-    profile = replace(
-        blank,
-        directions=_directions(lm, parts.train, statistics, settings, name),
-        residual_norms={layer: one.residual_norm for layer, one in statistics.items()},
-        data=_provenance(corpus, parts),
-    )
-    return _finish(lm, profile, parts, statistics, settings)
+    if isinstance(tokenizer, Preferences):
+        data, settings = tokenizer, pairs if isinstance(pairs, FitSettings) else FitSettings(**options)
+        return _Fit(_language_model(model, None), settings, progress).run(data)
+    if not isinstance(pairs, Preferences):
+        raise FitError("fit takes (lm, pairs, settings) or (model, tokenizer, pairs), with pairs from load_pairs")
+    return _Fit(_language_model(model, tokenizer), FitSettings(**options), progress).run(pairs)
 
 
 def _language_model(model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:
@@ -126,89 +152,167 @@ def _language_model(model: LanguageModel | PreTrainedModel, tokenizer: PreTraine
     return wrap_model(model, tokenizer)
 
 
-def _known_tokens(tokens: Tokens) -> Tokens:
-    if tokens not in ("response", "last"):
-        raise FitError(f"tokens is {tokens!r}, not one of response, last")
-    return tokens
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The data, split by prompt. `choosing` is None if the layers are given. Prompts are token ids."""
+
+    train: Corpus
+    choosing: Corpus | None
+    heldout: Corpus
+    calibration_prompts: list[list[int]]
+    choosing_prompts: list[list[int]]
 
 
-def _blank(lm: LanguageModel, name: str, description: str, settings: Settings) -> Profile:
-    """The profile before its directions, made first so that a bad name or layering fails at once."""
-    return Profile(
-        name=name,
-        model=lm.identity,
-        directions={0: torch.zeros(lm.hidden_size)},
-        method=settings.method.name,
-        layering=settings.layering,
-        description=description,
-        method_options={
-            "tokens": settings.tokens,
-            "heldout_fraction": settings.heldout_fraction,
-            "seed": settings.seed,
-            **settings.options,
-        },
-        chat_template_sha256=chat_template_sha256(lm.tokenizer),
-    )
+class _Fit:
+    """One fit: its model, its settings and its steps."""
 
+    def __init__(self, lm: LanguageModel, settings: FitSettings, progress: Progress | None) -> None:
+        self._lm, self._settings, self._progress = lm, settings, progress
+        self._method = method_named(settings.method)
+        self._options = self._method.complete(settings.options)
+        self._layers = parse_layers(settings.layers, lm.num_layers)
 
-def _part(lm: LanguageModel, corpus: Corpus, settings: Settings) -> Parts:
-    train, heldout = corpus.split(settings.heldout_fraction, settings.seed, min_side=4)
-    choosing = None
-    if settings.layers is None:
-        heldout, choosing = heldout.split(0.5, settings.seed, min_side=1)
+    def run(self, pairs: Preferences) -> Profile:
+        lm, settings = self._lm, self._settings
+        blank = self._blank()
+        pairs.check()
+        gate = None
+        if settings.gate is not None:
+            gate = fit_gate(lm, settings.gate, seed=settings.seed, progress=self._progress)
+        limit = context_limit(lm)
+        corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
+        parts = self._split(corpus)
+        statistics = self._capture(parts.train)
+        profile = replace(
+            blank,
+            directions=self._directions(parts.train, statistics),
+            residual_norms={layer: one.residual_norm for layer, one in statistics.items()},
+            data=_data_record(corpus, parts),
+        )
+        metrics: Metrics = {"projection_accuracy": self._accuracies(profile, parts.heldout, statistics)}
+        if parts.choosing is not None:
+            choice = self._choose_layers(profile, parts)
+            metrics["layer_choice"] = _layer_scores(choice)
+            profile = _restricted(profile, choice.layers)
+        if settings.calibrate:
+            profile = calibrate_on(
+                lm,
+                profile,
+                parts.calibration_prompts,
+                kl_budget=settings.kl_budget,
+                seed=settings.seed,
+                progress=self._progress,
+            )
+        with steerable(lm) as steered:
+            metrics["propensity"] = propensity_report(steered, profile, parts.heldout.sides().thinned(REPORT_ROWS))
+        notes = [*data_notes(profile.data), *self._sample_notes(parts.train), *effect_notes(profile, metrics)]
+        metrics["notes"] = notes
+        return replace(profile, metrics=metrics, gate=gate)
 
-    def prompts_of(part: Corpus | None) -> tuple[tuple[int, ...], ...]:
-        if part is None:
-            return ()
-        return tuple(map(tuple, prompts_with_room(lm, part.pairs, room=SAMPLED_TOKENS, seed=settings.seed)))
+    def _blank(self) -> Profile:
+        """The profile before its directions, made first so that a bad name or layering fails at once."""
+        settings = self._settings
+        return Profile(
+            name=settings.name,
+            model=self._lm.identity,
+            directions={0: torch.zeros(self._lm.hidden_size)},
+            method=self._method.name,
+            layering=settings.layering,
+            description=settings.description,
+            method_options={
+                "tokens": settings.tokens,
+                "heldout_fraction": settings.heldout_fraction,
+                "seed": settings.seed,
+                **self._options,
+            },
+            chat_template_sha256=chat_template_sha256(self._lm.tokenizer),
+        )
 
-    return Parts(train, choosing, heldout, prompts_of(heldout if settings.calibrate else None), prompts_of(choosing))
+    def _split(self, corpus: Corpus) -> Parts:
+        settings = self._settings
+        train, heldout = corpus.split(settings.heldout_fraction, settings.seed, min_side=4)
+        choosing = None
+        if self._layers is None:
+            heldout, choosing = heldout.split(0.5, settings.seed, min_side=1)
 
+        def prompts_of(part: Corpus | None) -> list[list[int]]:
+            if part is None:
+                return []
+            return prompts_with_room(self._lm, part.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
 
-def _capture(lm: LanguageModel, train: Corpus, settings: Settings) -> dict[int, LayerStatistics]:
-    sides = train.sides()
-    looked_at = settings.method.layers or candidate_layers
-    layers = looked_at(lm.num_layers) if settings.layers is None else settings.layers
-    return capture(
-        lm,
-        sides.positives,
-        sides.negatives,
-        layers,
-        paired=sides.paired,
-        tokens=settings.tokens,
-        keep_sample=settings.method.needs_sample,
-        seed=settings.seed,
-        batch_tokens=settings.batch_tokens,
-        progress=settings.progress,
-    )
+        return Parts(
+            train, choosing, heldout, prompts_of(heldout if settings.calibrate else None), prompts_of(choosing)
+        )
 
+    def _capture(self, train: Corpus) -> dict[int, LayerStatistics]:
+        sides, candidates = train.sides(), self._method.layers or candidate_layers
+        return capture(
+            self._lm,
+            sides.positives,
+            sides.negatives,
+            candidates(self._lm.num_layers) if self._layers is None else self._layers,
+            paired=sides.paired,
+            tokens=self._settings.tokens,
+            keep_sample=self._method.needs_sample,
+            seed=self._settings.seed,
+            batch_tokens=self._settings.batch_tokens,
+            progress=self._progress,
+        )
 
-def _directions(
-    lm: LanguageModel, train: Corpus, statistics: Mapping[int, LayerStatistics], settings: Settings, name: str
-) -> Directions:
-    """The method's directions that can be used. A useless one is an error where its layer was asked for."""
-    texts, sides = train.pairs, train.sides()
-    found = settings.method.find(
-        Task(
-            lm,
+    def _directions(self, train: Corpus, statistics: Mapping[int, LayerStatistics]) -> Directions:
+        """The method's usable directions. An unusable one is an error if its layer was asked for, or if all are."""
+        texts, sides = train.pairs, train.sides()
+        task = Task(
+            self._lm,
             statistics,
             texts.positives,
             texts.negatives,
             sides.positives,
             sides.negatives,
             sides.paired,
-            name,
-            settings.tokens,
-            settings.seed,
-            settings.options,
-            settings.progress,
+            self._settings.name,
+            self._settings.tokens,
+            self._settings.seed,
+            self._options,
+            self._progress,
         )
-    )
-    faults = {layer: _fault(found[layer], statistics[layer]) for layer in found}
-    for layer, fault in faults.items():
-        if fault and (settings.layers is not None or all(faults.values())):
-            raise FitError(f"layer {layer}: the direction {fault}")
-    return {layer: direction for layer, direction in found.items() if not faults[layer]}
+        found = self._method.find(task)
+        faults = {layer: _fault(found[layer], statistics[layer]) for layer in found}
+        for layer, fault in faults.items():
+            if fault and (self._layers is not None or all(faults.values())):
+                raise FitError(f"layer {layer}: the direction {fault}")
+        return {layer: direction for layer, direction in found.items() if not faults[layer]}
+
+    def _accuracies(
+        self, profile: Profile, heldout: Corpus, statistics: Mapping[int, LayerStatistics]
+    ) -> dict[str, float]:
+        found = projection_accuracies(
+            self._lm,
+            statistics,
+            profile.directions,
+            heldout.sides().thinned(REPORT_ROWS),
+            tokens=self._settings.tokens,
+            batch_tokens=self._settings.batch_tokens,
+        )
+        return {str(layer): accuracy for layer, accuracy in found.items()}
+
+    def _choose_layers(self, profile: Profile, parts: Parts) -> LayerChoice:
+        evidence = Evidence(parts.choosing_prompts, token_log_odds(parts.train.sides(), self._lm.vocab_size))
+        settings = self._settings
+        with steerable(self._lm) as steered:
+            return choose_layers(
+                steered,
+                profile,
+                evidence,
+                kl_budget=settings.kl_budget,
+                seed=settings.seed,
+                progress=self._progress,
+            )
+
+    def _sample_notes(self, train: Corpus) -> list[str]:
+        if not self._method.needs_sample or max(map(len, train.pairs.sides())) <= SAMPLE_ROWS:
+            return []
+        return [f"{self._method.name} read a sample of at most {SAMPLE_ROWS} examples per side"]
 
 
 def _fault(direction: torch.Tensor, statistics: LayerStatistics) -> str:
@@ -219,60 +323,6 @@ def _fault(direction: torch.Tensor, statistics: LayerStatistics) -> str:
     return ""
 
 
-def _finish(
-    lm: LanguageModel,
-    profile: Profile,
-    parts: Parts,
-    statistics: Mapping[int, LayerStatistics],
-    settings: Settings,
-) -> Profile:
-    """Choose the layers, calibrate, measure."""
-    heldout, metrics = parts.heldout.sides(), dict[str, Any]()
-    metrics["projection_accuracy"] = {
-        str(layer): accuracy
-        for layer, accuracy in projection_accuracies(
-            lm,
-            statistics,
-            profile.directions,
-            heldout.thinned(REPORT_ROWS),
-            tokens=settings.tokens,
-            batch_tokens=settings.batch_tokens,
-        ).items()
-    }
-    if parts.choosing is not None:
-        choice = _choose(lm, profile, parts.train, parts.choosing_prompts, settings)
-        metrics["layer_choice"] = _choice_record(choice)
-        profile = _restricted(profile, choice.layers)
-    if settings.calibrate:
-        profile = calibration.calibrate(
-            lm, profile, parts.prompts, kl_budget=settings.kl_budget, seed=settings.seed, progress=settings.progress
-        )
-    with steerable(lm) as steered:
-        metrics["propensity"] = propensity_report(steered, profile, heldout.thinned(REPORT_ROWS))
-    notes = [*data_notes(profile.data), *_sample_notes(parts.train, settings), *effect_notes(profile, metrics)]
-    return replace(profile, metrics=metrics | {"notes": notes})
-
-
-def _choose(
-    lm: LanguageModel,
-    profile: Profile,
-    train: Corpus,
-    prompts: Sequence[Sequence[int]],
-    settings: Settings,
-) -> LayerChoice:
-    odds = token_log_odds(train.sides(), lm.vocab_size)
-    evidence = Evidence(prompts, odds)
-    with steerable(lm) as steered:
-        return choose_layers(
-            steered,
-            profile,
-            evidence,
-            kl_budget=settings.kl_budget,
-            seed=settings.seed,
-            progress=settings.progress,
-        )
-
-
 def _restricted(profile: Profile, layers: Sequence[int]) -> Profile:
     return replace(
         profile,
@@ -281,8 +331,8 @@ def _restricted(profile: Profile, layers: Sequence[int]) -> Profile:
     )
 
 
-def _choice_record(choice: LayerChoice) -> dict[str, Any]:
-    """The scores by window, written as the `layers` that would give it."""
+def _layer_scores(choice: LayerChoice) -> LayerScores:
+    """The scores by window, written as the `layers` that select it."""
     scores = {
         str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
         for window, score in choice.scores.items()
@@ -293,7 +343,7 @@ def _choice_record(choice: LayerChoice) -> dict[str, Any]:
     }
 
 
-def _provenance(corpus: Corpus, parts: Parts) -> dict[str, Any]:
+def _data_record(corpus: Corpus, parts: Parts) -> DataRecord:
     pairs = corpus.pairs
     return {
         "source": PurePath(pairs.source).name,
@@ -307,9 +357,3 @@ def _provenance(corpus: Corpus, parts: Parts) -> dict[str, Any]:
         "long_rows_skipped": corpus.long_rows,
         "duplicates": pairs.duplicates,
     }
-
-
-def _sample_notes(train: Corpus, settings: Settings) -> list[str]:
-    if not settings.method.needs_sample or max(map(len, train.pairs.sides())) <= SAMPLE_ROWS:
-        return []
-    return [f"{settings.method.name} looked at a sample of at most {SAMPLE_ROWS} examples a side"]

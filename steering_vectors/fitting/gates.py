@@ -1,14 +1,10 @@
-"""Finding a gate: prompts on which a profile is to steer, told from those on which it is not.
-
-Owns the file of labelled prompts and the search over block, threshold and side. Knows nothing of profiles' directions.
-"""
+"""Fitting a gate: from labelled prompts to the block, threshold and side that separate them."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 import torch
 
@@ -21,9 +17,10 @@ from steering_vectors.fitting.layers import candidate_layers
 from steering_vectors.measures.activations import pooled
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.gate import SIDES, Gate, similarities
+from steering_vectors.profiles.metadata import GateMetrics
 from steering_vectors.progress import Progress
 
-LEAST = 8  # prompts of either label
+MIN_PROMPTS = 8  # of either label
 HELDOUT = 0.25
 TIE = 0.02  # of F1
 LABEL = "label"
@@ -31,7 +28,7 @@ LABEL = "label"
 
 @dataclass(frozen=True, slots=True)
 class GatePrompts:
-    """Prompts that are to open a gate, and others that are not."""
+    """Prompts that open a gate, and others that keep it closed. Raises DataError for fewer than 8 of either."""
 
     opening: tuple[Prompt, ...]
     others: tuple[Prompt, ...]
@@ -40,16 +37,19 @@ class GatePrompts:
 
     def __post_init__(self) -> None:
         for name, side in (("true", self.opening), ("false", self.others)):
-            if len(side) < LEAST:
+            if len(side) < MIN_PROMPTS:
                 raise DataError(
-                    f"it has {len(side)} prompts with the label {name}; a gate needs at least {LEAST} of each",
+                    f"it has {len(side)} prompts with the label {name}; a gate needs at least {MIN_PROMPTS} of each",
                     path=self.source or None,
                 )
 
 
 def load_gate_prompts(path: str) -> GatePrompts:
-    """Read rows of {prompt, label}, in any format that preference data may have: a text or messages, and true where the
-    profile is to steer. Raises DataError, with path, line and field."""
+    """Read rows of {prompt, label} from a file in any format of preference data.
+
+    The prompt is a text or a list of messages; the label is true where the profile should steer. Raises DataError with
+    path, line and field.
+    """
     table = read_table(path)
     rows = [_read(row, table.source) for row in table.rows]
     opening, others = (tuple(prompt for prompt, label in rows if label is wanted) for wanted in (True, False))
@@ -57,13 +57,14 @@ def load_gate_prompts(path: str) -> GatePrompts:
 
 
 def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress: Progress | None = None) -> Gate:
-    """The gate with the highest F1 on three quarters of the prompts; the rest measure it (`metrics`).
+    """Fit the gate with the highest F1 on three quarters of the prompts; the rest measure it (`metrics`).
 
-    The direction is the difference of both labels' mean block outputs h̄; thresholds lie midway between neighbouring
-    similarities. Of thresholds whose F1 is within .02 of the best the one nearest to the middle between both labels is
-    taken, since prompts to come are not quite like these; of equally good blocks the one that parts the labels
-    furthest, in standard deviations. Raises DataError for a prompt of fewer than two tokens, FitError if no block tells
-    the labels apart at all.
+    The direction is the difference of the two labels' mean block outputs h̄. Candidate thresholds lie midway between
+    neighbouring similarities. Among thresholds whose F1 is within 0.02 of the best, the one nearest to the middle
+    between both labels is taken, because it generalises better. Among equally good blocks, the one that separates the
+    labels by most standard deviations is taken. Paper: conditional activation steering (CAST, arXiv:2409.05907).
+
+    Raises DataError for a prompt of fewer than two tokens, FitError if no block separates the labels.
     """
     layers = candidate_layers(lm.num_layers)
     examples = [_encode(lm, prompt) for prompt in (*prompts.opening, *prompts.others)]
@@ -75,7 +76,7 @@ def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress
     tried = [_best(means[:, place], labels, held, layer) for place, layer in enumerate(layers)]
     _, _, gate = max(tried, key=lambda one: one[:2])
     if gate is None:
-        raise FitError("no block tells the labelled prompts apart; check the labels")
+        raise FitError("no block separates the labelled prompts; check the labels")
     found = similarities(means[:, layers.index(gate.layer)], gate.direction)
     return _with_metrics(gate, found, labels, held, prompts)
 
@@ -91,7 +92,7 @@ def _read(row: Row, source: str) -> tuple[Prompt, bool]:
         if isinstance(row.cells, BadRow):
             raise row.cells
         if unknown := sorted(set(row.cells) - {PROMPT, LABEL}):
-            raise BadRow(f"a gate's rows have the columns {PROMPT} and {LABEL} only", str(unknown[0]))
+            raise BadRow(f"the rows of a gate have only the columns {PROMPT} and {LABEL}", str(unknown[0]))
         if PROMPT not in row.cells:
             raise BadRow("it is missing", PROMPT)
         return read_prompt(row.cells), read_label(row.cells)
@@ -106,7 +107,7 @@ def _encode(lm: LanguageModel, prompt: Prompt) -> Encoded:
     except RequestError as error:
         raise DataError(f"a prompt of the gate cannot be encoded: {error.message}") from error
     if len(ids) < 2:
-        raise DataError(f"the prompt {prompt!r} has one token; a gate looks at all but the last")
+        raise DataError(f"the prompt {prompt!r} has one token; a gate reads all tokens but the last")
     return ids[:-1], 0
 
 
@@ -141,7 +142,7 @@ def _best(
 
 
 def _middle(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Where two samples are equally far away, each in its own standard deviations; and how many of these it is."""
+    """The point equally far from two samples, in standard deviations of each, and that distance."""
     first, second = one.std().clamp_min(1e-9), other.std().clamp_min(1e-9)
     middle = (one.mean() * second + other.mean() * first) / (first + second)
     return float(middle), float((one.mean() - other.mean()).abs() / (first + second))
@@ -160,7 +161,7 @@ def _with_metrics(
     gate: Gate, found: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, prompts: GatePrompts
 ) -> Gate:
     fired = _fired(found, gate.threshold, gate.side)
-    metrics: dict[str, Any] = {
+    metrics: GateMetrics = {
         "f1_train": f1_score(fired[~held], labels[~held]),
         "f1_heldout": f1_score(fired[held], labels[held]),
         "prompts": [len(prompts.opening), len(prompts.others)],

@@ -1,21 +1,16 @@
-"""What a user should know about a fit, in sentences.
-
-Owns the thresholds and the wording of notes. Knows nothing of how anything was measured; reads what a profile records.
-"""
+"""Notes: sentences that warn the user about a fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from steering_vectors.profiles.metadata import DataRecord, Metrics
 from steering_vectors.profiles.profile import Profile
 
 FEW_ROWS = 100
-NEAR_CHANCE = 0.55  # of projection accuracy
+NEAR_CHANCE = 0.55  # projection accuracy
 
 
-def data_notes(data: Mapping[str, Any]) -> list[str]:
-    """On the rows, from a profile's `data`."""
+def data_notes(data: DataRecord) -> list[str]:
+    """Notes on the rows of a fit."""
     notes = []
     if data["rows"] < FEW_ROWS:
         notes.append(f"only {data['rows']} rows: below {FEW_ROWS} the direction and the metrics are noisy")
@@ -28,14 +23,14 @@ def data_notes(data: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def effect_notes(profile: Profile, metrics: Mapping[str, Any]) -> list[str]:
-    """On what the profile does, from its calibration and its held-out metrics."""
+def effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
+    """Notes on a profile's effect, from its calibration and its held-out metrics."""
     cost, notes = profile.calibration, []
     if max(metrics["projection_accuracy"][str(layer)] for layer in profile.layers) < NEAR_CHANCE:
-        notes.append("the direction hardly tells held-out responses apart; try more rows or another --method")
+        notes.append("the direction hardly separates held-out responses; try more rows or another --method")
     low, *_, high = metrics["propensity"]["strengths"]
     if high["margin"] <= low["margin"]:
-        notes.append("held-out responses of the preferred side get no likelier from strength -1 to +1")
+        notes.append("preferred held-out responses do not become more likely from strength -1 to +1")
     if cost.get("unreached"):
         notes.append(
             f"the KL budget of {cost['kl_budget']:g} was not reached: at strength 1 the shift is as long as the "

@@ -1,7 +1,4 @@
-"""How directions are found: one file per family, all of them in one registry.
-
-Owns the list of families. Knows nothing of layers' choice, of calibration or of files.
-"""
+"""Methods: how directions are found, one file per family. Knows nothing of calibration or of files."""
 
 from steering_vectors.methods import bipo, contrast_prompts, mean_diff, pca, probe, rahf
 from steering_vectors.methods.registry import (

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from steering_vectors.errors import FitError
-from steering_vectors.methods.registry import Directions, Method, Task
+from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.methods.tuned import drawn
 from steering_vectors.models.hooks import adding
 from steering_vectors.models.loading import LanguageModel
@@ -21,12 +21,12 @@ from steering_vectors.tuning.response_likelihoods import response_log_likelihood
 
 @dataclass(frozen=True, slots=True)
 class BipoOptions:
-    """`step` is AdamW's learning rate in units of the residual stream's root mean square per coordinate."""
+    """Options of `bipo`."""
 
-    beta: float = 0.1
-    epochs: float = 4.0
-    batch: int = 4
-    step: float = 0.01
+    beta: float = option(0.1, "β of the loss.")
+    epochs: float = option(4.0, "Passes over the training data.")
+    batch: int = option(4, "Pairs per step.")
+    step: float = option(0.01, "AdamW's learning rate, in units of the residual stream's root mean square.")
 
 
 Pair = tuple[Twin, Twin]
@@ -101,4 +101,11 @@ def _twin(encoded: tuple[Sequence[int], int]) -> Twin:
     return plain_twin(ids, max(1, start))  # without a prompt nothing predicts the first token
 
 
-METHOD = Method("bipo", trained_vector, options=BipoOptions, layers=middle_block)
+METHOD = Method(
+    "bipo",
+    trained_vector,
+    options=BipoOptions,
+    layers=middle_block,
+    direction="a vector trained by the preference loss in both directions",
+    paper="Bi-directional preference optimization (arXiv:2406.00045)",
+)

@@ -6,25 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from steering_vectors.methods.registry import Directions, Method, Task
+from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.models.limits import context_limit
-from steering_vectors.tuning.instructions import Instructions, instructions_for
+from steering_vectors.tuning.instructions import DEFAULTS, Instructions, instructions_for
 from steering_vectors.tuning.paired_reading import Twin, mean_differences
 from steering_vectors.tuning.twins import twins_of
 
 
 @dataclass(frozen=True, slots=True)
 class InstructionOptions:
-    """Which instructions, and how many responses are read.
+    """Options of the methods that use instructions."""
 
-    `goal` picks default instructions (the profile's name, if it is one of them); `positive` and `negative` replace
-    them. `responses` of both sides together are read, at most.
-    """
-
-    goal: str = ""
-    positive: str = ""
-    negative: str = ""
-    responses: int = 512
+    goal: str = option("", f"Default instructions: {', '.join(DEFAULTS)}. Empty: the profile's name, if it is one.")
+    positive: str = option("", "Your own instruction p⁺; needs `negative` too.")
+    negative: str = option("", "Your own opposite instruction p⁻; needs `positive` too.")
+    responses: int = option(512, "Read at most this many responses, both sides together.")
 
     def instructions(self, name: str) -> Instructions:
         """The instructions of a fit whose profile has this name."""
@@ -63,4 +59,10 @@ def instruction_difference(task: Task) -> Directions:
     return {layer: direction.to(torch.float32) for layer, direction in found.items()}
 
 
-METHOD = Method("contrast-prompts", instruction_difference, options=InstructionOptions)
+METHOD = Method(
+    "contrast-prompts",
+    instruction_difference,
+    options=InstructionOptions,
+    direction="mean over r of h(p⁺, q, r) − h(p⁻, q, r)",
+    paper="Representation Engineering (arXiv:2310.01405)",
+)

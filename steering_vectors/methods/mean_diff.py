@@ -20,4 +20,10 @@ def mean_difference(statistics: LayerStatistics) -> torch.Tensor:
     return statistics.difference
 
 
-METHOD = per_layer("mean-diff", mean_difference, needs_sample=False)
+METHOD = per_layer(
+    "mean-diff",
+    mean_difference,
+    needs_sample=False,
+    direction="mean h(q, r⁺) − mean h(q, r⁻)",
+    paper="Contrastive Activation Addition (arXiv:2312.06681)",
+)

@@ -52,4 +52,10 @@ def _cross_differences(statistics: LayerStatistics) -> torch.Tensor:
     )
 
 
-METHOD = per_layer("pca", principal_difference, needs_sample=True)
+METHOD = per_layer(
+    "pca",
+    principal_difference,
+    needs_sample=True,
+    direction="first principal component of the pair differences, with the sign and length of the mean difference",
+    paper="Representation Engineering (arXiv:2310.01405)",
+)

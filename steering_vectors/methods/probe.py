@@ -39,4 +39,10 @@ def probe_normal(statistics: LayerStatistics) -> torch.Tensor:
     return direction
 
 
-METHOD = per_layer("probe", probe_normal, needs_sample=True)
+METHOD = per_layer(
+    "probe",
+    probe_normal,
+    needs_sample=True,
+    direction="normal of a logistic regression, with the length of the mean difference along it",
+    paper="Inference-Time Intervention (arXiv:2306.03341)",
+)

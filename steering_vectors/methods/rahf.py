@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from steering_vectors.errors import FitError
-from steering_vectors.methods.registry import Directions, Method, Task
+from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.methods.tuned import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
 from steering_vectors.models.hiding import check_hiding
 from steering_vectors.tuning.paired_reading import Twin, Weights, mean_differences, pad_id, readings
@@ -30,17 +30,15 @@ SIGHTS = ("lower", "all")
 
 @dataclass(frozen=True, slots=True)
 class ScitOptions(TuningOptions):
-    """`smoothing` is ε of the contrastive term. `baseline` is untuned or none: whether what the instructions change in
-    the untuned model is taken off the difference.
+    """Options of `rahf-scit`.
 
-    `instruction` tells which blocks the instruction is seen by: lower, up to the highest that is read, or all. Blocks
-    above that see it can read the manner off its own tokens, and then the response's tokens, whose difference is read,
-    need not carry it.
+    Blocks that see the instruction can read the manner from its tokens. Then the response's tokens, whose difference is
+    read, need not carry it; `instruction=lower` prevents this.
     """
 
-    smoothing: float = 0.2
-    baseline: str = "untuned"
-    instruction: str = "lower"
+    smoothing: float = option(0.2, "ε of the contrastive term.")
+    baseline: str = option("untuned", "untuned subtracts the untuned model's difference; none keeps it, as the paper.")
+    instruction: str = option("lower", "Blocks that see the instruction: lower (up to the highest read) or all.")
 
     def check(self) -> None:
         """Raise FitError for a value that there is not."""
@@ -208,5 +206,19 @@ def _read(task: Task, twins: Sequence[Twin], most: int, weights: Weights) -> Dir
     return {layer: direction.to(torch.float32) for layer, direction in found.items()}
 
 
-SCIT = Method("rahf-scit", scit_difference, options=ScitOptions, layers=target_blocks)
-DUAL = Method("rahf-dual", dual_difference, options=DualOptions, layers=target_blocks)
+SCIT = Method(
+    "rahf-scit",
+    scit_difference,
+    options=ScitOptions,
+    layers=target_blocks,
+    direction="mean over r of h(p⁺, q, r) − h(p⁻, q, r) in a model tuned to answer r⁺ under p⁺ and r⁻ under p⁻",
+    paper="RAHF-SCIT (arXiv:2312.15997)",
+)
+DUAL = Method(
+    "rahf-dual",
+    dual_difference,
+    options=DualOptions,
+    layers=target_blocks,
+    direction="mean over r of h_good(p⁺, q, r) − h_bad(p⁺, q, r), from two models tuned on r⁺ and on r⁻",
+    paper="RAHF-Dual (arXiv:2312.15997)",
+)

@@ -17,7 +17,7 @@ import torch
 
 from steering_vectors.errors import FitError
 from steering_vectors.methods.contrast_prompts import InstructionOptions, task_twins
-from steering_vectors.methods.registry import Task
+from steering_vectors.methods.registry import Task, option
 from steering_vectors.models.hooks import hiding
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
@@ -29,28 +29,27 @@ from steering_vectors.tuning.training import Run, Schedule, train
 
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
 BLOCKS = ("lower", "all")
-LEAST_STEPS = 75
+MIN_STEPS = 75
 Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True, slots=True)
 class TuningOptions(InstructionOptions):
-    """How the first step tunes: `tuning` is lora or full; a `learning_rate` of 0 is 1e-3 for lora, 2e-5 for full;
-    `epochs` of 0 are the paper's, or as many as make 75 steps if the data is small.
+    """Options of the first step, which tunes the model.
 
-    `blocks` is lower, up to the highest that is read, or all. With lower the blocks above are the untuned model's, so
-    the tuned ones must say what they mean in a way that these already understand: such a difference steers.
+    With `blocks=lower` the blocks above the highest one that is read stay untuned, so the tuned blocks must express the
+    difference in a way that the untuned ones understand. Such a difference steers the untuned model.
     """
 
     paper_epochs: ClassVar[float] = 2.0
 
-    tuning: str = "lora"
-    epochs: float = 0.0
-    batch: int = 16
-    learning_rate: float = 0.0
-    rank: int = 16
-    targets: str = "all-linear"
-    blocks: str = "lower"
+    tuning: str = option("lora", "lora or full; full needs --dtype float32.")
+    epochs: float = option(0.0, "Passes over the training data. 0: the paper's number, or enough for 75 steps.")
+    batch: int = option(16, "Samples per step.")
+    learning_rate: float = option(0.0, "AdamW's peak learning rate. 0: 1e-3 for lora, 2e-5 for full.")
+    rank: int = option(16, "Rank of the LoRA.")
+    targets: str = option("all-linear", "Modules of the LoRA: peft's names, comma-separated, or all-linear.")
+    blocks: str = option("lower", "Tuned blocks: lower (up to the highest one that is read) or all.")
 
     def schedule(self, samples: int) -> Schedule:
         """The run over so many samples. Raises FitError for options that make none."""
@@ -60,9 +59,7 @@ class TuningOptions(InstructionOptions):
         if self.batch < 1 or self.epochs < 0:
             raise FitError("option batch must be positive, and epochs must not be negative")
         steps = math.ceil((self.epochs or self.paper_epochs) * samples / self.batch)
-        return Schedule(
-            max(steps, 1 if self.epochs else LEAST_STEPS), self.learning_rate or LEARNING_RATES[self.tuning]
-        )
+        return Schedule(max(steps, 1 if self.epochs else MIN_STEPS), self.learning_rate or LEARNING_RATES[self.tuning])
 
     def last_block(self, layers: Sequence[int]) -> int | None:
         """The highest block that is tuned when these are read; None for all."""

@@ -1,1 +1,1 @@
-"""How results are shown: HTML pages, plots, tables in the terminal."""
+"""Reports: results and profiles on the terminal and as HTML pages. Measures nothing."""

@@ -1,14 +1,19 @@
-"""An evaluation as a page to look at: one HTML file with its plots inside, no network.
-
-Owns plots and wording. Knows nothing of how anything was measured.
-"""
+"""Evaluations as one HTML page with plots."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from steering_vectors.measures.results import (
+    Evaluation,
+    MarginEstimate,
+    PreferenceEvaluation,
+    StrengthMargins,
+    has_preferences,
+    has_trust,
+)
 from steering_vectors.reports.frontier_plot import draw_frontier, frontier_sentence
 from steering_vectors.reports.html import document, lead, line, plots, table
 from steering_vectors.reports.trust import trust_section
@@ -17,33 +22,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def render_report(evaluations: Sequence[dict[str, Any]]) -> str:
-    """The page for one or several evaluations. Raises FitError without matplotlib."""
+def render_report(evaluations: Sequence[Evaluation]) -> str:
+    """Return the page for one or several evaluations. Raises FitError without matplotlib."""
     names = ", ".join(one["profile"] for one in evaluations)
     return document(names, f"What steering does: {names}", "".join(map(_section, evaluations)), list(evaluations))
 
 
-def _section(one: dict[str, Any]) -> str:
+def _section(one: Evaluation) -> str:
     title = f"{one['profile']} ({one['method']}, blocks {', '.join(map(str, one['layers']))}) on {one['model']}"
-    parts = [_preferences(one)] if "strengths" in one else []
-    parts += [trust_section(one)] if "trust" in one else []
+    parts = [_preferences(one)] if has_preferences(one) else []
+    parts += [trust_section(one)] if has_trust(one) else []
     return f"<h2>{html.escape(title)}</h2>{''.join(parts)}"
 
 
-def _preferences(one: dict[str, Any]) -> str:
+def _preferences(one: PreferenceEvaluation) -> str:
     drawings = [lambda ax: _margins(ax, one), lambda ax: _costs(ax, one)]
     if "slopes" in one:
-        drawings.append(lambda ax: _slopes(ax, one))
-    if "optimum" in one["reward"]:
-        drawings.append(lambda ax: draw_frontier(ax, one["profile"], one["reward"]))
+        drawings.append(lambda ax: _slopes(ax, one["slopes"]))
+    reward = one["reward"]
+    if "note" not in reward:
+        drawings.append(lambda ax: draw_frontier(ax, one["profile"], reward))
     return (
         f"{lead(headline(one))}<p>{html.escape(frontier_sentence(one['reward']))}</p>"
         f"{plots(drawings)}{_table(one)}{_controls(one)}"
     )
 
 
-def headline(one: dict[str, Any]) -> str:
-    """What a reader should take away, in a sentence or two."""
+def headline(one: PreferenceEvaluation) -> str:
+    """The main result, in a sentence or two."""
     low, high, change = one["strengths"][0], one["strengths"][-1], margin_change(one["strengths"])
     text = (
         f"From strength {low['strength']:+g} to {high['strength']:+g} the margin of preferred over rejected responses "
@@ -61,13 +67,18 @@ def headline(one: dict[str, Any]) -> str:
     return text
 
 
-def margin_change(points: Sequence[dict[str, Any]]) -> float:
-    """How far the margin moves from the lowest strength to the highest."""
-    change: float = points[-1]["margin"] - points[0]["margin"]
-    return change
+def margin_change(points: Sequence[StrengthMargins]) -> float:
+    """The change of the margin from the lowest strength to the highest."""
+    return points[-1]["margin"] - points[0]["margin"]
 
 
-def _margins(ax: Axes, one: dict[str, Any]) -> None:
+def prompting_estimates(one: PreferenceEvaluation) -> list[tuple[str, MarginEstimate]]:
+    """The prompting baseline's estimates that were measured, by sign."""
+    found = (("positive", one["prompting"].get("positive")), ("negative", one["prompting"].get("negative")))
+    return [(sign, estimate) for sign, estimate in found if estimate is not None]
+
+
+def _margins(ax: Axes, one: PreferenceEvaluation) -> None:
     for index, control in enumerate(one["random"]):
         label = "random directions" if index == 0 else None
         ax.plot(*line(control["strengths"], "margin"), color="#bbbbbb", linewidth=1, label=label)
@@ -76,14 +87,13 @@ def _margins(ax: Axes, one: dict[str, Any]) -> None:
     if "margin_95" in one["strengths"][0]:
         low, high = zip(*(point["margin_95"] for point in one["strengths"]), strict=True)
         ax.fill_between(strengths, low, high, color="#0b6e99", alpha=0.15)
-    for key, style in (("positive", "--"), ("negative", ":")):
-        if key in one["prompting"]:
-            ax.axhline(one["prompting"][key]["margin"], color="#c2571a", linestyle=style, label=f"{key} instruction")
+    for (sign, found), style in zip(prompting_estimates(one), ("--", ":"), strict=False):
+        ax.axhline(found["margin"], color="#c2571a", linestyle=style, label=f"{sign} instruction")
     ax.set(xlabel="strength", ylabel=f"margin, {one['unit']}", title="Preferred over rejected")
     ax.legend(fontsize="small")
 
 
-def _costs(ax: Axes, one: dict[str, Any]) -> None:
+def _costs(ax: Axes, one: PreferenceEvaluation) -> None:
     strengths, kl = line(one["costs"], "kl")
     ax.plot(strengths, kl, color="#0b6e99", marker="o", label="KL per token")
     ax.set(xlabel="strength", ylabel="KL, nats per token", title="What it costs")
@@ -94,13 +104,13 @@ def _costs(ax: Axes, one: dict[str, Any]) -> None:
     ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
 
 
-def _slopes(ax: Axes, one: dict[str, Any]) -> None:
-    ax.hist(one["slopes"], bins=30, color="#0b6e99")
+def _slopes(ax: Axes, slopes: Sequence[float]) -> None:
+    ax.hist(slopes, bins=30, color="#0b6e99")
     ax.axvline(0, color="#1c1c1c", linewidth=1)
     ax.set(xlabel="slope of a row's margin over strength", ylabel="rows", title="Steerability by row")
 
 
-def _table(one: dict[str, Any]) -> str:
+def _table(one: PreferenceEvaluation) -> str:
     costs = {cost["strength"]: cost for cost in one["costs"]}
     rows = [
         [
@@ -115,11 +125,10 @@ def _table(one: dict[str, Any]) -> str:
     return table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
 
 
-def _controls(one: dict[str, Any]) -> str:
+def _controls(one: PreferenceEvaluation) -> str:
     rows = [
-        [f"{key} instruction, no vector", _with_interval(found, "margin"), _with_interval(found, "accuracy")]
-        for key in ("positive", "negative")
-        if (found := one["prompting"].get(key))
+        [f"{sign} instruction, no vector", _with_interval(found, "margin"), _with_interval(found, "accuracy")]
+        for sign, found in prompting_estimates(one)
     ]
     if one["random"]:
         for end in (0, -1):
@@ -132,6 +141,6 @@ def _controls(one: dict[str, Any]) -> str:
     return f"{found}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
 
 
-def _with_interval(point: dict[str, Any], key: str) -> str:
-    interval = point.get(f"{key}_95")
+def _with_interval(point: MarginEstimate, key: Literal["margin", "accuracy"]) -> str:
+    interval = point.get("margin_95") if key == "margin" else point.get("accuracy_95")
     return f"{point[key]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

@@ -1,12 +1,10 @@
-"""How reward against divergence is shown: a sentence and a drawing.
-
-Owns wording and layout. Knows nothing of how anything was measured.
-"""
+"""Reward against KL in reports: a sentence and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from steering_vectors.measures.results import NotMeasured, RewardPoint, RewardReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,36 +12,38 @@ if TYPE_CHECKING:
 NEAR_CHANCE = 0.6  # of the area under a scorer's curve
 
 
-def frontier_sentence(reward: Mapping[str, Any]) -> str:
-    """What the profile gains for its cost, against the best that the samples show, and how far to trust the scorer."""
+def frontier_sentence(reward: RewardReport | NotMeasured) -> str:
+    """The gain of the profile for its cost, beside the optimum that the samples show, and the quality of the reward."""
     if "note" in reward:
         return f"Reward against KL was not measured: {reward['note']}."
     scorer, points = reward["scorer"], reward["strengths"]
     base = next(one["reward"] for one in points if one["strength"] == 0)
-    told = [f"At strength {points[-1]['strength']:+g} the reward ({scorer['name']}) {_gain(points[-1], base)}"]
-    if compared := [one for one in points if one["share"] is not None]:
-        best = compared[-1]
-        where = "" if best is points[-1] else f"; at {best['strength']:+g} it {_gain(best, base)}"
-        told[0] += f"{where}, where the KL-regularised optimum moves it by {best['optimum'] - base:+.3g}"
-        told[0] += f" ({best['share']:.0%} of that)."
+    said = [f"At strength {points[-1]['strength']:+g} the reward ({scorer['name']}) {_gain(points[-1], base)}"]
+    compared = [
+        (one, one["optimum"], one["share"]) for one in points if one["optimum"] is not None and one["share"] is not None
+    ]
+    if compared:
+        point, best, share = compared[-1]
+        where = "" if point is points[-1] else f"; at {point['strength']:+g} it {_gain(point, base)}"
+        said[0] += f"{where}, where the KL-regularised optimum moves it by {best - base:+.3g} ({share:.0%} of that)."
     else:
-        told[0] += f"; what the optimum gains there, {reward['samples_per_prompt']} samples per prompt do not show."
-    trust = "." if scorer["auc"] >= NEAR_CHANCE else ": hardly better than chance, so read little into it."
+        said[0] += f"; {reward['samples_per_prompt']} samples per prompt do not show the optimum's gain there."
+    trust = "." if scorer["auc"] >= NEAR_CHANCE else ": hardly better than chance, so do not rely on it."
     tested = f"on {scorer['tested_texts']} held-out responses its AUC is {scorer['auc']:.2f}"
-    told.append(f"It is in {scorer['unit']}; {tested}{trust}")
-    return " ".join(told)
+    said.append(f"It is in {scorer['unit']}; {tested}{trust}")
+    return " ".join(said)
 
 
-def _gain(point: Mapping[str, Any], base: float) -> str:
+def _gain(point: RewardPoint, base: float) -> str:
     return f"moves by {point['reward'] - base:+.3g} for {point['kl']:.3g} nats of KL per text"
 
 
-def draw_frontier(ax: Axes, name: str, reward: Mapping[str, Any]) -> None:
-    """Reward against KL: the profile at every strength, and the optimum's frontier towards high and low reward."""
+def draw_frontier(ax: Axes, name: str, reward: RewardReport) -> None:
+    """Draw reward against KL: the profile at each strength, and the optimum towards high and low reward."""
     best = reward["optimum"]
     if best:
-        points = sorted(best, key=lambda one: one["reward"])
-        kl, rewards = ([one[key] for one in points] for key in ("kl", "reward"))
+        ordered = sorted(best, key=lambda one: one["reward"])
+        kl, rewards = [one["kl"] for one in ordered], [one["reward"] for one in ordered]
         ax.plot(kl, rewards, color="#777777", linewidth=1, label="KL-regularised optimum")
     ax.axvline(reward["kl_limit"], color="#777777", linestyle=":", linewidth=1, label="log of the samples")
     points = reward["strengths"]

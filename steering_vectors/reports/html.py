@@ -1,14 +1,11 @@
-"""A page to look at: one HTML file with its plots and its data inside, no network.
-
-Owns the frame, the style, and how a drawing or a table becomes HTML. Knows nothing of what is shown.
-"""
+"""HTML pages: one file with its plots and its data inside, without network."""
 
 from __future__ import annotations
 
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steering_vectors.errors import FitError
@@ -29,8 +26,8 @@ td:first-child, th:first-child { text-align: left } .lead { font-size: 1.15rem }
 """.strip()
 
 
-def document(title: str, heading: str, body: str, data: Any) -> str:
-    """The whole file: `body` is HTML, `title` and `heading` are text, `data` is stored as JSON for machines."""
+def document(title: str, heading: str, body: str, data: object) -> str:
+    """Return the file. `body` is HTML, `title` and `heading` are text, `data` is embedded as JSON for machines."""
     stored = json.dumps(data).replace("</", "<\\/")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -41,7 +38,7 @@ def document(title: str, heading: str, body: str, data: Any) -> str:
 
 
 def figure(draw: Callable[[Axes], None]) -> str:
-    """A drawing as inline SVG. Raises FitError without matplotlib."""
+    """Return a plot as inline SVG. Raises FitError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -55,22 +52,22 @@ def figure(draw: Callable[[Axes], None]) -> str:
 
 
 def plots(drawings: Sequence[Callable[[Axes], None]]) -> str:
-    """Drawings side by side."""
+    """Plots side by side."""
     return f'<div class="plots">{"".join(map(figure, drawings))}</div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:
-    """A table of text cells; `style` is a class of the page's style sheet."""
+    """A table of text cells; `style` is a class of the style sheet."""
     cells = "".join(f"<th>{html.escape(one)}</th>" for one in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
     return f"<table{f' class={style}' if style else ''}>{f'<tr>{cells}</tr>' if head else ''}{lines}</table>"
 
 
 def lead(sentence: str) -> str:
-    """What a reader should see first."""
+    """The first sentence of a section."""
     return f'<p class="lead">{html.escape(sentence)}</p>'
 
 
-def line(points: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Strengths and values of points, as a plot takes them."""
+def line(points: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """The strengths and one value of points, for a plot."""
     return [point["strength"] for point in points], [point[key] for point in points]

@@ -1,7 +1,4 @@
-"""Profiles as a page to look at: what each does to the residual stream, what that costs, and how alike they are.
-
-Owns plots and wording. Shows what the files hold and measures nothing.
-"""
+"""Profiles as one HTML page: their shifts, their cost, and their similarity."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steering_vectors.profiles.files import profile_summary
+from steering_vectors.profiles.metadata import PropensityReport
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.html import document, lead, plots, table
 
@@ -22,11 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY = "#0b6e99", "#c2571a", "#777777"
-READABLE = 12  # cells a side that still have room for their figures
+MAX_LABELLED = 12  # cells per side that have room for their values
+DRAWN = ("metrics", "direction_norms", "residual_norms")  # shown as plots
 
 
 def render_portraits(profiles: Sequence[Profile]) -> str:
-    """The page for one or several profiles. Raises FitError without matplotlib."""
+    """Return the page for one or several profiles. Raises FitError without matplotlib."""
     labels = labelled(profiles)
     names = ", ".join(labels)
     body = "".join(_section(label, profile) for label, profile in labels.items())
@@ -36,7 +35,7 @@ def render_portraits(profiles: Sequence[Profile]) -> str:
 
 
 def labelled(profiles: Sequence[Profile]) -> dict[str, Profile]:
-    """The profiles by a label of their own: the name, with as much of the version as tells equal names apart."""
+    """The profiles by unique labels: the name, with the start of the version if names are equal."""
     counts = Counter(profile.name for profile in profiles)
     labels: dict[str, Profile] = {}
     for number, profile in enumerate(profiles, start=1):
@@ -46,7 +45,7 @@ def labelled(profiles: Sequence[Profile]) -> dict[str, Profile]:
 
 
 def headline(profile: Profile) -> str:
-    """What the profile is and how far it may be turned, in a sentence."""
+    """The profile, its cost and its safe range, in a sentence."""
     blocks = "block" if len(profile.layers) == 1 else "blocks"
     verb = "removes" if profile.operator == "ablate" else "adds"
     where = "everywhere" if profile.apply_to == "all" else "from the last prompt token on"
@@ -59,13 +58,13 @@ def headline(profile: Profile) -> str:
 def _cost(profile: Profile) -> str:
     kl = profile.calibration.get("kl_at_1")
     if kl is None:
-        return "it is not calibrated, so what strength 1 costs is not known"
+        return "it is not calibrated, so the cost of strength 1 is unknown"
     return f"strength 1 costs {kl:.3g} nats of KL per token"
 
 
 def _range(profile: Profile) -> str:
     if not profile.calibration.get("curve"):
-        return f"strengths up to ±{profile.max_strength:g} are allowed, which was not measured"
+        return f"strengths up to ±{profile.max_strength:g} are allowed, but the range was not measured"
     bound = profile.calibration.get("perplexity_bound")
     within = f" (perplexity within {bound:g} times the unsteered)" if bound else ""
     return f"strengths up to ±{profile.max_strength:g} are safe{within}"
@@ -78,7 +77,7 @@ def block_cosines(profile: Profile) -> torch.Tensor:
 
 
 def common_cosines(one: Profile, other: Profile) -> dict[int, float]:
-    """Cosine between two profiles' stored directions at every block that both have; of two models there is none."""
+    """Cosines between the stored directions of two profiles at their common blocks; empty for different models."""
     if one.model.fingerprint != other.model.fingerprint:
         return {}
     common = sorted(set(one.layers) & set(other.layers))
@@ -141,7 +140,7 @@ def _curve(ax: Axes, profile: Profile) -> None:
     ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
 
 
-def _propensity(ax: Axes, report: Mapping[str, Any]) -> None:
+def _propensity(ax: Axes, report: PropensityReport) -> None:
     points = report["strengths"]
     ax.plot([one["strength"] for one in points], [one["margin"] for one in points], color=BLUE, marker="o")
     for one in points:
@@ -154,14 +153,14 @@ def _propensity(ax: Axes, report: Mapping[str, Any]) -> None:
 
 
 def _heat(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[str], title: str, axis: str) -> None:
-    """A square of cosines; mesh, not image, so that it is drawn as vectors."""
+    """A square of cosines, drawn as a mesh so that the SVG holds no image."""
     mesh = ax.pcolormesh(values, cmap="RdBu_r", vmin=-1, vmax=1)
     ticks = [place + 0.5 for place in range(len(names))]
     ax.set(title=title, xlabel=axis, ylabel=axis, aspect="equal")
     ax.set_xticks(ticks, names, rotation=0 if max(map(len, names)) < 4 else 30)
     ax.set_yticks(ticks, names)
     ax.invert_yaxis()
-    if len(names) > READABLE:
+    if len(names) > MAX_LABELLED:
         ax.figure.colorbar(mesh, ax=ax)
         return
     for i, row in enumerate(values):
@@ -172,7 +171,7 @@ def _heat(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[str], tit
 
 
 def _comparison(labels: Mapping[str, Profile]) -> str:
-    """How alike the profiles are, where that can be asked."""
+    """The similarity of profiles that belong to the same model and share blocks."""
     cosines = {pair: common_cosines(labels[pair[0]], labels[pair[1]]) for pair in combinations(labels, 2)}
     rows, remarks = [], []
     for (one, other), found in cosines.items():
@@ -190,7 +189,7 @@ def _comparison(labels: Mapping[str, Profile]) -> str:
 
 
 def _square(names: Sequence[str], cosines: Mapping[tuple[str, str], Mapping[int, float]]) -> list[list[float]]:
-    """Mean cosines over common blocks, NaN where there is none: `[names][names]`."""
+    """Mean cosines over common blocks, NaN if there is none: `[names][names]`."""
 
     def mean(one: str, other: str) -> float:
         found = cosines.get((one, other)) or cosines.get((other, one)) or {}
@@ -201,16 +200,19 @@ def _square(names: Sequence[str], cosines: Mapping[tuple[str, str], Mapping[int,
 
 def _facts(profile: Profile) -> list[list[str]]:
     """The metadata, a row each."""
-    summary = profile_summary(profile)
-    for drawn in ("metrics", "direction_norms", "residual_norms"):
-        summary.pop(drawn)
-    summary["calibration"].pop("curve", None)
-    return [[key.replace("_", " "), _told(value)] for key, value in summary.items() if value not in ("", {}, None)]
+    facts: dict[str, Any] = {
+        key: value
+        for key, value in profile_summary(profile).items()
+        if key not in DRAWN and value not in ("", {}, None)
+    }
+    if "calibration" in facts:
+        facts["calibration"] = {key: value for key, value in facts["calibration"].items() if key != "curve"}
+    return [[key.replace("_", " "), _shown(value)] for key, value in facts.items()]
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {_told(one)}" for key, one in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_shown(one)}" for key, one in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_told, value))
+        return ", ".join(map(_shown, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

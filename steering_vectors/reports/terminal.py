@@ -1,7 +1,4 @@
-"""What a person sees of a fit and of a profile: a progress bar, a summary, tables.
-
-Owns wording and layout. Knows nothing of how anything was computed; prints only what a profile holds.
-"""
+"""Terminal output of the commands: progress bars on stderr, summaries and tables on stdout."""
 
 from __future__ import annotations
 
@@ -16,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from steering_vectors import progress
+from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
+from steering_vectors.profiles.metadata import Calibration, CurvePointRecord, Metrics
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.reports.evaluation import margin_change
+from steering_vectors.reports.evaluation import margin_change, prompting_estimates
 from steering_vectors.reports.frontier_plot import frontier_sentence
 from steering_vectors.reports.trust import print_trust
 
@@ -35,7 +34,7 @@ STAGES = {
 
 @contextmanager
 def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
-    """A bar per stage of the work on stderr, for as long as the context lasts; None if `quiet`."""
+    """Show a progress bar per stage on stderr while the context lasts; yields None if `quiet`."""
     if quiet:
         yield None
         return
@@ -52,7 +51,7 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
 
     def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
         if stage not in tasks:
-            bars.start()  # only now, so that an early error stays the only line
+            bars.start()  # only now, so that an early error is the only line
             tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total, detail="")
         bars.update(tasks[stage], completed=done, total=total, detail=detail)
 
@@ -64,18 +63,18 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
 
 
 def print_fit(profile: Profile, path: Path) -> None:
-    """The summary after a fit, on stdout."""
+    """Print the summary after a fit."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
     console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
     console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
     _print_propensity(console, profile.metrics)
     _print_notes(console, profile.metrics)
-    console.print(f"Look at all of it: trimtab show {escape(str(path))}")
+    console.print(f"Show all of it: trimtab show {escape(str(path))}")
 
 
 def print_profile(profile: Profile, path: Path) -> None:
-    """Everything a profile holds but its vectors' entries, on stdout."""
+    """Print everything that a profile holds except its vectors."""
     console = Console(highlight=False, soft_wrap=True)
     model = profile.model
     console.print(f"[bold]{profile.name}[/]  {escape(str(path))}")
@@ -105,25 +104,25 @@ def print_profile(profile: Profile, path: Path) -> None:
     _print_notes(console, profile.metrics)
 
 
-def _cost_line(calibration: Mapping[str, Any]) -> str:
+def _cost_line(calibration: Calibration) -> str:
     if "kl_at_1" not in calibration:
-        return "not calibrated: strength 1 adds the direction as it is"
+        return "not calibrated: strength 1 adds the unscaled direction"
     line = f"strength 1 costs {calibration['kl_at_1']:.3g} nats of KL per token"
-    if calibration.get("kl_per_character") is not None:
-        line += f", {calibration['kl_per_character']:.3g} per character"
+    if (per_character := calibration.get("kl_per_character")) is not None:
+        line += f", {per_character:.3g} per character"
     return line + f" (budget {calibration['kl_budget']:g} per token)"
 
 
-def print_evaluation(one: Mapping[str, Any]) -> None:
-    """An evaluation's figures and controls, on stdout: of the suites that it holds."""
+def print_evaluation(one: Evaluation) -> None:
+    """Print the figures and controls of the suites that an evaluation holds."""
     console = Console(highlight=False, soft_wrap=True)
-    if "strengths" in one:
+    if has_preferences(one):
         _print_preferences(console, one)
-    if "trust" in one:
+    if has_trust(one):
         print_trust(console, one)
 
 
-def _print_preferences(console: Console, one: Mapping[str, Any]) -> None:
+def _print_preferences(console: Console, one: PreferenceEvaluation) -> None:
     console.print(f"[bold]{one['profile']}[/] ({one['method']}), {one['data']['read']} held-out rows")
     table = Table("strength", f"margin ({one['unit']})", "accuracy", "KL per token", "perplexity")
     for point, cost in zip(one["strengths"], one["costs"], strict=True):
@@ -147,16 +146,15 @@ def _print_preferences(console: Console, one: Mapping[str, Any]) -> None:
         console.print(
             f"lowest to highest strength: {own:+.3f}; random directions {min(moves):+.3f} to {max(moves):+.3f}"
         )
-    for key in ("positive", "negative"):
-        if found := one["prompting"].get(key):
-            console.print(f"{key} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
+    for sign, found in prompting_estimates(one):
+        console.print(f"{sign} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
     if "note" in one["prompting"]:
         console.print(f"[yellow]note:[/] {escape(one['prompting']['note'])}")
     console.print(escape(frontier_sentence(one["reward"])))
 
 
-def _curve_table(curve: Sequence[Mapping[str, float]]) -> Table:
-    """Cost and fluency of sampled texts against strength."""
+def _curve_table(curve: Sequence[CurvePointRecord]) -> Table:
+    """Cost and fluency of sampled texts by strength."""
     table = Table("strength", "KL per token", "perplexity")
     for point in curve:
         table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
@@ -164,7 +162,7 @@ def _curve_table(curve: Sequence[Mapping[str, float]]) -> Table:
 
 
 def _layer_table(profile: Profile) -> Table:
-    """Per block: how long the direction and the shift at strength 1 are, against the residual stream there."""
+    """Norms of the direction, of the shift at strength 1 and of the residual stream, by block."""
     accuracies = profile.metrics.get("projection_accuracy", {})
     table = Table("layer", "‖d‖", "‖shift at 1‖", "median ‖h‖", "ratio", "held-out accuracy")
     for layer, injected in profile.injected().items():
@@ -180,7 +178,7 @@ def _layer_table(profile: Profile) -> Table:
     return table
 
 
-def _print_propensity(console: Console, metrics: Mapping[str, Any]) -> None:
+def _print_propensity(console: Console, metrics: Metrics) -> None:
     report = metrics.get("propensity")
     if not report:
         return
@@ -193,7 +191,7 @@ def _print_propensity(console: Console, metrics: Mapping[str, Any]) -> None:
         console.print(f"{report['anti_steerable']:.0%} of these rows move the other way")
 
 
-def _print_layer_choice(console: Console, metrics: Mapping[str, Any]) -> None:
+def _print_layer_choice(console: Console, metrics: Metrics) -> None:
     choice = metrics.get("layer_choice")
     if not choice:
         return
@@ -202,11 +200,11 @@ def _print_layer_choice(console: Console, metrics: Mapping[str, Any]) -> None:
     console.print(f"layer choice by {choice['criterion']}: {shown}")
 
 
-def _print_notes(console: Console, metrics: Mapping[str, Any]) -> None:
+def _print_notes(console: Console, metrics: Metrics) -> None:
     for note in metrics.get("notes", ()):
         console.print(f"[yellow]note:[/] {escape(note)}")
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def _listed(values: Mapping[str, object]) -> str:
     text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
     return escape(f": {text}") if text else ""

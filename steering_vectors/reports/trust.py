@@ -1,18 +1,16 @@
-"""The trust suite to look at: a section of the page, and tables on a terminal.
-
-Owns plots and wording. Knows nothing of how anything was measured.
-"""
+"""The trust suite in reports: a section of the page, and tables for the terminal."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from steering_vectors.measures.results import ControlPoint, TrustEvaluation, TrustPoint, VerticalReport
 from steering_vectors.reports.html import lead, plots, table
 
 if TYPE_CHECKING:
@@ -21,10 +19,10 @@ if TYPE_CHECKING:
 AIMS = {"higher": "higher is better", "lower": "lower is better", "half": "0.5 is best"}
 CLASSES = {"better": "better", "worse": "worse", "other side": "side"}
 NO_CHANGE = "no change"
-LINES = 3  # parts that a plot still has room for
+MAX_LINES = 3  # groups of rows that a plot has room for
 
 
-def trust_section(one: Mapping[str, Any]) -> str:
+def trust_section(one: TrustEvaluation) -> str:
     """Headline, a plot per vertical, the changes of every figure, and the same by group of rows."""
     verticals = one["trust"]
     drawn = plots([_plot(name, found) for name, found in verticals.items()])
@@ -34,14 +32,14 @@ def trust_section(one: Mapping[str, Any]) -> str:
     )
 
 
-def trust_headline(one: Mapping[str, Any]) -> str:
-    """What a reader should take away: every vertical at the strengths that are furthest out."""
+def trust_headline(one: TrustEvaluation) -> str:
+    """The main result: every vertical at the highest and the lowest strength."""
     points = next(iter(one["trust"].values()))["strengths"]
     ends = [index for index in (len(points) - 1, 0) if points[index]["strength"]]
     return " ".join(_at_strength(one["trust"], index) for index in ends)
 
 
-def _at_strength(verticals: Mapping[str, Any], index: int) -> str:
+def _at_strength(verticals: Mapping[str, VerticalReport], index: int) -> str:
     points = {name: found["strengths"][index] for name, found in verticals.items()}
     changed = [
         f"{name} {point['change']} ({point['delta']:+.3g}{_beside_controls(point)})"
@@ -53,8 +51,8 @@ def _at_strength(verticals: Mapping[str, Any], index: int) -> str:
     return f"At strength {next(iter(points.values()))['strength']:+g}: {said}."
 
 
-def reading_note(verticals: Mapping[str, Any]) -> str:
-    """How to read the words in the tables, and how often chance alone would write them."""
+def reading_note(verticals: Mapping[str, VerticalReport]) -> str:
+    """How to read the tables, and how many changes chance alone would show."""
     found = next(iter(verticals.values()))
     randoms = len(found["random"])
     intervals = sum(
@@ -64,21 +62,21 @@ def reading_note(verticals: Mapping[str, Any]) -> str:
     )
     text = (
         "Changes are against strength 0, paired by row, with 95 % bootstrap intervals; “no change” means that the "
-        f"interval holds 0. Of these {intervals} intervals about {max(1, round(intervals / 20))} would exclude 0 by "
+        f"interval contains 0. Of these {intervals} intervals about {max(1, round(intervals / 20))} would exclude 0 by "
         "chance alone."
     )
     if not randoms:
         return f"{text} No random directions were measured."
     return (
         f"{text} {randoms} random direction{'s' if randoms > 1 else ''} of the same norm, at the same strength and the "
-        "opposite one where both are measured, show what any push of that size does; “within random” marks a change "
-        f"that lies in their range. A further random direction would lie outside of it once in {randoms + 1} times, or "
-        "more often."
+        "opposite one where both are measured, show the effect of any shift of that size; “within random” marks a "
+        f"change inside their range. A further random direction would lie outside it at least once in {randoms + 1} "
+        "times."
     )
 
 
-def print_trust(console: Console, one: Mapping[str, Any]) -> None:
-    """Every figure's value at strength 0 and its changes."""
+def print_trust(console: Console, one: TrustEvaluation) -> None:
+    """Print every figure's value at strength 0 and its changes."""
     verticals = one["trust"]
     console.print(f"[bold]{one['profile']}[/] ({one['method']}), trust against strength 0")
     strengths = [point["strength"] for point in next(iter(verticals.values()))["strengths"] if point["strength"]]
@@ -96,8 +94,10 @@ def print_trust(console: Console, one: Mapping[str, Any]) -> None:
     console.print(trust_headline(one))
 
 
-def _series(found: Mapping[str, Any], points: Sequence[Any] | None = None) -> dict[str, dict[float, Any]]:
-    """By figure, what was found at each strength, of the profile or in `points`; the main figure first."""
+def _series(
+    found: VerticalReport, points: Sequence[TrustPoint] | Sequence[ControlPoint] | None = None
+) -> dict[str, dict[float, Any]]:
+    """The points of each figure by strength, the profile's or those given; the main figure first."""
     first, *others = found["figures"]
     points = found["strengths"] if points is None else points
     return {first: {point["strength"]: point for point in points}} | {
@@ -113,8 +113,8 @@ def _beside_controls(point: Mapping[str, Any]) -> str:
     return ", within random" if point.get("beyond_random") is False else ""
 
 
-def _plot(name: str, found: Mapping[str, Any]) -> Any:
-    """A drawing of the main figure, or of the next one if the main one is the same at every strength."""
+def _plot(name: str, found: VerticalReport) -> Callable[[Axes], None]:
+    """A plot of the main figure, or of the next one if the main one is the same at every strength."""
     series = _series(found)
     shown = next((one for one, points in series.items() if len({p["value"] for p in points.values()}) > 1), None)
     shown = shown or next(iter(series))
@@ -151,7 +151,7 @@ def _draw_profile(ax: Axes, points: Mapping[float, Any]) -> None:
 
 def _draw_parts(ax: Axes, points: Sequence[Any]) -> None:
     parts = list(points[0]["parts"])
-    for part, style in zip(parts if len(parts) <= LINES else [], ("--", ":", "-."), strict=False):
+    for part, style in zip(parts if len(parts) <= MAX_LINES else [], ("--", ":", "-."), strict=False):
         _draw_line(ax, {p["strength"]: p["parts"][part] for p in points}, color="#0b6e99", linestyle=style, label=part)
 
 
@@ -159,7 +159,7 @@ def _draw_line(ax: Axes, points: Mapping[float, Any], **style: Any) -> None:
     ax.plot(list(points), [point["value"] for point in points.values()], **style)
 
 
-def _changes(verticals: Mapping[str, Any]) -> str:
+def _changes(verticals: Mapping[str, VerticalReport]) -> str:
     rows = [
         [name, found["figures"][title]["measure"], AIMS[found["figures"][title]["aim"]], points]
         for name, found in verticals.items()
@@ -168,8 +168,8 @@ def _changes(verticals: Mapping[str, Any]) -> str:
     return _change_table(["vertical", "figure", "better"], rows)
 
 
-def _groups(verticals: Mapping[str, Any]) -> str:
-    """The main figures by group of rows, folded away."""
+def _groups(verticals: Mapping[str, VerticalReport]) -> str:
+    """The main figures by group of rows, collapsed."""
     rows = [
         [
             name,
@@ -208,7 +208,7 @@ def _with_interval(point: Mapping[str, Any], key: str, form: str) -> str:
     return f"{point[key]:{form}}<br><small>{low:{form}} to {high:{form}}</small>"
 
 
-def _notes(verticals: Mapping[str, Any]) -> str:
+def _notes(verticals: Mapping[str, VerticalReport]) -> str:
     rows = [
         [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
         for name, found in verticals.items()

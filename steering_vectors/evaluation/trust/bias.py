@@ -1,8 +1,8 @@
-"""Stereotype bias: whether a model finds a stereotyping sentence likelier than its twin about another group.
+"""Stereotype bias: CrowS-Pairs (arXiv:2010.00133).
 
-CrowS-Pairs (arXiv:2010.00133). Its authors score masked models on the words that both sentences share; a causal model
-reads left to right, so here it is the log-likelihood of the whole sentence, as usual for such models. Both sentences
-are plain text, also for chat models, and are steered from their first token on.
+The paper scores masked models on the words that both sentences share. Here, as is usual for causal models, the
+log-likelihoods of the whole sentences are compared. Both are plain text, also for chat models, and are steered from
+their first token on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steering_vectors.evaluation.trust.task_files import read_source, require_ro
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
-MIN_PART = 8  # pairs of a type that are worth a figure of their own
+MIN_PART = 8  # pairs of a type that gets a figure of its own
 
 FIGURES = (
     Figure(
@@ -34,7 +34,7 @@ FIGURES = (
 
 
 def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Vertical:
-    """CrowS-Pairs as this model reads it: columns `sent_more`, `sent_less` and `bias_type`. Raises DataError."""
+    """Prepare CrowS-Pairs for a model: columns `sent_more`, `sent_less`, `bias_type`. Raises DataError."""
     reader = reader_for(lm)
     source = read_source(folder, "bias", _parse)
     chosen = select(
@@ -60,8 +60,8 @@ def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Verti
         chosen.left_out,
         FIGURES,
         read,
-        "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. A half is "
-        f"unbiased. Types of at least {MIN_PART} pairs are shown apart.",
+        "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. 0.5 is "
+        f"unbiased. Types of at least {MIN_PART} pairs have figures of their own.",
         parts={kind: where for kind, where in parts.items() if len(where) >= MIN_PART},
         details={"files": source.files},
     )

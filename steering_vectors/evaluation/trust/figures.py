@@ -1,23 +1,20 @@
-"""Figures over rows, their change against strength 0, and a word for it.
-
-Owns what a vertical is to the suite: rows that can be read under steering, and figures over what was read. Knows
-nothing of models' inputs or of files.
-"""
+"""Verticals and their figures: what is read of each row, the statistics over rows, and their changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from steering_vectors.measures.controls import interval, resample
+from steering_vectors.measures.results import Comparison, VerticalDetails
 from steering_vectors.measures.steered_model import SteeredModel
 
 Aim = Literal["higher", "lower", "half"]
 Columns = Mapping[str, np.ndarray]
-"""What was read of every row, by name: float64 `[rows]` each."""
+"""The readings of every row, by name: float64 `[rows]` each."""
 Statistic = Callable[[np.ndarray, np.ndarray], float]
 """(a column, indices of rows) → one number."""
 
@@ -30,9 +27,10 @@ def mean(values: np.ndarray, rows: np.ndarray) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Figure:
-    """A statistic of one column over some rows (all, if None); `aim` says which way is better, where it matters.
+    """A statistic of one column over `rows` (all if None).
 
-    `text` says what it is, with its unit; `reference` is what a model without any skill or leaning scores.
+    `text` describes it with its unit, `aim` says which direction is better, `reference` is the value of a model without
+    skill or bias.
     """
 
     name: str
@@ -46,29 +44,27 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vertical:
-    """Rows of one vertical as one model reads them. The first figure is the main one; `parts` are groups of rows."""
+    """The rows of one vertical, encoded for one model. The first figure is the main one; `parts` are groups of rows."""
 
     name: str
     rows: int
     left_out: int
     figures: tuple[Figure, ...]
-    read: Callable[[SteeredModel], Columns]  # under the mix that is written
+    read: Callable[[SteeredModel], Columns]  # under the steering that is set
     note: str
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-    remarks: Callable[[Columns], Sequence[str]] = lambda _: ()  # on what was read at strength 0
+    details: VerticalDetails = field(default_factory=VerticalDetails)
+    remarks: Callable[[Columns], Sequence[str]] = lambda _: ()  # on the readings at strength 0
 
 
-def compare(
-    figure: Figure, series: Mapping[float, Columns], rows: np.ndarray | None = None
-) -> dict[float, dict[str, Any]]:
-    """By strength, a figure's value and its change against strength 0, with 95 % bootstrap intervals over rows.
+def compare(figure: Figure, series: Mapping[float, Columns], rows: np.ndarray | None = None) -> dict[float, Comparison]:
+    """A figure's value and its change against strength 0, by strength, with 95 % bootstrap intervals over rows.
 
-    The change is paired: both strengths are resampled together, row by row. `rows` restricts to a group of rows.
+    The change is paired: both strengths are resampled together, row by row. `rows` restricts it to a group of rows.
     """
     chosen = rows_of(figure, len(series[0.0][figure.column])) if rows is None else rows
     base, base_draws = _estimated(figure, series[0.0], chosen)
-    found = {}
+    found: dict[float, Comparison] = {}
     for strength, seen in series.items():
         value, draws = _estimated(figure, seen, chosen) if strength else (base, base_draws)
         change = interval(draws - base_draws)
@@ -83,7 +79,7 @@ def compare(
 
 
 def _estimated(figure: Figure, seen: Columns, rows: np.ndarray) -> tuple[float, np.ndarray]:
-    """The statistic, and what it is of resampled rows."""
+    """The statistic, and its values over resampled rows."""
     values = seen[figure.column]
     return figure.statistic(values, rows), resample(lambda drawn: figure.statistic(values, rows[drawn]), len(rows))
 
@@ -93,7 +89,7 @@ def rows_of(figure: Figure, count: int) -> np.ndarray:
 
 
 def verdict(aim: Aim, old: float, new: float, change: tuple[float, float]) -> str:
-    """`no change` if the interval of the change holds 0, else `better`, `worse`, or for a share whose ideal is a half
+    """`no change` if the interval of the change holds 0, else `better` or `worse`; for a share whose ideal is one half
     also `other side`."""
     if change[0] <= 0 <= change[1]:
         return NO_CHANGE

@@ -1,8 +1,4 @@
-"""What a model is shown by the verticals, and the room it has for it.
-
-Owns the forms of questions and answers: a user's message where the tokenizer has a chat template, plain text where it
-has none. Knows nothing of files or of measures.
-"""
+"""Prompts of the verticals: a user's message if the tokenizer has a chat template, else plain text."""
 
 from __future__ import annotations
 
@@ -19,18 +15,18 @@ from steering_vectors.models.loading import LanguageModel
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One model's way to read a vertical's rows; `limit` is its context in tokens, if it has one."""
+    """Encodes the rows of a vertical for one model; `limit` is its context in tokens, if it has one."""
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool
     limit: int | None
 
     def prompt(self, *, chat: str, plain: str) -> Prompt:
-        """What is asked: the one as a user's message, or the other as it is."""
+        """The prompt: `chat` as a user's message, or `plain` as it is."""
         return (Message("user", chat),) if self.chat else plain
 
     def answers(self, prompt: Prompt, texts: Iterable[str]) -> list[Encoded]:
-        """The prompt followed by each of the answers; after a plain text a space comes between."""
+        """The prompt followed by each of the answers, with a space between after a plain text."""
         space = "" if self.chat else " "
         return [encode_example(self.tokenizer, Example(prompt, f"{space}{text}")) for text in texts]
 

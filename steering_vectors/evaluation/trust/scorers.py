@@ -1,7 +1,6 @@
-"""How toxic a text is, from 0 to 1, by means that lie on this machine.
+"""Toxicity scorers: fitted to RealToxicityPrompts' own scores, a local classifier, or a function of the user.
 
-Owns what a scorer is and the three kinds of them: one fitted here to the scores that RealToxicityPrompts carries, a
-directory with a classification model, and a function of the user's. Knows nothing of steering. Nothing is downloaded.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class ToxicityScorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FittedScorer:
-    """Ridge regression on TF-IDF of word and character n-grams, of the scores' log-odds; gives back probabilities."""
+    """Ridge regression of the scores' log-odds on TF-IDF of word and character n-grams; returns probabilities."""
 
     pipeline: Any
 
@@ -87,9 +86,9 @@ def scored(scorer: ToxicityScorer, texts: Sequence[str]) -> np.ndarray:
 
 
 def load_scorer(spec: str) -> ToxicityScorer | None:
-    """The scorer that a directory or `module:callable` means; None for `rtp`, which is fitted to data first.
+    """Load the scorer from a directory or from `module:callable`; None for `rtp`, which is fitted to the data later.
 
-    Raises FitError for anything else, and for a model without one clear label for toxic.
+    Raises FitError for anything else, and for a classifier without a label that means toxic.
     """
     if spec == FITTED:
         return None
@@ -103,15 +102,15 @@ def load_scorer(spec: str) -> ToxicityScorer | None:
 
 
 def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> FittedScorer:
-    """Fit to texts and their scores from 0 to 1. Raises DataError if they are too few."""
+    """Fit a scorer to texts and their scores from 0 to 1. Raises DataError if there are fewer than 32 texts."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_pipeline, make_union
 
     if len(texts) < MIN_TEXTS:
         raise DataError(
-            f"toxicity: {len(texts)} scored texts are left to fit a scorer on, {MIN_TEXTS} are needed; lower "
-            "--trust-rows or name another scorer by --toxicity"
+            f"toxicity: {len(texts)} scored texts are left to fit a scorer on, {MIN_TEXTS} are needed; lower --rows, "
+            "or name another scorer with --toxicity"
         )
     words = TfidfVectorizer(analyzer="word", ngram_range=(1, 2), sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
@@ -130,8 +129,8 @@ def _load_model(directory: Path) -> ModelScorer:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FitError(f"--toxicity {directory}: no sequence-classification model can be loaded: {error}") from error
-    if missing := sorted(map(str, loading["missing_keys"])):  # they would be drawn at random
-        raise FitError(f"--toxicity {directory}: is no classifier: it has no weights {', '.join(missing)}")
+    if missing := sorted(map(str, loading["missing_keys"])):  # transformers would draw them at random
+        raise FitError(f"--toxicity {directory}: is not a classifier: it has no weights {', '.join(missing)}")
     labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     found = [labels.index(name) for name in map(str, labels) if name.casefold() in TOXIC_LABELS]
     if not found and len(labels) > 1:
@@ -144,12 +143,12 @@ def _load_model(directory: Path) -> ModelScorer:
 
 
 def _load_function(module: str, name: str) -> Callable[[list[str]], Sequence[float]]:
-    if str(Path.cwd()) not in sys.path:  # a console script does not look in the folder it is started in
+    if str(Path.cwd()) not in sys.path:  # a console script does not import from the current folder
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise FitError(f"--toxicity {module}:{name} cannot be imported: {error}") from error
     if not callable(function):
-        raise FitError(f"--toxicity {module}:{name} is no callable; it must take a list of texts")
+        raise FitError(f"--toxicity {module}:{name} is not callable; it must take a list of texts")
     return function  # type: ignore[no-any-return]

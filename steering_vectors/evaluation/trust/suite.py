@@ -1,15 +1,10 @@
-"""The trust suite for one profile: every vertical at every strength, beside random directions of the same norm.
-
-Owns which verticals there are, the course of the measurement and the shape of its result. Knows nothing of commands or
-of how results are shown.
-"""
+"""The trust suite for one profile: each vertical at each strength, beside random directions of the same norm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from steering_vectors.errors import FitError
 from steering_vectors.evaluation.trust.bias import prepare_bias
@@ -21,6 +16,15 @@ from steering_vectors.evaluation.trust.task_files import MIN_ROWS, PATTERNS, fin
 from steering_vectors.evaluation.trust.toxicity import prepare_toxicity
 from steering_vectors.evaluation.trust.truthfulness import prepare_truthfulness
 from steering_vectors.measures.controls import measured_profile, random_controls
+from steering_vectors.measures.results import (
+    Change,
+    ControlledComparison,
+    ControlPoint,
+    FigureText,
+    TrustEvaluation,
+    TrustPoint,
+    VerticalReport,
+)
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
@@ -34,9 +38,11 @@ RANDOMS = 5
 
 @dataclass(frozen=True, slots=True)
 class TrustSettings:
-    """`rows` at most are read of each vertical; `toxicity` names a scorer, see `scorers.load_scorer`.
+    """Options of `evaluate_trust`.
 
-    `folder` holds the files in the layout of `sources.PATTERNS`; privacy needs none.
+    `folder` holds the data files, in the layout of `task_files.PATTERNS`; the vertical privacy needs none. `rows` is
+    the maximum number of rows per vertical, `randoms` the number of random directions to compare with. `toxicity` names
+    a scorer (see `load_scorer`). Raises FitError for values that cannot be used, DataError for a missing file.
     """
 
     folder: Path | None = None
@@ -59,58 +65,60 @@ class TrustSettings:
         self._check_files()
 
     def _check_files(self) -> None:
-        """Before any model is loaded, whether there is a file for each vertical."""
+        """Check before a model is loaded that each vertical has its files."""
         for vertical in self.verticals:
             if vertical in PATTERNS:
                 if self.folder is None:
                     raise FitError(
-                        f"the vertical {vertical} reads {PATTERNS[vertical]} in a folder: name it by --trust-data, or "
-                        "leave the vertical out of --verticals"
+                        f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: name the folder with "
+                        "--data, or leave the vertical out of --verticals"
                     )
                 find_files(self.folder, vertical)
 
 
-def prepare(lm: LanguageModel, settings: TrustSettings) -> list[Vertical]:
-    """The verticals as this model reads them. Raises DataError for a bad row or too few that fit the context."""
-    return [_prepared(name, lm, settings) for name in settings.verticals]
+def prepare_verticals(lm: LanguageModel, settings: TrustSettings) -> list[Vertical]:
+    """Read and encode the data for one model. Raises DataError for a bad row, or if too few rows fit the context."""
+    return [_prepare(name, lm, settings) for name in settings.verticals]
 
 
 def evaluate_trust(
     lm: LanguageModel,
     profile: Profile,
-    verticals: Sequence[Vertical],
     settings: TrustSettings,
     *,
+    verticals: Sequence[Vertical] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """What a profile does to each vertical, as a JSON-ready object: per vertical its figures at every strength, their
-    changes against strength 0 and those of random directions.
+) -> TrustEvaluation:
+    """Measure what a profile does to toxicity, stereotype bias, machine ethics, truthfulness and privacy.
 
-    Changes are paired by row, intervals 95 % bootstrap over rows. Raises ProfileMismatch for a profile of another
-    model.
+    The five verticals are those of "More RLHF, More Trust?" (arXiv:2404.18870). The result holds, per vertical, its
+    figures at each strength, their changes against strength 0, and the changes of random directions. Changes are paired
+    by row; intervals are 95 % bootstrap over rows.
+
+    `verticals` are those of `prepare_verticals` with the same settings; pass them to prepare the data once for several
+    profiles. Raises ProfileMismatch for a profile of another model, DataError for data that cannot be used.
     """
     profile.check_model(lm.identity, allow_mismatch=False)
+    if verticals is None:
+        verticals = prepare_verticals(lm, settings)
     controls = random_controls(profile, settings.randoms, seed=settings.seed)
     done, total = 0, len(verticals) * (1 + len(controls))
     found = {}
     with steerable(lm) as steered:
         for vertical in verticals:
-            bench = _Bench(steered, vertical, settings.strengths, profile)
+            run = VerticalRun(steered, vertical, settings.strengths, profile)
             seen = []
             for one in (profile, *controls):
-                seen.append(bench.measure(one))
+                seen.append(run.measure(one))
                 done += 1
                 if progress is not None:
                     progress("trust", done, total, vertical.name)
-            found[vertical.name] = bench.report(seen[0], seen[1:])
-    return {
-        **measured_profile(lm, profile),
-        "trust": found,
-    }
+            found[vertical.name] = run.report(seen[0], seen[1:])
+    return {**measured_profile(lm, profile), "trust": found}
 
 
-class _Bench:
-    """One vertical under one model; every profile's changes are against the same readings at strength 0."""
+class VerticalRun:
+    """One vertical under one model. All changes are against the same readings at strength 0."""
 
     def __init__(self, steered: SteeredModel, vertical: Vertical, strengths: Sequence[float], profile: Profile) -> None:
         self._steered, self._vertical, self._strengths = steered, vertical, strengths
@@ -118,27 +126,24 @@ class _Bench:
         self._base = vertical.read(steered)
 
     def measure(self, profile: Profile) -> dict[float, Columns]:
-        """What is read of every row, by strength."""
+        """The readings of every row, by strength."""
         seen = {}
         for strength in self._strengths:
             self._steered.write(profile, strength)
             seen[strength] = self._vertical.read(self._steered) if strength else self._base
         return seen
 
-    def report(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> dict[str, Any]:
+    def report(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> VerticalReport:
         vertical = self._vertical
         first = vertical.figures[0]
         points = self._points(own, randoms)
         return {
-            "measure": first.text,
-            "aim": first.aim,
-            "reference": first.reference,
-            "figures": {
-                one.name: {"measure": one.text, "aim": one.aim, "reference": one.reference} for one in vertical.figures
-            },
+            **_text(first),
+            "figures": {one.name: _text(one) for one in vertical.figures},
             "strengths": points,
             "random": [
-                {"strengths": [{"strength": s, **self._changes(one[s])} for s in self._strengths]} for one in randoms
+                {"strengths": [self._control_point(strength, one[strength]) for strength in self._strengths]}
+                for one in randoms
             ],
             "rows": vertical.rows,
             "left_out": vertical.left_out,
@@ -147,10 +152,10 @@ class _Bench:
             **vertical.details,
         }
 
-    def _points(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> list[dict[str, Any]]:
+    def _points(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> list[TrustPoint]:
         first, *others = self._vertical.figures
-        main = self._judged(first, own, randoms)
-        figures = {one.name: self._judged(one, own, randoms) for one in others}
+        main = self._controlled(first, own, randoms)
+        figures = {one.name: self._controlled(one, own, randoms) for one in others}
         parts = {name: compare(first, own, rows) for name, rows in self._vertical.parts.items()}
         return [
             {
@@ -165,42 +170,53 @@ class _Bench:
             for strength in self._strengths
         ]
 
-    def _judged(
+    def _controlled(
         self, figure: Figure, own: dict[float, Columns], randoms: list[dict[float, Columns]]
-    ) -> dict[float, dict[str, Any]]:
-        """By strength, a figure compared with strength 0, and whether its change lies outside those of all controls."""
-        found = compare(figure, own)
-        for strength, point in found.items():
+    ) -> dict[float, ControlledComparison]:
+        """A figure compared with strength 0, and with the random directions' changes, by strength."""
+        found: dict[float, ControlledComparison] = {}
+        for strength, point in compare(figure, own).items():
             # A random direction is as random the other way round: its changes at −strength are controls as well.
             controls = [one[sign * strength] for one in randoms for sign in (1, -1) if sign * strength in one]
             changes = [self._change(figure, one)["delta"] for one in controls]
-            point["random_delta"] = [min(changes), max(changes)] if changes else None
-            point["beyond_random"] = not min(changes) <= point["delta"] <= max(changes) if changes else None
+            found[strength] = {
+                **point,
+                "random_delta": [min(changes), max(changes)] if changes else None,
+                "beyond_random": not min(changes) <= point["delta"] <= max(changes) if changes else None,
+            }
         return found
 
-    def _changes(self, seen: Columns) -> dict[str, Any]:
+    def _control_point(self, strength: float, seen: Columns) -> ControlPoint:
         first, *others = self._vertical.figures
-        return {**self._change(first, seen), "figures": {one.name: self._change(one, seen) for one in others}}
+        return {
+            "strength": strength,
+            **self._change(first, seen),
+            "figures": {one.name: self._change(one, seen) for one in others},
+        }
 
-    def _change(self, figure: Figure, seen: Columns) -> dict[str, float]:
+    def _change(self, figure: Figure, seen: Columns) -> Change:
         rows = rows_of(figure, self._vertical.rows)
         value = figure.statistic(seen[figure.column], rows)
         return {"value": value, "delta": value - figure.statistic(self._base[figure.column], rows)}
 
 
-def _degenerate(figure: Figure, points: Sequence[dict[str, Any]], rows: int) -> list[str]:
-    """Resampling equal rows gives an interval of no width, which says more than the rows do."""
+def _text(figure: Figure) -> FigureText:
+    return {"measure": figure.text, "aim": figure.aim, "reference": figure.reference}
+
+
+def _degenerate(figure: Figure, points: Sequence[TrustPoint], rows: int) -> list[str]:
+    """A remark if all rows are equal: resampling them gives an interval of no width, which claims too much."""
     values = {point["value"] for point in points}
     if len(values) > 1 or not values <= {0.0, 1.0}:
         return []
     value = values.pop()
     return [
-        f"The {figure.text} is {value:g} at every strength. Of {rows} rows that is no proof: a true share within "
+        f"The {figure.text} is {value:g} at every strength. With {rows} rows this is no proof: a true share within "
         f"{3 / rows:.1%} of it would look the same."
     ]
 
 
-def _prepared(name: str, lm: LanguageModel, settings: TrustSettings) -> Vertical:
+def _prepare(name: str, lm: LanguageModel, settings: TrustSettings) -> Vertical:
     rows, seed, folder = settings.rows, settings.seed, settings.folder or Path()
     match name:
         case "toxicity":

@@ -1,7 +1,4 @@
-"""The files that the verticals are measured on: where they lie, their rows, and which of the rows are read.
-
-Owns the layout of the folder and the checks of cells. Knows nothing of models, or of what a row is asked.
-"""
+"""The data files of the verticals: their layout in a folder, their rows, and the selection of rows."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from steering_vectors.data.tables import BadRow, Row, read_table
 from steering_vectors.errors import DataError
+from steering_vectors.measures.results import SourceFile
 
 PATTERNS = {
     "toxicity": "rtp/*.jsonl",
@@ -28,61 +26,58 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True, slots=True)
 class Source(Generic[Item]):
-    """The rows of a vertical, and its files by name and sha256."""
+    """The rows of a vertical, and its files."""
 
     rows: list[Item]
-    files: list[dict[str, str]]
+    files: list[SourceFile]
     place: str
 
 
 @dataclass(frozen=True, slots=True)
 class Selection(Generic[Kept]):
-    """Rows that fit the model's context, in the order of the file, and how many of those drawn did not."""
+    """Rows that fit the model's context, in file order, and the number of drawn rows that do not fit."""
 
     rows: list[Kept]
     left_out: int
 
 
 def find_files(folder: Path, vertical: str) -> list[Path]:
-    """The files of a vertical, by name. Raises DataError naming what was looked for."""
+    """The files of a vertical, sorted by name. Raises DataError if there is none."""
     pattern = PATTERNS[vertical]
     found = sorted(path for one in (pattern, f"{pattern}.gz") for path in folder.glob(one) if path.is_file())
     if not found:
         raise DataError(
-            f"no file {pattern} for the vertical {vertical}: put one there, or leave the vertical out of --verticals",
+            f"no file {pattern} for the vertical {vertical}: add one, or leave the vertical out of --verticals",
             path=str(folder),
         )
     return found
 
 
 def read_source(folder: Path, vertical: str, parse: Callable[[Mapping[str, Any]], Item]) -> Source[Item]:
-    """Every row of a vertical's files. Raises DataError for a bad row, with file, line and field, and for too few."""
+    """Read the files of a vertical. Raises DataError for a bad row, with file, line and field, and for too few rows."""
     tables = [read_table(str(path)) for path in find_files(folder, vertical)]
     rows = [_parsed(row, table.source, parse) for table in tables for row in table.rows]
     place = ", ".join(table.source for table in tables)
     if len(rows) < MIN_ROWS:
         raise DataError(f"holds {len(rows)} rows; {vertical} needs at least {MIN_ROWS}", path=place)
-    files = [{"file": Path(table.source).name, "sha256": table.sha256} for table in tables]
+    files: list[SourceFile] = [{"file": Path(table.source).name, "sha256": table.sha256} for table in tables]
     return Source(rows, files, place)
 
 
 def text_cell(cells: Mapping[str, Any], field: str) -> str:
-    """A cell that holds text. Raises BadRow if it is missing, empty or no text."""
+    """Return the text in a cell. Raises BadRow if it is missing, empty or not a text."""
     if field not in cells:
         raise BadRow(f"is missing; the row has {', '.join(map(str, cells))}", field)
     value = cells[field]
     if not isinstance(value, str) or not value.strip():
-        raise BadRow("must be a text that is not empty", field)
+        raise BadRow("must be a non-empty text", field)
     return value
 
 
 def select(
     rows: Sequence[Item], most: int, seed: int, encode: Callable[[Item], Kept], fits: Callable[[Kept], bool]
 ) -> Selection[Kept]:
-    """Draw rows, by `seed`, until `most` of them fit; each is given back as encoded.
-
-    Equal seeds draw equal rows for one model. Nothing is cut to fit.
-    """
+    """Draw and encode rows until `most` fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     kept: dict[int, Kept] = {}
     left_out = 0
@@ -98,11 +93,11 @@ def select(
 
 
 def require_rows(count: int, left_out: int, vertical: str, limit: int | None) -> None:
-    """Raise DataError if too few rows are left to say anything."""
+    """Raise DataError if fewer than 8 rows are left."""
     if count < MIN_ROWS:
         raise DataError(
-            f"{vertical}: only {count} of {count + left_out} rows fit the model's context of {limit} tokens, and "
-            f"{MIN_ROWS} are needed; leave it out of --verticals"
+            f"{vertical}: only {count} of {count + left_out} rows fit the model's context of {limit} tokens; at least "
+            f"{MIN_ROWS} are needed, or leave it out of --verticals"
         )
 
 

@@ -1,7 +1,7 @@
-"""Truthfulness: whether a model finds the one true answer likelier than the false ones.
+"""Truthfulness: TruthfulQA, MC1 (arXiv:2109.07958).
 
-TruthfulQA, MC1 (arXiv:2109.07958): the answer of the highest log-likelihood, not divided by length, must be the true
-one. Asked zero-shot: the authors' six examples in the prompt would not fit a short context.
+The true answer must have the highest log-likelihood, not divided by length. Questions are asked zero-shot, because the
+paper's six examples would not fit a short context.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from steering_vectors.models.loading import LanguageModel
 
 
 def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Vertical:
-    """TruthfulQA as this model reads it: `question`, and `mc1_targets` with the one true answer marked 1. Raises
-    DataError."""
+    """Prepare TruthfulQA for a model: columns `question`, and `mc1_targets` with the one true answer marked 1. Raises
+    DataError for unusable data."""
     reader = reader_for(lm)
     source = read_source(folder, "truthfulness", _parse)
     chosen = select(

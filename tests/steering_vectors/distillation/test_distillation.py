@@ -88,7 +88,7 @@ def test_what_cannot_be_baked(lm: LanguageModel) -> None:
     unbiased = wrap_model(tiny_model("mistral"), tiny_tokenizer())
     with pytest.raises(FitError, match="MistralForCausalLM has no bias that writes into the residual stream"):
         bake(unbiased, tiny_profile(unbiased.model), 1.0)
-    with pytest.raises(FitError, match="ablates, which no constant bias can do"):
+    with pytest.raises(FitError, match="ablates, which a constant bias cannot do"):
         bake(lm, tiny_profile(lm.model, operator="ablate"), 1.0)
     with pytest.raises(SteeringError, match="beyond its safe range"):
         bake(lm, tiny_profile(lm.model), 9.0)
@@ -197,7 +197,7 @@ def test_nothing_to_distil(lm: LanguageModel, tmp_path: Path) -> None:
         distill(lm, tiny_profile(lm.model), pairs(), tmp_path / "adapter", strength=0.0)
     with pytest.raises(FitError, match="must be positive"):
         DistillSettings(steps=0)
-    with pytest.raises(FitError, match="'pca' leaves no difference per token; rahf-scit, rahf-dual do"):
+    with pytest.raises(FitError, match="'pca' has no difference per token; rahf-scit, rahf-dual have one"):
         MethodTarget("pca")
     with pytest.raises(FitError, match="at strength 0 there is nothing to distil"):
         MethodTarget("rahf-scit", strength=0.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steering_vectors.errors import FitError
-from steering_vectors.evaluation.frontier import OptimumPoint, frontier, optimum, optimum_at, reward_report
+from steering_vectors.evaluation.frontier import OptimumPoint, frontier, optimum, optimum_at, reward_curve
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
@@ -102,7 +102,7 @@ def test_what_samples_cannot_show_is_not_told() -> None:
 
 def test_a_model_is_measured_as_by_hand(lm: LanguageModel, profile: Profile) -> None:
     with steerable(lm) as steered:
-        found = reward_report(steered, profile, Letters(), PROMPTS, (-1.0, 0.0, 1.0), samples=16, tokens=6, seed=3)
+        found = reward_curve(steered, profile, Letters(), PROMPTS, (-1.0, 0.0, 1.0), samples=16, tokens=6, seed=3)
         steered.write(profile, 1.0)
         rows = [prompt for prompt in PROMPTS for _ in range(8)]
         texts = steered.sample(rows, tokens=6, seed=4)
@@ -124,7 +124,7 @@ def test_a_model_is_measured_as_by_hand(lm: LanguageModel, profile: Profile) -> 
 def test_equal_seeds_give_equal_figures(lm: LanguageModel, profile: Profile) -> None:
     with steerable(lm) as steered:
         first, again, other = (
-            reward_report(steered, profile, Letters(), PROMPTS, (0.0, 1.0), samples=4, tokens=5, seed=seed)
+            reward_curve(steered, profile, Letters(), PROMPTS, (0.0, 1.0), samples=4, tokens=5, seed=seed)
             for seed in (1, 1, 2)
         )
     assert first == again != other
@@ -133,9 +133,9 @@ def test_equal_seeds_give_equal_figures(lm: LanguageModel, profile: Profile) -> 
 def test_what_is_refused(lm: LanguageModel, profile: Profile) -> None:
     with steerable(lm) as steered:
         with pytest.raises(FitError, match="a score that is not finite"):
-            reward_report(steered, profile, Nothing(), PROMPTS, (0.0, 1.0), samples=4, tokens=5)
+            reward_curve(steered, profile, Nothing(), PROMPTS, (0.0, 1.0), samples=4, tokens=5)
         with pytest.raises(FitError, match="at least two samples each"):
-            reward_report(steered, profile, Letters(), PROMPTS, (0.0, 1.0), samples=1, tokens=5)
+            reward_curve(steered, profile, Letters(), PROMPTS, (0.0, 1.0), samples=1, tokens=5)
 
 
 def test_the_sentence_says_what_is_known() -> None:
@@ -150,7 +150,7 @@ def test_the_sentence_says_what_is_known() -> None:
         "held-out responses its AUC is 0.90."
     )
     poor = {**reward, "scorer": {**scorer, "auc": 0.5}, "strengths": [zero, one]}
-    assert "64 samples per prompt do not show." in frontier_sentence(poor)
+    assert "64 samples per prompt do not show the optimum's gain there." in frontier_sentence(poor)
     assert "hardly better than chance" in frontier_sentence(poor)
     assert frontier_sentence({"note": "there are too few rows"}) == (
         "Reward against KL was not measured: there are too few rows."

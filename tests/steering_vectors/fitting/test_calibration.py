@@ -8,8 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steering_vectors.errors import FitError
-from steering_vectors.fitting.calibration import calibrate, largest_coefficient, search
+from steering_vectors.data.chat import Example
+from steering_vectors.data.corpus import encode_corpus
+from steering_vectors.data.preferences import Preferences
+from steering_vectors.errors import FitError, ProfileMismatch
+from steering_vectors.fitting.calibration import (
+    CalibrationSettings,
+    calibrate,
+    calibrate_on,
+    largest_coefficient,
+    search,
+    trained_and_fresh,
+)
+from steering_vectors.fitting.fit import fit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
@@ -58,14 +69,14 @@ def measured_kl(lm: LanguageModel, profile: Profile, prompts: list[list[int]], t
 
 @pytest.mark.parametrize("layering", ["independent", "incremental"])
 def test_fresh_samples_cost_the_budget(lm: LanguageModel, layering: str) -> None:
-    profile = calibrate(lm, profile_for(lm, layering=layering), PROMPTS, kl_budget=0.1, tokens=16, seed=0)
+    profile = calibrate_on(lm, profile_for(lm, layering=layering), PROMPTS, kl_budget=0.1, tokens=16, seed=0)
     assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.03)
     assert profile.calibration["unreached"] is False
     assert measured_kl(lm, profile, PROMPTS[::2], 16, seed=99) == pytest.approx(0.1, rel=0.1)
 
 
 def test_what_is_recorded(lm: LanguageModel) -> None:
-    calibration = calibrate(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
+    calibration = calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
     assert set(calibration) == {
         "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
         "perplexity_bound", "curve",
@@ -76,14 +87,14 @@ def test_what_is_recorded(lm: LanguageModel) -> None:
 
 
 def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel) -> None:
-    first, again, other = (calibrate(lm, profile_for(lm), PROMPTS, tokens=8, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=seed) for seed in (0, 0, 1))
     assert (first.unit, first.calibration) == (again.unit, again.calibration)
     assert first.unit != other.unit
 
 
 def test_an_unreachable_budget_stops_at_norm_ratio_one(lm: LanguageModel) -> None:
     profile = profile_for(lm, residual_norms={1: 0.02, 2: 3.0})
-    found = calibrate(lm, profile, PROMPTS[:4], kl_budget=5.0, tokens=8)
+    found = calibrate_on(lm, profile, PROMPTS[:4], kl_budget=5.0, tokens=8)
     assert found.calibration["unreached"] is True
     assert found.calibration["kl_at_1"] < 5.0
     assert found.unit * float(profile.directions[1].norm()) == pytest.approx(0.02)
@@ -92,21 +103,21 @@ def test_an_unreachable_budget_stops_at_norm_ratio_one(lm: LanguageModel) -> Non
 
 def test_a_bfloat16_model_calibrates_too() -> None:
     lm = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
-    found = calibrate(lm, profile_for(lm), PROMPTS[:8], kl_budget=0.2, tokens=8)
+    found = calibrate_on(lm, profile_for(lm), PROMPTS[:8], kl_budget=0.2, tokens=8)
     assert found.calibration["kl_at_1"] == pytest.approx(0.2, rel=0.1)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
 def test_a_budget_must_be_positive(lm: LanguageModel, budget: float) -> None:
     with pytest.raises(FitError, match="the KL budget must be a positive number of nats per token, not"):
-        calibrate(lm, profile_for(lm), PROMPTS, kl_budget=budget)
+        calibrate_on(lm, profile_for(lm), PROMPTS, kl_budget=budget)
 
 
 def test_what_calibration_cannot_do_without(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="there is no prompt to calibrate on"):
-        calibrate(lm, profile_for(lm), [])
+        calibrate_on(lm, profile_for(lm), [])
     with pytest.raises(FitError, match="cannot be calibrated without its residual norms"):
-        calibrate(lm, profile_for(lm, residual_norms={}), PROMPTS)
+        calibrate_on(lm, profile_for(lm, residual_norms={}), PROMPTS)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
@@ -122,3 +133,40 @@ def test_the_search_finds_the_root_of_any_power(power: float, root: float) -> No
     assert found.kl == pytest.approx(0.1, rel=0.03)
     assert len(calls) <= 12
     assert not found.unreached
+
+
+def pairs_of(rows: int, start: int = 0) -> Preferences:
+    names = [f"Ask {row}" for row in range(start, start + rows)]
+    return Preferences(
+        "preference",
+        tuple(Example(name, "please, kindly") for name in names),
+        tuple(Example(name, "three apples") for name in names),
+        sha256=f"{start:064d}",
+    )
+
+
+def test_a_fitted_profile_is_not_calibrated_on_its_own_rows(lm: LanguageModel) -> None:
+    own, other = pairs_of(40), pairs_of(40, start=100)
+    profile = fit(lm, None, own, layers="1", name="kind", calibrate=False)
+    trained, fresh = trained_and_fresh(profile, encode_corpus(lm.tokenizer, own, limit=None))
+    assert trained is not None
+    assert (trained.pairs.rows, fresh.pairs.rows) == (32, 8)
+    encoded = encode_corpus(lm.tokenizer, other, limit=None)
+    assert trained_and_fresh(profile, encoded) == (None, encoded)
+
+
+def test_calibrating_again_meets_another_budget(lm: LanguageModel) -> None:
+    profile = fit(lm, None, pairs_of(40), layers="1", name="kind", kl_budget=0.1)
+    again = calibrate(lm, profile, pairs_of(40), CalibrationSettings(kl_budget=0.02, perplexity_bound=2.0))
+    assert again.calibration["kl_at_1"] == pytest.approx(0.02, rel=0.03)
+    assert again.calibration["perplexity_bound"] == 2.0
+    assert again.unit < profile.unit
+    assert torch.equal(again.directions[1], profile.directions[1])
+    assert [one["strength"] for one in again.metrics["propensity"]["strengths"]] == [-1, 0, 1]
+
+
+def test_another_model_is_refused(lm: LanguageModel) -> None:
+    profile = fit(lm, None, pairs_of(40), layers="1", name="kind", calibrate=False)
+    other = replace(lm, identity=replace(lm.identity, fingerprint="0" * 64))
+    with pytest.raises(ProfileMismatch):
+        calibrate(other, profile, pairs_of(40))

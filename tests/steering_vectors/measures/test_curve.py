@@ -1,28 +1,16 @@
-"""The curve over strengths: equal to a plain measurement, and the safe range read from it. Calibrating anew."""
+"""The curve over strengths: equal to a plain measurement, and the safe range read from it."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
-from steering_vectors.cli.app import register
-from steering_vectors.data.chat import Example
-from steering_vectors.data.corpus import encode_corpus
-from steering_vectors.data.preferences import Preferences
-from steering_vectors.errors import ProfileMismatch
-from steering_vectors.fitting.fit import fit
-from steering_vectors.fitting.recalibration import recalibrate, unseen
 from steering_vectors.measures.curve import CurvePoint, measure_curve, measure_point, safe_strength
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.files import load_profile, save_profile
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model
@@ -39,16 +27,6 @@ def lm() -> LanguageModel:
 def profile_for(lm: LanguageModel, unit: float) -> Profile:
     direction = torch.randn(lm.hidden_size, generator=torch.Generator().manual_seed(1))
     return Profile("test", lm.identity, {1: direction}, "mean-diff", unit=unit, residual_norms={1: 50.0})
-
-
-def pairs_of(rows: int, start: int = 0) -> Preferences:
-    names = [f"Ask {row}" for row in range(start, start + rows)]
-    return Preferences(
-        "preference",
-        tuple(Example(name, "please, kindly") for name in names),
-        tuple(Example(name, "three apples") for name in names),
-        sha256=f"{start:064d}",
-    )
 
 
 def test_a_point_equals_a_plain_measurement(lm: LanguageModel) -> None:
@@ -100,50 +78,3 @@ def test_the_safe_range() -> None:
     assert safe_strength(points(10.0, 1000.0), 3.0) == 0.1
     mirrored = [replace(point, strength=-point.strength) for point in points(10.0, 20.0, 45.0)]
     assert safe_strength(mirrored, 3.0) == 0.7
-
-
-def test_a_fitted_profile_is_not_calibrated_on_its_own_rows(lm: LanguageModel) -> None:
-    own, other = pairs_of(40), pairs_of(40, start=100)
-    profile = fit(lm, None, own, layers="1", name="kind", calibrate=False)
-    rest = unseen(profile, encode_corpus(lm.tokenizer, own, limit=None)).pairs
-    assert rest.rows == 8
-    assert unseen(profile, encode_corpus(lm.tokenizer, other, limit=None)).pairs == other
-
-
-def test_recalibrating_meets_another_budget(lm: LanguageModel) -> None:
-    profile = fit(lm, None, pairs_of(40), layers="1", name="kind", kl_budget=0.1)
-    again = recalibrate(lm, profile, pairs_of(40), kl_budget=0.02, perplexity_bound=2.0)
-    assert again.calibration["kl_at_1"] == pytest.approx(0.02, rel=0.03)
-    assert again.calibration["perplexity_bound"] == 2.0
-    assert again.unit < profile.unit
-    assert torch.equal(again.directions[1], profile.directions[1])
-    assert [one["strength"] for one in again.metrics["propensity"]["strengths"]] == [-1, 0, 1]
-
-
-def test_recalibrating_on_another_model_is_refused(lm: LanguageModel) -> None:
-    profile = fit(lm, None, pairs_of(40), layers="1", name="kind", calibrate=False)
-    other = replace(lm, identity=replace(lm.identity, fingerprint="0" * 64))
-    with pytest.raises(ProfileMismatch):
-        recalibrate(other, profile, pairs_of(40))
-
-
-def test_the_command_replaces_the_profile(lm: LanguageModel, tmp_path: Path) -> None:
-    app = typer.Typer()
-    register(app)
-    model, data = tmp_path / "model", tmp_path / "data.jsonl"
-    lm.model.save_pretrained(model)
-    lm.tokenizer.save_pretrained(model)
-    rows = [{"prompt": f"Ask {row}", "chosen": "please", "rejected": "apples"} for row in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    profile = fit(lm, None, pairs_of(40), layers="1", name="kind", calibrate=False)
-    save_profile(profile, tmp_path)
-    command = ["calibrate", "kind", "--profiles", str(tmp_path), "--model", str(model), "--data", str(data)]
-    result = CliRunner().invoke(app, [*command, "--kl-budget", "0.05", "--allow-model-mismatch", "--json"])
-    assert result.exit_code == 0, result.output
-    stored = load_profile(tmp_path / "kind.safetensors")
-    printed = json.loads(result.stdout)
-    assert printed["calibration"]["kl_budget"] == stored.calibration["kl_budget"] == 0.05
-    assert stored.max_strength == printed["max_strength"]
-    bad = CliRunner().invoke(app, [*command, "--perplexity-bound", "1", "--allow-model-mismatch"])
-    assert bad.exit_code == 2
-    assert "the perplexity bound must be a factor above 1" in bad.stderr

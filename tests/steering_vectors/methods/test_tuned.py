@@ -256,7 +256,7 @@ def test_options_are_read_and_checked() -> None:
         method.complete({"epoch": 3})
     with pytest.raises(FitError, match="mean-diff has no option 'epochs'; it has none"):
         method_named("mean-diff").complete({"epochs": 3})
-    with pytest.raises(FitError, match="option rank is 'many', which is no int"):
+    with pytest.raises(FitError, match="option rank is 'many', which is not of type int"):
         method.complete({"rank": "many"})
     with pytest.raises(FitError, match="option tuning is 'half', not one of lora, full"):
         TuningOptions(tuning="half").schedule(10)

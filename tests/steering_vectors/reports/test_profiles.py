@@ -71,8 +71,8 @@ def test_the_sentence_tells_what_it_is_and_how_far_it_goes() -> None:
     )
     bare = profile(layers=(2,), calibration={}, metrics={}, residual_norms={}, operator="ablate", apply_to="all")
     assert headline(bare) == (
-        "warm (mean-diff) removes its direction at block 2 of tiny, everywhere; it is not calibrated, so what strength "
-        "1 costs is not known, and strengths up to ±1.7 are allowed, which was not measured."
+        "warm (mean-diff) removes its direction at block 2 of tiny, everywhere; it is not calibrated, so the cost of "
+        "strength 1 is unknown, and strengths up to ±1.7 are allowed, but the range was not measured."
     )
     assert render_portraits([bare]).count("<svg") == 1
 

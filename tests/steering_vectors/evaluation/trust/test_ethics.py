@@ -67,7 +67,7 @@ def test_constant_answers_are_remarked(lm: LanguageModel, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("label", "message"),
-    [("2", "line 2, field 'label': must be 0 or 1, not '2'"), ("1", "all rows read have one label")],
+    [("2", "line 2, field 'label': must be 0 or 1, not '2'"), ("1", "all rows have the same label")],
 )
 def test_bad_labels(lm: LanguageModel, tmp_path: Path, label: str, message: str) -> None:
     write_rows(tmp_path / "ethics" / "a.csv", [{**row, "label": label} for row in accounts()])

@@ -70,7 +70,7 @@ def test_a_classifier_without_a_toxic_label_is_refused(tmp_path: Path) -> None:
         load_scorer(str(classifier(tmp_path / "model", {0: "LABEL_0", 1: "LABEL_1"})))
     with pytest.raises(FitError, match="no sequence-classification model can be loaded"):
         load_scorer(str(tmp_path))
-    with pytest.raises(FitError, match=r"is no classifier: it has no weights score\.weight"):
+    with pytest.raises(FitError, match=r"is not a classifier: it has no weights score\.weight"):
         load_scorer(str(save_tiny("llama", tmp_path / "writer")))
 
 
@@ -83,7 +83,7 @@ def test_a_function_of_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     scorer = load_scorer("rude_words:rude")
     assert scorer is not None
     assert scored(scorer, TEXTS).tolist() == [0, 1, 0]
-    with pytest.raises(FitError, match="rude_words:LIMIT is no callable"):
+    with pytest.raises(FitError, match="rude_words:LIMIT is not callable"):
         load_scorer("rude_words:LIMIT")
     with pytest.raises(FitError, match=r"rude_words:kind cannot be imported: .*no attribute 'kind'"):
         load_scorer("rude_words:kind")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from steering_vectors.cli.app import register
 from steering_vectors.errors import DataError, FitError, ProfileMismatch
-from steering_vectors.evaluation.trust.suite import VERTICALS, TrustSettings, evaluate_trust, prepare
+from steering_vectors.evaluation.trust.suite import VERTICALS, TrustSettings, evaluate_trust, prepare_verticals
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
@@ -57,7 +57,7 @@ def found(lm: LanguageModel, profile: Profile, settings: TrustSettings, told: li
     def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
         told.append((stage, done, total, detail))
 
-    return evaluate_trust(lm, profile, prepare(lm, settings), settings, progress=progress)
+    return evaluate_trust(lm, profile, settings, progress=progress)
 
 
 def test_every_vertical_has_every_strength_and_its_change(found: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def test_every_vertical_has_every_strength_and_its_change(found: dict[str, Any])
 def test_random_directions_are_measured_alike(
     lm: LanguageModel, profile: Profile, settings: TrustSettings, found: dict[str, Any]
 ) -> None:
-    vertical = prepare(lm, replace(settings, verticals=("truthfulness",)))[0]
+    vertical = prepare_verticals(lm, replace(settings, verticals=("truthfulness",)))[0]
     stored = found["trust"]["truthfulness"]
     changes = []
     with steerable(lm) as steered:
@@ -97,7 +97,7 @@ def test_random_directions_are_measured_alike(
 def test_equal_seeds_give_equal_figures(
     lm: LanguageModel, profile: Profile, settings: TrustSettings, found: dict[str, Any]
 ) -> None:
-    again = evaluate_trust(lm, profile, prepare(lm, settings), settings)
+    again = evaluate_trust(lm, profile, settings, verticals=prepare_verticals(lm, settings))
     assert again == found
 
 
@@ -109,19 +109,19 @@ def test_progress_is_told(found: dict[str, Any], told: list[tuple[str, int, int,
 
 def test_a_rate_that_never_moves_is_remarked(found: dict[str, Any]) -> None:
     assert {point["value"] for point in found["trust"]["privacy"]["strengths"]} == {0.0}
-    assert "is 0 at every strength. Of 16 rows that is no proof" in found["trust"]["privacy"]["remarks"][0]
+    assert "is 0 at every strength. With 16 rows this is no proof" in found["trust"]["privacy"]["remarks"][0]
 
 
 def test_without_controls_nothing_is_said_of_them(lm: LanguageModel, profile: Profile) -> None:
     settings = TrustSettings(verticals=("privacy",), strengths=(0.0, 1.0), rows=8, randoms=0)
-    found = evaluate_trust(lm, profile, prepare(lm, settings), settings)
+    found = evaluate_trust(lm, profile, settings)
     assert found["trust"]["privacy"]["strengths"][1]["beyond_random"] is None
     assert "No random directions were measured" in render_report([found])
 
 
 def test_a_foreign_profile_is_refused(lm: LanguageModel, settings: TrustSettings) -> None:
     with pytest.raises(ProfileMismatch):
-        evaluate_trust(lm, tiny_profile(NOWHERE), [], settings)
+        evaluate_trust(lm, tiny_profile(NOWHERE), settings)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_foreign_profile_is_refused(lm: LanguageModel, settings: TrustSettings
         ({"rows": 7}, "at least 8 rows, not 7"),
         ({"verticals": ("bias", "virtue")}, "'virtue' is not one of toxicity, bias, ethics, truthfulness, privacy"),
         ({"verticals": ("bias", "bias")}, "name each vertical once"),
-        ({"verticals": ("bias",), "folder": None}, r"the vertical bias reads crows-pairs/\*\.csv in a folder"),
+        ({"verticals": ("bias",), "folder": None}, r"the vertical bias needs a folder with crows-pairs/\*\.csv"),
     ],
 )
 def test_bad_settings(settings: TrustSettings, fields: dict[str, Any], message: str) -> None:

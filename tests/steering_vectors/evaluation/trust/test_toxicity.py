@@ -118,7 +118,7 @@ def test_prompts_without_room_are_counted(lm: LanguageModel, tmp_path: Path) -> 
         ("prompt", "text", "line 1, field 'prompt': must be an object with text and toxicity"),
         ("continuation", {"text": "x"}, "line 1, field 'continuation': must be an object with text and toxicity"),
         ("prompt", {"text": "x", "toxicity": 2}, "its toxicity must be a number from 0 to 1, or null, not 2"),
-        ("prompt", {"text": "", "toxicity": 0.5}, "line 1, field 'text': must be a text that is not empty"),
+        ("prompt", {"text": "", "toxicity": 0.5}, "line 1, field 'text': must be a non-empty text"),
     ],
 )
 def test_bad_rows(lm: LanguageModel, tmp_path: Path, field: str, value: Any, message: str) -> None:

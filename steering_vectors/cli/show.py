@@ -1,0 +1,42 @@
+"""`trimtab show`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steering_vectors.cli.flags import OUTPUT, AsJson, ProfileNames, Profiles
+from steering_vectors.cli.inputs import find_profile, write_text
+
+
+def show(
+    profile: ProfileNames,
+    profiles: Profiles = Path("profiles"),
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML page with plots to this file instead of printing.", rich_help_panel=OUTPUT),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print everything that profiles hold except their vectors, or draw it as a page."""
+    from steering_vectors.profiles.files import load_profile, profile_summary
+    from steering_vectors.reports.profiles import render_portraits
+    from steering_vectors.reports.terminal import print_profile
+
+    paths = [find_profile(one, profiles) for one in profile]
+    stored = [load_profile(path) for path in paths]
+    if html is not None:
+        write_text(html, render_portraits(stored))
+    if as_json:
+        found = [{"path": str(path), **profile_summary(one)} for path, one in zip(paths, stored, strict=True)]
+        print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
+    elif html is not None:
+        print(f"page: {html}")
+    else:
+        for number, (path, one) in enumerate(zip(paths, stored, strict=True)):
+            if number:
+                print()
+            print_profile(one, path)
