@@ -61,8 +61,9 @@ format: $(VENV)/.dev  ## Rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.dev  ## Write docs/api.md from the server's routes
+docs: $(VENV)/.dev  ## Write docs/api.md from the server's routes, and docs/cli.md from the commands
 	$(BIN)/python scripts/api_docs.py
+	$(BIN)/python scripts/cli_docs.py
 
 examples: $(VENV)/.dev  ## Write the README's example replies (fits a profile: minutes)
 	$(BIN)/python scripts/readme_examples.py

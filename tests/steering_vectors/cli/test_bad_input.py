@@ -1,4 +1,4 @@
-"""What `fit`, `calibrate` and `evaluate` say of data that they cannot use, and that they then write nothing."""
+"""Unusable data: one line on stderr from `fit`, `calibrate` and `evaluate`, and nothing is written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,11 @@ BAD: dict[str, tuple[Rows, str]] = {
     "a long response": (changed(1, chosen=LONG), f"tokens, the model's context {POSITIONS}, and 1 of 40 rows are too"),
     "a long prompt": (changed(40, prompt=LONG), f"tokens, the model's context {POSITIONS}, and 40 of 40 rows are too"),
 }
-FIXED = {"calibrate": (), "evaluate": ("--randoms", "0", "--rows", "8"), "fit": ("--layers", "1")}
+FIXED = {
+    "calibrate": (),
+    "evaluate preferences": ("--randoms", "0", "--rows", "8"),
+    "fit": ("--layers", "1"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def profiles(tmp_path: Path, kept: bytes) -> Path:
 
 def run(command: str, model: Path, data: Path, profiles: Path, *more: str) -> Result:
     place = ["--out" if command == "fit" else "--profiles", str(profiles)]
-    fixed = [command, "kind", "--model", str(model), "--data", str(data), *place, *FIXED[command]]
+    fixed = [*command.split(), "kind", "--model", str(model), "--data", str(data), *place, *FIXED[command]]
     return CliRunner().invoke(app, [*fixed, *more])
 
 

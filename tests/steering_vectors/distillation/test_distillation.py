@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from peft import PeftModel
-from typer.testing import CliRunner
 
 from server.settings import Settings
 from server.state import build_engine
-from steering_vectors.cli.app import register
 from steering_vectors.data.chat import Example, encode_example
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.distillation.baking import bake
@@ -25,8 +21,6 @@ from steering_vectors.errors import FitError, ModelError, ProfileMismatch, Steer
 from steering_vectors.methods.rahf import scit_tuned
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
-from steering_vectors.profiles.files import save_profile
-from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.generate import steer
 from tests.support.planted import OPTIONS, planted_model, planted_task
 from tests.support.tiny import tiny_model
@@ -204,48 +198,3 @@ def test_nothing_to_distil(lm: LanguageModel, tmp_path: Path) -> None:
     full = MethodTarget("rahf-scit", options={"tuning": "full"})
     with pytest.raises(FitError, match="use option tuning=lora"):
         distill_method(lm, full, pairs(), tmp_path / "adapter")
-
-
-def test_the_command(lm: LanguageModel, tmp_path: Path) -> None:
-    app = typer.Typer()
-    register(app)
-    model, data = tmp_path / "model", tmp_path / "data.jsonl"
-    lm.model.save_pretrained(model)
-    lm.tokenizer.save_pretrained(model)
-    rows = [{"prompt": a.prompt, "chosen": a.completion, "rejected": b.completion} for a, b in pairs().pairs()]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stored: Profile = tiny_profile(load_model(str(model)).identity, layers=(1,))
-    save_profile(stored, tmp_path)
-    fixed = ["--profiles", str(tmp_path), "--model", str(model)]
-
-    def run(*more: str, what: tuple[str, ...] = ("warm",)) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, ["distill", *what, *fixed, *more])
-        return result.exit_code, result.stdout, result.stderr
-
-    code, _, error = run("--out", str(tmp_path / "a"))
-    assert (code, error) == (
-        2,
-        "error: give --data to fit a LoRA on its responses, or --bake for a profile, which needs none\n",
-    )
-    code, out, _ = run("--out", str(tmp_path / "baked"), "--bake", "--json")
-    assert code == 0
-    assert json.loads(out)["strength"] == 1.0
-    load_model(str(tmp_path / "baked"))
-    code, out, error = run("--out", str(tmp_path / "lora"), "--data", str(data), "--steps", "2", "--batch", "4")
-    assert code == 0, error
-    assert "ratio: " in out
-    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
-    code, _, error = run("--out", str(tmp_path / "lora"), "--bake")
-    assert code == 2
-    assert "exists and is not empty" in error
-    code, _, error = run("--out", str(tmp_path / "b"), "--data", str(data), what=())
-    assert (code, error) == (2, "error: name a profile, or give --method\n")
-    code, _, error = run("--out", str(tmp_path / "b"), "--data", str(data), "--goal", "warm")
-    assert code == 2
-    assert "--goal, --layers and --option belong to --method" in error
-    method = ("--method", "rahf-dual", "--goal", "warm", "--layers", "1", "-o", "epochs=0.5", "-o", "positive=a")
-    few = ("--data", str(data), "--steps", "2", "--batch", "4", "--json")
-    code, out, error = run("--out", str(tmp_path / "rahf"), *few, "-o", "negative=b", what=method)
-    assert code == 0, error
-    assert json.loads(out)["layers"] == [1]
-    assert (tmp_path / "rahf" / "adapter_model.safetensors").exists()

@@ -1,28 +1,22 @@
-"""The preference suite against plain references, its controls, its command and its page."""
+"""The preference suite against plain references, its controls and its page."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
-from steering_vectors.cli.app import parse_strengths, register
 from steering_vectors.data.chat import Example, encode_example
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError, ProfileMismatch
 from steering_vectors.evaluation.preference_suite import EvaluationSettings, evaluate, norm_ratios, slopes
 from steering_vectors.fitting.fit import fit
 from steering_vectors.measures.controls import bootstrap, random_controls
+from steering_vectors.measures.results import PreferenceEvaluation
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.files import save_profile
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.evaluation import headline, render_report
 from steering_vectors.reports.frontier_plot import frontier_sentence
@@ -56,7 +50,7 @@ def profile(lm: LanguageModel, pairs: Preferences) -> Profile:
 
 
 @pytest.fixture(scope="module")
-def found(lm: LanguageModel, pairs: Preferences, profile: Profile) -> dict[str, Any]:
+def found(lm: LanguageModel, pairs: Preferences, profile: Profile) -> PreferenceEvaluation:
     return evaluate(lm, profile, pairs, EvaluationSettings(strengths=STRENGTHS, randoms=3))
 
 
@@ -67,7 +61,7 @@ def log_likelihood(lm: LanguageModel, ids: list[int], start: int) -> float:
 
 
 def test_margins_equal_a_plain_measurement(
-    lm: LanguageModel, pairs: Preferences, profile: Profile, found: dict[str, Any]
+    lm: LanguageModel, pairs: Preferences, profile: Profile, found: PreferenceEvaluation
 ) -> None:
     _, heldout = pairs.split(0.2, 0, min_side=4)
     assert found["data"]["read"] == heldout.rows == 8
@@ -85,7 +79,7 @@ def test_margins_equal_a_plain_measurement(
         assert low <= point["margin"] <= high
 
 
-def test_a_profile_moves_what_random_directions_do_not(found: dict[str, Any]) -> None:
+def test_a_profile_moves_what_random_directions_do_not(found: PreferenceEvaluation) -> None:
     own = found["strengths"][-1]["margin"] - found["strengths"][0]["margin"]
     moves = [one["strengths"][-1]["margin"] - one["strengths"][0]["margin"] for one in found["random"]]
     assert len(moves) == 3
@@ -94,7 +88,7 @@ def test_a_profile_moves_what_random_directions_do_not(found: dict[str, Any]) ->
     assert found["anti_steerable"] == np.mean(np.array(found["slopes"]) < 0)
 
 
-def test_costs_and_ratios(profile: Profile, found: dict[str, Any]) -> None:
+def test_costs_and_ratios(profile: Profile, found: PreferenceEvaluation) -> None:
     at = {cost["strength"]: cost["kl"] for cost in found["costs"]}
     assert at[0.0] == 0
     assert at[1.0] == pytest.approx(0.1, rel=0.3)
@@ -103,7 +97,7 @@ def test_costs_and_ratios(profile: Profile, found: dict[str, Any]) -> None:
 
 
 def test_the_prompting_baseline_is_the_model_under_an_instruction(
-    lm: LanguageModel, pairs: Preferences, found: dict[str, Any]
+    lm: LanguageModel, pairs: Preferences, found: PreferenceEvaluation
 ) -> None:
     _, heldout = pairs.split(0.2, 0, min_side=4)
     margins = []
@@ -150,7 +144,7 @@ def test_unpaired_rows_have_no_slopes(lm: LanguageModel, profile: Profile) -> No
     assert "anti_steerable" not in one
 
 
-def test_rewards_are_fitted_to_the_rows_that_the_profile_was_trained_on(found: dict[str, Any]) -> None:
+def test_rewards_are_fitted_to_the_rows_that_the_profile_was_trained_on(found: PreferenceEvaluation) -> None:
     reward = found["reward"]
     assert (reward["scorer"]["fitted_rows"], reward["scorer"]["tested_texts"]) == (32, 16)
     assert reward["scorer"]["auc"] == 1
@@ -184,14 +178,11 @@ def test_another_model_is_refused(lm: LanguageModel, pairs: Preferences, profile
 
 
 def test_strengths_are_checked() -> None:
-    assert parse_strengths("1,-1,0") == STRENGTHS
-    with pytest.raises(FitError, match="is not a list of numbers"):
-        parse_strengths("1,high")
     with pytest.raises(FitError, match="must hold 0 and at least two others"):
         EvaluationSettings(strengths=(-1.0, 1.0, 2.0))
 
 
-def test_the_page_stands_alone(found: dict[str, Any]) -> None:
+def test_the_page_stands_alone(found: PreferenceEvaluation) -> None:
     page = render_report([found])
     assert page.count("<svg") == 4
     assert not re.search(r'(?:src|href)="(?!#)', page)
@@ -202,29 +193,3 @@ def test_the_page_stands_alone(found: dict[str, Any]) -> None:
     assert stored is not None
     assert json.loads(stored[1]) == json.loads(json.dumps([found]))
     assert "lies outside their range" in headline(found)
-
-
-def test_the_command_prints_and_writes(lm: LanguageModel, pairs: Preferences, profile: Profile, tmp_path: Path) -> None:
-    app = typer.Typer()
-    register(app)
-    model, data, page = tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "pages" / "report.html"
-    lm.model.save_pretrained(model)
-    lm.tokenizer.save_pretrained(model)
-    rows = [{"prompt": a.prompt, "chosen": a.completion, "rejected": b.completion} for a, b in pairs.pairs()]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    saved = wrap_model(type(lm.model).from_pretrained(model), lm.tokenizer).identity
-    save_profile(replace(profile, model=saved), tmp_path)
-    fixed = ["evaluate", "warm", "--profiles", str(tmp_path), "--model", str(model), "--data", str(data)]
-    command = [*fixed, "--strengths", "-1,0,1", "--randoms", "2", "--rows", "16", "--reward-samples", "4"]
-    result = CliRunner().invoke(app, [*command, "--report", str(page)])
-    assert result.exit_code == 0, result.output
-    assert "margin (nats per response)" in result.stdout
-    assert f"report: {page}" in result.stdout
-    assert page.read_text().startswith("<!doctype html>")
-    printed = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["evaluations"]
-    assert [one["profile"] for one in printed] == ["warm"]
-    assert printed[0]["data"]["read"] == 16
-    assert printed[0]["reward"]["samples_per_prompt"] == 4
-    blocked = CliRunner().invoke(app, [*command, "--report", str(data / "report.html")])
-    assert blocked.exit_code == 2
-    assert "cannot be written" in blocked.stderr

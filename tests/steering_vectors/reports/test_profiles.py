@@ -6,16 +6,12 @@ import html
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
-from steering_vectors.cli.app import register
-from steering_vectors.profiles.files import load_profile, profile_summary, save_profile
+from steering_vectors.profiles.files import profile_summary
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 from steering_vectors.reports.profiles import block_cosines, common_cosines, headline, labelled, render_portraits
 
@@ -104,22 +100,3 @@ def test_equal_names_are_told_apart() -> None:
     assert list(labelled([old, new])) == ["warm#aaaaaaaa", "warm#bbbbbbbb"]
     assert list(labelled([old, old])) == ["warm#aaaaaaaa", "warm#aaaaaaaa (2)"]
     assert list(labelled([old, profile("kind")])) == ["warm", "kind"]
-
-
-def test_the_command_draws_prints_and_lists(tmp_path: Path) -> None:
-    app = typer.Typer()
-    register(app)
-    files = [save_profile(one, tmp_path) for one in (profile(), profile("kind", seed=1))]
-    page = tmp_path / "pages" / "profiles.html"
-    drawn = CliRunner().invoke(app, ["show", *map(str, files), "--html", str(page)])
-    assert (drawn.exit_code, drawn.stdout) == (0, f"page: {page}\n")
-    assert page.read_text(encoding="utf-8").count("<svg") == 9
-    told = CliRunner().invoke(app, ["show", "warm", "kind", "--profiles", str(tmp_path)])
-    assert all(load_profile(file).version in told.stdout for file in files)
-    listed = json.loads(CliRunner().invoke(app, ["show", *map(str, files), "--json"]).stdout)
-    assert [one["name"] for one in listed] == ["warm", "kind"]
-    single = json.loads(CliRunner().invoke(app, ["show", str(files[0]), "--json"]).stdout)
-    assert single == listed[0]
-    blocked = CliRunner().invoke(app, ["show", str(files[0]), "--html", str(files[0] / "page.html")])
-    assert blocked.exit_code == 2
-    assert "cannot be written" in blocked.stderr

@@ -1,27 +1,20 @@
-"""The suite as a whole: its result, its controls, its settings, its command and its page."""
+"""The suite as a whole: its result, its controls, its settings and its page."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import typer
-from click.testing import Result
-from typer.testing import CliRunner
 
-from steering_vectors.cli.app import register
 from steering_vectors.errors import DataError, FitError, ProfileMismatch
 from steering_vectors.evaluation.trust.suite import VERTICALS, TrustSettings, evaluate_trust, prepare_verticals
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.files import save_profile
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.evaluation import render_report
 from steering_vectors.reports.trust import trust_headline
@@ -156,63 +149,3 @@ def test_the_page_has_a_plot_and_words_for_each_vertical(found: dict[str, Any]) 
         for figure in vertical["figures"].values():
             assert figure["measure"] in page
     assert "2 random directions of the same norm" in page
-
-
-@pytest.fixture(scope="module")
-def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    lm.model.save_pretrained(folder / "model")
-    lm.tokenizer.save_pretrained(folder / "model")
-    identity = wrap_model(type(lm.model).from_pretrained(folder / "model"), lm.tokenizer).identity
-    save_profile(tiny_profile(identity, unit=0.3), folder)
-    rows = [{"prompt": f"Ask {row}", "chosen": " please, kindly", "rejected": " three apples"} for row in range(20)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def run(saved: Path, *options: str) -> Result:
-    app = typer.Typer()
-    register(app)
-    fixed = ["evaluate", "warm", "--profiles", str(saved), "--model", str(saved / "model"), "--strengths", "-1,0,1"]
-    return CliRunner().invoke(app, [*fixed, *options])
-
-
-def test_the_command_measures_trust_alone(saved: Path, settings: TrustSettings, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    options = ["--suite", "trust", "--trust-data", str(settings.folder), "--trust-rows", "16", "--trust-randoms", "1"]
-    result = run(saved, *options, "--report", str(page))
-    assert result.exit_code == 0, result.output
-    assert "trust against strength 0" in result.stdout
-    assert "wrong_passed" in result.stdout
-    assert "margin (nats per response)" not in result.stdout
-    assert page.read_text().count("<svg") == 5
-
-
-def test_the_command_runs_both_suites(saved: Path) -> None:
-    options = ["--suite", "all", "--data", str(saved / "pairs.jsonl"), "--randoms", "1", "--verticals", "privacy"]
-    result = run(saved, *options, "--trust-rows", "8", "--trust-randoms", "0", "--json")
-    assert result.exit_code == 0, result.output
-    one = json.loads(result.stdout)["evaluations"][0]
-    assert list(one["trust"]) == ["privacy"]
-    assert one["strengths"][0]["margin"]
-    assert np.isfinite(one["trust"]["privacy"]["strengths"][0]["figures"]["log_odds"]["value"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "--suite preference reads preferences: name them by --data (--suite trust needs none)"),
-        (("--suite", "all"), "--suite all reads preferences: name them by --data"),
-        (("--suite", "virtue"), "--suite 'virtue' is not one of preference, trust, all"),
-        (("--suite", "trust"), "the vertical toxicity reads rtp/*.jsonl in a folder: name it by --trust-data"),
-        (("--suite", "trust", "--data", "x.jsonl"), "--suite trust does not read --data: leave it out"),
-        (
-            ("--data", "x.jsonl", "--trust-rows", "20", "--verticals", "bias"),
-            "--suite preference does not read --trust-rows, --verticals: leave it out, or ask for --suite trust or all",
-        ),
-    ],
-)
-def test_what_the_command_refuses(saved: Path, options: Sequence[str], message: str) -> None:
-    result = run(saved, *options)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {message}")

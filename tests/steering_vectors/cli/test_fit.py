@@ -1,11 +1,9 @@
-"""`trimtab fit` and `trimtab show`: what they write where, exactly, and how they fail."""
+"""`trimtab fit`: what it writes and prints, and how it fails."""
 
 from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,14 +42,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def profiles(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("profiles")
-    result = run("fit", "kind", model, data, directory, "--layers", "1-2", "--description", "kind words")
-    assert result.exit_code == 0, result.output
-    return directory
-
-
 def run(command: str, name: str, model: Path, data: Path | str, out: Path, *more: str) -> Result:
     fixed = [command, name, "--model", str(model), "--data", str(data), "--out", str(out)]
     return CliRunner().invoke(app, [*fixed, "--columns", "prompt=question", *more])
@@ -86,31 +76,16 @@ def test_fit_json_is_one_object(model: Path, data: Path, tmp_path: Path) -> None
     assert result.stderr == ""
 
 
-def test_show_takes_a_file_or_a_name(profiles: Path) -> None:
-    path = profiles / "kind.safetensors"
-    by_file = CliRunner().invoke(app, ["show", str(path)])
-    by_name = CliRunner().invoke(app, ["show", "kind", "--profiles", str(profiles)])
-    assert by_file.exit_code == by_name.exit_code == 0
-    assert by_file.stdout == by_name.stdout
-    profile = load_profile(path)
-    for fact in (profile.version, profile.model.fingerprint, profile.data["sha256"], "kind words", "independent"):
-        assert fact in by_file.stdout
-    assert "median ‖h‖" in by_file.stdout
-
-
-def test_show_json(profiles: Path) -> None:
-    result = CliRunner().invoke(app, ["show", "kind", "--profiles", str(profiles), "--json"])
-    summary = json.loads(result.stdout)
-    assert summary["layers"] == [1, 2]
-    assert summary["description"] == "kind words"
-    assert summary["metrics"]["propensity"]["rows"] > 0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--layers", "9"), "error: layer 9 is out of range: this model has blocks 0 to 2\n"),
-        (("--method", "magic"), "error: method 'magic' is not one of mean-diff, pca, probe"),
+        (
+            ("--method", "magic"),
+            "error: method 'magic' is not one of mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit, rahf-dual\n",
+        ),
+        (("-o", "rank=2"), "error: mean-diff has no option 'rank'; it has none\n"),
+        (("--tokens", "first"), "error: tokens is 'first', not one of response, last\n"),
         (("--dtype", "int8"), "error: dtype 'int8' is not one of auto, float32, bfloat16, float16\n"),
         (("--columns", "prompt"), "error: 'prompt' does not rename columns; write prompt=question,chosen=matching\n"),
         (("--kl-budget", "0"), "error: the KL budget must be a positive number of nats per token, not 0\n"),
@@ -121,22 +96,25 @@ def test_errors_are_one_line_and_exit_code_2(
 ) -> None:
     result = run("fit", "kind", model, data, tmp_path, *options)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(message)
-    assert result.stderr.count("\n") == 1
+    assert result.stderr == message
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_things_are_named(model: Path, profiles: Path, tmp_path: Path) -> None:
+def test_an_unknown_embedded_set(model: Path, tmp_path: Path) -> None:
     result = run("fit", "kind", model, "demo:nothing", tmp_path)
     assert result.stderr.startswith("error: 'demo:nothing' is not an embedded preference set: there are careful, ")
-    result = CliRunner().invoke(app, ["show", "cold", "--profiles", str(profiles)])
-    expected = f"there is no profile 'cold': neither that file nor {profiles}/cold.safetensors exists (there: kind)"
-    assert (result.exit_code, result.stderr) == (2, f"error: {expected}\n")
 
 
-def test_help_loads_no_model_code() -> None:
-    code = (
-        "import sys, steering_vectors.cli.app\nprint({'torch', 'transformers', 'sklearn'} & sys.modules.keys() or [])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_a_gate_is_fitted_and_stored(model: Path, data: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{word} {row}", "label": word == "warm"} for row in range(10) for word in ("warm", "three")]
+    gate = tmp_path / "gate.jsonl"
+    gate.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("fit", "kind", model, data, tmp_path, "--layers", "1", "--no-calibrate", "--gate", str(gate))
+    assert result.exit_code == 0, result.output
+    stored = load_profile(tmp_path / "kind.safetensors").gate
+    assert stored is not None
+    assert (stored.metrics["prompts"], stored.metrics["source"]) == ([10, 10], "gate.jsonl")
+    gate.write_text("".join(json.dumps(row) + "\n" for row in rows[:15]))
+    refused = run("fit", "kind", model, data, tmp_path, "--gate", str(gate))
+    expected = f"error: {gate}: it has 7 prompts with the label false; a gate needs at least 8 of each\n"
+    assert (refused.exit_code, refused.stderr) == (2, expected)

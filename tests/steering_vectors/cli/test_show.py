@@ -1,0 +1,58 @@
+"""`trimtab show`: by file or by name, as text, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from steering_vectors.profiles.files import load_profile, save_profile
+from tests.steering_vectors.cli.conftest import Run
+from tests.support.tiny_profiles import tiny_profile
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stored")
+    for seed, name in enumerate(("warm", "kind")):
+        fields = {"residual_norms": {1: 2.0, 2: 3.0}, "data": {"sha256": "5" * 64}}
+        save_profile(tiny_profile(name=name, layers=(1, 2), seed=seed, description="kind words", **fields), directory)
+    return directory
+
+
+def test_a_file_or_a_name(run: Run, stored: Path) -> None:
+    by_file, by_name = run("show", stored / "kind.safetensors"), run("show", "kind", "--profiles", stored)
+    assert by_file.exit_code == by_name.exit_code == 0
+    assert by_file.stdout == by_name.stdout
+    profile = load_profile(stored / "kind.safetensors")
+    for fact in (profile.version, profile.model.fingerprint, profile.data["sha256"], "kind words", "independent"):
+        assert fact in by_file.stdout
+    assert "median ‖h‖" in by_file.stdout
+
+
+def test_json_is_an_object_or_a_list(run: Run, stored: Path) -> None:
+    listed = json.loads(run("show", "warm", "kind", "--profiles", stored, "--json").stdout)
+    assert [one["name"] for one in listed] == ["warm", "kind"]
+    single = json.loads(run("show", "warm", "--profiles", stored, "--json").stdout)
+    assert single == listed[0]
+    assert (single["layers"], single["path"]) == ([1, 2], str(stored / "warm.safetensors"))
+
+
+def test_a_page(run: Run, stored: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "profiles.html"
+    result = run("show", "warm", "kind", "--profiles", stored, "--html", page)
+    assert (result.exit_code, result.stdout) == (0, f"page: {page}\n")
+    assert page.read_text(encoding="utf-8").count("<svg") == 5
+    blocked = run("show", "warm", "--profiles", stored, "--html", stored / "warm.safetensors" / "page.html")
+    assert blocked.exit_code == 2
+    assert "cannot be written" in blocked.stderr
+
+
+def test_an_unknown_profile(run: Run, stored: Path) -> None:
+    result = run("show", "cold", "--profiles", stored)
+    expected = (
+        f"error: profile 'cold' not found: neither that file nor {stored}/cold.safetensors exists "
+        "(profiles there: kind, warm)\n"
+    )
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", expected)
