@@ -101,6 +101,12 @@ def fit(
 
 @overload
 def fit(
+    lm: LanguageModel, pairs: Preferences, /, *, settings: FitSettings, progress: Progress | None = None
+) -> Profile: ...
+
+
+@overload
+def fit(
     model: LanguageModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     pairs: Preferences,
@@ -115,6 +121,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase | Preferences | None,
     pairs: Preferences | FitSettings | None = None,
     *,
+    settings: FitSettings | None = None,
     progress: Progress | None = None,
     **options: Unpack[FitOptions],
 ) -> Profile:
@@ -137,11 +144,12 @@ def fit(
     unusable name.
     """
     if isinstance(tokenizer, Preferences):
-        data, settings = tokenizer, pairs if isinstance(pairs, FitSettings) else FitSettings(**options)
-        return _Fit(_language_model(model, None), settings, progress).run(data)
+        tokenizer, pairs, settings = None, tokenizer, pairs if isinstance(pairs, FitSettings) else settings
     if not isinstance(pairs, Preferences):
         raise FitError("fit takes (lm, pairs, settings) or (model, tokenizer, pairs), with pairs from load_pairs")
-    return _Fit(_language_model(model, tokenizer), FitSettings(**options), progress).run(pairs)
+    if settings is not None and options:
+        raise FitError("fit takes settings or keyword arguments, not both")
+    return _Fit(_language_model(model, tokenizer), settings or FitSettings(**options), progress).run(pairs)
 
 
 def _language_model(model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:

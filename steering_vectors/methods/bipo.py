@@ -1,4 +1,4 @@
-"""A vector that is trained, not read: bi-directional preference optimisation. Owns its loss and its steps."""
+"""A trained vector: bi-directional preference optimisation (BiPO)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ Pair = tuple[Twin, Twin]
 def trained_vector(task: Task) -> Directions:
     """v = argmin E over d ∈ {−1, +1} of −log σ(d·β [log π(y⁺|x; h + d·v)/π(y⁺|x) − log π(y⁻|x; h + d·v)/π(y⁻|x)])
 
-    The direct preference loss with a vector in the place of the weights, and its mirror: adding v must favour the
-    preferred response, subtracting it the rejected one. v begins at zero and is added where it will be when served,
-    from the prompt's last token on. Every block asked for has a vector of its own.
+    The direct preference loss with a vector in place of the weights, in both directions: adding v must favour the
+    preferred response, subtracting it the rejected one. v starts at zero and is added where it is added when served,
+    from the last prompt token on. Each block has a vector of its own.
 
-    Paper: Bi-directional preference optimization (arXiv:2406.00045), there at all tokens of one middle block.
+    Paper: Bi-directional preference optimization (arXiv:2406.00045), which steers all tokens at one middle block.
     """
     if not task.paired:
         raise FitError("bipo needs pairs of a preferred and a rejected response; these rows are not paired")

@@ -1,4 +1,4 @@
-"""What an instruction changes in an untuned model. Owns the options of methods that instruct; nothing of layers."""
+"""The difference that an instruction makes in an untuned model, and the options of methods that use instructions."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def task_twins(task: Task, options: InstructionOptions, *, most: int | None) -> 
 def instruction_difference(task: Task) -> Directions:
     """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r)
 
-    Preferred and rejected responses are read alike: what differs is only the instruction, so the labels play no part.
-    It needs a model that understands instructions.
+    Preferred and rejected responses are read in the same way, so the labels have no effect. The model must follow
+    instructions.
 
     Paper: Representation Engineering (arXiv:2310.01405); RAHF's second step (arXiv:2312.15997) without its first.
     """

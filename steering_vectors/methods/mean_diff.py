@@ -1,4 +1,4 @@
-"""Difference of means. Owns one equation; knows nothing of models or texts."""
+"""The difference of means."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from steering_vectors.methods.registry import per_layer
 def mean_difference(statistics: LayerStatistics) -> torch.Tensor:
     """d = mean(h⁺) − mean(h⁻)
 
-    Where the preferred responses lie, seen from the rejected ones: adding d moves a typical rejected activation onto a
-    typical preferred one. What the two sides have in common cancels, also for unpaired data.
+    Adding d moves the mean rejected activation onto the mean preferred one. What both sides have in common cancels,
+    also for unpaired data.
 
-    Paper: Contrastive Activation Addition (arXiv:2312.06681), there at the answer's token; over the mean of the
-    response's tokens it is RAHF's difference (arXiv:2312.15997) without its first step.
+    Paper: Contrastive Activation Addition (arXiv:2312.06681), which reads the answer's token. Over the mean of the
+    response's tokens it is RAHF's difference (arXiv:2312.15997) without the first step.
     """
     return statistics.difference
 

@@ -1,4 +1,4 @@
-"""The principal component of pair differences. Owns its algebra; knows nothing of models or texts."""
+"""The principal component of pair differences."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from steering_vectors.methods.registry import per_layer
 def principal_difference(statistics: LayerStatistics) -> torch.Tensor:
     """u = argmax over ‖u‖ = 1 of Σ_i (u·δ_i)²,  δ_i = h⁺_i − h⁻_i;   d = (u·Δ) u,  Δ = mean(h⁺) − mean(h⁻)
 
-    The axis along which the two sides of a pair differ most. The differences are *not* centred: their mean is what is
-    sought, and centring would delete it. The axis has no sign of its own; the factor u·Δ gives it the labels', and a
-    length on the scale of the difference of means.
+    The axis along which the two sides of a pair differ most. The differences are *not* centred, because centring would
+    delete their mean, which is the direction sought. The factor u·Δ gives the axis the sign of the labels and a length
+    on the scale of the difference of means.
 
     Unpaired data: δ runs over all pairs of a positive with a negative example. Their second moment is
     Cov(h⁺) + Cov(h⁻) + ΔΔᵀ, so no pairing is drawn.

@@ -1,4 +1,4 @@
-"""The normal of a linear probe. Owns how the probe is fitted; knows nothing of models or texts."""
+"""The normal of a linear probe."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_ITERATIONS = 1000
 def probe_normal(statistics: LayerStatistics) -> torch.Tensor:
     """w = argmin Σ_i log(1 + exp(−y_i (w·x_i + b))) + ‖w‖²/2C,  u = w/‖w‖;   d = |u·Δ| u,  Δ = mean(h⁺) − mean(h⁻)
 
-    The normal of the plane that best tells the two sides apart. It discounts what varies within a side, so it separates
-    best but need not point to where the preferred activations lie. Activations are centred and divided by one number,
-    so that C means the same at every block and w keeps its direction. The length is that of Δ along u.
+    The normal of the plane that best separates the two sides. It discounts variation within a side, so it need not
+    point from the rejected to the preferred mean. Activations are centred and divided by one number, so that C means
+    the same at every block and w keeps its direction. The length is that of Δ along u.
 
-    Paper: Inference-Time Intervention (arXiv:2306.03341), there per attention head.
+    Paper: Inference-Time Intervention (arXiv:2306.03341), which probes attention heads.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

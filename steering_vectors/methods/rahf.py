@@ -1,8 +1,4 @@
-"""RAHF (arXiv:2312.15997): tune a model to tell good from bad, then read the difference in its activations.
-
-Owns both variants: what the first step trains, on what loss, and what the second reads. Knows nothing of optimisers, of
-checkpoints or of alignment.
-"""
+"""RAHF (arXiv:2312.15997): tune a model on preferences, then read the difference in its activations."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ class ScitOptions(TuningOptions):
     instruction: str = option("lower", "Blocks that see the instruction: lower (up to the highest read) or all.")
 
     def check(self) -> None:
-        """Raise FitError for a value that there is not."""
+        """Raise FitError for an unknown value."""
         for name, value, known in (("baseline", self.baseline, BASELINES), ("instruction", self.instruction, SIGHTS)):
             if value not in known:
                 raise FitError(f"option {name} is {value!r}, not one of {', '.join(known)}")
@@ -64,7 +60,7 @@ class DualOptions(TuningOptions):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FirstStep:
-    """What the first step leaves: weights, the names that p⁺ and p⁻ are read with, and the responses under both."""
+    """The result of the first step: weights, the names that p⁺ and p⁻ are read with, and the responses under both."""
 
     weights: TunedWeights
     names: tuple[str, str]

@@ -1,7 +1,4 @@
-"""Tuning a model on preference data, as methods with a first step need it: options, weights, batches, the cache.
-
-Owns what such methods have in common. Knows nothing of their losses or of what is read from the tuned model.
-"""
+"""Tuning a model on preference data: the options, weights, batches and cache that methods with a first step share."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import steering_vectors
+from steering_vectors.distillation.lora import DistillOptions, DistillSettings
 from steering_vectors.errors import FitError
 from steering_vectors.fitting.fit import FitOptions, FitSettings, fit
 from steering_vectors.models.loading import wrap_model
@@ -35,7 +36,8 @@ def test_importing_the_package_loads_no_model_code() -> None:
 
 
 def test_settings_and_keywords_are_the_same_fields() -> None:
-    assert list(FitOptions.__annotations__) == [one.name for one in dataclasses.fields(FitSettings)]
+    for options, settings in ((FitOptions, FitSettings), (DistillOptions, DistillSettings)):
+        assert list(options.__annotations__) == [one.name for one in dataclasses.fields(settings)]
 
 
 def test_both_forms_of_fit_give_the_same_profile() -> None:
@@ -44,7 +46,8 @@ def test_both_forms_of_fit_give_the_same_profile() -> None:
     one = fit(lm, preferences(), FitSettings(**options))
     other = fit(lm.model, lm.tokenizer, preferences(), **options)
     named = fit(model=lm, tokenizer=None, pairs=preferences(), **options)
-    assert one.content_digest() == other.content_digest() == named.content_digest()
+    by_keyword = fit(lm, preferences(), settings=FitSettings(**options))
+    assert len({profile.content_digest() for profile in (one, other, named, by_keyword)}) == 1
     assert (one.name, one.metrics) == (other.name, other.metrics)
 
 
@@ -52,6 +55,8 @@ def test_what_fit_takes() -> None:
     lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
     with pytest.raises(FitError, match=r"fit takes \(lm, pairs, settings\) or \(model, tokenizer, pairs\)"):
         fit(lm, None)  # type: ignore[call-overload]
+    with pytest.raises(FitError, match="fit takes settings or keyword arguments, not both"):
+        fit(lm, preferences(), FitSettings(), name="kind")  # type: ignore[call-overload]
     with pytest.raises(FitError, match="method 'magic' is not one of mean-diff"):
         FitSettings(method="magic")
     with pytest.raises(FitError, match="mean-diff has no option 'rank'; it has none"):
