@@ -53,7 +53,7 @@ def load_gate_prompts(path: str) -> GatePrompts:
     table = read_table(path)
     rows = [_read(row, table.source) for row in table.rows]
     opening, others = (tuple(prompt for prompt, label in rows if label is wanted) for wanted in (True, False))
-    return GatePrompts(opening, others, PurePath(table.source).name, table.sha256)
+    return GatePrompts(opening, others, table.source, table.sha256)
 
 
 def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress: Progress | None = None) -> Gate:
@@ -166,7 +166,7 @@ def _with_metrics(
         "f1_heldout": f1_score(fired[held], labels[held]),
         "prompts": [len(prompts.opening), len(prompts.others)],
         "heldout": int(held.sum()),
-        "source": prompts.source,
+        "source": PurePath(prompts.source).name,
         "sha256": prompts.sha256,
     }
     return Gate(gate.layer, gate.direction, gate.threshold, gate.side, metrics)

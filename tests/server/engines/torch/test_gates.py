@@ -223,7 +223,7 @@ def test_labelled_prompts_are_read_strictly(tmp_path: Path) -> None:
         return load_gate_prompts(str(file))
 
     found = load(rows)
-    assert (len(found.opening), len(found.others), found.source) == (8, 8, "gate.jsonl")
+    assert (len(found.opening), len(found.others), found.source) == (8, 8, str(tmp_path / "gate.jsonl"))
     for bad, message in (
         (rows[:15], "it has 7 prompts with the label false"),
         ([*rows, {"prompt": "x", "label": "maybe"}], "line 17, field 'label': 'maybe' is not a label"),
