@@ -1,18 +1,19 @@
-# The project's verbs. Everything is installed into .venv, with the tested versions of constraints.txt.
+# The project's commands. Everything is installed into .venv, with the tested versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+MERMAID := scripts/site
 PROFILES ?= profiles
 MINUTES ?= 60
 export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve profiles test test-clients fuzz lint format types docs examples check-examples bench demo clean
+.PHONY: help install dev serve profiles test test-fast test-clients fuzz lint format types docs docs-serve examples check-examples bench demo clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/.runtime: Makefile pyproject.toml constraints.txt $(wildcard steering_vectors/runtime/cpu/csrc/*.?pp)
 	$(PYTHON) -m venv $(VENV)
@@ -25,17 +26,21 @@ $(VENV)/.dev: $(VENV)/.runtime
 
 install: $(VENV)/.runtime  ## Install what serving needs into .venv
 
-dev: $(VENV)/.dev  ## Install what tests, lint and benchmarks need besides
+dev: $(VENV)/.dev  ## Install what tests, lint, docs and benchmarks need as well
 
-serve: $(VENV)/.runtime profiles  ## Serve the demo model on 127.0.0.1:8000, with its profiles
+serve: $(VENV)/.runtime profiles  ## Serve the demo model and its profiles on 127.0.0.1:8000
 	exec $(BIN)/trimtab serve --profiles $(PROFILES)
 
 profiles: $(VENV)/.runtime  ## Fit the demo profiles that are missing
 	$(BIN)/python scripts/demo_profiles.py --out $(PROFILES)
 
 test: export HF_HUB_OFFLINE := 1
-test: lint types $(VENV)/.dev  ## Lint, type-check and run the tests
+test: lint types $(VENV)/.dev  ## Lint, type-check and run all tests, offline
 	$(BIN)/pytest -n auto --dist worksteal
+
+test-fast: export HF_HUB_OFFLINE := 1
+test-fast: $(VENV)/.dev  ## Run the tests that are not marked slow (under a minute)
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt tests/clients/node/package-lock.json
 	$(PYTHON) -m venv $(CLIENTS)
@@ -43,27 +48,36 @@ $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements
 	if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/clients/node; fi
 	@touch $@
 
-test-clients: $(CLIENTS)/.installed  ## Run other people's clients against a live server
+test-clients: $(CLIENTS)/.installed  ## Run third-party clients against a live server
 	$(CLIENTS)/bin/python -m pytest tests/clients
 
 fuzz: export HF_HUB_OFFLINE := 1
-fuzz: $(CLIENTS)/.installed  ## Send made-up requests to a live server for MINUTES (60)
+fuzz: $(CLIENTS)/.installed  ## Send random requests to a live server for MINUTES (60)
 	$(CLIENTS)/bin/python -m tests.clients.fuzz --minutes $(MINUTES)
 
-lint: $(VENV)/.dev  ## Check style
+lint: $(VENV)/.dev  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.dev  ## Check types, strictly
+types: $(VENV)/.dev  ## Check types with mypy --strict
 	$(BIN)/mypy
 
-format: $(VENV)/.dev  ## Rewrite the code in the house's format
+format: $(VENV)/.dev  ## Fix what ruff can fix, and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.dev  ## Write docs/api.md from the server's routes, and docs/cli.md from the commands
+# Mermaid draws the diagrams of the site. Without npm the site shows their source.
+$(VENV)/.mermaid: $(VENV)/.dev $(MERMAID)/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix $(MERMAID); fi
+	@touch $@
+
+docs: $(VENV)/.mermaid  ## Write docs/api.md and docs/cli.md, and build the site into build/site
 	$(BIN)/python scripts/api_docs.py
 	$(BIN)/python scripts/cli_docs.py
+	$(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.mermaid  ## Show the site on 127.0.0.1:8001 while you edit
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 examples: $(VENV)/.dev  ## Write the README's example replies (fits a profile: minutes)
 	$(BIN)/python scripts/readme_examples.py
@@ -72,11 +86,11 @@ check-examples: export HF_HUB_OFFLINE := 1
 check-examples: $(VENV)/.dev  ## Check the README's example replies (the same minutes)
 	$(BIN)/python scripts/readme_examples.py --check
 
-bench: $(VENV)/.dev profiles  ## Measure what steering does on the demo model
+bench: $(VENV)/.dev profiles  ## Measure the dose response of the demo profiles (python -m benchmarks lists all)
 	$(BIN)/python -m benchmarks.quality.dose_response
 
 demo: $(VENV)/.dev  ## Train the embedded demo model again (about an hour)
 	$(BIN)/python examples/train_demo_model.py
 
 clean:  ## Remove what was installed and built
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules $(MERMAID)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -95,11 +95,6 @@ def test_the_two_commands_exist() -> None:
     assert set(re.findall(r"^make (\w+)", block("bash", "make serve"), re.MULTILINE)) <= set(targets)
 
 
-def test_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
-
-
 # The example replies. `make check-examples` compares them with a profile that is fitted, which takes minutes; here the
 # same code runs on a random one.
 
