@@ -278,7 +278,7 @@ def test_what_a_mix_says_is_not_said_twice() -> None:
         ):
             pass
     for options in ({"apply_to": "all"}, {"preserve_norm": True}):
-        with pytest.raises(SteeringError, match="brings its own"), steer(model, Mixture(), **options):
+        with pytest.raises(SteeringError, match="has its own"), steer(model, Mixture(), **options):
             pass
     with pytest.raises(SteeringError, match="beyond its safe range"), steer(model, profile, 3.0):
         pass
