@@ -30,7 +30,7 @@ def test_a_bad_cell_is_located(tmp_path: Path) -> None:
     rows = sentence_pairs(9)
     rows[4]["sent_less"] = " "
     path = write_rows(tmp_path / "crows-pairs" / "a.csv", rows)
-    with pytest.raises(DataError, match=f"{path}, line 6, field 'sent_less': must be a text"):
+    with pytest.raises(DataError, match=f"{path}, line 6, field 'sent_less': must be a non-empty text"):
         read_source(tmp_path, "bias", lambda cells: text_cell(cells, "sent_less"))
     with pytest.raises(DataError, match="line 2, field 'sent_lesser': is missing; the row has , sent_more, sent_less"):
         read_source(tmp_path, "bias", lambda cells: text_cell(cells, "sent_lesser"))
