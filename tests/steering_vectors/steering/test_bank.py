@@ -258,7 +258,7 @@ def test_a_shift_that_overflows_is_refused_and_leaves_the_row(profile: Profile, 
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
 def test_a_sum_of_profiles_that_overflows_is_refused(layers: tuple[int, ...], unit: float, refused: bool) -> None:
     """Each alone is within float16's largest number, 65,504."""
-    bank, ones = empty_bank(1, torch.float16), {layer: torch.ones(HIDDEN) for layer in layers}
+    bank, ones = empty_bank(1, torch.float16, AcceleratedBank), {layer: torch.ones(HIDDEN) for layer in layers}
     profiles = [replace(tiny_profile(name=name, layers=layers, unit=unit), directions=ones) for name in ("a", "b")]
     for profile in profiles:
         bank.check(mix((profile, 1.0)))
@@ -343,7 +343,7 @@ def test_a_row_that_is_written_again_is_as_in_a_fresh_bank(first: str) -> None:
     for second, mixture in KINDS.items():
         with banked(model, mixture) as fresh, fresh.step(slice(0, 1)):
             expected = outputs(model, ids)[1]
-        with banked(model, KINDS[first]) as bank:
+        with accelerated(model, KINDS[first]) as bank:
             bank.write(0, mixture)
             assert bank.only_adds == fresh.only_adds, second
             with bank.step(slice(0, 1)):
