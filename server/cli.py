@@ -1,7 +1,6 @@
-"""The command `trimtab`: `serve` and `chat` are here, everything else comes from `steering_vectors.cli.app`.
+"""The command `trimtab`: `serve`, `chat`, and the offline commands of `steering_vectors.cli`.
 
-Owns flags, the one line that says where the server is, and exit codes. Importing it loads no model code,
-so that `trimtab --help` answers at once.
+What a command needs is imported when it runs, so that `--help` answers at once and `fit` never loads the server.
 """
 
 from __future__ import annotations
@@ -9,24 +8,30 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.metadata
+import inspect
 import logging
 import os
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
-from server.http.listener import Server, listen, run_in_loop, url_of
-from server.settings import PREFIX, Settings, load_settings
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register
 from steering_vectors.errors import TrimtabError
 
 if TYPE_CHECKING:
+    import socket
+
+    from pydantic.fields import FieldInfo
+
+    from server.settings import Settings
     from server.state import Service
+
+SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
 app = typer.Typer(
     name="trimtab",
@@ -43,14 +48,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def flag(name: str, *declarations: str) -> Any:
-    """The option for a setting: its text and default are the setting's own."""
-    setting = Settings.model_fields[name]
-    default = "" if setting.default is None else f"default: {str(setting.default).lower()}; "
-    text = f"{setting.description} ({default}environment: {PREFIX}{name.upper()})"
-    return typer.Option(*declarations, help=text, show_default=False)
-
-
 @app.callback()
 def root(
     version: Annotated[
@@ -60,43 +57,67 @@ def root(
     """Steer a language model while it writes: fit profiles from preferences, serve them at any strength."""
 
 
-@app.command()
-def serve(
-    invocation: typer.Context,
-    model: Annotated[str | None, flag("model")] = None,
-    adapter: Annotated[Path | None, flag("adapter")] = None,
-    profiles: Annotated[Path | None, flag("profiles")] = None,
-    host: Annotated[str | None, flag("host")] = None,
-    port: Annotated[int | None, flag("port")] = None,
-    slots: Annotated[int | None, flag("slots")] = None,
-    context: Annotated[int | None, flag("context")] = None,
-    dtype: Annotated[str | None, flag("dtype")] = None,
-    device: Annotated[str | None, flag("device")] = None,
-    gpu_memory_utilization: Annotated[float | None, flag("gpu_memory_utilization")] = None,
-    cuda_graphs: Annotated[bool | None, flag("cuda_graphs", "--cuda-graphs/--no-cuda-graphs")] = None,
-    tensor_parallel: Annotated[bool | None, flag("tensor_parallel", "--tensor-parallel/--no-tensor-parallel")] = None,
-    served_model_name: Annotated[str | None, flag("served_model_name")] = None,
-    max_queue: Annotated[int | None, flag("max_queue")] = None,
-    prefill_chunk: Annotated[int | None, flag("prefill_chunk")] = None,
-    max_stall_ms: Annotated[float | None, flag("max_stall_ms")] = None,
-    prefix_reuse: Annotated[bool | None, flag("prefix_reuse", "--prefix-reuse/--no-prefix-reuse")] = None,
-    cpu_prepack: Annotated[bool | None, flag("cpu_prepack", "--cpu-prepack/--no-cpu-prepack")] = None,
-    quantize: Annotated[str | None, flag("quantize")] = None,
-    threads: Annotated[int | None, flag("threads")] = None,
-    allow_model_mismatch: Annotated[
-        bool | None, flag("allow_model_mismatch", "--allow-model-mismatch/--no-allow-model-mismatch")
-    ] = None,
-    api_key_file: Annotated[Path | None, flag("api_key_file")] = None,
-    log_level: Annotated[str | None, flag("log_level")] = None,
-) -> None:
-    """Serve a model and a directory of profiles over HTTP."""
-    given = {name: value for name, value in invocation.params.items() if value is not None}
+class ServeCommand(TyperCommand):
+    """`trimtab serve`, whose flags are made when it is used."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return serve_command().make_context(*args, **kwargs)
+
+
+@app.command("serve", cls=ServeCommand, help=SERVE_HELP)
+def _serve_stub() -> None: ...
+
+
+def serve_command() -> Any:
+    """The command with one flag for each setting, grouped by the settings' panels."""
+    from server.settings import Settings
+
+    def run(**given: Any) -> None:
+        serve({name: value for name, value in given.items() if value is not None})
+
+    flags = [_flag(name, field) for name, field in Settings.model_fields.items()]
+    run.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    run.__annotations__ = {flag.name: flag.annotation for flag in flags}
+    only = typer.Typer(add_completion=False)
+    only.command("serve", help=SERVE_HELP)(run)
+    return typer.main.get_command(only)
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of a setting. Values of a choice are strings here: the settings check them."""
+    from server.settings import PREFIX
+
+    kind, flag = _kind(field.annotation), f"--{name.replace('_', '-')}"
+    default = "" if field.default is None else f"default: {str(field.default).lower()}; "
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=f"{field.description} ({default}environment: {PREFIX}{name.upper()})",
+        metavar="|".join(get_args(kind)) or None,
+        rich_help_panel=cast(dict[str, str], field.json_schema_extra)["panel"],
+        show_default=False,
+    )
+    optional: Any = (str if get_args(kind) else kind) | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[optional, option])
+
+
+def _kind(annotation: Any) -> Any:
+    """The X of `X | None`."""
+    if get_origin(annotation) is Literal:
+        return annotation
+    return next((one for one in get_args(annotation) if one is not NoneType), annotation)
+
+
+def serve(given: Mapping[str, Any]) -> None:
+    """Serve with these settings, the environment's and the defaults, until the process is told to stop."""
+    from server.http.listener import listen, run_in_loop
+    from server.settings import load_settings
+
     settings = load_settings(given)
     _log(settings.log_level)
     if settings.tensor_parallel and os.environ["RANK"] != "0":
-        from server.state import follow
+        from server.engines.torch.build import follow
 
-        follow(settings)
+        follow(settings.engine_config())
         return
     with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
         run_in_loop(_serve(settings, listener))
@@ -104,17 +125,18 @@ def serve(
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="Where the server is.", envvar="TRIMTAB_URL")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="The server's address.", envvar="TRIMTAB_URL")] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="The served model, or an alias such as demo:warm@0.8.")] = "",
-    system: Annotated[str, typer.Option(help="The system message to begin with.")] = "",
+    system: Annotated[str, typer.Option(help="The first system message.")] = "",
     api_key: Annotated[
-        str, typer.Option(help="For servers that ask for one; better in the environment.", envvar="TRIMTAB_API_KEY")
+        str,
+        typer.Option(help="The key, if the server requires one; better in the environment.", envvar="TRIMTAB_API_KEY"),
     ] = "",
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the server's default is 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes every reply repeatable.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="The most tokens of a reply.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes replies reproducible.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The maximum number of tokens of a reply.")] = None,
 ) -> None:
-    """Talk to a running server in the terminal, and steer it while you do; reads lines from a pipe too."""
+    """Chat with a running server in the terminal, and change the steering as you go. Reads lines from a pipe too."""
     from server.chat.conversation import Sampling
     from server.chat.terminal import chat as talk
 
@@ -130,28 +152,29 @@ register(app)
 
 
 def main() -> None:
-    """The console command: errors raised on purpose are one line and exit code 2, a Ctrl-C is one and 130."""
+    """The console command: a `TrimtabError` is one line and exit code 2, a Ctrl-C one line and exit code 130."""
     try:
         app()
     except TrimtabError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(FAILED)
-    except KeyboardInterrupt:  # before a command has begun; each answers for itself afterwards
+    except KeyboardInterrupt:  # before a command has begun; each handles its own afterwards
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Serve until told to stop. Raises what went wrong if the model or the profiles cannot be loaded."""
+    """Serve until stopped. Raises the error if the model or the profiles cannot be loaded."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
+    from server.http.listener import Server, url_of
     from steering_vectors.runtime.cpu.threads import processors
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    # the processors are the engine's alone; see steering_vectors.runtime.cpu.threads
+    # the engine gets all processors; see steering_vectors.runtime.cpu.threads
     settings = settings.model_copy(update={"threads": settings.threads or processors()})
     torch.set_num_threads(1)
     application = create_app(settings)
@@ -177,13 +200,13 @@ async def _announce(service: Service, url: str, stop: Callable[[], None]) -> Non
 
 
 def _settle() -> None:
-    """What is loaded stays: leave its million objects out of garbage collections, which would hold up streams."""
+    """Keep what is loaded out of garbage collection, which would stall streams to look at a million objects."""
     gc.collect()
     gc.freeze()
 
 
 def _log(level: str) -> None:
-    """Log to stderr; uvicorn's own remarks only where all is asked for."""
+    """Log to stderr; uvicorn's own messages at level debug only."""
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

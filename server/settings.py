@@ -1,19 +1,21 @@
-"""The settings of a server: each is a flag of `trimtab serve` and a `TRIMTAB_…` variable of the environment.
+"""The settings of a server: each is a flag of `trimtab serve` and a `TRIMTAB_…` environment variable.
 
-Owns their names, defaults, meanings and limits, and refuses values that cannot work before anything is loaded. Knows
-nothing of models, engines or HTTP, so that importing it stays cheap.
+Values that cannot work are refused before anything is loaded.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.engines.config import DEFAULT_CHUNK, DEFAULT_QUEUE, DEFAULT_SLOTS, EngineConfig
 from steering_vectors.errors import TrimtabError
 
 PREFIX = "TRIMTAB_"
@@ -27,81 +29,89 @@ class ConfigurationError(TrimtabError):
     code = "invalid_configuration"
 
 
+def _setting(panel: str, default: Any, description: str, **limits: Any) -> Any:
+    """`panel` is the group of flags in `trimtab serve --help`."""
+    return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
+
+
+_model, _serving, _steering, _performance, _gpu, _security, _logging = (
+    partial(_setting, panel) for panel in ("Model", "Serving", "Steering", "Performance", "GPU", "Security", "Logging")
+)
+
+
 class Settings(BaseSettings):
-    """Everything that `trimtab serve` can be told. A flag wins over the environment, the environment over a default."""
+    """The settings of `trimtab serve`. A flag wins over the environment, the environment over a default."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
-    model: str = Field("demo", min_length=1, description="The model: demo, a directory or a hub id.")
-    profiles: Path = Field(Path("profiles"), description="The directory of profiles; it is watched for changes.")
-    host: str = Field("127.0.0.1", pattern=SINGLE_WORD, description="The address to listen on; 0.0.0.0 is all.")
-    port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes any free one.")
-    slots: int = Field(
-        16,
+    model: str = _model("demo", "The model: demo, a directory or a hub id.", min_length=1)
+    adapter: Path | None = _model(None, "A LoRA in peft's format, merged into the model at start.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model(
+        "auto", "The data type of the weights; auto is the checkpoint's."
+    )
+    context: int | None = _model(
+        None, "Maximum number of tokens of prompt and completion together; by default the model's, up to 4096.", ge=2
+    )
+    host: str = _serving("127.0.0.1", "The address to listen on; 0.0.0.0 is every interface.", pattern=SINGLE_WORD)
+    port: int = _serving(8000, "The port to listen on; 0 takes any free one.", ge=0, le=65535)
+    served_model_name: str | None = _serving(
+        None, "The model's name in /v1; by default its hub id or directory.", pattern=SINGLE_WORD
+    )
+    slots: int = _serving(
+        DEFAULT_SLOTS,
+        "Maximum number of generations that run at once; others wait in a queue. On CUDA the default is what fits into "
+        "memory, up to 128.",
         ge=1,
         le=4096,
-        description="How many generations run at once; the rest wait in a queue. On CUDA, if it is not given, as many "
-        "as memory holds, up to 128.",
     )
-    context: int | None = Field(
-        None, ge=2, description="The most tokens of prompt and completion together; else the model's, up to 4096."
+    max_queue: int = _serving(
+        DEFAULT_QUEUE, "Maximum number of generations that wait; requests beyond it get a 429.", ge=0
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="The number format of the weights; auto is the checkpoint's."
-    )
-    adapter: Path | None = Field(None, description="A LoRA in peft's format, merged into the model at start.")
-    device: str = Field("cpu", pattern=r"^[a-z]+(:\d+)?$", description="Where the model runs, as torch names it.")
-    gpu_memory_utilization: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="The share of a GPU's memory that may be in use, else 0.9; slots must fit into it.",
-    )
-    cuda_graphs: bool | None = Field(
-        None, description="On CUDA, replay decoding steps as graphs; else where the model allows it."
-    )
-    tensor_parallel: bool = Field(
-        False, description="Under torchrun, split the model among its processes; the first one serves."
-    )
-    served_model_name: str | None = Field(
-        None, pattern=SINGLE_WORD, description="The name of the model in /v1; else its hub id or directory."
-    )
-    max_queue: int = Field(1024, ge=0, description="How many generations may wait; beyond it requests get a 429.")
-    prefill_chunk: int = Field(
-        256,
+    profiles: Path = _steering(Path("profiles"), "The directory of profiles, which is watched for changes.")
+    allow_model_mismatch: bool = _steering(False, "Serve profiles that were fitted on other weights of the same shape.")
+    prefill_chunk: int = _performance(
+        DEFAULT_CHUNK,
+        "Maximum number of prompt tokens per step, over all requests; four times as many while nothing decodes.",
         ge=1,
-        description="The most prompt tokens of one step, for all together; four times as many if none decodes.",
     )
-    max_stall_ms: float | None = Field(
-        None, gt=0, description="How long rows that decode may wait for prompts; else 1.5 times as long as for a token."
-    )
-    prefix_reuse: bool = Field(
-        True, description="Keep what was computed of a prompt for others that begin alike and are steered alike."
-    )
-    cpu_prepack: bool = Field(
-        False,
-        description="On a CPU, reorder and join the weights of linear layers at start and fuse the blocks between them "
-        "where their kind is known: several times as fast in bfloat16.",
-    )
-    quantize: Literal["int8", "int4"] | None = Field(
+    max_stall_ms: float | None = _performance(
         None,
-        description="On a CPU with AVX512-BF16, hold the weights of linear layers in 8 or 4 bits, packed as by "
-        "--cpu-prepack, which it includes: small batches are faster and memory is saved, at some cost in quality.",
+        "Maximum time that decoding waits for prompts, in milliseconds; by default 1.5 times that of a decoding step.",
+        gt=0,
     )
-    threads: int | None = Field(
-        None, ge=1, le=1024, description="How many threads compute; else one for each processor core it may use."
+    prefix_reuse: bool = _performance(
+        True, "Keep the KV cache of prompts for requests with the same prefix and the same steering."
     )
-    allow_model_mismatch: bool = Field(
-        False, description="Serve profiles that were fitted on other weights of the same shape."
+    cpu_prepack: bool = _performance(
+        False,
+        "On a CPU, reorder and join the weights of linear layers at start, and fuse the blocks of known architectures: "
+        "several times as fast in bfloat16.",
     )
-    api_key_file: Path | None = Field(
-        None, description="A file of keys, one a line; if set, requests need one as a bearer token."
+    quantize: Literal["int8", "int4"] | None = _performance(
+        None,
+        "On a CPU with AVX512-BF16, hold the weights of linear layers in 8 or 4 bits; includes --cpu-prepack. Small "
+        "batches are faster and memory is saved, at some cost in quality.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+    threads: int | None = _performance(
+        None, "Number of compute threads; by default one per available processor core.", ge=1, le=1024
+    )
+    engine_process: bool = _performance(False, "Run the engine in a process of its own, which is restarted if it dies.")
+    device: str = _gpu(
+        "cpu", "The device of the model, as torch names it: cpu, cuda, cuda:1.", pattern=r"^[a-z]+(:\d+)?$"
+    )
+    gpu_memory_utilization: float | None = _gpu(
+        None, "The share of the GPU's memory to use, by default 0.9; the slots must fit into it.", gt=0, le=1
+    )
+    cuda_graphs: bool | None = _gpu(None, "Replay decoding steps as CUDA graphs; by default where the model allows it.")
+    tensor_parallel: bool = _gpu(False, "Under torchrun, split the model among its processes; the first one serves.")
+    api_key_file: Path | None = _security(
+        None, "A file of API keys, one per line; if set, requests need one as a bearer token."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _logging("info", "The minimum level of log messages.")
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:
-        """What is for GPUs alone is not ignored elsewhere."""
+        """Refuse GPU settings on other devices, where they would have no effect."""
         if not self.device.startswith("cuda"):
             given = {"--gpu-memory-utilization": self.gpu_memory_utilization, "--cuda-graphs": self.cuda_graphs or None}
             for flag, value in given.items():
@@ -111,13 +121,14 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_parallel(self) -> Self:
-        """What a model in parts cannot be combined with is refused."""
+        """Refuse settings that cannot be combined with a split model."""
         if self.tensor_parallel:
             given = {
                 "--adapter": self.adapter,
                 "--cpu-prepack": self.cpu_prepack,
                 "--quantize": self.quantize,
                 "--cuda-graphs": self.cuda_graphs,
+                "--engine-process": self.engine_process,
             }
             for flag, value in given.items():
                 if value:
@@ -127,6 +138,11 @@ class Settings(BaseSettings):
             if "RANK" not in os.environ:
                 raise ValueError("--tensor-parallel needs torchrun: torchrun --nproc-per-node 2 -m server.cli serve …")
         return self
+
+    def engine_config(self) -> EngineConfig:
+        """The settings of the engine. Slots that were not set are the engine's to choose."""
+        given = {one.name: getattr(self, one.name) for one in fields(EngineConfig)}
+        return EngineConfig(**{**given, "slots": self.slots if "slots" in self.model_fields_set else None})
 
 
 def load_settings(given: Mapping[str, Any] | None = None) -> Settings:
@@ -138,15 +154,15 @@ def load_settings(given: Mapping[str, Any] | None = None) -> Settings:
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Variables of the environment that look like settings and are none, for a warning."""
+    """Environment variables that have the prefix and are not settings, for a warning."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | OF_CHAT
     return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
 def read_api_keys(path: Path) -> frozenset[str]:
-    """The keys of a file, one a line; blank lines and lines that begin with # do not count.
+    """The keys of a file, one per line, without blank lines and lines that begin with #.
 
-    Raises ConfigurationError if there is none: a server that was told to ask for keys never runs without.
+    Raises ConfigurationError if there are none: a server that is to require keys must not run without.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

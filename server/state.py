@@ -1,7 +1,6 @@
-"""What a running application holds: the engine, the profiles, and whether they are there yet.
+"""What a running application holds: the engine and the profiles, and whether they are loaded.
 
-Owns loading, which happens beside the event loop so that a server answers /health while its model is being read, and
-closing. Knows nothing of routes.
+Loading happens beside the event loop, so that a server answers /health while its model is being read.
 """
 
 from __future__ import annotations
@@ -12,22 +11,16 @@ import logging
 import time
 from functools import cached_property, partial
 
-import torch
-
+from server.engines.errors import Unavailable
+from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
-from server.engines.torch.engine import TorchEngine, follower_of
-from server.engines.torch.scheduling.scheduler import UNDISTURBED
+from server.engines.torch.build import build_engine
 from server.generation.token_texts import TokenTexts
 from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
-from steering_vectors.errors import ModelError, TrimtabError, Unavailable, first_line
-from steering_vectors.models.limits import checked_context
-from steering_vectors.models.loading import LanguageModel, load_model
+from steering_vectors.errors import TrimtabError
 from steering_vectors.profiles.files import installed_version
-from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
-from steering_vectors.runtime.memory import CudaMeter, plan_memory
-from steering_vectors.runtime.tensor_parallel import Channel
 
 logger = logging.getLogger(__name__)
 
@@ -62,23 +55,18 @@ class Service:
     @property
     def model_name(self) -> str:
         """The base model's name on /v1."""
-        return self.settings.served_model_name or self.engine.language_model.name
+        return self.settings.served_model_name or self.engine.info.model_name
 
     @cached_property
     def fingerprint(self) -> str:
         """Tells one model, its numbers and version of this server from another, as OpenAI's `system_fingerprint`."""
-        lm = self.engine.language_model
-        described = f"{lm.identity.fingerprint}/{self.settings.quantize or lm.dtype}/{installed_version()}"
+        info = self.engine.info
+        described = f"{info.identity.fingerprint}/{self.settings.quantize or info.dtype}/{installed_version()}"
         return f"fp_{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
     @cached_property
     def token_texts(self) -> TokenTexts:
-        return TokenTexts(self.engine.language_model.tokenizer)
-
-    @property
-    def most_generations(self) -> int:
-        """How many generations the engine takes at once, running and waiting."""
-        return self.engine.stats().slots + self.settings.max_queue
+        return TokenTexts(self.engine.info.tokenizer)
 
     def start(self) -> None:
         """Begin to load."""
@@ -104,7 +92,7 @@ class Service:
         try:
             self._engine = self._given
             if self._engine is None:
-                self._engine = await asyncio.to_thread(run_apart, partial(build_engine, self.settings))
+                self._engine = await self._make_engine()
             self._registry = ProfileRegistry(self.settings.profiles, self._engine)
             await self._registry.start()
         except Exception as error:
@@ -114,75 +102,14 @@ class Service:
         finally:
             self._loaded.set()
 
+    async def _make_engine(self) -> Engine:
+        make = partial(build_engine, self.settings.engine_config())
+        if self.settings.engine_process:
+            return await ProcessEngine.start(make)
+        return await asyncio.to_thread(run_apart, make)
+
     def _check(self) -> None:
         if not self._loaded.is_set():
             raise Unavailable("the model is being loaded: try again in a moment", code="loading")
         if self._failure is not None:
             raise Unavailable("the server could not load its model or profiles; its log says why")
-
-
-def build_engine(settings: Settings) -> Engine:
-    """Load the model and set up its engine; takes seconds to minutes. Raises ModelError."""
-    channel = Channel(settings.device) if settings.tensor_parallel else None
-    language_model, slots, context = _loaded(settings, channel)
-    return TorchEngine(
-        language_model,
-        slots=slots,
-        context=context,
-        max_queue=settings.max_queue,
-        prefill_chunk=settings.prefill_chunk,
-        max_stall_ms=settings.max_stall_ms,
-        prefix_reuse=settings.prefix_reuse,
-        static_decoding=settings.cuda_graphs if channel is None else False,
-        channel=channel,
-        allow_model_mismatch=settings.allow_model_mismatch,
-    )
-
-
-def follow(settings: Settings) -> None:
-    """Hold a part of the model for the process that serves, until that one ends. Raises ModelError."""
-    channel = Channel(settings.device)
-    language_model, slots, context = _loaded(settings, channel)
-    follower_of(language_model, slots, context, channel).run()
-
-
-def _loaded(settings: Settings, channel: Channel | None) -> tuple[LanguageModel, int, int]:
-    """The model, or this process's part of it, with slots and context."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    _check_device(settings.device)
-    language_model = load_model(
-        settings.model,
-        dtype=settings.dtype,
-        device=settings.device,
-        adapter=settings.adapter,
-        tensor_parallel=channel is not None,
-    )
-    if settings.cpu_prepack or settings.quantize is not None:
-        pack(language_model.model, settings.quantize)
-    slots, context = _sizes(settings, language_model)
-    return language_model, slots if channel is None else channel.minimum(slots), context
-
-
-def _sizes(settings: Settings, language_model: LanguageModel) -> tuple[int, int]:
-    """Slots and context: on a GPU, what fits its memory. Raises ModelError if what was asked for does not."""
-    context = checked_context(language_model, settings.context)
-    if language_model.device.type != "cuda":
-        return settings.slots, context
-    plan = plan_memory(
-        language_model,
-        CudaMeter(language_model.device),
-        slots=settings.slots if "slots" in settings.model_fields_set else None,
-        context=context,
-        tokens=UNDISTURBED * settings.prefill_chunk,
-        utilization=settings.gpu_memory_utilization,
-    )
-    return (settings.slots if plan is None else plan.slots), context
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
-        raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error

@@ -7,17 +7,10 @@
     ├── ModelError          a model or tokenizer cannot be loaded or steered
     ├── FitError            fitting or calibration cannot be carried out
     └── RequestError        a request asks for something that cannot be done
-        ├── SteeringError       its steering is not valid
-        ├── UnknownProfile      it names a profile that is not served
-        ├── UnknownModel        it names a model that is not served
-        ├── UnknownRoute        it takes a way that is not served
-        ├── UnknownGeneration   it names a generation that is not there
-        ├── Conflict            it addresses something in the wrong state
-        ├── Overloaded          the queue is full
-        └── Unavailable         the engine is starting, closing or broken
+        └── SteeringError       its steering is not valid
 
-Messages say what is wrong and what to do. `param` names the offending field of a request, `code` is a stable word
-for machines. HTTP statuses are given to classes once, in `server.app`.
+Messages say what is wrong and what to do. `param` names the field that is wrong, `code` is a stable word for programs.
+The errors that only a server has are in `server.engines.errors`.
 """
 
 from __future__ import annotations
@@ -75,34 +68,6 @@ class RequestError(TrimtabError):
 
 class SteeringError(RequestError):
     code = "invalid_steering"
-
-
-class UnknownProfile(RequestError):
-    code = "profile_not_found"
-
-
-class UnknownModel(RequestError):
-    code = "model_not_found"
-
-
-class UnknownRoute(RequestError):
-    code = "route_not_found"
-
-
-class UnknownGeneration(RequestError):
-    code = "generation_not_found"
-
-
-class Conflict(RequestError):
-    code = "conflict"
-
-
-class Overloaded(RequestError):
-    code = "overloaded"
-
-
-class Unavailable(RequestError):
-    code = "unavailable"
 
 
 def first_line(error: BaseException) -> str:

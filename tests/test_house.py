@@ -34,7 +34,11 @@ ORDER = (
     "steering_vectors",
     "steering_vectors.cli",
     "server.engines.errors",
+    "server.engines.config",
     "server.engines.protocol",
+    "server.engines.codec",
+    "server.engines.mailbox",
+    "server.engines.process",
     "server.engines.detokenizer",
     "server.engines.torch",
     "server.settings",
@@ -169,3 +173,12 @@ def test_server_starts_without_heavy_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_stands_before_an_engine_knows_no_torch() -> None:
+    """An engine may run elsewhere: what talks to it, and how a request becomes messages for it, imports no torch."""
+    names = [name for name in MODULES if name.startswith("server.generation.")]
+    names += [f"server.engines.{name}" for name in ("errors", "config", "protocol", "codec", "mailbox", "process")]
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"

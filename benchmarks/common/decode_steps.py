@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.common.order_schemas import long_order
 from benchmarks.common.shapes import SHAPES, model_of
-from server.engines.protocol import Constraint, GenerationRequest, Grammar, SamplingParameters
+from server.engines.config import EngineConfig
+from server.engines.protocol import Constraint, GenerationRequest, SamplingParameters
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.data.chat import encode_prompt
 from steering_vectors.models.loading import LanguageModel
@@ -46,14 +47,14 @@ class TimedEngine(TorchEngine):
 
     def __init__(self, language_model: LanguageModel, **options: Any) -> None:
         self.steps: list[Step] = []
-        super().__init__(language_model, **options)
+        super().__init__(language_model, EngineConfig(**options))
 
     def step(self) -> None:
         before, wall, cpu = self.stats(), time.perf_counter(), time.thread_time()
         super().step()
         spent = Step(1e3 * (time.perf_counter() - wall), 1e3 * (time.thread_time() - cpu))
         after = self.stats()
-        full = after.generated_tokens - before.generated_tokens == after.slots
+        full = after.generated_tokens - before.generated_tokens == self.info.slots
         if full and after.prompt_tokens == before.prompt_tokens:
             self.steps.append(spent)
 
@@ -68,9 +69,9 @@ async def _measure(language_model: LanguageModel, rows: int, steps: int, pairs: 
     prompt = tuple(encode_prompt(language_model.tokenizer, PROMPT))
     engine = TimedEngine(language_model, slots=rows, context=len(prompt) + steps)
     try:
-        grammars = [await engine.compile(_constraint(number)) for number in range(rows)]
+        constraints = [_constraint(number) for number in range(rows)]
         found = {}
-        for name, given in ((f"{rows} schemas", grammars), ("one schema", grammars[:1] * rows)):
+        for name, given in ((f"{rows} schemas", constraints), ("one schema", constraints[:1] * rows)):
             found[name] = await _in_pairs(engine, prompt, [given, [None] * rows], steps, pairs)
     finally:
         await engine.close()
@@ -84,11 +85,11 @@ async def _measure(language_model: LanguageModel, rows: int, steps: int, pairs: 
 
 
 def _constraint(number: int) -> Constraint:
-    return Constraint("json", json.dumps(long_order(number)), "guided_json")
+    return Constraint("json", json.dumps(long_order(number)))
 
 
 async def _in_pairs(
-    engine: TimedEngine, prompt: tuple[int, ...], sides: list[Sequence[Grammar | None]], steps: int, pairs: int
+    engine: TimedEngine, prompt: tuple[int, ...], sides: list[Sequence[Constraint | None]], steps: int, pairs: int
 ) -> dict[str, Any]:
     """Each side is run once unmeasured; then pairs, whose order alternates."""
     taken: list[tuple[Step, Step]] = []
@@ -112,24 +113,26 @@ def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-async def _run(engine: TimedEngine, prompt: tuple[int, ...], grammars: Sequence[Grammar | None], steps: int) -> Step:
-    """The median step of one batch of rows, one for each grammar."""
+async def _run(
+    engine: TimedEngine, prompt: tuple[int, ...], constraints: Sequence[Constraint | None], steps: int
+) -> Step:
+    """The median step of one batch of rows, one for each constraint."""
     engine.steps.clear()
     await asyncio.gather(
-        *(_drain(engine, _request(prompt, seed, steps, grammar)) for seed, grammar in enumerate(grammars))
+        *(_drain(engine, _request(prompt, seed, steps, constraint)) for seed, constraint in enumerate(constraints))
     )
     if len(engine.steps) < steps // 2:
         raise RuntimeError(f"only {len(engine.steps)} steps had all rows: some texts ended early")
     return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
 
 
-def _request(prompt: tuple[int, ...], seed: int, steps: int, grammar: Grammar | None) -> GenerationRequest:
-    sampling = SamplingParameters(temperature=1.5, seed=seed, max_tokens=steps, ignore_eos=grammar is None)
-    return GenerationRequest(f"step-{next(_ids)}", prompt, sampling, grammar=grammar)
+def _request(prompt: tuple[int, ...], seed: int, steps: int, constraint: Constraint | None) -> GenerationRequest:
+    sampling = SamplingParameters(temperature=1.5, seed=seed, max_tokens=steps, ignore_eos=constraint is None)
+    return GenerationRequest((f"step-{next(_ids)}",), prompt, sampling, constraint=constraint)
 
 
 async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
-    async for _ in engine.generate(request):
+    async for _ in await engine.submit([request]):
         pass
 
 

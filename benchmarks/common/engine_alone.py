@@ -21,9 +21,9 @@ from typing import Any
 from benchmarks.common.jobs import Job, Target
 from benchmarks.common.thread_times import ThreadTimes, thread_times
 from server.engines.protocol import GenerationRequest
+from server.engines.torch.build import build_engine
 from server.engines.torch.engine import TorchEngine
 from server.settings import Settings
-from server.state import build_engine
 from steering_vectors.profiles.files import load_profile
 from steering_vectors.runtime.cpu.threads import run_apart
 
@@ -72,9 +72,10 @@ def engine_alone(target: Target, **settings: Any) -> Iterator[EngineAlone]:
 
 
 async def _serve(settings: Settings) -> None:
-    engine = run_apart(lambda: build_engine(settings))
-    assert isinstance(engine, TorchEngine)
+    engine = run_apart(lambda: build_engine(settings.engine_config()))
     profiles = {path.stem: load_profile(path) for path in settings.profiles.iterdir()}
+    for profile in profiles.values():
+        await engine.load_profile(profile)
     while line := await asyncio.to_thread(sys.stdin.readline):
         told = json.loads(line)
         jobs = [Job.of(one) for one in told["jobs"]]
@@ -86,7 +87,7 @@ async def _serve(settings: Settings) -> None:
 async def _run(engine: TorchEngine, requests: Iterator[GenerationRequest], streams: int) -> dict[str, Any]:
     async def loop() -> None:
         for request in requests:
-            async for _ in engine.generate(request):
+            async for _ in await engine.submit([request]):
                 pass
 
     threads, steps, wall = thread_times(os.getpid()), engine.stats().steps, perf_counter()

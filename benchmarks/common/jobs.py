@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.common.shapes import SHAPES, model_of, save_shape
-from server.engines.protocol import GenerationRequest, SamplingParameters
+from server.engines.protocol import GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan
 from steering_vectors.profiles.files import save_profile
-from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 
 UNIT = 0.05
@@ -73,10 +72,10 @@ class Job:
         return body if route == "generate" else {**body, "model": model, "stream_options": {"include_usage": True}}
 
     def request(self, request_id: str, profiles: Mapping[str, Profile]) -> GenerationRequest:
-        """The same for an engine."""
-        terms = tuple(Term(profiles[name], strength) for name, strength in self.steering)
+        """The same for an engine, which holds the profiles."""
+        terms = tuple(PlanTerm(name, profiles[name].version, strength) for name, strength in self.steering)
         sampling = SamplingParameters(seed=self.seed, max_tokens=self.tokens, ignore_eos=True)
-        return GenerationRequest(request_id, self.prompt, sampling, Mixture(terms))
+        return GenerationRequest((request_id,), self.prompt, sampling, SteeringPlan(terms))
 
 
 @contextmanager

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.peers.commands import Batch, Setup, serve, timed
-from server.engines.protocol import Delta, Finished, GenerationRequest, SamplingParameters
-from server.engines.torch.engine import DEFAULT_CHUNK, TorchEngine
+from server.engines.config import DEFAULT_CHUNK, EngineConfig
+from server.engines.protocol import Delta, Finished, GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan
+from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, load_model
-from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
@@ -53,12 +53,20 @@ class Trimtab:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         language_model = run_apart(lambda: _loaded(setup.model))
-        self._steering = run_apart(lambda: _steerings(language_model, setup.rows))
-        self._decoding = self._steering if setup.steered else [Mixture()] * setup.rows
+        profiles = run_apart(lambda: _profiles(language_model, setup.rows))
+        self._steering = [SteeringPlan((PlanTerm(profile.name, profile.version),)) for profile in profiles]
+        self._decoding = self._steering if setup.steered else [SteeringPlan()] * setup.rows
         length = setup.length + setup.rows * setup.length // DEFAULT_CHUNK
-        self._engine = TimedEngine(language_model, slots=setup.rows, context=length, max_stall_ms=PATIENCE_MS)
-        self.version = f"trimtab ({self._engine.stats().path})"
+        self._engine = TimedEngine(
+            language_model, EngineConfig(slots=setup.rows, context=length, max_stall_ms=PATIENCE_MS)
+        )
+        asyncio.run(self._load(profiles))
+        self.version = f"trimtab ({self._engine.info.path})"
         self._ids = itertools.count()
+
+    async def _load(self, profiles: list[Profile]) -> None:
+        for profile in profiles:
+            await self._engine.load_profile(profile)
 
     def decode(self, batch: Batch) -> list[float]:
         """Rows begin one after another, as their prompts are computed: the first writes more than is measured."""
@@ -76,27 +84,27 @@ class Trimtab:
         return timed(lambda: self._run(batch, batch.new, self._decoding))
 
     def tokens(self, batch: Batch) -> list[list[int]]:
-        return self._run(batch, batch.new, [Mixture()] * batch.rows)
+        return self._run(batch, batch.new, [SteeringPlan()] * batch.rows)
 
     def steered(self, batch: Batch) -> float:
         return timed(lambda: self._run(batch, batch.new, self._steering))
 
-    def _run(self, batch: Batch, new: int, steering: list[Mixture]) -> list[list[int]]:
+    def _run(self, batch: Batch, new: int, steering: list[SteeringPlan]) -> list[list[int]]:
         async def all_rows() -> list[list[int]]:
             return list(await asyncio.gather(*self._rows(batch, new, steering)))
 
         return asyncio.run(all_rows())
 
-    def _rows(self, batch: Batch, new: int, steering: list[Mixture]) -> list[Coroutine[Any, Any, list[int]]]:
+    def _rows(self, batch: Batch, new: int, steering: list[SteeringPlan]) -> list[Coroutine[Any, Any, list[int]]]:
         sampling = SamplingParameters(temperature=0.0, max_tokens=new, ignore_eos=True)
         return [
-            self._row(GenerationRequest(f"row-{next(self._ids)}", tuple(prompt), sampling, mixture))
-            for prompt, mixture in zip(batch.prompts, steering, strict=False)
+            self._row(GenerationRequest((f"row-{next(self._ids)}",), tuple(prompt), sampling, plan))
+            for prompt, plan in zip(batch.prompts, steering, strict=False)
         ]
 
     async def _row(self, request: GenerationRequest) -> list[int]:
         written: list[int] = []
-        async for event in self._engine.generate(request):
+        async for event in await self._engine.submit([request]):
             if isinstance(event, Delta):
                 written += event.token_ids
             elif isinstance(event, Finished) and event.reason != "length":
@@ -104,15 +112,16 @@ class Trimtab:
         return written
 
 
-def _steerings(language_model: LanguageModel, rows: int) -> list[Mixture]:
+def _profiles(language_model: LanguageModel, rows: int) -> list[Profile]:
     """A random direction at every block, other ones for each row."""
     draw = torch.Generator().manual_seed(0)
     shape = (rows, language_model.num_layers, language_model.hidden_size)
-    profiles = [
-        Profile(f"row-{row}", language_model.identity, dict(enumerate(directions)), method="random")
+    return [
+        Profile(
+            f"row-{row}", language_model.identity, dict(enumerate(directions)), method="random", version=f"{row:064d}"
+        )
         for row, directions in enumerate(STRENGTH * torch.randn(shape, generator=draw))
     ]
-    return [Mixture((Term(profile, 1.0),)) for profile in profiles]
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ if settings.cpu_prepack:
     from steering_vectors.runtime.cpu.packing import pack
     pack(language_model.model)
     note("packing its weights")
-engine = TorchEngine(language_model, slots=settings.slots, context=settings.context)
+engine = TorchEngine(language_model, settings.engine_config())
 note("choosing how to run it")
 print(json.dumps(seconds))
 asyncio.run(engine.close())

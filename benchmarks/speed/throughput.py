@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -33,15 +32,13 @@ from benchmarks.common.decode_steps import Step, TimedEngine
 from benchmarks.common.floors import Cost, Device
 from benchmarks.common.shapes import SHAPES, model_of
 from benchmarks.speed.hooked_generate import milliseconds
-from server.engines.protocol import GenerationRequest, SamplingParameters
+from server.engines.protocol import GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan, StrengthSchedule
 from server.settings import load_settings
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
 
-Timeline = Sequence[tuple[int, Mixture]]
 LOADED = 256
 _ids = itertools.count()
 
@@ -78,7 +75,7 @@ def main(
             spent = milliseconds(language_model, profiles[0], prompts, steps=steps, repeats=pairs)
             beside["generate_ms"] = round(spent, 3)
         static = None if graphs else False
-        cases_of = asyncio.run(_measure(language_model, sides, batch, context, steps, pairs, static))
+        cases_of = asyncio.run(_measure(language_model, profiles, sides, batch, context, steps, pairs, static))
         found += [{**one, **beside} for one in cases_of]
     figures = {
         "model": model,
@@ -124,45 +121,45 @@ def _profile(model: LanguageModel, seed: int) -> Profile:
     return Profile(f"p{seed}", model.identity, directions, method="random", version=f"{seed:064d}")
 
 
-def _sides(profiles: list[Profile], rows: int, steps: int, steerings: list[int]) -> dict[str, list[Timeline]]:
-    """The rows' timelines, by what the case is called."""
+def _sides(profiles: list[Profile], rows: int, steps: int, steerings: list[int]) -> dict[str, list[SteeringPlan]]:
+    """The rows' plans, by what the case is called."""
 
-    def of(profile: Profile, strength: float = 1.0) -> Mixture:
-        return Mixture((Term(profile, strength),))
+    def of(profile: Profile, schedule: StrengthSchedule | None = None) -> SteeringPlan:
+        return SteeringPlan((PlanTerm(profile.name, profile.version, schedule=schedule),))
 
     sides = {
-        f"{count} steerings": [[(0, of(profiles[row % count]))] for row in range(rows)]
-        for count in steerings
-        if count <= rows
+        f"{count} steerings": [of(profiles[row % count]) for row in range(rows)] for count in steerings if count <= rows
     }
-    sides[f"{LOADED} loaded"] = [[(0, of(profiles[(37 * row) % LOADED]))] for row in range(rows)]
-    sides["changing"] = [
-        [(token, of(profiles[row], 0.5 + token / steps)) for token in range(steps)] for row in range(rows)
-    ]
+    sides[f"{LOADED} loaded"] = [of(profiles[(37 * row) % LOADED]) for row in range(rows)]
+    line = StrengthSchedule(((0, 0.5), (steps, 1.5)), "linear")
+    sides["changing"] = [of(profiles[row], line) for row in range(rows)]
     return sides
 
 
 async def _measure(
     model: LanguageModel,
-    sides: dict[str, list[Timeline]],
+    profiles: list[Profile],
+    sides: dict[str, list[SteeringPlan]],
     rows: int,
     context: int,
     steps: int,
     pairs: int,
     static: bool | None,
 ) -> list[dict[str, Any]]:
-    engine = TimedEngine(model, slots=rows, context=context + steps + 1, static_decoding=static)
-    plain: list[Timeline] = [[(0, Mixture())]] * rows
+    engine = TimedEngine(model, slots=rows, context=context + steps + 1, cuda_graphs=static)
+    plain = [SteeringPlan()] * rows
     try:
+        for profile in profiles:
+            await engine.load_profile(profile)
         found = []
-        for name, timelines in sides.items():
+        for name, plans in sides.items():
             taken = []
             for pair in range(pairs + 1):
                 await _write(engine, plain, context, steps, pair)  # computes the prompts, which both sides find
-                order = (plain, timelines) if pair % 2 else (timelines, plain)
+                order = (plain, plans) if pair % 2 else (plans, plain)
                 times = {id(side): await _run(engine, side, context, steps, pair) for side in order}
-                taken.append((times[id(plain)], times[id(timelines)]))
-            path = engine.stats().path
+                taken.append((times[id(plain)], times[id(plans)]))
+            path = engine.info.path
             found.append({"rows": rows, "context": context, "case": name, "path": path, **_compared(taken[1:])})
     finally:
         await engine.close()
@@ -181,21 +178,21 @@ def _compared(pairs: list[tuple[Step, Step]]) -> dict[str, Any]:
     }
 
 
-async def _run(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int, pair: int) -> Step:
+async def _run(engine: TimedEngine, plans: list[SteeringPlan], context: int, steps: int, pair: int) -> Step:
     engine.steps.clear()
-    await _write(engine, timelines, context, steps, pair)
+    await _write(engine, plans, context, steps, pair)
     return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
 
 
-async def _write(engine: TimedEngine, timelines: list[Timeline], context: int, steps: int, pair: int) -> None:
-    prompts = [_prompt(len(timelines) * pair + row, context) for row in range(len(timelines))]
-    requests = (_request(prompt, one, steps) for prompt, one in zip(prompts, timelines, strict=True))
+async def _write(engine: TimedEngine, plans: list[SteeringPlan], context: int, steps: int, pair: int) -> None:
+    prompts = [_prompt(len(plans) * pair + row, context) for row in range(len(plans))]
+    requests = (_request(prompt, one, steps) for prompt, one in zip(prompts, plans, strict=True))
     await asyncio.gather(*(_drain(engine, request) for request in requests))
 
 
-def _request(prompt: list[int], timeline: Timeline, steps: int) -> GenerationRequest:
+def _request(prompt: list[int], plan: SteeringPlan, steps: int) -> GenerationRequest:
     sampling = SamplingParameters(temperature=0, max_tokens=steps, ignore_eos=True)
-    return GenerationRequest(f"run-{next(_ids)}", tuple(prompt), sampling, timeline[0][1], schedule=tuple(timeline[1:]))
+    return GenerationRequest((f"run-{next(_ids)}",), tuple(prompt), sampling, plan)
 
 
 def _prompt(seed: int, context: int) -> list[int]:
@@ -204,7 +201,7 @@ def _prompt(seed: int, context: int) -> list[int]:
 
 
 async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
-    async for _ in engine.generate(request):
+    async for _ in await engine.submit([request]):
         pass
 
 

@@ -1,1 +1,1 @@
-"""Routes and the forms of their bodies and answers. Knows nothing of how an engine computes."""
+"""Routes, their bodies and their answers. Knows nothing of how an engine computes."""

@@ -1,6 +1,6 @@
-"""What routes ask for by type: the parts of the running service, each refused with a 503 until it is there.
+"""The parts of the running service that routes depend on, each refused with a 503 until it is loaded.
 
-They are coroutines because FastAPI runs plain functions in threads, and all of this belongs to the event loop.
+They are coroutines, because FastAPI runs plain functions in threads.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 
 from server.engines.protocol import Engine
+from server.generation.intake import Intake
 from server.generation.steering_grammar import EXAMPLE, HEADER
-from server.http.error_responses import ErrorReporter
 from server.profiles.registry import ProfileRegistry
 from server.state import Service
 from steering_vectors.errors import SteeringError
@@ -23,15 +23,7 @@ async def _service(request: Request) -> Service:
     return service
 
 
-async def _reporter(request: Request) -> ErrorReporter:
-    reporter = request.app.state.reporter
-    assert isinstance(reporter, ErrorReporter)
-    return reporter
-
-
 ServiceDep = Annotated[Service, Depends(_service)]
-ReporterDep = Annotated[ErrorReporter, Depends(_reporter)]
-
 
 SteeringHeader = Annotated[
     str | None,
@@ -42,10 +34,10 @@ SteeringHeader = Annotated[
 
 
 async def refuse_steering_header(request: Request) -> None:
-    """For routes whose bodies say what steers. Raises SteeringError."""
+    """For routes whose steering is in the body. Raises SteeringError."""
     if HEADER in request.headers:
         raise SteeringError(
-            f"the header {HEADER} does not steer here: leave it out, and say in the body what steers", param="steering"
+            f"the header {HEADER} is not accepted here: put the steering into the body", param="steering"
         )
 
 
@@ -57,10 +49,15 @@ async def _registry(service: ServiceDep) -> ProfileRegistry:
     return service.registry
 
 
+async def _intake(service: ServiceDep) -> Intake:
+    return Intake(service.engine, service.model_name, service.registry)
+
+
 async def _model_name(service: ServiceDep) -> str:
     return service.model_name
 
 
 EngineDep = Annotated[Engine, Depends(_engine)]
+IntakeDep = Annotated[Intake, Depends(_intake)]
 RegistryDep = Annotated[ProfileRegistry, Depends(_registry)]
 ModelNameDep = Annotated[str, Depends(_model_name)]

@@ -1,36 +1,79 @@
-"""Whether the server is up, whether it can serve, and what it is."""
+"""The state of the server: whether it is up, whether it can serve, and what it runs."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 import transformers
 from fastapi import APIRouter
+from typing_extensions import TypedDict
 
 from server.api.dependencies import ModelNameDep, RegistryDep, ServiceDep
 from server.api.document import declare
-from server.api.native.responses import Health, Ready, Version
+from server.http.answers import about
 from steering_vectors.profiles.files import installed_version
+
+
+class Health(TypedDict):
+    """The process answers."""
+
+    status: Annotated[Literal["ok"], about("Always `ok`.")]
+
+
+class Ready(TypedDict):
+    """The server can serve."""
+
+    status: Annotated[Literal["ready"], about("Always `ready`; until then, the answer is a 503.")]
+    model: Annotated[str, about("The base model's name on /v1.")]
+    profiles: Annotated[int, about("The number of served profiles.")]
+
+
+class Version(TypedDict):
+    """Versions and settings."""
+
+    version: Annotated[str, about("The version of trimtab.")]
+    torch: Annotated[str, about("The version of PyTorch.")]
+    transformers: Annotated[str, about("The version of transformers.")]
+    model: Annotated[str, about("The setting `--served-model-name`, else `--model`.")]
+    dtype: Annotated[str, about("The setting `--dtype`.")]
+    quantize: Annotated[Literal["int8", "int4"] | None, about("The setting `--quantize`.")]
+    device: Annotated[str, about("The setting `--device`.")]
+
+
+EXAMPLE_VERSION: Version = {
+    "version": "0.1.0",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "model": "demo",
+    "dtype": "auto",
+    "quantize": None,
+    "device": "cpu",
+}
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health", summary="Is it alive?", response_model=None, responses=declare(Health))
-async def health() -> dict[str, str]:
-    """200 as long as the process answers."""
+@router.get("/health", summary="Is it alive?", response_model=None, responses=declare(Health, {"status": "ok"}))
+async def health() -> Health:
+    """Answer 200 as long as the process runs."""
     return {"status": "ok"}
 
 
-@router.get("/ready", summary="Can it serve?", response_model=None, responses=declare(Ready, 503))
-async def ready(model: ModelNameDep, registry: RegistryDep) -> dict[str, Any]:
-    """200 once the model and every profile are loaded, 503 before."""
+@router.get(
+    "/ready",
+    summary="Can it serve?",
+    response_model=None,
+    responses=declare(Ready, {"status": "ready", "model": "demo", "profiles": 4}, 503),
+)
+async def ready(model: ModelNameDep, registry: RegistryDep) -> Ready:
+    """Answer 200 once the model and every profile are loaded, 503 before."""
     return {"status": "ready", "model": model, "profiles": len(registry.served)}
 
 
-@router.get("/version", summary="What runs here?", response_model=None, responses=declare(Version))
-async def version(service: ServiceDep) -> dict[str, Any]:
-    """What runs here; also answered while the model is being loaded."""
+@router.get("/version", summary="What does it run?", response_model=None, responses=declare(Version, EXAMPLE_VERSION))
+async def version(service: ServiceDep) -> Version:
+    """Show versions and settings, also while the model is loading."""
     settings = service.settings
     return {
         "version": installed_version(),

@@ -1,1 +1,1 @@
-"""The terminal client `trimtab chat`. It speaks to a server over HTTP and imports nothing else of it."""
+"""The terminal client `trimtab chat`. It uses a server over HTTP and imports nothing else of it."""

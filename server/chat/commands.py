@@ -1,7 +1,4 @@
-"""What may be typed instead of a question: one function for each command, and the table that names them.
-
-Knows the session they work on, and nothing of where lines come from.
-"""
+"""The slash commands: one function for each, and the table of their names."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ OFF = "off"
 
 
 class Ended(Exception):
-    """The conversation is over."""
+    """The user ended the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`usage` is what follows the name, `meaning` one line for /help."""
+    """`usage` follows the name in /help, `meaning` is one line."""
 
     run: Callable[[Session, str], None]
     usage: str
@@ -31,7 +28,7 @@ class Command:
 
 
 def run(session: Session, line: str) -> None:
-    """Carry out a line that begins with a slash. Raises ChatError if there is no such command, Ended for /quit."""
+    """Run a line that begins with a slash. Raises ChatError for an unknown command, Ended for /quit."""
     name, _, text = line[1:].strip().partition(" ")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -93,14 +90,14 @@ def end(_session: Session, _text: str) -> None:
 
 
 COMMANDS = {
-    "steer": Command(steer, "NAME STRENGTH …", f"steer all replies to come, as in /steer {EXAMPLE}; /steer off"),
-    "profiles": Command(profiles, "", "what can be steered by"),
-    "compare": Command(compare, "[QUESTION]", "the last question, or this one, without steering and with the present"),
-    "retry": Command(retry, "", "ask the last question again, in the place of its reply"),
-    "system": Command(system, "TEXT", "the system message; /system off"),
-    "clear": Command(clear, "", "forget what was said"),
-    "history": Command(history, "", "show what was said"),
-    "save": Command(save, "FILE", "write the conversation, with its receipts, as JSON"),
-    "help": Command(help_, "", "this list"),
-    "quit": Command(end, "", "the end; so does Ctrl-D, and Ctrl-C stops a reply"),
+    "steer": Command(steer, "NAME STRENGTH …", f"set the steering, as in /steer {EXAMPLE}; /steer off"),
+    "profiles": Command(profiles, "", "list the served profiles"),
+    "compare": Command(compare, "[QUESTION]", "answer the last question, or this one, without and with the steering"),
+    "retry": Command(retry, "", "replace the last reply by a new one"),
+    "system": Command(system, "TEXT", "set the system message; /system off"),
+    "clear": Command(clear, "", "begin a new conversation"),
+    "history": Command(history, "", "show the conversation"),
+    "save": Command(save, "FILE", "save the conversation, with its receipts, as JSON"),
+    "help": Command(help_, "", "show this list"),
+    "quit": Command(end, "", "quit, as Ctrl-D does; Ctrl-C stops a reply"),
 }

@@ -1,7 +1,4 @@
-"""The state of one conversation: what was said, what steers, and what is to be asked next.
-
-Owns turns, the steering as it is typed, and the body of each request. Knows nothing of terminals or connections.
-"""
+"""The state of one conversation: its turns, its steering, and the body of the next request."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ EXAMPLE = "warm 0.8 concise -0.3"
 
 
 class ChatError(TrimtabError):
-    """What was typed cannot be done."""
+    """A command cannot be carried out."""
 
     code = "chat"
 
@@ -38,7 +35,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How replies are drawn; what is None is left to the server."""
+    """Sampling parameters; None is the server's default."""
 
     temperature: float | None = None
     seed: int | None = None
@@ -47,7 +44,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. `tokens` is None for a reply that was stopped; `finish_reason` is then "stopped"."""
+    """A reply. If the user stopped it, `tokens` is None and `finish_reason` "stopped"."""
 
     text: str
     finish_reason: str = "stopped"
@@ -65,7 +62,7 @@ class Turn:
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns that were completed. A question whose reply failed is kept in `unanswered` until the next is answered."""
+    """The answered turns. A question whose reply failed is `unanswered` until the next reply."""
 
     model: str
     sampling: Sampling = Sampling()
@@ -87,14 +84,14 @@ class Conversation:
         return self.turns[-1].question, self.turns[:-1]
 
     def body(self, question: str, before: Sequence[Turn], *, steered: bool = True, seed: int | None = None) -> Json:
-        """What POST /v1/chat/completions is sent to answer a question after some turns."""
+        """The body of POST /v1/chat/completions for a question after some turns."""
         drawn = {**asdict(self.sampling), "seed": self.sampling.seed if seed is None else seed}
         body: Json = {"model": self.model, "messages": self._messages(question, before)}
         body |= {name: value for name, value in drawn.items() if value is not None}
         return {**body, "steering": self.steering_text} if steered and self.steering else body
 
     def answered(self, question: str, reply: Reply, before: Sequence[Turn]) -> None:
-        """Keep a reply; the turns become those before it and this one."""
+        """Add a reply after the turns before it."""
         self.turns = [*before, Turn(question, reply)]
         self.unanswered = ""
 
@@ -122,7 +119,7 @@ class Conversation:
 def read_steering(text: str) -> tuple[Term, ...]:
     """Read `warm 0.8 concise -0.3`, or `warm@0.8+concise@-0.3`; a name without a number is at strength 1.
 
-    Raises ChatError for a number where a name must stand, and for one that is not finite.
+    Raises ChatError for a number in place of a name, and for one that is not finite.
     """
     words = [word for word in re.split(r"[\s@+]+", text) if word]
     terms: list[Term] = []

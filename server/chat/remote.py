@@ -1,8 +1,4 @@
-"""A running server, asked over HTTP.
-
-Owns the connection, the reading of event streams, and what is said when the server cannot be reached or refuses: its
-own words, where it has any. Knows nothing of conversations or terminals.
-"""
+"""The client of a running server: its connection, event streams and errors."""
 
 from __future__ import annotations
 
@@ -23,17 +19,17 @@ CHAT = "/v1/chat/completions"
 
 
 class RemoteError(TrimtabError):
-    """The server cannot be reached, or refuses."""
+    """The server cannot be reached, or it answered with an error."""
 
     code = "remote"
 
 
 class Remote:
-    """One server. Its replies may take as long as they take; to connect may not."""
+    """One server. Connecting has a timeout; replies do not."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        with self._saying_what_went_wrong():
+        with self._remote_errors():
             self._client = httpx.Client(
                 base_url=self.url,
                 headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -46,12 +42,12 @@ class Remote:
 
     def get(self, path: str) -> Json:
         """The JSON of a route. Raises RemoteError."""
-        with self._saying_what_went_wrong():
+        with self._remote_errors():
             return self._read(self._client.get(path))
 
     def post(self, path: str, body: Json) -> Json:
-        """What a route answers to a body. Raises RemoteError."""
-        with self._saying_what_went_wrong():
+        """The JSON answer to a body. Raises RemoteError."""
+        with self._remote_errors():
             return self._read(self._client.post(path, json=body))
 
     def reply(self, body: Json) -> Json:
@@ -62,7 +58,7 @@ class Remote:
         """The chunks of a chat completion as they come; closing the iterator ends the reply. Raises RemoteError."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
         with (
-            self._saying_what_went_wrong(),
+            self._remote_errors(),
             self._client.stream("POST", CHAT, json={**body, **options}) as response,
         ):
             if response.status_code != 200:
@@ -78,23 +74,23 @@ class Remote:
     def _read(self, response: httpx.Response) -> Json:
         found = self._checked(response.json())
         if response.status_code != 200:
-            raise self._stranger(f"status {response.status_code}")
+            raise self._not_trimtab(f"status {response.status_code}")
         return found
 
     def _checked(self, found: Any) -> Json:
-        """What the server said, unless it is an error."""
+        """The answer, unless it is an error."""
         if not isinstance(found, dict):
-            raise self._stranger("JSON of another form")
+            raise self._not_trimtab("JSON of another form")
         error = found.get("error")
         if error is not None:
             raise RemoteError(str(error["message"]) if isinstance(error, dict) and "message" in error else str(error))
         return found
 
-    def _stranger(self, what: str) -> RemoteError:
+    def _not_trimtab(self, what: str) -> RemoteError:
         return RemoteError(f"{self.url} answers ({what}), but not as a trimtab server does: check --url")
 
     @contextmanager
-    def _saying_what_went_wrong(self) -> Iterator[None]:
+    def _remote_errors(self) -> Iterator[None]:
         try:
             yield
         except httpx.ConnectError as error:
@@ -105,4 +101,4 @@ class Remote:
         except httpx.TransportError as error:
             raise RemoteError(f"the connection to {self.url} broke ({type(error).__name__}): try again") from error
         except json.JSONDecodeError as error:
-            raise self._stranger("no JSON") from error
+            raise self._not_trimtab("no JSON") from error

@@ -1,7 +1,6 @@
-"""What a conversation looks like: replies as they come, receipts, tables, errors.
+"""The output of a conversation: replies, receipts and tables to stdout, errors to stderr.
 
-Owns colours, layout and the removal of control characters: a model's text never moves the cursor. Knows nothing of
-where texts come from. Replies and tables go to stdout, errors to stderr.
+Control characters are removed, so that a model's text never moves the cursor.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Screen:
         _print(self._out, grid)
 
     def compared(self, titles: Sequence[str], replies: Sequence[Reply]) -> None:
-        """Replies to one question: side by side where there is room, else one after the other."""
+        """Replies to one question: side by side if they fit, else one after the other."""
         if self._out.is_terminal and self._out.width >= SIDE_BY_SIDE:
             receipts = [describe(reply) for reply in replies]
             self._table(titles, [[reply.text.strip() for reply in replies], receipts])
@@ -75,7 +74,7 @@ class Screen:
 
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done: a console that is broken off would print its text once more."""
+    """Hold a Ctrl-C back until the block is done: an interrupted console would print its text again."""
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _frame: caught.append(number))
     try:
@@ -97,7 +96,7 @@ def clean(text: str) -> str:
 
 
 def describe(reply: Reply) -> str:
-    """A receipt in one line: what steered, at how many positions, and how many tokens were written."""
+    """A receipt in one line: the steering, its number of positions, and the number of tokens."""
     if reply.finish_reason == "stopped":
         return "[stopped]"
     terms = [
@@ -108,7 +107,7 @@ def describe(reply: Reply) -> str:
 
 
 def describe_steering(entries: Sequence[Mapping[str, Any]]) -> str:
-    """What a steering would do, in one line: how strongly, at which blocks, and whether its unit was calibrated so."""
+    """What a steering would do, in one line: strengths, blocks, and whether they are calibrated."""
     return f"[steering: {'; '.join(map(_effect, entries)) or 'none'}]"
 
 

@@ -1,7 +1,6 @@
-"""A conversation with a server: asking, and keeping what comes back.
+"""A conversation with a server.
 
-Owns that nothing is lost: a reply that fails leaves the conversation as it was and its question for another try, one
-that is stopped keeps what was written. Knows nothing of where lines come from.
+A reply that fails leaves the conversation as it was, and its question for another try. One that is stopped is kept.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ UNSAID = "the server does not say that it steered: is it a trimtab server?"
 
 @dataclass(slots=True)
 class Session:
-    """Everything that commands work on."""
+    """The state that commands work on."""
 
     conversation: Conversation
     remote: Remote
     screen: Screen
 
     def ask(self, question: str, before: Sequence[Turn] | None = None) -> None:
-        """Stream a reply to a question after some turns, all there are if not told. Raises RemoteError."""
+        """Stream a reply to a question after some turns, by default all of them. Raises RemoteError."""
         talk = self.conversation
         before = talk.turns if before is None else before
         if before is talk.turns:  # else the old reply stays until there is a new one
@@ -43,7 +42,7 @@ class Session:
             raise RemoteError(UNSAID)
 
     def compare(self, question: str, before: Sequence[Turn]) -> None:
-        """Show the replies without steering and with the present one, drawn alike. Raises ChatError, RemoteError."""
+        """Show the replies without and with the steering, with the same seed. Raises ChatError, RemoteError."""
         talk = self.conversation
         if not talk.steering:
             raise ChatError("nothing steers yet: set a steering to compare with by /steer NAME STRENGTH")
@@ -53,9 +52,9 @@ class Session:
         self.screen.compared(["no steering", talk.steering_text], replies)
 
     def steer(self, terms: Sequence[Term]) -> Sequence[Mapping[str, Any]]:
-        """Steer all replies to come; what that does, by profile, as the server tells it.
+        """Set the steering of all later replies, and return what it does by profile.
 
-        Raises RemoteError, and changes nothing, if the server would not steer so.
+        Raises RemoteError, and changes nothing, if the server does not accept it.
         """
         body = {"steering": write_steering(terms)}
         resolved = self.remote.post(RESOLVE, body)["steering"] if terms else []
@@ -63,7 +62,7 @@ class Session:
         return tuple(resolved)
 
     def _streamed(self, body: dict[str, Any]) -> Reply:
-        """The reply, shown as it comes; Ctrl-C ends it, and its connection with it."""
+        """The reply, shown as it comes. Ctrl-C ends it and its connection."""
         text = ""
         end: dict[str, Any] = {}
         try:
@@ -82,7 +81,7 @@ class Session:
 
 
 def open_session(remote: Remote, screen: Screen, model: str, system: str, sampling: Sampling) -> Session:
-    """A session with the model of that name, the server's own if it is empty; an alias is the model and a steering.
+    """A session with the model of that name, by default the server's; an alias is a model with a steering.
 
     Raises RemoteError if the server cannot be reached, and for a model or profile that it does not serve.
     """

@@ -1,7 +1,6 @@
-"""Where the lines of a conversation come from: a person at a terminal, or a pipe.
+"""The loop of a conversation, with lines from a terminal or a pipe.
 
-Owns the loop, what Ctrl-C and Ctrl-D mean in it, and the history of what was typed. At a terminal errors are shown and
-the conversation goes on; it goes on from a pipe too, and the exit code tells of them at the end.
+Errors are shown and the conversation goes on; with a pipe, the exit code says whether there were any.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Reader = Callable[[], str]
 
 
 class Remembered(FileHistory):
-    """What was typed before, as far as its file can be read and written."""
+    """The history of input, if its file can be read and written."""
 
     def load_history_strings(self) -> Iterable[str]:
         with suppress(OSError):
@@ -41,7 +40,7 @@ class Remembered(FileHistory):
 
 
 def chat(url: str, api_key: str, model: str, system: str, sampling: Sampling) -> bool:
-    """Talk until the end; False if lines of a pipe failed. Raises RemoteError if it cannot begin."""
+    """Run a conversation; False if lines of a pipe failed. Raises RemoteError if it cannot begin."""
     remote, screen = Remote(url, api_key), Screen()
     try:
         session = open_session(remote, screen, model, system, sampling)
@@ -55,7 +54,7 @@ def chat(url: str, api_key: str, model: str, system: str, sampling: Sampling) ->
 
 
 def converse(session: Session, read: Reader, *, patient: bool = False) -> bool:
-    """Answer line after line until there is none; whether all went well. Patient, it takes a Ctrl-C between replies."""
+    """Answer all lines, and return whether none failed. If `patient`, a Ctrl-C between replies is ignored."""
     well = True
     while True:
         try:
@@ -100,7 +99,7 @@ def piped_lines() -> Reader:
 
 
 def typed_lines(session: Session) -> Reader:
-    """Lines that a person types, with history and completion; the prompt says what steers."""
+    """Typed lines, with history and completion; the prompt shows the steering."""
     names = {str(entry["name"]): None for entry in session.remote.get("/profiles")["profiles"]}
     words = {f"/{name}": {**names, "off": None} if name == "steer" else None for name in COMMANDS}
     prompt: PromptSession[str] = PromptSession(
@@ -110,7 +109,7 @@ def typed_lines(session: Session) -> Reader:
 
 
 def history_file() -> Path:
-    """The file of what was typed, in the user's state directory, which is made if that can be done."""
+    """The history's file in the user's state directory, which is created if possible."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     directory = Path(state) / "trimtab"
     with suppress(OSError):

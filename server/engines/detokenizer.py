@@ -1,8 +1,6 @@
-"""Token ids to text: what a completion says, whole or while it is being written.
+"""Token ids to text, whole (`decode_text`) or while tokens arrive (`Detokenizer`), and stop strings.
 
-Owns the definition of a completion's text (`decode_text`), its stable prefix while tokens arrive (`Detokenizer`) and
-stop strings. The joined stream equals the whole text for any ids, at a cost per token that does not grow with length.
-Knows nothing of models, sampling, requests or time.
+The joined stream equals the whole text for any ids, at a cost per token that does not grow with length.
 
 **Why a window is enough.** The decoders of `tokenizers` rewrite tokens one by one, with four exceptions, all of them
 local. A start of text may lose a space: every window but the first begins with tokens that were sent before, whose text
@@ -37,6 +35,14 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], c
     strings are not looked for.
     """
     return _after(_decode(tokenizer, prompt_ids), _decode(tokenizer, [*prompt_ids, *completion_ids]))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """The tokens that texts leave out, by what they are written as. Kept for each tokenizer."""
+    if tokenizer not in _SPECIAL:
+        added = tokenizer.added_tokens_decoder.items()
+        _SPECIAL[tokenizer] = {str(token): token_id for token_id, token in added if token.special}
+    return _SPECIAL[tokenizer]
 
 
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -77,20 +83,21 @@ class Detokenizer:
         """The stop string that ended the text, or None."""
         return self._stops.matched
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens; returns the text that they settle, often none."""
+    def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:
+        """Take the next tokens; returns the text that they settle, often none. Without `stops`, a stop string that is
+        complete in this text does not end it; one that goes on in later text may."""
         count = 0
         for token_id in token_ids:
             if self._reading.shows(token_id):
                 self._open.append(token_id)
                 if self._reading.settles(token_id):
                     count = len(self._open)
-        return self._stops.push(self._advance(count, self._settled)) if count else ""
+        return self._stops.push(self._advance(count, self._settled), stops) if count else ""
 
-    def finish(self) -> str:
+    def finish(self, *, stops: bool = True) -> str:
         """The rest of the text. Nothing may be pushed afterwards."""
         silent = self._prompt_ids is not None and not self._open
-        rest = "" if silent else self._stops.push(self._advance(len(self._open), str))
+        rest = "" if silent else self._stops.push(self._advance(len(self._open), str), stops)
         self._context, self._context_text = [], ""
         return rest + self._stops.finish()
 
@@ -134,11 +141,11 @@ class _StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, stops: bool) -> str:
         if self.matched is not None:
             return ""
         text = self._held + text
-        found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        found = stops and [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
             end, _, self.matched = min(found)
             self._held = ""
@@ -200,6 +207,7 @@ class _LocalReading(_Reading):
         return not (self._byte_fallback and _BYTE_TOKEN.fullmatch(self._token(token_id)))
 
 
+_SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, Mapping[str, int]] = WeakKeyDictionary()
 _READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, _Reading] = WeakKeyDictionary()
 
 

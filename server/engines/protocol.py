@@ -1,34 +1,64 @@
-"""What the rest of the server may ask of an engine, and what an engine answers.
+"""What the server may ask of an engine, and what an engine answers.
 
-Every message that crosses the border between the event loop and the engine's thread is a frozen dataclass of this
-file. Knows nothing of HTTP, of tensors or of how an engine works: a second engine can stand beside the first.
+Every message is a frozen dataclass of plain values: it can be pickled, written as JSON (`server.engines.codec`) and
+sent to another process. Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from server.engines.errors import reject
-from steering_vectors.models.loading import LanguageModel
-from steering_vectors.profiles.mixture import Mixture
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.errors import SteeringError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from steering_vectors.profiles.profile import ModelIdentity, Profile
+
+ApplyTo = Literal["generated", "all"]
+Operator = Literal["add", "ablate"]
+Interpolation = Literal["step", "linear"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 ConstraintKind = Literal["json", "regex", "choice", "lark"]
+Capability = Literal[
+    "ablate",
+    "apply_to_all",
+    "constraints",
+    "divergence",
+    "gates",
+    "layers",
+    "live_steering",
+    "logprobs",
+    "preserve_norm",
+    "projections",
+    "prompt_logprobs",
+    "schedules",
+    "scoring",
+]
+ALL_CAPABILITIES: frozenset[Capability] = frozenset(get_args(Capability))
 
-LONGEST_CONSTRAINT = 2**16  # bytes
+MAX_CONSTRAINT_BYTES = 2**16
+MAX_SCHEDULE_TOKEN = 4096
+
+
+# What a request says.
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How the next token is drawn. Temperature 0 is greedy. `max_tokens` None means up to the context's end.
+    """How the next token is drawn. Temperature 0 is greedy. `max_tokens` None means up to the end of the context.
 
-    Order: penalties and logit_bias on the logits, then a grammar if the request has one, then temperature, then top_k,
-    top_p, min_p. `repetition_penalty` looks at prompt and completion (Keskar et al. 2019), presence and frequency at
-    the completion (OpenAI). With `max_tokens` 0 the prompt is computed and nothing is written. Raises RequestError that
-    names the field.
+    The order is: penalties and logit_bias on the logits, the constraint, temperature, top_k, top_p, min_p.
+    `repetition_penalty` looks at prompt and completion (Keskar et al. 2019), presence and frequency at the completion
+    (OpenAI). With `max_tokens` 0 the prompt is computed and nothing is generated. Before `min_tokens` tokens neither an
+    end-of-sequence token, a stop token nor a stop string ends the text; a constraint that allows nothing more does. A
+    stop string that is one special token acts as a stop token. Raises RequestError that names the field.
     """
 
     temperature: float = 1.0
@@ -71,60 +101,194 @@ class SamplingParameters:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a text must be: `text` is a JSON schema, a regular expression, a JSON list of choices, or a grammar in
-    llguidance's variant of Lark. `field` is the request's field that asked for it, which errors name. Raises
-    RequestError for more than 64 KiB."""
+    """The form that a text must have: `text` is a JSON schema, a regular expression, a JSON list of choices, or a
+    grammar in llguidance's variant of Lark. Raises RequestError for more than 64 KiB."""
 
     kind: ConstraintKind
     text: str
-    field: str
 
     def __post_init__(self) -> None:
         size = len(self.text.encode())
-        limit = LONGEST_CONSTRAINT
-        reject(size > limit, f"{self.field} has {size} bytes; at most {limit} are taken: make it shorter", self.field)
+        limit = MAX_CONSTRAINT_BYTES
+        reject(size > limit, f"constraint has {size} bytes; at most {limit} are taken: make it shorter", "constraint")
 
 
-class Grammar(Protocol):
-    """A constraint as an engine compiled it, for any number of that engine's requests."""
+@dataclass(frozen=True, slots=True)
+class StrengthSchedule:
+    """A strength that changes while a text is generated.
 
-    @property
-    def constraint(self) -> Constraint: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GenerationRequest:
-    """One row's worth of work: a tokenised prompt, how to sample, how to steer.
-
-    `id` is unique among live requests. `choice` is the index i among `n` choices: it draws from (seed, i). `logprobs`
-    and `prompt_logprobs` ask for the log-probability of each token written, and of each of the prompt, with so many of
-    the likeliest beside it. `given` says that the last so many of `prompt_ids` are a completion to be scored: steering
-    of what is generated begins before them. `schedule` changes the mix: from the token of each entry on, ascending.
-    `divergence` asks for KL(steered‖unsteered) of the distribution that each token was drawn from, before penalties and
-    temperature; a second slot computes the same text unsteered beside it. `projections` names profiles on whose
-    directions the residual stream is projected where each token is drawn. `grammar` is what the text must obey, as this
-    engine compiled it: a text that does may end, and ends with reason "stop" once nothing more may follow, even before
-    `min_tokens`.
+    `points` are (token, strength) pairs, ascending from token 0. `step` holds each strength until the next point,
+    `linear` interpolates between points. After the last point the strength stays. Raises SteeringError.
     """
 
-    id: str
+    points: tuple[tuple[int, float], ...]
+    interpolation: Interpolation = "step"
+
+    def __post_init__(self) -> None:
+        tokens = [token for token, _ in self.points]
+        if not tokens or tokens[0] != 0:
+            raise SteeringError("a schedule begins with the strength from token 0", param="schedule")
+        if any(later <= earlier for earlier, later in pairwise(tokens)):
+            raise SteeringError("a schedule's tokens must rise from point to point", param="schedule")
+        if tokens[-1] > MAX_SCHEDULE_TOKEN:
+            raise SteeringError(f"a schedule ends by token {MAX_SCHEDULE_TOKEN}", param="schedule")
+        if not all(math.isfinite(strength) for _, strength in self.points):
+            raise SteeringError("the strengths of a schedule must be finite numbers", param="schedule")
+
+    def at(self, token: int) -> float:
+        """The strength under which a token is drawn."""
+        place = bisect_right(self.points, token, key=lambda point: point[0]) - 1
+        start, strength = self.points[place]
+        if self.interpolation == "step" or place + 1 == len(self.points):
+            return strength
+        end, later = self.points[place + 1]
+        value = strength + (later - strength) * (token - start) / (end - start)
+        return min(max(value, min(strength, later)), max(strength, later))  # rounding stays within the ends
+
+    def next_change(self, token: int) -> int | None:
+        """The first later token with another strength; None if there is none."""
+        place = bisect_right(self.points, token, key=lambda point: point[0]) - 1
+        strength = self.points[place][1]
+        for (start, before), (end, after) in pairwise(self.points[place:]):
+            if self.interpolation == "linear" and before != after:
+                return max(start, token) + 1
+            if after != strength:
+                return end
+        return None
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The least and the greatest strength: a straight line has both at its ends."""
+        strengths = [strength for _, strength in self.points]
+        return min(strengths), max(strengths)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTerm:
+    """One profile of a plan, by name and version (the sha256 of its file), at a strength or a schedule of strengths.
+
+    `layers` None means all blocks that the profile has. With a schedule, `strength` is not used. Raises SteeringError.
+    """
+
+    profile: str
+    version: str
+    strength: float = 1.0
+    layers: tuple[int, ...] | None = None
+    schedule: StrengthSchedule | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise SteeringError(f"the strength of {self.profile!r} must be a finite number", param="strength")
+
+    def at(self, token: int) -> float:
+        """The strength under which a token is drawn; tokens count from the beginning of the plan."""
+        return self.strength if self.schedule is None else self.schedule.at(token)
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The least and the greatest strength."""
+        return (self.strength, self.strength) if self.schedule is None else self.schedule.extremes
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringPlan:
+    """The steering that a request asks for. It is hashable and holds no tensors. The default is the untouched model.
+
+    Raises SteeringError if a profile occurs twice.
+    """
+
+    terms: tuple[PlanTerm, ...] = ()
+    apply_to: ApplyTo = "generated"
+    preserve_norm: bool = False
+    allow_beyond_safe: bool = False
+
+    def __post_init__(self) -> None:
+        if self.apply_to not in get_args(ApplyTo):
+            raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="apply_to")
+        seen: set[str] = set()
+        for term in self.terms:
+            if term.profile in seen:
+                raise SteeringError(f"profile {term.profile!r} occurs twice in one steering", param="terms")
+            seen.add(term.profile)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The profile versions that an engine needs, in the order of the terms."""
+        return tuple(term.version for term in self.terms)
+
+    def strengths(self, token: int) -> tuple[float, ...]:
+        """The strength of each term under which a token is drawn."""
+        return tuple(term.at(token) for term in self.terms)
+
+    def next_change(self, token: int) -> int | None:
+        """The first later token at which a strength changes; None if there is none."""
+        return min(_next_changes(self.terms, token), default=None)
+
+    def changes(self, end: int) -> list[int]:
+        """Token 0, and every token before `end` at which a strength changes."""
+        return _changes(self.terms, end)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt, how to sample, how to steer, and what to report.
+
+    `ids` has one id for each choice, unique among live requests; choice i draws from (seed, i). `logprobs` and
+    `prompt_logprobs` ask for the log-probability of each generated or prompt token, with that many of the likeliest
+    tokens beside it. `scored_suffix` says that the last tokens of `prompt_ids` are a completion to be scored: steering
+    of generated tokens begins before them, and only they are scored. `divergence` asks for KL(steered‖unsteered) of the
+    distribution that each token was drawn from, before penalties and temperature. `projections` names the profile
+    versions on whose directions the residual stream is projected where each token is drawn. A text under a constraint
+    ends with reason "stop" once nothing more may follow, even before `min_tokens`.
+    """
+
+    ids: tuple[str, ...]
     prompt_ids: tuple[int, ...]
     sampling: SamplingParameters = SamplingParameters()
-    mixture: Mixture = Mixture()
-    choice: int = 0
+    plan: SteeringPlan = SteeringPlan()
+    constraint: Constraint | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    given: int = 0
-    schedule: tuple[tuple[int, Mixture], ...] = ()
+    scored_suffix: int = 0
     divergence: bool = False
-    projections: tuple[Profile, ...] = ()
-    grammar: Grammar | None = None
+    projections: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """How many choices are asked for."""
+        return len(self.ids)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The profile versions that an engine needs."""
+        return (*self.plan.versions, *self.projections)
+
+
+def capabilities_needed(request: GenerationRequest) -> dict[Capability, str]:
+    """What an engine must be able to do to carry out a request, each with the field that asks for it."""
+    plan = request.plan
+    asked: dict[Capability, tuple[bool, str]] = {
+        "apply_to_all": (plan.apply_to == "all", "apply_to"),
+        "preserve_norm": (plan.preserve_norm, "preserve_norm"),
+        "schedules": (any(term.schedule is not None for term in plan.terms), "schedule"),
+        "layers": (any(term.layers is not None for term in plan.terms), "layers"),
+        "constraints": (request.constraint is not None, "constraint"),
+        "logprobs": (request.logprobs is not None, "logprobs"),
+        "prompt_logprobs": (request.prompt_logprobs is not None, "prompt_logprobs"),
+        "scoring": (request.scored_suffix > 0, "scored_suffix"),
+        "divergence": (request.divergence, "divergence"),
+        "projections": (bool(request.projections), "projections"),
+    }
+    return {capability: param for capability, (wanted, param) in asked.items() if wanted}
+
+
+# What an engine answers. Every event has the `id` of the choice that it belongs to.
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """log P of a token in nats, by the model as it was steered, before penalties, bias and temperature; and the
-    likeliest tokens at its place, as (id, log P) in descending order."""
+    likeliest tokens at its position, as (id, log P) in descending order."""
 
     token_id: int
     logprob: float
@@ -134,16 +298,18 @@ class TokenLogprob:
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """Sent before the first Delta where `prompt_logprobs` asked for it: one for each prompt token but the first, or for
-    each of those that were `given`."""
+    each token of the scored suffix."""
 
+    id: str
     tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Newly stable text of a generation, and the ids that completed it (their texts may come later), with their
+    """New text that no later token changes, and the ids that were drawn (their text may follow later), with their
     log-probabilities, divergences and projections where they were asked for."""
 
+    id: str
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -153,78 +319,163 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class GateDecision:
-    """What a prompt's similarity to a profile's condition was (None: it was too short to tell), and whether it opened
-    the gate."""
+    """The similarity of a prompt to a profile's condition (None: the prompt was too short), and whether it opened the
+    gate."""
 
     similarity: float | None
     opened: bool
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedTerm:
+    """What one profile did in a segment, for the receipt.
+
+    `strength` is the one that was asked for at the segment's first token; behind a closed gate nothing acted. `layers`
+    is empty if the strength was 0 throughout, or behind a closed gate. `steered_tokens` counts the positions at which
+    the profile acted. `calibrated`: the profile was used as it was calibrated.
+    """
+
+    profile: str
+    version: str
+    operator: Operator
+    strength: float
+    layers: tuple[int, ...]
+    calibrated: bool
+    steered_tokens: int = 0
+    schedule: StrengthSchedule | None = None
+    gate_closed: bool = False
+
+    def at(self, token: int) -> float:
+        """The strength that acted when a token was drawn; tokens count from the beginning of the segment."""
+        if self.gate_closed:
+            return 0.0
+        return self.strength if self.schedule is None else self.schedule.at(token)
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
-    """One mix of a request, from the drawing of token `from_token` of the completion on, and the positions at which
-    the residual stream was shifted by it."""
+    """One plan of a request, from the drawing of token `from_token` of the completion on. A schedule does not begin a
+    new segment, a change of a running request does."""
 
     from_token: int
-    mixture: Mixture
-    steered_tokens: int
+    terms: tuple[AppliedTerm, ...]
+    apply_to: ApplyTo = "generated"
+    preserve_norm: bool = False
+    allow_beyond_safe: bool = False
+    steered_tokens: int = 0
+
+    def changes(self, end: int) -> list[int]:
+        """Token 0, and every token before `end` at which a strength changes; tokens count from the segment's first."""
+        return _changes(self.terms, end)
 
 
 @dataclass(frozen=True, slots=True)
 class SteeringChange:
-    """From where a changed steering holds: tokens of the completion before `from_token` were drawn under the one
-    before, and the keys and values of positions before `position` (in prompt and completion) stay as they are."""
+    """From where a changed steering holds.
 
+    Tokens of the completion before `from_token` were drawn under the plan before. The keys and values of positions
+    before `position` (in prompt and completion) stay as they are. `segment` is what holds now.
+    """
+
+    id: str
     from_token: int
     position: int
+    segment: Segment
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The one terminal event of every accepted request.
+    """The one terminal event of every choice of an accepted request.
 
-    `steered_tokens` counts the positions at which the residual stream was shifted; `cached_tokens` the prompt tokens
-    whose KV was reused. `error` is set for reason "error" only. `matched_stop` is the stop string or stop token id
-    that ended the text (None for an end-of-sequence token). `segments` tells the mixes, one unless they changed.
-    `ending` is the log-probability of an end-of-sequence or stop token, which is counted but in no Delta. `blamed` is
-    the field of the request without which there would be no error; None for a fault of the model or the engine.
+    `steered_tokens` counts the positions at which the residual stream was changed, `cached_tokens` the prompt tokens
+    whose KV was reused. `error` is set for reason "error" only; `error_param` is then the field of the request that
+    caused it, None for a fault of the model or the engine. `matched_stop` is the stop string or stop token id that
+    ended the text, None for an end-of-sequence token. `segments` are the plans, one unless they changed. `ending` is
+    the log-probability of an end-of-sequence or stop token, which is counted but in no Delta.
     """
 
+    id: str
     reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    steered_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    steered_tokens: int = 0
     error: str | None = None
+    error_param: str | None = None
     matched_stop: str | int | None = None
     segments: tuple[Segment, ...] = ()
     gates: Mapping[str, GateDecision] = field(default_factory=dict)  # by profile
     ending: tuple[TokenLogprob, ...] = ()  # one or none
-    blamed: str | None = None
 
 
 Event = PromptLogprobs | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot; counters are totals since the start."""
+class TermEffect:
+    """One profile of a plan at its first token, with what is known about the profile."""
 
+    applied: AppliedTerm
+    method: str
+    unit: float
+    max_strength: float
+    kl_at_1: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEffect:
+    """The norm of what a plan adds at one block at its first token; the usual norm of the residual stream there is None
+    if no profile knows it."""
+
+    block: int
+    shift_norm: float
+    residual_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEffect:
+    """What a plan would do, without generating."""
+
+    terms: tuple[TermEffect, ...]
+    blocks: tuple[BlockEffect, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineInfo:
+    """What does not change while an engine lives. It can be pickled."""
+
+    name: str  # of the kind of engine, which errors name
+    model_name: str  # hub id or directory
+    identity: ModelIdentity
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    dtype: str
+    context: int  # the most tokens of prompt and completion together
     slots: int
-    context: int
-    running: int
-    waiting: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    steered_tokens: int
-    cached_tokens: int  # of prompts, beside the `prompt_tokens` that were computed
-    finished: Mapping[str, int]  # by reason
+    capacity: int  # generations that may run and wait at once
     path: str  # how the model is run: "batched" or a fallback
+    capabilities: frozenset[Capability] = ALL_CAPABILITIES
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. All but `running`, `waiting` and `profiles` are totals since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    profiles: int = 0  # versions held
+    steps: int = 0
+    prompt_tokens: int = 0  # computed
+    cached_tokens: int = 0  # of prompts, reused
+    generated_tokens: int = 0
+    steered_tokens: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)  # by reason
+    restarts: int = 0
 
 
 class EventStream(Protocol):
-    """The events of one request, an async iterator. `aclose` (or dropping it) cancels what has not finished."""
+    """The events of all choices of one `submit`, an async iterator. `aclose` (or dropping the stream) cancels what has
+    not finished."""
 
     def __aiter__(self) -> EventStream: ...
 
@@ -234,53 +485,68 @@ class EventStream(Protocol):
 
 
 class Engine(Protocol):
-    """One model behind one thread. Methods may be called from the event loop only, and never block it."""
+    """One model. Methods are called from the event loop and never block it. Errors name fields of this file in `param`.
+
+    Methods that take a plan raise UnknownProfile for a version that is not loaded, and SteeringError for a plan that
+    the profiles do not allow. All but `info` and `stats` raise Unavailable if the engine is closed.
+    """
 
     @property
-    def language_model(self) -> LanguageModel: ...
+    def info(self) -> EngineInfo: ...
 
-    @property
-    def context(self) -> int:
-        """The most tokens that prompt and completion may have together."""
-        ...
+    async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
+        """Accept all requests or none, and iterate over their events in one stream.
 
-    async def compile(self, constraint: Constraint) -> Grammar:
-        """Make a constraint ready, beside the event loop. Raises RequestError if it cannot be followed, Overloaded if
-        too many wait for that, Unavailable if the engine is closed."""
-        ...
-
-    def generate(self, request: GenerationRequest) -> EventStream:
-        """Accept a request and iterate over its events: any number of Delta, then one Finished.
-
-        Validation happens in the call itself: raises RequestError for an empty or overlong prompt or an unknown token
-        id, or `ignore_eos` with a grammar, ProfileMismatch for a profile of another model, Overloaded if the queue is
-        full, Unavailable if the engine is closed. Closing the iterator, or cancelling the task that iterates, cancels
-        the request and frees its slot.
+        For each choice the stream has any number of PromptLogprobs and Delta, then exactly one Finished. Constraints
+        are compiled before this returns. Raises RequestError for a prompt, sampling parameter or constraint that cannot
+        be used, Conflict for an id that is live, Overloaded if the queue is full. Closing the stream, or cancelling the
+        task that iterates, cancels what has not finished.
         """
         ...
 
-    def set_steering(self, request_id: str, mixture: Mixture) -> Awaitable[SteeringChange]:
-        """Change the mix of a live request from its next token on; what was scheduled later no longer happens.
+    async def set_steering(self, id: str, plan: SteeringPlan) -> SteeringChange:
+        """Change the plan of a live choice from its next token on; token 0 of a schedule is that next token.
 
-        Raises in the call itself as `generate` does for a mix, UnknownGeneration for an id that never was (or ended
-        long ago), Conflict for one that has ended, which the awaitable may raise too.
+        Raises UnknownGeneration for an id that never was (or ended long ago), Conflict for one that has ended, and
+        SteeringError for a profile with a gate that the prompt did not decide.
         """
         ...
 
-    def cancel(self, request_id: str) -> bool:
-        """End a request with reason "cancelled"; False if it is not live."""
+    async def cancel(self, id: str) -> bool:
+        """End a choice with reason "cancelled"; False if it is not live."""
         ...
 
-    def load_profile(self, profile: Profile) -> None:
-        """Check that a profile fits this model, before it is served. Raises ProfileError or ProfileMismatch."""
+    async def explain(self, plan: SteeringPlan) -> PlanEffect:
+        """What a plan would do."""
         ...
 
-    def unload_profile(self, profile: Profile) -> None:
-        """Forget a version; requests that run with it keep it until they end."""
+    async def load_profile(self, profile: Profile) -> None:
+        """Check that a profile fits the model, and hold its vectors by version.
+
+        Versions are counted: one that was loaded twice, or that a live request uses, is freed when the last of them
+        lets go of it. Raises ProfileError or ProfileMismatch.
+        """
+        ...
+
+    async def unload_profile(self, version: str) -> None:
+        """Let go of a version; requests that run with it keep it until they end."""
         ...
 
     def stats(self) -> EngineStats: ...
 
     async def close(self) -> None:
-        """Cancel what runs and stop the thread."""
+        """Cancel what runs and free the model. May be called again."""
         ...
+
+
+def _next_changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], token: int) -> list[int]:
+    """For each schedule the first later token at which its strength changes, if there is one."""
+    found = (term.schedule.next_change(token) for term in terms if term.schedule is not None)
+    return [change for change in found if change is not None]
+
+
+def _changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], end: int) -> list[int]:
+    tokens = [0]
+    while (later := min(_next_changes(terms, tokens[-1]), default=end)) < end:
+        tokens.append(later)
+    return tokens

@@ -1,22 +1,18 @@
-"""From what a client wrote to the token ids that the engine is given.
-
-Owns when tokenising leaves the event loop: a long text would hold up every stream. Knows nothing of templates, which
-are `steering_vectors.data.chat`'s, or of the engine's limits.
-"""
+"""From what a client wrote to token ids. Long texts are tokenised in a thread, where they hold up no stream."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from server.engines.detokenizer import decode_text
 from steering_vectors.data.chat import Message, continuation, encode_prompt
 from steering_vectors.errors import RequestError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[int, ...]
 Prompt = str | list[int] | tuple[Message, ...]
 LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
 
@@ -31,23 +27,12 @@ class Encoding(Protocol):
     def chat_template_kwargs(self) -> Mapping[str, Any]: ...
 
 
-@contextmanager
-def naming_field(prompt: Prompt) -> Iterator[None]:
-    """What is wrong with a prompt is said of the field that holds it, `messages` where it is a conversation."""
-    try:
-        yield
-    except RequestError as error:
-        if error.param == "prompt" and isinstance(prompt, tuple):
-            error.param = "messages"
-        raise
-
-
-async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: Encoding) -> tuple[int, ...]:
+async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: Encoding) -> Ids:
     """Token ids of a text or of messages; token ids pass as they are. Raises RequestError."""
     if isinstance(prompt, list):
         return tuple(prompt)
 
-    def work() -> tuple[int, ...]:
+    def work() -> Ids:
         ids = encode_prompt(
             tokenizer,
             prompt,
@@ -60,43 +45,30 @@ async def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: E
 
 
 async def encode_continuations(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    completions: Sequence[str | list[int]],
-    encoding: Encoding,
-) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Token ids of a prompt, and of each completion as the model would write it there. Raises RequestError, also for
-    a completion without a token."""
-    before = await encode(tokenizer, prompt, encoding)
+    tokenizer: PreTrainedTokenizerBase, prompt: Ids, completions: Sequence[str | list[int]], vocab_size: int
+) -> list[Ids]:
+    """Token ids of each completion as the model would write it after the prompt. Raises RequestError that names a
+    completion without a token, or with an id outside of the vocabulary."""
 
-    def work() -> list[tuple[int, ...]]:
+    def work() -> list[Ids]:
         try:
             return [
-                tuple(one) if isinstance(one, list) else tuple(continuation(tokenizer, list(before), one))
+                tuple(one) if isinstance(one, list) else tuple(continuation(tokenizer, list(prompt), one))
                 for one in completions
             ]
         except UnicodeEncodeError as error:
             raise RequestError(
-                "completions holds half of a surrogate pair, which is no character", param="completions"
+                "completions has a lone surrogate, which is not a character", param="completions"
             ) from error
 
     found = await asyncio.to_thread(work)
-    if empty := [place for place, ids in enumerate(found) if not ids]:
-        raise RequestError(f"completions[{empty[0]}] holds no token of this model", param=f"completions[{empty[0]}]")
-    return before, found
-
-
-def check_completions(completions: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Raise RequestError that names the first completion with an id outside of the vocabulary."""
-    for place, ids in enumerate(completions):
-        if not all(0 <= token < vocabulary for token in ids):
-            field = f"completions[{place}]"
-            raise RequestError(f"{field} has a token id outside of the vocabulary, 0 to {vocabulary - 1}", param=field)
-
-
-def echo(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> str:
-    """The text of a prompt, as it begins an answer that repeats it."""
-    return prompt if isinstance(prompt, str) else decode_text(tokenizer, (), prompt)
+    for place, ids in enumerate(found):
+        name = f"completions[{place}]"
+        if not ids:
+            raise RequestError(f"{name} holds no token of this model", param=name)
+        if not all(0 <= token < vocab_size for token in ids):
+            raise RequestError(f"{name} has a token id outside of the vocabulary, 0 to {vocab_size - 1}", param=name)
+    return found
 
 
 def _length(prompt: str | tuple[Message, ...]) -> int:

@@ -1,75 +1,216 @@
-"""What was applied: the `steering` of every answer, one entry per profile, from what the engine tells at the end.
-
-Owns how a steering that changed on the way is told. Knows nothing of routes or of where the receipt stands.
-"""
+"""The `steering` and `usage` of every answer: what was applied, and what was counted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Literal, NotRequired
 
-from server.engines.protocol import Finished, GenerationRequest, Segment
-from steering_vectors.profiles.mixture import Term
+from typing_extensions import TypedDict
 
-Json = dict[str, Any]
+from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment
+from server.http.answers import about
+
 Key = tuple[str, str]
+Point = tuple[int, Segment]  # a token of the completion from which strengths held, and the segment it lies in
+
+FinishReason = Annotated[
+    Literal["stop", "length"],
+    about("`stop`: an end-of-sequence token or a stop condition; `length`: the token limit."),
+]
+StopReason = Annotated[
+    str | int | None,
+    about("The matched stop string or stop token id; null for an end-of-sequence token or `length`."),
+]
+Projections = Annotated[
+    dict[str, list[float]],
+    about("With `projections`: for each profile, the residual stream's projection onto it at each token."),
+]
 
 
-def receipt(finished: Sequence[Finished]) -> list[Json]:
+class GateReceipt(TypedDict):
+    """The gate's decision for a prompt."""
+
+    opened: Annotated[bool, about("Whether the profile was applied.")]
+    similarity: Annotated[
+        float | None,
+        about("Similarity of the prompt to the gate's condition; null for a prompt too short."),
+    ]
+
+
+class StrengthPoint(TypedDict):
+    """A strength and the token from which it applied."""
+
+    from_token: Annotated[int, about("The first completion token drawn with this strength.")]
+    strength: Annotated[float, about("The strength; 0 while the profile was not part of the steering.")]
+
+
+class SteeringReceipt(TypedDict):
+    """How one profile was applied."""
+
+    name: Annotated[str, about("The profile.")]
+    version: Annotated[str, about("The sha256 of the profile's file, which identifies its vectors.")]
+    strength: Annotated[float, about("The strength that was applied.")]
+    operator: Annotated[Operator, about("`add` shifts the residual stream; `ablate` removes a direction from it.")]
+    layers: Annotated[list[int], about("The steered blocks; empty at strength 0.")]
+    apply_to: Annotated[ApplyTo, about("`generated`: from the last prompt token on; `all`: the prompt too.")]
+    steered_tokens: Annotated[int, about("The number of steered positions; 0 at strength 0.")]
+    calibrated: Annotated[
+        bool, about("Whether the profile was applied as it was calibrated, so that its KL estimate holds.")
+    ]
+    preserve_norm: NotRequired[
+        Annotated[Literal[True], about("Present if the norm of steered residuals was preserved.")]
+    ]
+    allow_beyond_safe: NotRequired[
+        Annotated[Literal[True], about("Present if strengths beyond the safe range were allowed.")]
+    ]
+    gate: NotRequired[Annotated[GateReceipt, about("Present for a profile with a gate.")]]
+    timeline: NotRequired[
+        Annotated[list[StrengthPoint], about("Present if the steering changed during the generation.")]
+    ]
+
+
+Receipts = Annotated[list[SteeringReceipt], about("One entry per applied profile; empty if unsteered.")]
+
+
+class PromptTokensDetails(TypedDict):
+    """Details of the prompt's tokens."""
+
+    cached_tokens: Annotated[int, about("Prompt tokens whose KV cache was reused.")]
+
+
+class Usage(TypedDict):
+    """Token counts. A prompt counts once for all of its choices."""
+
+    prompt_tokens: Annotated[int, about("Tokens of the prompts.")]
+    completion_tokens: Annotated[int, about("Generated tokens, over all choices.")]
+    total_tokens: Annotated[int, about("The sum of both.")]
+    prompt_tokens_details: Annotated[PromptTokensDetails, about("How much of the prompt was cached.")]
+
+
+EXAMPLE_RECEIPT: SteeringReceipt = {
+    "name": "warm",
+    "version": "fb09e9ae0f85d2a0d9b41ff2bb16eba63945a3e2bb08ba0ce36ab2f7023dfc8b",
+    "strength": 0.8,
+    "operator": "add",
+    "layers": [5],
+    "apply_to": "generated",
+    "steered_tokens": 24,
+    "calibrated": True,
+}
+EXAMPLE_USAGE: Usage = {
+    "prompt_tokens": 12,
+    "completion_tokens": 24,
+    "total_tokens": 36,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
+
+def usage(finished: Sequence[Finished], n: int = 1) -> Usage:
+    """OpenAI's usage. A prompt counts once for all of its n choices, and its cached tokens are the first choice's."""
+    first = finished[::n]
+    prompt = sum(one.prompt_tokens for one in first)
+    completion = sum(one.completion_tokens for one in finished)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in first)},
+    }
+
+
+def finish_reason(finished: Finished) -> Literal["stop", "length"]:
+    """Of a generation that neither failed nor was cancelled."""
+    return "stop" if finished.reason == "stop" else "length"
+
+
+def receipt(finished: Sequence[Finished]) -> list[SteeringReceipt]:
     """One entry per profile; `steered_tokens` is summed over the choices.
 
-    Where the steering changed, `strength`, `layers` and `apply_to` are those of the last steering that named the
-    profile, and `timeline` tells its strength from each token of the completion on; of several choices the one with
-    most changes is told.
+    If the steering changed, `strength`, `layers` and `apply_to` are those of the last steering that named the profile,
+    and `timeline` has its strengths; of several choices, those of the one with the most changes.
     """
-    keys = dict.fromkeys(_key(term) for one in finished for segment in one.segments for term in segment.mixture.terms)
-    told = max((one.segments for one in finished), key=len)
-    return [_entry(key, told, finished) for key in keys]
+    keys = dict.fromkeys(_key(term) for one in finished for segment in one.segments for term in segment.terms)
+    if not keys:
+        return []
+    points = max((_points(one) for one in finished), key=len)
+    return [_entry(key, points, finished) for key in keys]
 
 
-def told_projections(request: GenerationRequest, projections: Sequence[Sequence[float]]) -> Json:
-    """`projections` of an answer, by profile, one number for each token; nothing if they were not asked for."""
-    if not request.projections:
-        return {}
-    columns = zip(*projections, strict=True) if projections else [()] * len(request.projections)
-    pairs = zip(request.projections, columns, strict=True)
-    return {"projections": {profile.name: list(column) for profile, column in pairs}}
+def segment_receipt(segment: Segment) -> list[SteeringReceipt]:
+    """What a plan applies at its first token."""
+    return [applied_entry(term, segment, term.strength) for term in segment.terms]
 
 
-def _entry(key: Key, told: Sequence[Segment], finished: Sequence[Finished]) -> Json:
-    every = [segment for one in finished for segment in one.segments]
-    naming = [segment for segment in every if _strength(key, segment) is not None]
-    steered = sum(segment.steered_tokens for segment in naming if _strength(key, segment))
-    entries = [_applied(key, segment, steered) for segment in naming]
-    entry = {**entries[-1], "calibrated": all(one["calibrated"] for one in entries), "steered_tokens": steered}
-    if decisions := [one.gates[key[0]] for one in finished if key[0] in one.gates]:
-        entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
-    if len(told) > 1:
-        entry["strength"] = _strength(key, told[-1]) or 0.0
-        entry["timeline"] = _timeline(key, told)
+def applied_entry(term: AppliedTerm, segment: Segment, strength: float) -> SteeringReceipt:
+    """One profile at one strength of a segment."""
+    entry: SteeringReceipt = {
+        "name": term.profile,
+        "version": term.version,
+        "strength": strength,
+        "operator": term.operator,
+        "layers": list(term.layers) if strength else [],
+        "apply_to": segment.apply_to,
+        "steered_tokens": term.steered_tokens,
+        "calibrated": term.calibrated,
+    }
+    if segment.preserve_norm:
+        entry["preserve_norm"] = True
+    if segment.allow_beyond_safe:
+        entry["allow_beyond_safe"] = True
     return entry
 
 
-def _applied(key: Key, segment: Segment, steered: int) -> Json:
-    place = [_key(term) for term in segment.mixture.terms].index(key)
-    return segment.mixture.receipt(steered)[place]
+def _entry(key: Key, points: Sequence[Point], finished: Sequence[Finished]) -> SteeringReceipt:
+    naming = [
+        (segment, term, end)
+        for one in finished
+        for segment, end in _with_ends(one)
+        for term in segment.terms
+        if _key(term) == key
+    ]
+    segment, term, end = naming[-1]
+    last = term.strength if term.schedule is None else term.schedule.at(end - 1 - segment.from_token)
+    entry = applied_entry(term, segment, last)
+    entry["calibrated"] = all(term.calibrated for _, term, _ in naming)
+    entry["steered_tokens"] = sum(term.steered_tokens for _, term, _ in naming)
+    if decisions := [one.gates[key[0]] for one in finished if key[0] in one.gates]:
+        entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
+    if len(points) > 1:
+        entry["strength"] = _strength(key, *points[-1])
+        entry["timeline"] = _timeline(key, points)
+    return entry
 
 
-def _timeline(key: Key, segments: Sequence[Segment]) -> list[Json]:
+def _with_ends(finished: Finished) -> list[tuple[Segment, int]]:
+    """The segments, each with the token of the completion at which it ended."""
+    ends = [segment.from_token for segment in finished.segments[1:]] + [finished.completion_tokens]
+    pairs = zip(finished.segments, ends, strict=True)
+    return [(segment, max(end, segment.from_token + 1)) for segment, end in pairs]
+
+
+def _points(finished: Finished) -> list[Point]:
+    """Every token at which a strength or the plan changed."""
+    return [
+        (segment.from_token + token, segment)
+        for segment, end in _with_ends(finished)
+        for token in segment.changes(end - segment.from_token)
+    ]
+
+
+def _timeline(key: Key, points: Sequence[Point]) -> list[StrengthPoint]:
     """From each token at which the profile's strength changed; 0 while it was not named."""
-    points: list[Json] = []
-    for segment in segments:
-        strength = _strength(key, segment) or 0.0
-        if not points or points[-1]["strength"] != strength:
-            points.append({"from_token": segment.from_token, "strength": strength})
-    return points
+    timeline: list[StrengthPoint] = []
+    for token, segment in points:
+        strength = _strength(key, token, segment)
+        if not timeline or timeline[-1]["strength"] != strength:
+            timeline.append({"from_token": token, "strength": strength})
+    return timeline
 
 
-def _strength(key: Key, segment: Segment) -> float | None:
-    """The strength at which a profile acted: 0 behind a shut gate, None where it was not named."""
-    asked = next((term.strength for term in segment.mixture.terms if _key(term) == key), None)
-    return asked if asked is None or key[0] not in segment.mixture.closed else 0.0
+def _strength(key: Key, token: int, segment: Segment) -> float:
+    """The strength at which a profile acted when a token was drawn; 0 where it was not named."""
+    return next((term.at(token - segment.from_token) for term in segment.terms if _key(term) == key), 0.0)
 
 
-def _key(term: Term) -> Key:
-    return term.profile.name, term.profile.version
+def _key(term: AppliedTerm) -> Key:
+    return term.profile, term.version

@@ -1,8 +1,5 @@
-"""What single tokens say, as text and as bytes: for clients that are told log-probabilities.
-
-A token is not always text: byte-level tokenizers split characters. Owns the reading of one token, special ones
-included. Knows nothing of requests or of how whole texts are decoded.
-"""
+"""Single tokens as text and as bytes, for log-probabilities. Byte-level tokenizers split characters, so that a token
+is not always text."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.engines.detokenizer import is_byte_level
+from server.engines.detokenizer import decode_text, is_byte_level
 
 BYTES: dict[str, bytes] = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -33,12 +30,16 @@ class TokenTexts:
         return self._known[token_id]
 
     def text_of(self, token_id: int) -> str:
-        """The bytes as text; what is no character is U+FFFD."""
+        """The bytes as text; invalid ones are U+FFFD."""
         return self.bytes_of(token_id).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:
-        """Whether texts leave the token out."""
+        """Whether the token is left out of texts."""
         return token_id in self._special
+
+    def of_prompt(self, prompt: str | list[int]) -> str:
+        """The text of a prompt, for an answer that repeats it."""
+        return prompt if isinstance(prompt, str) else decode_text(self._tokenizer, (), prompt)
 
     @cached_property
     def _special(self) -> frozenset[int]:

@@ -1,8 +1,6 @@
-"""Errors as clients see them: OpenAI's error object, whatever went wrong and wherever.
+"""Errors as clients see them: OpenAI's error object, for every error and every route.
 
-Owns the texts for errors that come from HTTP and validation, and the handlers that turn exceptions into answers. Which
-class has which status is the application's to say (`server.app`). Nothing internal leaks: an error that was not raised
-on purpose is logged, and answered without its text.
+An error that was not raised on purpose is logged, and answered without its text.
 """
 
 from __future__ import annotations
@@ -10,29 +8,47 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from typing_extensions import TypedDict
 
-from steering_vectors.errors import TrimtabError
+from server.http.answers import about
+from steering_vectors.errors import ProfileError, RequestError, TrimtabError
 
 logger = logging.getLogger(__name__)
 
-INTERNAL = "an internal error occurred; the server's log has it"
-TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+INTERNAL = "an internal error occurred: see the server's log"
 RETRY_SECONDS = {429: "1", 503: "1"}
 CLIENT_CLOSED = 499
 
+OFFLINE_STATUSES: Mapping[type[TrimtabError], int] = {RequestError: 400, ProfileError: 400, TrimtabError: 500}
+
 Detail = Mapping[str, Any]
+ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+TYPES: Mapping[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-def error_object(
-    message: str, *, status: int = 400, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+class ErrorDetail(TypedDict):
+    """What is wrong and how to fix it."""
+
+    message: Annotated[str, about("What is wrong and how to fix it, for people.")]
+    type: Annotated[ErrorType, about("The kind of error, as in OpenAI's API.")]
+    param: Annotated[str | None, about("The invalid field, for example `steering.profiles[0].name`.")]
+    code: Annotated[str | None, about("A stable identifier for programs.")]
+
+
+class ErrorAnswer(TypedDict):
+    """OpenAI's error object. A stream that fails sends it as its last event, before any `[DONE]`."""
+
+    error: Annotated[ErrorDetail, about("The error.")]
+
+
+def error_object(message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> ErrorAnswer:
     """OpenAI's error object."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -43,36 +59,34 @@ def error_response(status: int, message: str, *, param: str | None = None, code:
     return JSONResponse(error_object(message, status=status, param=param, code=code), status, headers)
 
 
-class ErrorReporter:
-    """Turns exceptions into error objects, by the statuses given to classes of `TrimtabError`."""
+def status_of(error: TrimtabError) -> int:
+    """A server error has a status; an offline error has that of its nearest class in the table."""
+    own: int | None = getattr(error, "status", None)
+    return own or next(OFFLINE_STATUSES[kind] for kind in type(error).__mro__ if kind in OFFLINE_STATUSES)
 
-    def __init__(self, statuses: Mapping[type[TrimtabError], int]) -> None:
-        self._statuses = statuses
 
-    def status_of(self, error: TrimtabError) -> int:
-        """The status of the nearest class that has one."""
-        return next(self._statuses[kind] for kind in type(error).__mro__ if kind in self._statuses)
+def describe_failure(error: Exception) -> ErrorAnswer:
+    """The error object for a failure after the answer has begun."""
+    if isinstance(error, TrimtabError):
+        return error_object(error.message, status=status_of(error), param=error.param, code=error.code)
+    logger.error("a stream failed", exc_info=error)
+    return error_object(INTERNAL, status=500, code="internal_error")
 
-    def describe(self, error: Exception) -> dict[str, Any]:
-        """The error object for a failure after the answer has begun."""
-        if isinstance(error, TrimtabError):
-            return error_object(error.message, status=self.status_of(error), param=error.param, code=error.code)
-        logger.error("a stream failed", exc_info=error)
-        return error_object(INTERNAL, status=500, code="internal_error")
 
-    def install(self, app: FastAPI) -> None:
-        app.add_exception_handler(TrimtabError, self._on_purpose)
-        app.add_exception_handler(RequestValidationError, _on_validation)
-        app.add_exception_handler(HTTPException, _on_http)
-        app.add_exception_handler(ClientDisconnect, _on_disconnect)
-        app.add_exception_handler(Exception, _on_surprise)
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(TrimtabError, _on_purpose)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_surprise)
 
-    async def _on_purpose(self, _request: Request, error: Exception) -> Response:
-        assert isinstance(error, TrimtabError)
-        status = self.status_of(error)
-        if status == 500:
-            logger.error("%s", error.message)
-        return error_response(status, error.message, param=error.param, code=error.code)
+
+async def _on_purpose(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, TrimtabError)
+    status = status_of(error)
+    if status == 500:
+        logger.error("%s", error.message)
+    return error_response(status, error.message, param=error.param, code=error.code)
 
 
 async def _on_validation(_request: Request, error: Exception) -> Response:
@@ -84,7 +98,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     known = {
         404: (f"there is no route {request.url.path!r}", "route_not_found"),
-        405: (f"{request.url.path!r} does not take {request.method}", "method_not_allowed"),
+        405: (f"{request.url.path!r} does not accept {request.method}", "method_not_allowed"),
     }
     message, code = known.get(error.status_code, (str(error.detail), "http_error"))
     response = error_response(error.status_code, message, code=code)
@@ -101,7 +115,7 @@ async def _on_surprise(_request: Request, _error: Exception) -> Response:
 
 
 def describe_validation(detail: Detail, body: Any = None) -> dict[str, Any]:
-    """Message, param and code for the first thing that validation found."""
+    """Message, param and code of the first validation error."""
     if isinstance(body, bytes):
         return {"message": "send JSON, with the header Content-Type: application/json", "code": "invalid_json"}
     if detail["type"] == "json_invalid":
@@ -122,7 +136,7 @@ def describe_validation(detail: Detail, body: Any = None) -> dict[str, Any]:
 
 
 def _path(location: tuple[str | int, ...]) -> str:
-    """`steering.profiles[0].name`; what pydantic adds for dictionary keys is left out."""
+    """`steering.profiles[0].name`, without what pydantic adds for dictionary keys."""
     path = ""
     for part in location[1:]:
         if isinstance(part, int):

@@ -1,8 +1,5 @@
-"""The socket a server listens on, and how it stops.
-
-Stopping has three steps: no new connections, time for what runs to end by itself, and an error event for what does
-not. Knows nothing of routes or engines.
-"""
+"""The listening socket, and how the server stops: it takes no new connections, gives what runs a grace period, and
+ends the rest with an error event."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from server.settings import ConfigurationError
 
 GRACE_SECONDS = 6.0  # Docker kills after ten
 LAST_WORDS_SECONDS = 2
-KEEP_ALIVE_SECONDS = 65  # longer than clients and balancers keep idle connections, so that they end them and not we
+KEEP_ALIVE_SECONDS = 65  # longer than clients and load balancers, so that they close idle connections first
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, made before anything is loaded. Raises ConfigurationError if the address is not free."""
+    """A listening socket, opened before anything is loaded. Raises ConfigurationError if the address is not free."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -48,7 +45,7 @@ def url_of(host: str, listener: socket.socket) -> str:
 
 
 def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Run until it ends, in uvloop's event loop where that is installed: it writes to sockets at half the cost."""
+    """Run to the end, in uvloop's event loop if it is installed, which halves the cost of writing to sockets."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(main)
 
@@ -56,13 +53,13 @@ def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         from uvloop import new_event_loop
-    except ImportError:  # not made for every platform
+    except ImportError:  # not available on every platform
         return None
     return new_event_loop
 
 
 class Server(uvicorn.Server):
-    """Serves one application. `end` is awaited for what still runs when the grace after a signal is over."""
+    """Serves one application. `end` is awaited if something still runs after the grace period."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What is settled before a request reaches its route: who may ask, and how much may be sent."""
+"""Checks before a request reaches its route: the API key and the size of the body."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from server.http.error_responses import error_response
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
 PAGE_FILES = "/docs-files"
-MOST_BYTES = 32 * 2**20
+MAX_BYTES = 32 * 2**20
 
 
 class BearerKeys:
-    """Asks for `Authorization: Bearer KEY` everywhere but on the routes that say whether the server is up, and on those
-    that describe its routes: a browser has no key to send until the page has asked for it."""
+    """Requires `Authorization: Bearer KEY`, except on the routes about the server's state and on its page of docs,
+    for which a browser has no key yet."""
 
     def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
         self._app = app
@@ -26,13 +26,13 @@ class BearerKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _is_open(scope["path"]) or self._knows(Headers(scope=scope)):
             return await self._app(scope, receive, send)
-        message = "this server needs a key: send it as 'Authorization: Bearer KEY'"
+        message = "this server requires a key: send it as 'Authorization: Bearer KEY'"
         response = error_response(401, message, code="invalid_api_key")
         response.headers["www-authenticate"] = "Bearer"
         return await response(scope, receive, send)
 
     def _knows(self, headers: Headers) -> bool:
-        """Compares with every key, in constant time, so that timing tells nothing about them."""
+        """Compares with every key in constant time, against timing attacks."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
         matches = [hmac.compare_digest(given, known) for known in self._keys]
@@ -44,17 +44,17 @@ def _is_open(path: str) -> bool:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `most` bytes, announced or not."""
+    """Refuses bodies of more than `limit` bytes, with or without a Content-Length."""
 
-    def __init__(self, app: ASGIApp, most: int = MOST_BYTES) -> None:
+    def __init__(self, app: ASGIApp, limit: int = MAX_BYTES) -> None:
         self._app = app
-        self._most = most
+        self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._most:
+        if announced.isdecimal() and int(announced) > self._limit:
             response = error_response(413, self._message, code="body_too_large")
             response.headers["connection"] = "close"
             return await response(scope, receive, send)
@@ -67,7 +67,7 @@ class BodyLimit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._most:
+            if received > self._limit:
                 raise HTTPException(413, self._message)
             return message
 
@@ -75,4 +75,4 @@ class BodyLimit:
 
     @property
     def _message(self) -> str:
-        return f"the body is larger than the {self._most} bytes that are taken"
+        return f"the body is larger than the limit of {self._limit} bytes"

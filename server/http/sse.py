@@ -1,8 +1,4 @@
-"""Answers as server-sent events, and what happens when the client goes away.
-
-Owns the framing (each event is one `data:` line and a blank one) and the promise that a generation whose client is
-gone is closed, streamed or not. Knows nothing of what the events say.
-"""
+"""Answers as server-sent events, and what happens when the client disconnects: its generations are closed."""
 
 from __future__ import annotations
 
@@ -16,26 +12,37 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from server.http.error_responses import describe_failure
+
 T = TypeVar("T")
 
-LAST = "[DONE]"
-DONE = f"data: {LAST}\n\n".encode()
+DONE = "[DONE]"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def frame(event: Mapping[str, Any]) -> bytes:
-    """One event. JSON escapes newlines, so it is always one line."""
-    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    """One event, which is one `data:` line: JSON escapes newlines."""
+    return _data(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+
+def _data(text: str) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
 class EventStreamResponse(StreamingResponse):
-    """Streams frames; `close` is awaited when they end, fail, or have no one left to read them."""
+    """Streams events; a failure is one more event, and `ends_in` a last one. `close` is awaited when they end or fail,
+    and when the client disconnects."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncIterator[bytes], *, close: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(frames, headers=HEADERS)
+    def __init__(
+        self,
+        events: AsyncIterator[Mapping[str, Any]],
+        *,
+        close: Callable[[], Awaitable[None]],
+        ends_in: str | None = None,
+    ) -> None:
+        super().__init__(_frames(events, ends_in), headers=HEADERS)
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,8 +52,18 @@ class EventStreamResponse(StreamingResponse):
             await self._close()
 
 
+async def _frames(events: AsyncIterator[Mapping[str, Any]], ends_in: str | None) -> AsyncIterator[bytes]:
+    try:
+        async for event in events:
+            yield frame(event)
+    except Exception as error:
+        yield frame(describe_failure(error))
+    if ends_in is not None:
+        yield _data(ends_in)
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client disconnects first: then raises ClientDisconnect."""
+    """The result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(request.receive))
     try:

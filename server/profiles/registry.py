@@ -1,8 +1,7 @@
-"""The profiles that are served: what lies in a directory, watched.
+"""The profiles that are served: the files of a directory, which is watched.
 
-Putting a file there publishes it, whoever does it; taking it away withdraws it. Owns which version of each name is
-current, and why a file was refused: a bad file leaves the version that was served before. Requests hold the profiles
-they started with, so nothing here touches a running one. Knows nothing of HTTP, strengths or rows.
+Putting a file there publishes it, removing it withdraws it. A bad file leaves the version that was served before.
+Requests keep the versions that they started with.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from server.engines.errors import Unavailable, UnknownProfile
 from server.engines.protocol import Engine
-from steering_vectors.errors import ProfileError, UnknownProfile
+from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.files import SUFFIX, load_profile
 from steering_vectors.profiles.profile import Profile
 
@@ -79,10 +79,15 @@ class ProfileRegistry:
         self._watcher = asyncio.create_task(self._watch(), name="trimtab-profiles")
 
     async def stop(self) -> None:
+        """Stop watching, and let the engine forget what was served."""
         if self._watcher is not None:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
+        served, self._entries, self._known = self.served, {}, {}
+        with suppress(Unavailable):
+            for profile in served:
+                await self._engine.unload_profile(profile.version)
 
     async def refresh(self) -> None:
         """Look at the directory once and load every change there is, settled or not. Raises OSError."""
@@ -144,23 +149,24 @@ class ProfileRegistry:
                 if self._known.get(name) != signature:
                     await self._load(name, signature)
             for name in set(self._entries) - present:
-                self._swap(name, None)
+                await self._swap(name, None)
 
     async def _load(self, name: str, signature: Signature) -> None:
         current = self._entries[name].profile if name in self._entries else None
         try:
             profile = await asyncio.to_thread(_read, self._directory / f"{name}{SUFFIX}", signature.size)
-            self._engine.load_profile(profile)
+            same = current is not None and current.version == profile.version
+            if not same:
+                await self._engine.load_profile(profile)
         except ProfileError as error:
             logger.warning("profile %r is rejected: %s", name, error.message)
             entry = ProfileEntry(name, current, error.message)
         else:
-            same = current is not None and current.version == profile.version
             entry = ProfileEntry(name, current if same else profile)
-        self._swap(name, entry)
+        await self._swap(name, entry)
         self._known[name] = signature
 
-    def _swap(self, name: str, entry: ProfileEntry | None) -> None:
+    async def _swap(self, name: str, entry: ProfileEntry | None) -> None:
         """Replace the entry of a name in one assignment, so that no one ever sees half a change."""
         before = self._entries.get(name)
         rest = {key: value for key, value in self._entries.items() if key != name}
@@ -168,7 +174,7 @@ class ProfileRegistry:
         retired = before.profile if before is not None else None
         serving = entry.profile if entry is not None else None
         if retired is not None and retired is not serving:
-            self._engine.unload_profile(retired)
+            await self._engine.unload_profile(retired.version)
         if serving is not retired:
             version = serving.version[:8] if serving is not None else "none"
             logger.info("profile %r: version %s is served", name, version)

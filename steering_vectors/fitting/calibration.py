@@ -73,9 +73,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     profile.check_model(lm.identity, allow_mismatch=settings.allow_model_mismatch)
-    corpus = encode_corpus(
-        lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows
-    )
+    corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows)
     _, fresh = trained_and_fresh(profile, corpus)
     calibrated = calibrate_on(
         lm,

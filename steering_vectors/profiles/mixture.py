@@ -18,16 +18,18 @@ from steering_vectors.profiles.profile import CHOICES, ApplyTo, Profile
 
 LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 1e-9  # strengths that add up to the limit but for float rounding are within it
+MAX_LAYER_SUBSETS = 16  # of one profile whose unit shifts are kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shifts:
     """What is added to the residual stream: `rows` float32 `[blocks, hidden]`, in the order of `layers`, ascending. No
-    entry is larger than `bound`, which is known without looking at them."""
+    entry is larger than `bound`. `zero_layers` is known for the shifts of one unit only."""
 
     layers: tuple[int, ...]
     rows: torch.Tensor
     bound: float = math.inf
+    zero_layers: tuple[int, ...] = ()
 
     def by_layer(self) -> dict[int, torch.Tensor]:
         return dict(zip(self.layers, self.rows, strict=True))
@@ -56,11 +58,11 @@ class Term:
                 f"not {self.strength:g}",
                 param="strength",
             )
-        for layer, direction in self.profile.injected(self.layers).items():
-            if self.profile.operator == "ablate" and not direction.any():
-                raise SteeringError(
-                    f"profile {self.profile.name!r} cannot be ablated: its direction at layer {layer} is zero"
-                )
+        unit = unit_shifts(self.profile, self.layers)
+        if self.profile.operator == "ablate" and unit.zero_layers:
+            raise SteeringError(
+                f"profile {self.profile.name!r} cannot be ablated: its direction at layer {unit.zero_layers[0]} is zero"
+            )
 
     @property
     def active_layers(self) -> tuple[int, ...]:
@@ -73,7 +75,7 @@ class Term:
 
     def shift(self) -> Shifts:
         """α · unit · direction of each active block, float32."""
-        unit = _unit_shifts(self.profile, self.layers)
+        unit = unit_shifts(self.profile, self.layers)
         coefficient = self.strength * self.profile.unit
         bound = unit.bound * abs(coefficient) if abs(coefficient) <= LARGEST else math.inf
         return Shifts(unit.layers, unit.rows * coefficient, bound)
@@ -95,16 +97,16 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if self.apply_to not in CHOICES["apply_to"]:
-            raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="steering.apply_to")
+            raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="apply_to")
         names = [term.profile.name for term in self.terms]
-        for name in names:
+        for name in names if len(set(names)) < len(names) else ():
             if names.count(name) > 1:
-                raise SteeringError(f"profile {name!r} occurs twice in one steering", param="steering")
+                raise SteeringError(f"profile {name!r} occurs twice in one steering", param="terms")
         if self.apply_to == "all" and self.gated:
             raise SteeringError(
                 f"profile {self.gated[0].profile.name!r} has a gate, which the prompt decides: it cannot steer the "
                 "prompt itself; leave apply_to out or set it to generated",
-                param="steering.apply_to",
+                param="apply_to",
             )
         if not self.allow_beyond_safe:
             self._check_safe_range()
@@ -117,9 +119,10 @@ class Mixture:
     @property
     def is_neutral(self) -> bool:
         """True if no position is changed, whatever profiles are named."""
-        return all(self._is_idle(term) for term in self.terms)
+        return all(self.is_idle(term) for term in self.terms)
 
-    def _is_idle(self, term: Term) -> bool:
+    def is_idle(self, term: Term) -> bool:
+        """Whether a term does nothing: its strength is 0, or its gate closed."""
         return term.strength == 0 or term.profile.name in self.closed
 
     def shifts(self) -> Shifts:
@@ -143,7 +146,7 @@ class Mixture:
         if len(self.terms) != 1 or self.terms[0].profile.operator != "add" or self.is_neutral:
             return None
         (term,) = self.terms
-        return _unit_shifts(term.profile, term.layers), term.strength * term.profile.unit
+        return unit_shifts(term.profile, term.layers), term.strength * term.profile.unit
 
     def ablations(self) -> dict[int, list[tuple[float, torch.Tensor]]]:
         """(β, unit vector `[hidden]`) pairs per block, in the order of the terms."""
@@ -160,7 +163,7 @@ class Mixture:
         content = [
             (term.profile.version or term.profile.content_digest(), float(term.strength), term.subset)
             for term in self.terms
-            if not self._is_idle(term)
+            if not self.is_idle(term)
         ]
         return hashlib.sha256(repr((content, self.preserve_norm)).encode()).hexdigest()
 
@@ -169,7 +172,7 @@ class Mixture:
         return [self._receipt_of(term, steered_tokens) for term in self.terms]
 
     def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
-        idle = self._is_idle(term)
+        idle = self.is_idle(term)
         entry: dict[str, Any] = {
             "name": term.profile.name,
             "version": term.profile.version,
@@ -178,7 +181,7 @@ class Mixture:
             "layers": [] if idle else list(term.active_layers),
             "apply_to": self.apply_to,
             "steered_tokens": 0 if idle else steered_tokens,
-            "calibrated": self._is_calibrated(term),
+            "calibrated": self.is_calibrated(term),
         }
         if self.preserve_norm:
             entry["preserve_norm"] = True
@@ -186,22 +189,22 @@ class Mixture:
             entry["allow_beyond_safe"] = True
         return entry
 
-    def _is_calibrated(self, term: Term) -> bool:
+    def is_calibrated(self, term: Term) -> bool:
         """Whether the unit's KL budget speaks of this use: the profile alone, whole, as it was calibrated."""
         return (
             bool(term.profile.calibration)
             and not term.profile.calibration.get("unreached", False)
-            and all(other is term or self._is_idle(other) for other in self.terms)
+            and all(other is term or self.is_idle(other) for other in self.terms)
             and term.active_layers == term.profile.layers
             and self.apply_to == "generated"
             and not self.preserve_norm
         )
 
     def _active(self, operator: str) -> list[Term]:
-        return [term for term in self.terms if not self._is_idle(term) and term.profile.operator == operator]
+        return [term for term in self.terms if not self.is_idle(term) and term.profile.operator == operator]
 
     def _check_safe_range(self) -> None:
-        remedy = "set steering.allow_beyond_safe to true to go beyond it"
+        remedy = "set allow_beyond_safe to true to go beyond it"
         for term in self.terms:
             limit = term.profile.max_strength
             if abs(term.strength) > limit:
@@ -217,16 +220,22 @@ class Mixture:
         if total > limit * (1 + ROUNDING):
             raise SteeringError(
                 f"the strengths of this mix add up to {total:g}, beyond the safe range of {limit:g}; {remedy}",
-                param="steering",
+                param="terms",
                 code="strength_out_of_range",
             )
 
 
-def _unit_shifts(profile: Profile, layers: tuple[int, ...] | None) -> Shifts:
-    """What one unit injects; kept as long as the profile, since strengths change at every step."""
+def unit_shifts(profile: Profile, layers: tuple[int, ...] | None) -> Shifts:
+    """What one unit of strength injects, before `unit`. Kept as long as the profile, since strengths change at every
+    step. Raises SteeringError for a layer that the profile lacks."""
     kept = _UNIT_SHIFTS.setdefault(profile, {})
-    if layers not in kept:
+    found = kept.get(layers)
+    if found is None:
         injected = profile.injected(layers)
         rows = torch.stack(list(injected.values()))
-        kept[layers] = Shifts(tuple(injected), rows, float(rows.abs().max()))
-    return kept[layers]
+        zero = tuple(layer for layer, direction in injected.items() if not direction.any())
+        found = Shifts(tuple(injected), rows, float(rows.abs().max()), zero)
+        if len(kept) >= MAX_LAYER_SUBSETS:
+            kept.clear()
+        kept[layers] = found
+    return found

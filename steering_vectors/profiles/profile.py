@@ -102,7 +102,7 @@ class Profile:
                 f"profile {self.name!r} has no direction at layer {missing[0]}; it has layers {list(self.layers)}"
                 if missing
                 else f"profile {self.name!r}: the list of layers is empty; leave it out to use all of them",
-                param="steering.layers",
+                param="layers",
             )
         if self.layering == "independent" or self.operator == "ablate":
             return {layer: self.directions[layer] for layer in chosen}

@@ -23,7 +23,7 @@ client = client_fixture()
 
 @pytest.fixture
 def target(engine: TorchEngine, profiles: Path) -> Target:
-    return Target("demo", "demo", engine.language_model.vocab_size, profiles, ("p0", "p1"))
+    return Target("demo", "demo", engine.info.vocab_size, profiles, ("p0", "p1"))
 
 
 def jobs_for(target: Target) -> list[Job]:

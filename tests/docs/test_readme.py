@@ -38,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     profiles = tmp_path_factory.mktemp("profiles")
     with demo_engine(slots=4) as engine:
         for seed, name in enumerate(("warm", "concise")):
-            save_profile(random_profile(engine.language_model.identity, name, seed=seed), profiles)
+            save_profile(random_profile(engine.info.identity, name, seed=seed), profiles)
         with live_server(engine, profiles) as client:
             yield client
 

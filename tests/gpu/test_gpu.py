@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
-from server.engines.torch.sampling.request_sampler import RowSampler
+from server.engines.torch.sampling.request_sampler import RequestSampler
 from server.engines.torch.sampling.sample import sample
 from steering_vectors.errors import ModelError
 from steering_vectors.models.limits import checked_context
@@ -139,7 +140,7 @@ def test_tokens_sampled_on_cuda_equal_those_on_the_cpu(wish: dict[str, float]) -
     tokens = []
     for device in ("cpu", "cuda"):
         rows = [
-            RowSampler(parameters, vocab_size=3000, eos_ids=frozenset([0]), prompt_ids=[1], choice=choice)
+            RequestSampler(parameters, vocab_size=3000, eos_ids=frozenset([0]), prompt_ids=[1], choice=choice)
             for choice in range(5)
         ]
         tokens.append(sample(logits.to(device), rows))
@@ -161,4 +162,4 @@ def test_memory_is_planned() -> None:
 
 def test_graphs_that_are_asked_for_and_cannot_be_recorded_are_an_error() -> None:
     with pytest.raises(ModelError, match="leave --cuda-graphs out"):
-        TorchEngine(on_cuda("mamba"), static_decoding=True)
+        TorchEngine(on_cuda("mamba"), EngineConfig(cuda_graphs=True))

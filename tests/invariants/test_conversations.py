@@ -29,7 +29,7 @@ def converse(directory: Path, steering: str | None, *, reuse: bool) -> list[tupl
     messages: list[dict[str, str]] = []
     turns = []
     with demo_engine(slots=3, prefix_reuse=reuse) as engine:
-        save_profiles(directory, engine.language_model.identity, "warm", unit=2.0)
+        save_profiles(directory, engine.info.identity, "warm", unit=2.0)
         with live_server(engine, directory) as client:
             for question in QUESTIONS:
                 messages.append({"role": "user", "content": question})

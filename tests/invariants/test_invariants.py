@@ -5,21 +5,34 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from server.engines.protocol import Delta, Finished, GenerationRequest
-from server.engines.torch.scheduling.prefix_reuse import Trace
+from server.engines.protocol import Delta, Finished, GenerationRequest, SteeringPlan
+from server.engines.torch.scheduling.prefix_reuse import PrefixKey
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.mixture import Mixture
+from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
-from tests.support.running import Outcome, mixture, outcome, prompts, random_profile, request, run_all, running
+from tests.support.running import (
+    Outcome,
+    mixture,
+    outcome,
+    plan,
+    prompts,
+    random_profile,
+    request,
+    run_all,
+    running,
+    steps,
+    submit,
+    term,
+)
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
 
@@ -40,8 +53,8 @@ def engine_step(language_model: LanguageModel, bank: AcceleratedBank) -> torch.T
     runner = choose_runner(language_model, bank, context=64)
     first, second = prompts(language_model, [9, 5])
     with torch.inference_mode():
-        prefill = runner.forward([RowInput(0, first, 0, 8), RowInput(1, second, 0, 4)]).logits
-        decode = runner.forward([RowInput(0, [7], 9, 8), RowInput(1, [11], 5, 4)]).logits
+        prefill = runner.forward([RowInput(0, first, 0, 8), RowInput(1, second, 0, 4)])
+        decode = runner.forward([RowInput(0, [7], 9, 8), RowInput(1, [11], 5, 4)])
     runner.close()
     return torch.cat([prefill, decode])
 
@@ -92,9 +105,9 @@ def test_invariant_2_hidden_state_is_shifted_at_exactly_the_steered_positions() 
 def test_invariant_3_greedy_tokens_do_not_depend_on_neighbours_or_chunks(language_model: LanguageModel) -> None:
     lengths = [17, 3, 30, 9, 21, 5, 40, 12, 8, 26, 2, 33, 14, 6, 19, 11]
     steerings = [
-        mixture(random_profile(language_model, seed=i, scale=1.0), (-1.0) ** i, apply_to=("generated", "all")[i // 8])
+        plan(random_profile(language_model, seed=i, scale=1.0), (-1.0) ** i, apply_to=("generated", "all")[i // 8])
         if i % 3
-        else Mixture()
+        else SteeringPlan()
         for i in range(16)
     ]
     rows = [
@@ -145,12 +158,15 @@ def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
     language_model = wrap_model(tiny_model("mistral"), tiny_tokenizer())
     lengths, steerings = [20, 7, 13], []
     for seed, apply_to in enumerate(("generated", "all", "generated")):
-        steerings.append(mixture(random_profile(language_model, seed=seed, scale=2.0), 1.0, apply_to=apply_to))
+        steerings.append((random_profile(language_model, seed=seed, scale=2.0), apply_to))
     rows = list(zip(prompts(language_model, lengths), steerings, strict=True))
 
     async def main() -> list[tuple[list[int], list[tuple[torch.Tensor, torch.Tensor]]]]:
         async with running(language_model, slots=3, context=64, prefill_chunk=6) as engine:
-            requests = [request(ids, steering, max_tokens=15, ignore_eos=True) for ids, steering in rows]
+            requests = [
+                request(ids, plan(profile, apply_to=apply_to), max_tokens=15, ignore_eos=True)
+                for ids, (profile, apply_to) in rows
+            ]
             ends = await asyncio.gather(*(outcome(engine, one) for one in requests))
             layers = engine._runner.cache.layers
             return [
@@ -162,9 +178,9 @@ def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
     bank = bank_for(language_model, rows=1)
     bank.attach()
     try:
-        for (ids, layers), (prompt, steering) in zip(held, rows, strict=True):
-            bank.write(0, steering)
-            first = 0 if steering.apply_to == "all" else len(prompt) - 1
+        for (ids, layers), (prompt, (profile, apply_to)) in zip(held, rows, strict=True):
+            bank.write(0, mixture(profile, apply_to=apply_to))
+            first = 0 if apply_to == "all" else len(prompt) - 1
             scratch = BatchedRunner(language_model, bank, context=64)
             with torch.inference_mode():
                 scratch.forward([RowInput(0, ids, 0, first)])
@@ -182,36 +198,35 @@ def test_invariant_5_holds_for_keys_that_other_requests_made(seed: int) -> None:
     tokens as without reuse, and every key that is held is that of a run from scratch under its runs of steering."""
     language_model = wrap_model(tiny_model(("llama", "mistral", "gpt2", "gpt_oss")[seed]), tiny_tokenizer())
     profiles = [random_profile(language_model, f"p{number}", seed=number, scale=2.0) for number in range(2)]
-    mixes = [Mixture()] + [
-        mixture(profile, strength, apply_to=apply_to)
-        for profile in profiles
-        for strength in (0.0, 1.0)
-        for apply_to in ("generated", "all")
-    ]
-    known = {mix.digest(): mix for mix in mixes}
+    known = {
+        mix.digest(): mix
+        for strengths in product((0.0, 1.0), repeat=2)
+        if (mix := Mixture(tuple(map(Term, profiles, strengths))))
+    }
     draw = random.Random(seed)
     (stem,) = prompts(language_model, [40], seed=seed)
+
+    def steered() -> SteeringPlan:
+        terms = [term(one, steps((0, draw.choice((0.0, 1.0))), (draw.randrange(1, 9), 1.0))) for one in profiles]
+        return SteeringPlan(tuple(terms), apply_to=draw.choice(("generated", "all")))
+
     rounds = []
     for _ in range(4):
         texts = [[*stem[: draw.randrange(1, 40)], *prompts(language_model, [draw.randrange(1, 9)])[0]] for _ in "12345"]
-        rounds.append([(ids, draw.choice(mixes), draw.choice(mixes)) for ids in texts])
+        rounds.append([(ids, draw.choice((SteeringPlan(), steered()))) for ids in texts])
 
-    def requests(rows: list[tuple[list[int], Mixture, Mixture]]) -> list[GenerationRequest]:
-        return [
-            replace(request(ids, first, max_tokens=12, ignore_eos=True), schedule=((draw.randrange(1, 9), later),))
-            for ids, first, later in rows
-        ]
+    def requests(rows: list[tuple[list[int], SteeringPlan]]) -> list[GenerationRequest]:
+        return [request(ids, plan, max_tokens=12, ignore_eos=True) for ids, plan in rows]
 
-    wanted = [requests(rows) for rows in rounds]
-    ends, held = asyncio.run(rounds_of(language_model, wanted, prefix_reuse=True))
-    plain, _ = asyncio.run(rounds_of(language_model, wanted, prefix_reuse=False))
+    ends, held = asyncio.run(rounds_of(language_model, list(map(requests, rounds)), prefix_reuse=True))
+    plain, _ = asyncio.run(rounds_of(language_model, list(map(requests, rounds)), prefix_reuse=False))
     assert [(one.ids, one.end.steered_tokens) for one in ends] == [(one.ids, one.end.steered_tokens) for one in plain]
     assert sum(one.end.cached_tokens for one in ends) > 100
     assert not any(one.end.cached_tokens for one in plain)
     check_held(language_model, held, known)
 
 
-Held = tuple[Trace, list[tuple[torch.Tensor, torch.Tensor]]]
+Held = tuple[PrefixKey, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 async def rounds_of(
@@ -222,7 +237,7 @@ async def rounds_of(
         ends = [end for batch in rounds for end in await asyncio.gather(*(outcome(engine, one) for one in batch))]
         layers = engine._runner.cache.layers
         return ends, [
-            (engine._prefixes.trace(slot), [(layer.keys[slot].clone(), layer.values[slot].clone()) for layer in layers])
+            (engine._prefixes.key(slot), [(layer.keys[slot].clone(), layer.values[slot].clone()) for layer in layers])
             for slot in range(4)
         ]
 
@@ -234,9 +249,9 @@ def check_held(language_model: LanguageModel, held: list[Held], known: dict[str,
     try:
         for trace, layers in held:
             scratch = BatchedRunner(language_model, bank, context=80)
-            ends = [start for start, _ in trace.runs[1:]] + [len(trace)]
+            ends = [start for start, _ in trace.spans[1:]] + [len(trace)]
             with torch.inference_mode():
-                for (start, digest), end in zip(trace.runs, ends, strict=True):
+                for (start, digest), end in zip(trace.spans, ends, strict=True):
                     bank.write(0, known[digest])
                     scratch.forward([RowInput(0, trace.ids[start:end], start, start if digest else None)])
             for (keys, values), layer in zip(layers, scratch.cache.layers, strict=True):
@@ -253,17 +268,17 @@ def test_invariant_6_a_running_request_keeps_the_profile_it_started_with() -> No
     old, new = (random_profile(language_model, "p", seed=seed, scale=3.0) for seed in (1, 2))
     (ids,) = prompts(language_model, [6])
     kept, replaced = run_all(
-        language_model, [request(ids, mixture(p), max_tokens=30, ignore_eos=True) for p in (old, new)]
+        language_model, [request(ids, plan(p), max_tokens=30, ignore_eos=True) for p in (old, new)]
     )
 
     async def main() -> tuple[list[int], Finished]:
         async with running(language_model) as engine:
-            stream = engine.generate(request(ids, mixture(old), max_tokens=30, ignore_eos=True))
+            stream = await submit(engine, request(ids, plan(old), max_tokens=30, ignore_eos=True))
             first = await anext(stream)
             assert isinstance(first, Delta)
-            engine.unload_profile(old)
-            engine.load_profile(new)
-            other = outcome(engine, request(ids, mixture(new), max_tokens=30, ignore_eos=True))
+            await engine.unload_profile(old.version)
+            await engine.load_profile(new)
+            other = outcome(engine, request(ids, plan(new), max_tokens=30, ignore_eos=True))
             got = list(first.token_ids)
             async for event in stream:
                 if isinstance(event, Finished):
@@ -294,15 +309,16 @@ def test_invariant_7_every_request_ends_in_exactly_one_terminal_event() -> None:
             cancelled = request(ids[4], max_tokens=None, **never)
             waiting = request(ids[5], max_tokens=None, **never)
             pending = [asyncio.create_task(outcome(engine, one)) for one in (cancelled, waiting)]
-            await asyncio.sleep(0)
-            assert engine.cancel(cancelled.id)
-            assert engine.cancel(waiting.id)
+            while engine.stats().waiting + engine.stats().running < 2 or waiting.ids[0] not in engine._requests:
+                await asyncio.sleep(0.001)
+            assert await engine.cancel(cancelled.ids[0])
+            assert await engine.cancel(waiting.ids[0])
             ends = await asyncio.gather(length, context, stop, broken, *pending)
             reasons = [one.end.reason for one in ends]
             assert reasons == ["length", "length", "stop", "error", "cancelled", "cancelled"]
             assert ends[1].end.prompt_tokens + ends[1].end.completion_tokens == 64
             assert "not finite" in (ends[3].end.error or "")
-            assert not engine.cancel(cancelled.id)
+            assert not await engine.cancel(cancelled.ids[0])
             healthy = await asyncio.gather(*(outcome(engine, request(ids[0], max_tokens=5, **never)) for _ in range(2)))
             assert {one.ids for one in healthy} == {ends[0].ids}
             assert engine.stats().running == engine.stats().waiting == 0

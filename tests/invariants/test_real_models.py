@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, load_model
 from tests.support.serving import live_server, save_profiles
@@ -60,7 +61,7 @@ def test_greedy_text_through_the_server_equals_transformers(language_model: Lang
     """200 tokens; alone, streamed, and among 15 neighbours steered by eight profiles at many strengths."""
     tokens, text = expected(language_model)
     save_profiles(tmp_path, language_model.identity, *NAMES, unit=0.2)
-    engine = TorchEngine(language_model, slots=16)
+    engine = TorchEngine(language_model, EngineConfig(slots=16))
     with live_server(engine, tmp_path) as client, ThreadPoolExecutor(16) as pool:
         alone = generate(client)
         neighbours = [

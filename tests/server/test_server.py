@@ -39,7 +39,7 @@ def engine() -> Iterator[TorchEngine]:
 @pytest.fixture(scope="module")
 def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, *NAMES, unit=0.05)
+    save_profiles(directory, engine.info.identity, *NAMES, unit=0.05)
     return directory
 
 
@@ -163,7 +163,7 @@ def test_a_profile_dropped_in_is_served_within_two_seconds(
 ) -> None:
     body = {"prompt": "Bread is", "max_tokens": 1, "profile": "fresh"}
     assert client.post("/generate", json=body).status_code == 404
-    path = save_profile(random_profile(engine.language_model.identity, "fresh"), profiles)
+    path = save_profile(random_profile(engine.info.identity, "fresh"), profiles)
     until(lambda: client.post("/generate", json=body).status_code == 200)
     path.unlink()
     until(lambda: client.post("/generate", json=body).status_code == 404)
@@ -171,7 +171,7 @@ def test_a_profile_dropped_in_is_served_within_two_seconds(
 
 
 def test_a_running_stream_keeps_its_version(client: httpx.Client, engine: HeldEngine, profiles: Path) -> None:
-    identity = engine.language_model.identity
+    identity = engine.info.identity
     save_profile(random_profile(identity, "moving", seed=1), profiles)
     body = {**ENDLESS, "max_tokens": 20, "profile": "moving", "temperature": 0}
     until(lambda: client.get("/profiles/moving").status_code == 200)

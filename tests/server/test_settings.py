@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server import cli
-from server.engines.torch import engine
+from server.engines import config
 from server.http.listener import listen
 from server.settings import (
     ConfigurationError,
@@ -32,9 +33,9 @@ def test_defaults() -> None:
 
 def test_defaults_are_the_engines() -> None:
     settings = load_settings()
-    assert settings.slots == engine.DEFAULT_SLOTS
-    assert settings.max_queue == engine.DEFAULT_QUEUE
-    assert settings.prefill_chunk == engine.DEFAULT_CHUNK
+    assert settings.slots == config.DEFAULT_SLOTS
+    assert settings.max_queue == config.DEFAULT_QUEUE
+    assert settings.prefill_chunk == config.DEFAULT_CHUNK
     assert settings.prefix_reuse
 
 
@@ -87,6 +88,21 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     assert [name for name in Settings.model_fields if f"TRIMTAB_{name.upper()}" not in shown] == []
 
 
+def test_flags_are_grouped_by_what_they_concern() -> None:
+    shown = CliRunner().invoke(cli.app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    panels = re.findall(r"╭─ (\w+) ─", shown)
+    assert panels == ["Options", "Model", "Serving", "Steering", "Performance", "GPU", "Security", "Logging"]
+    assert shown.index("─ GPU ─") < shown.index("--device ") < shown.index("─ Security ─")
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(cli, "serve", given.append)
+    words = ["serve", "--port", "9000", "--no-prefix-reuse", "--dtype", "bfloat16", "--profiles", "there"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert given == [{"port": 9000, "prefix_reuse": False, "dtype": "bfloat16", "profiles": Path("there")}]
+
+
 def test_unknown_variables_are_found() -> None:
     assert unknown_variables({"TRIMTAB_PORT": "1", "TRIMTAB_PROT": "1", "PATH": ""}) == ["TRIMTAB_PROT"]
 
@@ -136,5 +152,14 @@ def test_the_server_imports_nothing_it_does_not_need() -> None:
     assert loaded_by("import server.app") & {"sklearn", "datasets", "peft", "matplotlib", "pandas"} == set()
 
 
+HEAVY = {"torch", "transformers", "fastapi", "uvicorn", "pydantic_settings", "httpx", "prompt_toolkit"}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["show", "--help"]])
+def test_help_imports_no_more_than_it_shows(words: list[str]) -> None:
+    run = f"from server import cli; from typer.testing import CliRunner; CliRunner().invoke(cli.app, {words})"
+    assert loaded_by(run) & HEAVY == set()
+
+
 def test_the_command_imports_no_model_code() -> None:
-    assert loaded_by("import server.cli") & {"torch", "transformers", "fastapi"} == set()
+    assert loaded_by("import server.cli") & HEAVY == set()

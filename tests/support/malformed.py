@@ -23,7 +23,7 @@ UNREADABLE = "cannot be read at {!r}; write for example 'warm@0.8+concise@-0.3'"
 WAIVE = "set steering.allow_beyond_safe to true to go beyond it"
 BEYOND = f"beyond its safe range of ±2; {WAIVE}"
 OVERFLOW = "the shift overflows the model's dtype: use a smaller strength"
-TOO_MANY = "7 at once are more than the 6 that this server runs and queues; ask for fewer"
+TOO_MANY = "7 generations exceed the 6 that this server runs and queues at once: request fewer"
 NO_JSON = "the body is not valid JSON"
 SEND_JSON = "send JSON, with the header Content-Type: application/json"
 
@@ -205,7 +205,7 @@ CASES = [
     ),
     chat({"steering": "warm@@1"}, f"steering 'warm@@1' {UNREADABLE.format('warm@@1')}"),
     chat({"steering": "warm@nan"}, f"steering 'warm@nan' {UNREADABLE.format('warm@nan')}"),
-    chat({"steering": "warm@1e999"}, "the strength 1e999 of 'warm' is not finite", "steering"),
+    chat({"steering": "warm@1e999"}, "the strength of 'warm' must be a finite number", "steering"),
     chat({"steering": "Warm"}, f"steering 'Warm' {UNREADABLE.format('Warm')}"),
     chat({"steering": "warm@2.5"}, f"strength 2.5 of profile 'warm' is {BEYOND}"),
     chat(
@@ -372,7 +372,7 @@ CASES = [
     post(
         "/generate",
         {"prompt": "a", "guided_regex": "a", "guided_choice": ["a"]},
-        "guided_regex and guided_choice both constrain the text: use only one of them",
+        "guided_regex and guided_choice are both given: use only one of them",
         "guided_choice",
     ),
     post("/compare", {"variants": ["warm"]}, NEITHER, "prompt"),
@@ -426,7 +426,7 @@ CASES = [
     post(
         "/score",
         {"prompt": "x", "completions": ["y"], **term(schedule=points((0, 1)))},
-        "given completions are scored under one steering: leave the schedule out",
+        "completions are scored under a constant steering: leave the schedule out",
         "steering.schedule",
     ),
     post("/steering/resolve", {}, "field 'steering' is missing"),
@@ -472,7 +472,7 @@ CASES = [
             path,
             body,
             b"warm",
-            "the header x-trimtab-steering does not steer here: leave it out, and say in the body what steers",
+            "the header x-trimtab-steering is not accepted here: put the steering into the body",
         )
         for path, body in (
             ("/compare", {"prompt": "a", "variants": ["warm"]}),
@@ -487,10 +487,13 @@ CASES = [
     raw("/v1/completions", b'{"prompt": "\xed\xa0\x80"}', f"{NO_JSON}: …"),
     raw("/v1/completions", '{"prompt": "x"}'.encode("utf-16"), f"{NO_JSON}: …"),
     raw(
-        "/generate", b'{"prompt": "a", "seed": 1, "seed": 2}', f"{NO_JSON}: the name 'seed' occurs twice in one object"
+        "/generate",
+        b'{"prompt": "a", "seed": 1, "seed": 2}',
+        f'{NO_JSON}: Detected duplicate key "seed" at line 1 column 35',
     ),
-    raw("/v1/completions", b'{"seed": 007}', f"{NO_JSON}: …"),
-    raw("/generate", b'{"max_tokens": 1' + b"0" * 5000 + b"}", f"{NO_JSON}: …"),
+    raw("/generate", b'{"a": {"b": 1, "\\u0062": 2}}', f'{NO_JSON}: Detected duplicate key "b" at line 1 column 25'),
+    raw("/v1/completions", b'{"seed": 007}', f"{NO_JSON}: invalid number at line 1 column 11"),
+    raw("/generate", b'{"max_tokens": 1' + b"0" * 5000 + b"}", f"{NO_JSON}: number out of range at line 1 column 4317"),
     raw(
         "/generate",
         b'{"prompt": "a", "temperature": 1e999}',
@@ -510,10 +513,10 @@ CASES = [
     raw("/generate", b"prompt=a", SEND_JSON, kind="application/x-www-form-urlencoded"),
     # routes and methods
     route("POST", "/v1/embeddings", "there is no route '/v1/embeddings'", status=404),
-    route("POST", "/v1/models", "'/v1/models' does not take POST"),
-    route("DELETE", "/v1/completions", "'/v1/completions' does not take DELETE"),
-    route("PUT", "/compare", "'/compare' does not take PUT"),
-    route("GET", "/generations/gen-0", "'/generations/gen-0' does not take GET"),
-    route("POST", "/profiles", "'/profiles' does not take POST"),
+    route("POST", "/v1/models", "'/v1/models' does not accept POST"),
+    route("DELETE", "/v1/completions", "'/v1/completions' does not accept DELETE"),
+    route("PUT", "/compare", "'/compare' does not accept PUT"),
+    route("GET", "/generations/gen-0", "'/generations/gen-0' does not accept GET"),
+    route("POST", "/profiles", "'/profiles' does not accept POST"),
     route("GET", "/profiles/%00", "profile '\\x00' is not served; served are: concise, warm", status=404),
 ]

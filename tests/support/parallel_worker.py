@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 
 import torch
 
 from server.engines.protocol import GenerationRequest
-from server.engines.torch.engine import follower_of
+from server.engines.torch.engine import make_follower
 from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.runtime.tensor_parallel import Channel
-from tests.support.running import mixture, prompts, random_profile, request, run_all
+from tests.support.running import plan, prompts, random_profile, request, run_all, steps
 
 SLOTS, CONTEXT = 4, 96
 
@@ -23,12 +24,10 @@ def requests(language_model: LanguageModel) -> list[GenerationRequest]:
     adding = random_profile(language_model, scale=2.0)
     ablating = random_profile(language_model, "ablating", seed=1, operator="ablate")
     common, *rest = prompts(language_model, [20, 3, 11, 7, 5, 9])
-    mixes = [None, mixture(adding, 1.0), mixture(adding, -0.5), mixture(ablating), None]
-    made = [request(common + ids, mix, max_tokens=12, ignore_eos=True) for ids, mix in zip(rest, mixes, strict=True)]
-    timeline = ((0, mixture(adding, 0.5)), (4, mixture(adding, 1.5)))
-    first = request(rest[0], timeline[0][1], max_tokens=12, ignore_eos=True)
-    changing = GenerationRequest(first.id, first.prompt_ids, first.sampling, first.mixture, schedule=timeline[1:])
-    reading = GenerationRequest("reading", first.prompt_ids, first.sampling, first.mixture, projections=(adding,))
+    plans = [None, plan(adding, 1.0), plan(adding, -0.5), plan(ablating), None]
+    made = [request(common + ids, one, max_tokens=12, ignore_eos=True) for ids, one in zip(rest, plans, strict=True)]
+    changing = request(rest[0], plan(adding, steps((0, 0.5), (4, 1.5))), max_tokens=12, ignore_eos=True)
+    reading = replace(request(rest[0], plan(adding, 0.5), max_tokens=12), projections=(adding.version,))
     return [*made, changing, reading]
 
 
@@ -37,7 +36,7 @@ def main() -> None:
     channel = Channel("cpu")
     language_model = load_model(sys.argv[1], dtype="float32", tensor_parallel=True)
     if os.environ["RANK"] != "0":
-        follower_of(language_model, SLOTS, CONTEXT, channel).run()
+        make_follower(language_model, SLOTS, CONTEXT, channel).run()
         return
     found = run_all(
         language_model, requests(language_model), slots=SLOTS, context=CONTEXT, prefill_chunk=16, channel=channel

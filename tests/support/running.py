@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 import torch
 
-from server.engines.protocol import Delta, Finished, GenerationRequest, SamplingParameters, SteeringChange
+from server.engines.config import EngineConfig
+from server.engines.detokenizer import Detokenizer
+from server.engines.protocol import (
+    Delta,
+    Engine,
+    EventStream,
+    Finished,
+    GenerationRequest,
+    PlanTerm,
+    SamplingParameters,
+    SteeringChange,
+    SteeringPlan,
+    StrengthSchedule,
+)
 from server.engines.torch.engine import TorchEngine
+from server.engines.torch.plans import ResolvedPlan, SteeringState
+from server.engines.torch.sampling.request_sampler import RequestSampler
+from server.engines.torch.scheduling.request_state import RequestState
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 PATIENCE = 20.0
 _ids = count()
+KNOWN: dict[str, Profile] = {}  # by version: what plans of this process name
 
 
 class HeldEngine(TorchEngine):
@@ -28,7 +46,7 @@ class HeldEngine(TorchEngine):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         self._left: int | None = None
-        self._until_change = False
+        self._until_change = self._is_changing = False
         self._go, self._held = threading.Event(), threading.Event()
         self.cancelled: list[str] = []
         super().__init__(*given, **options)
@@ -55,15 +73,22 @@ class HeldEngine(TorchEngine):
             self._left = left - 1
         super().step()
 
-    def set_steering(self, request_id: str, mixture: Mixture) -> Awaitable[SteeringChange]:
-        changed = super().set_steering(request_id, mixture)
-        if self._until_change:
-            self.go()
-        return changed
+    async def set_steering(self, id: str, plan: SteeringPlan) -> SteeringChange:
+        self._is_changing = self._until_change
+        try:
+            return await super().set_steering(id, plan)
+        finally:
+            self._is_changing = False
 
-    def cancel(self, request_id: str) -> bool:
-        self.cancelled.append(request_id)
-        return super().cancel(request_id)
+    def _send(self, command: Callable[[], Any]) -> None:
+        super()._send(command)
+        if self._is_changing:
+            self._is_changing = False
+            self.go()
+
+    def _cancel(self, ids: Sequence[str]) -> bool:
+        self.cancelled += ids
+        return super()._cancel(ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +99,59 @@ class Outcome:
     end: Finished
 
 
-def request(prompt_ids: Sequence[int], mixture: Mixture | None = None, **sampling: Any) -> GenerationRequest:
-    """Greedy unless told otherwise."""
+def request(prompt_ids: Sequence[int], plan: SteeringPlan | None = None, **sampling: Any) -> GenerationRequest:
+    """One choice, greedy unless told otherwise."""
     parameters = SamplingParameters(**{"temperature": 0.0, "max_tokens": 16, **sampling})
-    return GenerationRequest(f"r{next(_ids)}", tuple(prompt_ids), parameters, mixture or Mixture())
+    return GenerationRequest((f"r{next(_ids)}",), tuple(prompt_ids), parameters, plan or SteeringPlan())
 
 
-async def outcome(engine: TorchEngine, generation: GenerationRequest) -> Outcome:
-    deltas, ids, ends = [], [], []
-    async for event in engine.generate(generation):
-        assert not ends, "an event after the terminal one"
-        if isinstance(event, Delta):
-            deltas.append(event.text)
-            ids.extend(event.token_ids)
-        else:
-            ends.append(event)
-    assert len(ends) == 1
-    return Outcome("".join(deltas), tuple(deltas), tuple(ids), ends[0])
+async def load(engine: Engine, versions: Iterable[str]) -> None:
+    """Load what plans name, once for each engine."""
+    loading = engine.__dict__.setdefault("loaded_by_tests", {})
+    for version in dict.fromkeys(versions):
+        if version in KNOWN and version not in loading:
+            loading[version] = asyncio.ensure_future(engine.load_profile(KNOWN[version]))
+        if version in loading:
+            await loading[version]
+
+
+async def submit(engine: Engine, *requests: GenerationRequest) -> EventStream:
+    """As the engine's, after the profiles were loaded."""
+    await load(engine, [version for one in requests for version in one.versions])
+    return await engine.submit(requests)
+
+
+async def outcomes(engine: Engine, *requests: GenerationRequest) -> list[Outcome]:
+    """What comes of each choice of some requests that are submitted together."""
+    names = [name for one in requests for name in one.ids]
+    deltas: dict[str, list[Delta]] = {name: [] for name in names}
+    ends: dict[str, Finished] = {}
+    async for event in await submit(engine, *requests):
+        assert event.id not in ends, "an event after the terminal one"
+        if isinstance(event, Finished):
+            ends[event.id] = event
+        elif isinstance(event, Delta):
+            deltas[event.id].append(event)
+    assert set(ends) == set(names)
+    return [
+        Outcome(
+            "".join(delta.text for delta in deltas[name]),
+            tuple(delta.text for delta in deltas[name]),
+            tuple(token for delta in deltas[name] for token in delta.token_ids),
+            ends[name],
+        )
+        for name in names
+    ]
+
+
+async def outcome(engine: Engine, generation: GenerationRequest) -> Outcome:
+    (one,) = await outcomes(engine, generation)
+    return one
 
 
 @asynccontextmanager
-async def running(language_model: LanguageModel, **options: Any) -> AsyncIterator[HeldEngine]:
-    engine = HeldEngine(language_model, **options)
+async def running(language_model: LanguageModel, *, channel: Any = None, **options: Any) -> AsyncIterator[HeldEngine]:
+    engine = HeldEngine(language_model, EngineConfig(**options), channel=channel)
     try:
         yield engine
         engine._scheduler.check_integrity()
@@ -135,18 +191,34 @@ def random_profile(
     for layer in layers:
         direction = torch.randn(language_model.hidden_size, generator=generator)
         directions[layer] = scale * direction / direction.norm()
-    return Profile(
-        name=name,
-        model=language_model.identity,
-        directions=directions,
-        method="random",
-        version=f"{seed:064d}",
-        **fields,
-    )
+    made = Profile(name=name, model=language_model.identity, directions=directions, method="random", **fields)
+    return versioned(made)
+
+
+def versioned(profile: Profile) -> Profile:
+    """A profile with the version it would have if it were stored."""
+    return replace(profile, version=profile.content_digest())
 
 
 def mixture(profile: Profile, strength: float = 1.0, **fields: Any) -> Mixture:
     return Mixture((Term(profile, strength),), **fields)
+
+
+def term(profile: Profile, strength: float | StrengthSchedule = 1.0, layers: tuple[int, ...] | None = None) -> PlanTerm:
+    """One profile of a plan, known to `submit`."""
+    KNOWN[profile.version] = profile
+    if isinstance(strength, StrengthSchedule):
+        return PlanTerm(profile.name, profile.version, layers=layers, schedule=strength)
+    return PlanTerm(profile.name, profile.version, strength, layers)
+
+
+def plan(profile: Profile, strength: float | StrengthSchedule = 1.0, **fields: Any) -> SteeringPlan:
+    """A plan of one profile."""
+    return SteeringPlan((term(profile, strength),), **fields)
+
+
+def steps(*points: tuple[int, float]) -> StrengthSchedule:
+    return StrengthSchedule(points)
 
 
 def prompts(language_model: LanguageModel, lengths: Sequence[int], *, seed: int = 0) -> list[list[int]]:
@@ -170,3 +242,16 @@ def reference_ids(language_model: LanguageModel, prompt_ids: Sequence[int], max_
     finally:
         settings.eos_token_id = eos
     return tuple(output[0, len(prompt_ids) :].tolist())
+
+
+def state(prompt_ids: Sequence[int], plan: SteeringPlan | None = None, name: str = "a", **fields: Any) -> RequestState:
+    """The state of a request in the engine, without a model."""
+    made = GenerationRequest((name,), tuple(prompt_ids), SamplingParameters(), plan or SteeringPlan(), **fields)
+    profiles = {version: KNOWN[version] for version in made.versions}
+    return RequestState(
+        name,
+        made,
+        SteeringState(ResolvedPlan(made.plan, profiles), generated_from=len(prompt_ids) - made.scored_suffix - 1),
+        RequestSampler(made.sampling, vocab_size=2**20, eos_ids=frozenset(), prompt_ids=prompt_ids),
+        Detokenizer(tiny_tokenizer(), prompt_ids),
+    )

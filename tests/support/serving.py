@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from server.app import create_app
+from server.engines.config import EngineConfig
 from server.engines.protocol import Engine
 from server.http.listener import GRACE_SECONDS, Server, listen, run_in_loop, url_of
 from server.settings import Settings
@@ -43,7 +44,7 @@ def save_profiles(directory: Path, identity: ModelIdentity, *names: str, **field
 @contextmanager
 def demo_engine(**options: Any) -> Iterator[HeldEngine]:
     """An engine on its own copy of the demo model in float32."""
-    engine = HeldEngine(load_model("demo", dtype="float32"), **options)
+    engine = HeldEngine(load_model("demo", dtype="float32"), EngineConfig(**options))
     try:
         yield engine
     finally:
@@ -88,7 +89,7 @@ def profiles_fixture(*names: str, **fields: Any) -> Any:
     @pytest.fixture(scope="module", name="profiles")
     def made(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory = tmp_path_factory.mktemp("profiles")
-        save_profiles(directory, engine.language_model.identity, *names, **fields)
+        save_profiles(directory, engine.info.identity, *names, **fields)
         return directory
 
     return made

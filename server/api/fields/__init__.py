@@ -1,1 +1,1 @@
-"""What clients may send, as pydantic models. Everything else in the server works on dataclasses made from these."""
+"""The fields of request bodies, as pydantic models. The rest of the server works on dataclasses made from them."""

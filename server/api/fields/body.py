@@ -1,8 +1,7 @@
-"""The rules that hold for every request body, whatever its fields.
+"""The rules of every request body.
 
-An unknown field is refused, null means absent, numbers are finite and of their own type, and a field of OpenAI's that
-this server does not support is accepted at the value that asks for nothing, and refused by name at any other. Knows
-nothing of particular fields.
+Unknown fields are refused, null means absent, and numbers are finite and of their own type. A field of OpenAI's API
+that is not supported is accepted at its no-op values and refused by name at any other.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from pydantic_core import CoreSchema, PydanticCustomError
 NoOps = Mapping[str, tuple[Any, ...]]
 Examples = Sequence[Mapping[str, Any]]
 NO_OPS_KEY = "x-accepted-only-as"
-ABOUT = {"title", "description", "default", "examples"}  # what a schema says of a field besides its form
+ABOUT = {"title", "description", "default", "examples"}  # a schema's keys that do not restrict its values
 NULL = {"type": "null"}
 
 
 def _document(schema: dict[str, Any], body: type[Body]) -> None:
-    """Add to the OpenAPI document what pydantic does not know of: null for absent, examples, the fields of `no_ops`."""
+    """Add to the schema what pydantic does not know: null for absent, examples, the fields of `no_ops`."""
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
             _allow_null(field)
@@ -39,8 +38,7 @@ def _allow_null(field: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """A strict request body. `no_ops` maps each unsupported field to the values that ask for nothing; `examples`
-    are whole bodies."""
+    """A strict request body. `no_ops` has each unsupported field's no-op values; `examples` are whole bodies."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, json_schema_extra=_document
@@ -63,7 +61,7 @@ class Body(BaseModel):
 
 
 def refuse_unless_no_op(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise for a value of an unsupported field that asks for something. 1 and true are different values."""
+    """Raise unless the value of an unsupported field is a no-op. 1 and true are different values."""
     if value is None or any(type(value) is type(one) and value == one for one in allowed):
         return
     remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
@@ -74,7 +72,7 @@ def refuse_unless_no_op(name: str, value: Any, allowed: tuple[Any, ...]) -> None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrElse:
-    """Annotates a field whose validator also takes another form, so that the OpenAPI document says so."""
+    """Annotates a field whose validator takes another form too, for the OpenAPI document."""
 
     form: Mapping[str, Any]
 

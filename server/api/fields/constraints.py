@@ -1,8 +1,4 @@
-"""The fields of a request that say what form its text must have: OpenAI's `response_format` and vLLM's `guided_*`.
-
-Owns their shapes and that only one of them may be given. Whether a schema or a grammar can be followed is the engine's
-to say.
-"""
+"""The fields that constrain the form of a text: OpenAI's `response_format` and vLLM's `guided_*`."""
 
 from __future__ import annotations
 
@@ -13,10 +9,10 @@ from pydantic import Field
 
 from server.api.fields.body import Body
 from server.api.fields.sampling import SamplingBody
-from server.engines.protocol import Constraint
+from server.engines.protocol import ConstraintKind
 from steering_vectors.errors import RequestError
 
-MOST_CHOICES = 1024
+MAX_CHOICES = 1024
 ANY_OBJECT = {"type": "object"}
 
 Schema = dict[str, Any]
@@ -25,22 +21,22 @@ Schema = dict[str, Any]
 class JsonSchema(Body):
     """OpenAI's named schema."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="A name for the schema; it is not used.")
-    description: str | None = Field(None, description="What the schema is for; it is not used.")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="The schema's name. It has no effect.")
+    description: str | None = Field(None, description="The schema's description. It has no effect.")
     schema_: Schema = Field(alias="schema", description="The JSON schema.")
-    strict: bool = Field(False, description="The schema is always kept to, whatever this says.")
+    strict: bool = Field(False, description="No effect: the schema is always enforced.")
 
 
 class ResponseFormat(Body):
-    """What OpenAI's chats may be asked to answer in."""
+    """The format of a chat's reply."""
 
     type: Literal["text", "json_object", "json_schema"] = Field(
-        description="Any text, any JSON object, or JSON of a schema."
+        description="Any text, any JSON object, or JSON that matches a schema."
     )
-    json_schema: JsonSchema | None = Field(None, description="The schema, for the type json_schema.")
+    json_schema: JsonSchema | None = Field(None, description="The schema, for type json_schema.")
 
     def schema_text(self) -> str | None:
-        """The schema to keep to; None for any text. Raises RequestError unless type and schema belong together."""
+        """The schema to enforce; None for any text. Raises RequestError unless type and schema match."""
         given, wanted = self.json_schema, self.type == "json_schema"
         if wanted and given is None:
             raise RequestError(
@@ -57,47 +53,37 @@ class ResponseFormat(Body):
 
 
 class ConstrainedBody(SamplingBody):
-    """A text under a constraint ends where it is complete, `finish_reason` "stop", or is cut off at its limit."""
+    """A constrained text ends when it is complete, with `finish_reason` "stop", or is cut off at its token limit."""
 
     response_format: ResponseFormat | None = Field(
-        None, description="Keep to JSON, or to JSON of a schema. Only one of this and guided_* may be given."
+        None, description="Generate JSON, or JSON that matches a schema. Excludes the guided_* fields."
     )
-    guided_json: Schema | None = Field(None, description="Keep to a JSON schema.")
+    guided_json: Schema | None = Field(None, description="Generate JSON that matches this schema.")
     guided_regex: str | None = Field(
-        None, description="Match a regular expression as a whole, in the syntax of Rust's regex."
+        None, description="Generate a text that matches this regular expression as a whole, in Rust's regex syntax."
     )
     guided_choice: list[str] | None = Field(
-        None, min_length=1, max_length=MOST_CHOICES, description="Be one of these texts."
+        None, min_length=1, max_length=MAX_CHOICES, description="Generate one of these texts."
     )
     guided_grammar: str | None = Field(
         None,
-        description="Follow a grammar in llguidance's variant of Lark; its rules may have the attributes max_tokens, "
-        "lazy and suffix.",
+        description="Generate a text of this grammar, in llguidance's variant of Lark; its rules may have the "
+        "attributes max_tokens, lazy and suffix.",
     )
 
-    def constraint(self) -> Constraint | None:
-        """Raises RequestError that names the second of two constraints, or one that is too long."""
-        asked = self._asked()
-        if len(asked) > 1:
-            first, second = asked[0].field, asked[1].field
-            raise RequestError(f"{first} and {second} both constrain the text: use only one of them", param=second)
-        return asked[0] if asked else None
-
-    def _asked(self) -> list[Constraint]:
-        found = []
-        if self.response_format is not None and (schema := self.response_format.schema_text()) is not None:
-            found.append(Constraint("json", schema, "response_format"))
-        if self.guided_json is not None:
-            found.append(Constraint("json", _text(self.guided_json), "guided_json"))
-        if self.guided_regex is not None:
-            found.append(Constraint("regex", self.guided_regex, "guided_regex"))
-        if self.guided_choice is not None:
-            found.append(Constraint("choice", _text(self.guided_choice), "guided_choice"))
-        if self.guided_grammar is not None:
-            found.append(Constraint("lark", self.guided_grammar, "guided_grammar"))
-        return found
+    def constraints(self) -> dict[str, tuple[ConstraintKind, str]]:
+        """By the field of each. Raises RequestError for a response format whose type and schema do not match."""
+        schema = None if self.response_format is None else self.response_format.schema_text()
+        found: dict[str, tuple[ConstraintKind, str | None]] = {
+            "response_format": ("json", schema),
+            "guided_json": ("json", _text(self.guided_json)),
+            "guided_regex": ("regex", self.guided_regex),
+            "guided_choice": ("choice", _text(self.guided_choice)),
+            "guided_grammar": ("lark", self.guided_grammar),
+        }
+        return {field: (kind, text) for field, (kind, text) in found.items() if text is not None}
 
 
-def _text(value: Schema | list[str]) -> str:
-    """The order of properties is the order in which they are written."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _text(value: Schema | list[str] | None) -> str | None:
+    """Properties keep their order, in which they are generated."""
+    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))

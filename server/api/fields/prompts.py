@@ -1,4 +1,4 @@
-"""The forms in which a client may write a prompt: texts, token ids, and messages of a conversation."""
+"""The forms of a prompt: text, token ids, and messages of a conversation."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ Content = Annotated[str, BeforeValidator(_joined_parts), OrElse(PARTS)]
 
 
 class MessageBody(Body):
-    """One turn. A developer is a system by its newer name."""
+    """One turn. `developer` is a newer name of `system`."""
 
     no_ops: ClassVar[NoOps] = MESSAGE_NO_OPS
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="The author.")
     content: Content = Field(description="A text, or a list of text parts, which are joined by newlines.")
 
     def message(self) -> Message:
@@ -79,29 +79,31 @@ class MessageBody(Body):
 
 
 class EncodingBody(Body):
-    """What decides how a prompt becomes token ids, besides the prompt itself."""
+    """How a prompt becomes token ids."""
 
-    add_special_tokens: bool = Field(True, description="Let the tokenizer add BOS to a plain text.")
+    add_special_tokens: bool = Field(
+        True, description="Let the tokenizer add special tokens, such as BOS, to a plain text."
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
     )
 
 
 class ProjectionsBody(Body):
-    """Whether a steering acts."""
+    """How far a steering acts."""
 
     projections: bool = Field(
         False,
-        description="Tell, for each token, how far the residual stream points along each profile's directions where "
-        "the token is drawn; in units of strength: at a block of its own, strength 1 adds 1.",
+        description="Report the residual stream's projection onto each profile's directions at each token, in units of "
+        "strength: strength 1 adds 1 at one of the profile's blocks.",
     )
 
 
 class OnePromptBody(EncodingBody):
-    """A prompt in either of its forms."""
+    """A prompt, as text, token ids or messages."""
 
-    prompt: OnePrompt | None = Field(None, description="A text or token ids. Either this or messages.")
-    messages: list[MessageBody] | None = Field(None, description="A conversation. Either this or prompt.")
+    prompt: OnePrompt | None = Field(None, description="A text or token ids. Exclusive with `messages`.")
+    messages: list[MessageBody] | None = Field(None, description="A conversation. Exclusive with `prompt`.")
 
     def the_prompt(self) -> str | list[int] | tuple[Message, ...]:
         """Raises RequestError unless there is exactly one of prompt and messages."""

@@ -1,6 +1,6 @@
-"""The fields of a request that say how tokens are drawn and when to stop; the same for every route.
+"""The sampling fields, the same for every route.
 
-Types and shapes are checked here, ranges by `SamplingParameters`, token ids against the vocabulary by the engine.
+Types are checked here, ranges by `SamplingParameters`, and token ids against the vocabulary by the engine.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from pydantic import BeforeValidator, Field
 
 from server.api.fields.body import Body, OrElse
 from server.engines.protocol import SamplingParameters
+from steering_vectors.errors import RequestError
 
-MOST_STOPS = 16
+MAX_STOPS = 16
+COMPLETION_TOKENS = 16  # OpenAI's default
 SEED_LIMIT = 2**63
 
 
@@ -21,7 +23,7 @@ def _listed(value: Any) -> Any:
 
 
 StopStrings = Annotated[
-    list[str], Field(max_length=MOST_STOPS), BeforeValidator(_listed), OrElse({"type": "string", "minLength": 1})
+    list[str], Field(max_length=MAX_STOPS), BeforeValidator(_listed), OrElse({"type": "string", "minLength": 1})
 ]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -30,31 +32,47 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class SamplingBody(Body):
     """OpenAI's sampling fields, and vLLM's where OpenAI has none. Defaults are OpenAI's."""
 
-    temperature: float = Field(1.0, description="0 is greedy.")
-    top_p: float = Field(1.0, description="Keep the most probable tokens that reach this mass.")
-    top_k: int = Field(0, ge=-1, description="Keep this many tokens; 0 or -1 keeps all.")
-    min_p: float = Field(0.0, description="Drop tokens below this part of the most probable one.")
-    repetition_penalty: float = Field(1.0, description="Divides the logits of tokens seen in prompt and completion.")
-    presence_penalty: float = Field(0.0, description="Taken from the logits of tokens in the completion.")
-    frequency_penalty: float = Field(0.0, description="The same, once for each occurrence.")
+    temperature: float = Field(1.0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(1.0, description="Sample from the most likely tokens with this cumulative probability.")
+    top_k: int = Field(0, ge=-1, description="Sample from this many of the most likely tokens; 0 or -1 is all.")
+    min_p: float = Field(0.0, description="Minimum probability of a token, relative to the most likely one.")
+    repetition_penalty: float = Field(
+        1.0, description="Penalizes tokens that occur in the prompt or the completion, as a factor on their logits."
+    )
+    presence_penalty: float = Field(
+        0.0, description="Penalizes tokens that occur in the completion: subtracted from their logits."
+    )
+    frequency_penalty: float = Field(
+        0.0, description="Penalizes tokens for each time they occur in the completion: subtracted from their logits."
+    )
     logit_bias: dict[TokenId, Bias] = Field(
-        default_factory=dict, description="Token id to -100..100.", examples=[{"42": -100}]
+        default_factory=dict, description="Added to the logits of tokens, by token id.", examples=[{"42": -100}]
     )
     seed: int | None = Field(
-        None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="Makes a request repeatable.", examples=[7]
+        None, ge=-SEED_LIMIT, lt=SEED_LIMIT, description="Makes sampling reproducible.", examples=[7]
     )
-    max_tokens: int | None = Field(None, description="The most tokens to write.")
-    min_tokens: int = Field(0, description="No end before so many tokens, unless a constraint leaves no choice.")
+    max_tokens: int | None = Field(
+        None,
+        description="Maximum number of tokens to generate; by default 16 after a text, and in a conversation as many "
+        "as fit the context.",
+    )
+    min_tokens: int = Field(
+        0,
+        description="Minimum number of tokens before an end-of-sequence token, a stop token or a stop string may end "
+        "the text. A constraint that allows nothing more ends it earlier.",
+    )
     stop: StopStrings = Field(
-        default_factory=list, description="Texts that end the completion; they are cut off.", examples=["\n\n"]
+        default_factory=list,
+        description="Strings that end the text, which does not contain them. They may be special tokens.",
+        examples=["\n\n"],
     )
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=1024, description="Tokens that end it.")
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=1024, description="Tokens that end the text.")
     ignore_eos: bool = Field(
-        False, description="Write on after an end-of-sequence token. Not with a constraint, whose texts end with one."
+        False, description="Continue after an end-of-sequence token. Not allowed with a constraint."
     )
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
-        """Raises RequestError that names a field out of its range."""
+        """Raises RequestError that names a field that is out of range."""
         return SamplingParameters(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -71,3 +89,10 @@ class SamplingBody(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
         )
+
+
+def refuse_no_tokens(parameters: SamplingParameters) -> SamplingParameters:
+    """Raises RequestError for `max_tokens` 0, which makes sense only where the prompt is part of the answer."""
+    if parameters.max_tokens == 0:
+        raise RequestError("max_tokens must be at least 1; 0 is for completions with echo", param="max_tokens")
+    return parameters

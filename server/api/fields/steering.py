@@ -1,30 +1,30 @@
-"""The `steering` field: a string such as `warm@0.8+concise@-0.3`, or an object that says more."""
+"""The `steering` field: a string such as `warm@0.8+concise@-0.3`, or an object with more options."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.api.fields.body import Body, Examples, OrElse
-from server.generation.steering_grammar import (
-    EXAMPLE,
-    LONGEST_SCHEDULE,
-    Schedule,
-    WantedSteering,
-    WantedTerm,
-    parse_steering,
+from server.engines.protocol import (
+    MAX_SCHEDULE_TOKEN,
+    ApplyTo,
+    Interpolation,
+    PlanTerm,
+    SteeringPlan,
+    StrengthSchedule,
 )
+from server.generation.steering_grammar import EXAMPLE, parse_steering
 from steering_vectors.errors import SteeringError
-from steering_vectors.profiles.profile import ApplyTo
 
 
 class SchedulePointBody(Body):
-    """A strength, and the token of the completion from which it holds."""
+    """The strength at one token of the completion."""
 
-    from_token: int = Field(ge=0, le=LONGEST_SCHEDULE, description="The first token drawn under it; the first has 0.")
-    strength: float = Field(description="The strength from there on, or, with a linear schedule, there.")
+    from_token: int = Field(ge=0, le=MAX_SCHEDULE_TOKEN, description="The token, from 0; the first point has 0.")
+    strength: float = Field(description="The strength: from this token on, or with linear interpolation at this token.")
 
 
 class SteeringTermBody(Body):
@@ -34,26 +34,29 @@ class SteeringTermBody(Body):
 
     name: str = Field(description="A served profile, NAME or NAME#SHA8.")
     strength: float | None = Field(
-        None, description="1, the default, is the profile's calibrated full strength, 0 none, below 0 opposite."
+        None, description="1 (the default) is the profile's calibrated full strength, 0 none, below 0 the opposite."
     )
-    layers: list[int] | None = Field(None, description="Blocks to steer at, of those the profile has; all if absent.")
+    layers: list[int] | None = Field(None, description="The blocks to steer, of those the profile has; by default all.")
     schedule: list[SchedulePointBody] | None = Field(
-        None, max_length=64, description="Strengths that change on the way, in the place of strength."
+        None,
+        max_length=64,
+        description="A strength that changes during the generation, instead of `strength`. Tokens count from the start "
+        "of the completion; in `PATCH /generations/{id}`, from the first token under the change.",
     )
-    interpolation: Literal["step", "linear"] | None = Field(
-        None, description="How a schedule goes from point to point; step if absent."
+    interpolation: Interpolation | None = Field(
+        None, description="`step` (the default) holds each strength until the next point; `linear` interpolates."
     )
 
-    def wanted(self) -> WantedTerm:
+    def term(self) -> PlanTerm:
         layers = None if self.layers is None else tuple(self.layers)
         if self.schedule is None:
             if self.interpolation is not None:
                 raise SteeringError("interpolation is given without schedule", param="steering.interpolation")
-            return WantedTerm(self.name, 1.0 if self.strength is None else self.strength, layers)
+            return PlanTerm(self.name, "", 1.0 if self.strength is None else self.strength, layers)
         if self.strength is not None:
-            raise SteeringError("strength and schedule are both given: use only one of them", param="steering.schedule")
+            raise SteeringError("strength and schedule are both given: use only one of them", param="schedule")
         points = tuple((point.from_token, point.strength) for point in self.schedule)
-        return WantedTerm(self.name, layers=layers, schedule=Schedule(points, self.interpolation == "linear"))
+        return PlanTerm(self.name, "", layers=layers, schedule=StrengthSchedule(points, self.interpolation or "step"))
 
 
 class SteeringBody(Body):
@@ -65,24 +68,24 @@ class SteeringBody(Body):
 
     profiles: list[SteeringTermBody] = Field(max_length=64, description="The profiles; an empty list is no steering.")
     apply_to: ApplyTo = Field("generated", description="From the last prompt token on, or the whole prompt too.")
-    preserve_norm: bool = Field(False, description="Keep the norm of each steered residual.")
+    preserve_norm: bool = Field(False, description="Preserve the norm of each steered residual.")
     allow_beyond_safe: bool = Field(False, description="Allow strengths beyond the profiles' safe range.")
 
-    def wanted(self, default: ApplyTo = "generated") -> WantedSteering:
-        """What is asked for; `default` says where it applies if that is left open."""
+    def plan(self, default: ApplyTo = "generated") -> SteeringPlan:
+        """`default` is used for `apply_to` where it was left out. Raises SteeringError that names protocol fields."""
         apply_to = self.apply_to if "apply_to" in self.model_fields_set else default
-        terms = tuple(term.wanted() for term in self.profiles)
-        return WantedSteering(terms, apply_to, self.preserve_norm, self.allow_beyond_safe)
+        terms = tuple(term.term() for term in self.profiles)
+        return SteeringPlan(terms, apply_to, self.preserve_norm, self.allow_beyond_safe)
 
 
 def _read_string(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        terms = parse_steering(value)
+        plan = parse_steering(value)
     except SteeringError as error:
         raise PydanticCustomError(error.code, "{reason}", {"reason": error.message}) from error
-    return {"profiles": [{"name": term.reference, "strength": term.strength} for term in terms]}
+    return {"profiles": [{"name": term.profile, "strength": term.strength} for term in plan.terms]}
 
 
 Steering = Annotated[SteeringBody, BeforeValidator(_read_string), OrElse({"type": "string", "examples": [EXAMPLE]})]

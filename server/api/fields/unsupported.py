@@ -1,7 +1,4 @@
-"""Fields of OpenAI's that this server does not support, with the values of each that ask for nothing.
-
-Null always asks for nothing. Any other value is refused by name, because a field that is ignored is a promise broken.
-"""
+"""The fields of OpenAI's API that are not supported, with their no-op values. Null is always a no-op."""
 
 from __future__ import annotations
 
@@ -34,3 +31,11 @@ MESSAGE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 STREAM_NO_OPS: Mapping[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
+NATIVE_NO_OPS: Mapping[str, tuple[Any, ...]] = {
+    **NO_OPS,
+    "n": (1,),
+    "stream_options": (),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+}

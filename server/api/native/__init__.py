@@ -1,1 +1,1 @@
-"""The routes of this server's own form: generate, compare, score, and changing a running steering."""
+"""trimtab's own routes: generate, compare, score, and those about steering."""

@@ -3,25 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from functools import partial
-from typing import Any
+from typing import Annotated, ClassVar, NotRequired, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from server.api.dependencies import ReporterDep, ServiceDep, refuse_steering_header
+from server.api.dependencies import IntakeDep, refuse_steering_header
 from server.api.document import declare
-from server.api.native.compare_request import CompareBody
-from server.api.native.steering_responses import CompareAnswer, CompareEvent
-from server.api.openai.building import ending
-from server.engines.protocol import Delta, Finished, GenerationRequest
-from server.generation.choices import Generations, Result, new_id, profiles_of
-from server.generation.encoding import encode, naming_field
-from server.generation.receipts import told_projections
-from server.http.error_responses import ErrorReporter
+from server.api.fields.body import Examples
+from server.api.fields.steering import Steering
+from server.api.native.generate import (
+    EXAMPLE_ANSWER,
+    EXAMPLE_DELTA,
+    EXAMPLE_END,
+    GenerateAnswer,
+    GenerateDelta,
+    GenerateEnd,
+    TextBody,
+    answer_of,
+    delta_event,
+    first_event,
+    last_event,
+)
+from server.engines.protocol import Delta, Finished
+from server.generation.choices import Choice, Generations, Result
+from server.generation.intake import Ask
+from server.http.answers import about
 from server.http.json_bodies import StrictRoute
-from server.http.sse import EventStreamResponse, frame, while_connected
-from server.state import Service
+from server.http.sse import EventStreamResponse, while_connected
+
+MAX_VARIANTS = 8
+
+Divergences = Annotated[
+    list[float], about("With `kl`: KL(steered‖unsteered) in nats of the distribution of each token.")
+]
+VariantIndex = Annotated[int, about("The variant, from 0.")]
+
+
+class CompareVariant(GenerateAnswer):
+    """The text of one variant."""
+
+    kl: NotRequired[Divergences]
+
+
+class CompareAnswer(TypedDict):
+    """The answer to POST /compare."""
+
+    variants: Annotated[list[CompareVariant], about("In the order of the request.")]
+
+
+class CompareDelta(GenerateDelta):
+    """A piece of a variant's text. The first one of each variant is empty and sent at once."""
+
+    variant: VariantIndex
+    kl: NotRequired[Divergences]
+
+
+class CompareEnd(GenerateEnd):
+    """The last event of a variant."""
+
+    variant: VariantIndex
+
+
+EXAMPLE_COMPARISON: CompareAnswer = {"variants": [{**EXAMPLE_ANSWER, "kl": [0.01, 0.2]}]}
+EXAMPLE_VARIANT_DELTA: CompareDelta = {**EXAMPLE_DELTA, "variant": 0, "kl": [0.01, 0.02]}
+EXAMPLE_VARIANT_END: CompareEnd = {**EXAMPLE_END, "variant": 0}
+
+
+class CompareBody(TextBody):
+    """The body of POST /compare. All variants sample with the same random numbers."""
+
+    examples: ClassVar[Examples] = (
+        {"prompt": "Bread is", "variants": ["warm@0.8", {"profiles": []}], "max_tokens": 12, "kl": True, "seed": 7},
+    )
+
+    variants: list[Steering] = Field(
+        min_length=1,
+        max_length=MAX_VARIANTS,
+        description="The steerings; one with an empty list of profiles is the unsteered model.",
+    )
+    kl: bool = Field(False, description="Report KL(steered‖unsteered) of each token's distribution, in nats.")
+
+    def ask(self, served: str, header: str | None) -> Ask:
+        return Ask(
+            (self.the_prompt(),),
+            encoding=self,
+            plans={f"variants[{place}]": variant.plan() for place, variant in enumerate(self.variants)},
+            sampling=self.sampling(),
+            divergence=self.kl,
+            projections=self.projections,
+            counted="variants",
+        )
+
 
 router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Depends(refuse_steering_header)])
 
@@ -29,65 +104,48 @@ router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Dep
 @router.post(
     "/compare",
     summary="Compare steerings of one prompt",
-    responses=declare(CompareAnswer, 400, 404, 429, 503, stream=CompareEvent),
+    responses=declare(
+        CompareAnswer,
+        EXAMPLE_COMPARISON,
+        400,
+        404,
+        429,
+        503,
+        stream=CompareDelta | CompareEnd,
+        events=[EXAMPLE_VARIANT_DELTA, EXAMPLE_VARIANT_END],
+    ),
 )
-async def compare(body: CompareBody, request: Request, service: ServiceDep, reporter: ReporterDep) -> Response:
-    """Continue a text or a conversation under several steerings, with the same random numbers."""
-    generations = await _start(body, service)
+async def compare(body: CompareBody, request: Request, intake: IntakeDep) -> Response:
+    """Continue a text or a conversation under several steerings, with the same random numbers. With `stream`, the
+    events of the variants are interleaved."""
+    generations = await intake.submit(body)
     if body.stream:
-        return EventStreamResponse(_frames(generations, reporter), close=generations.close)
+        return EventStreamResponse(_events(generations), close=generations.close)
     results = await while_connected(request, generations.results())
-    variants = [_whole(generations.requests[index], result) for index, result in enumerate(results)]
-    return JSONResponse({"variants": variants})
+    pairs = zip(generations.choices, results, strict=True)
+    return JSONResponse(CompareAnswer(variants=[_variant(choice, result) for choice, result in pairs]))
 
 
-async def _start(body: CompareBody, service: Service) -> Generations:
-    engine, sampling = service.engine, body.sampling()
-    find = service.registry.find
-    timelines = [
-        variant.wanted().timeline(partial(find, param=f"variants[{place}]"))
-        for place, variant in enumerate(body.variants)
-    ]
-    prompt = body.the_prompt()
-    ids = await encode(engine.language_model.tokenizer, prompt, body)
-    profiles = profiles_of([entry for timeline in timelines for entry in timeline]) if body.projections else ()
-    requests = [
-        GenerationRequest(
-            new_id("gen"),
-            ids,
-            sampling,
-            timeline[0][1],
-            schedule=tuple(timeline[1:]),
-            divergence=body.kl,
-            projections=profiles,
-        )
-        for timeline in timelines
-    ]
-    with naming_field(prompt):
-        return await Generations.run(engine, requests, most=service.most_generations, param="variants")
+def _variant(choice: Choice, result: Result) -> CompareVariant:
+    variant = cast(CompareVariant, answer_of(choice, result))
+    if choice.request.divergence:
+        variant["kl"] = list(result.divergences)
+    return variant
 
 
-def _whole(request: GenerationRequest, result: Result) -> dict[str, Any]:
-    head = {"id": request.id, "text": result.text}
-    told = {"kl": list(result.divergences)} if request.divergence else {}
-    return {**head, **told, **told_projections(request, result.projections), **ending(result.finished)}
+def _delta(index: int, choice: Choice, event: Delta) -> CompareDelta:
+    delta = cast(CompareDelta, {**delta_event(choice, event), "variant": index})
+    if event.divergences:
+        delta["kl"] = list(event.divergences)
+    return delta
 
 
-def _told(request: GenerationRequest, event: Delta) -> dict[str, Any]:
-    kl = {"kl": list(event.divergences)} if event.divergences else {}
-    return {**kl, **told_projections(request, event.projections)}
-
-
-async def _frames(generations: Generations, reporter: ErrorReporter) -> AsyncIterator[bytes]:
-    """Each variant's pieces with its number, the first one empty so that its id is known; one terminal event each."""
-    names = [{"variant": index, "id": request.id} for index, request in enumerate(generations.requests)]
-    for name in names:
-        yield frame({**name, "delta": ""})
-    try:
-        async for index, event in generations.events():
-            if isinstance(event, Finished):
-                yield frame({**names[index], **ending(event)})
-            elif isinstance(event, Delta) and (event.text or event.divergences or event.projections):
-                yield frame({**names[index], "delta": event.text, **_told(generations.requests[index], event)})
-    except Exception as error:
-        yield frame(reporter.describe(error))
+async def _events(generations: Generations) -> AsyncIterator[CompareDelta | CompareEnd]:
+    choices = generations.choices
+    for index, choice in enumerate(choices):
+        yield cast(CompareDelta, {**first_event(choice), "variant": index})
+    async for index, event in generations.events():
+        if isinstance(event, Finished):
+            yield {**last_event(choices[index], event), "variant": index}
+        elif isinstance(event, Delta) and (event.text or event.divergences or event.projections):
+            yield _delta(index, choices[index], event)

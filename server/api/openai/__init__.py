@@ -1,1 +1,1 @@
-"""The routes of OpenAI's form."""
+"""The routes of OpenAI's API."""

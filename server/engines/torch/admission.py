@@ -1,54 +1,128 @@
-"""What may enter the engine: which prompts fit the context, and which options go together."""
+"""What may enter the engine: the checks of a request, and the state it becomes. Runs beside the event loop."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import torch
+
+from server.engines.detokenizer import Detokenizer, special_tokens
 from server.engines.errors import reject
-from server.engines.protocol import GenerationRequest
+from server.engines.protocol import EngineInfo, GenerationRequest, SteeringPlan
+from server.engines.torch.constraints.matching import CompiledGrammar
+from server.engines.torch.plans import ResolvedPlan, SteeringState
+from server.engines.torch.sampling.request_sampler import RequestSampler, check_vocabulary
+from server.engines.torch.scheduling.request_state import RequestState
 from steering_vectors.errors import RequestError, SteeringError
-from steering_vectors.profiles.mixture import Mixture
+from steering_vectors.profiles.profile import Profile
+
+
+class Admission:
+    """Checks requests and plans for one model, and makes the states of requests."""
+
+    def __init__(self, info: EngineInfo, *, dtype: torch.dtype, eos_ids: frozenset[int], chunked: bool) -> None:
+        self._info = info
+        self._dtype = dtype
+        self._eos_ids = eos_ids
+        self._chunked = chunked
+
+    def states(
+        self, request: GenerationRequest, profiles: Mapping[str, Profile], grammar: CompiledGrammar | None
+    ) -> list[RequestState]:
+        """The states of a request's choices. Raises RequestError that names the field of the protocol."""
+        self._check(request)
+        plan = self.resolve(request.plan, profiles)
+        check_gates(request, plan, chunked=self._chunked)
+        stop_ids, stop_strings = self._stops(request)
+        return [
+            RequestState(
+                name,
+                request,
+                SteeringState(
+                    plan,
+                    generated_from=len(request.prompt_ids) - request.scored_suffix - 1,
+                    gates_stay_closed=len(request.prompt_ids) == 1,  # a gate looks at all tokens but the last
+                ),
+                RequestSampler(
+                    request.sampling,
+                    vocab_size=self._info.vocab_size,
+                    eos_ids=self._eos_ids,
+                    prompt_ids=request.prompt_ids,
+                    choice=choice,
+                    matcher=None if grammar is None else grammar.matcher(),
+                    stop_ids=stop_ids,
+                ),
+                Detokenizer(self._info.tokenizer, request.prompt_ids, stop_strings),
+                stop_ids,
+                tuple(profiles[version] for version in request.projections),
+                request.versions,
+            )
+            for choice, name in enumerate(request.ids)
+        ]
+
+    def resolve(self, plan: SteeringPlan, profiles: Mapping[str, Profile]) -> ResolvedPlan:
+        """The plan with its profiles. Raises SteeringError."""
+        resolved = ResolvedPlan(plan, profiles)
+        resolved.check(self._dtype)
+        return resolved
+
+    def _check(self, request: GenerationRequest) -> None:
+        writes = request.sampling.max_tokens != 0
+        check_prompt(request.prompt_ids, vocabulary=self._info.vocab_size, context=self._info.context, writes=writes)
+        check_vocabulary(request.sampling, self._info.vocab_size)
+        endless = request.constraint is not None and request.sampling.ignore_eos
+        reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
+        if request.divergence and self._info.slots < 2:
+            raise RequestError("divergence needs a second slot", param="divergence", code="too_few_slots")
+
+    def _stops(self, request: GenerationRequest) -> tuple[dict[int, int | str], tuple[str, ...]]:
+        """The tokens that end the text, each with what is reported, and the strings to look for in the text."""
+        special = special_tokens(self._info.tokenizer) if request.sampling.stop else {}
+        stop_ids: dict[int, int | str] = {}
+        for text in request.sampling.stop:
+            if text in special:
+                stop_ids[special[text]] = text
+            elif held := next((one for one in special if len(one) > 1 and not one.isspace() and one in text), None):
+                raise RequestError(
+                    f"stop string {text!r} holds the special token {held!r}, which texts leave out: stop at {held!r} "
+                    "alone",
+                    param="stop",
+                )
+        stop_ids.update((token_id, token_id) for token_id in request.sampling.stop_token_ids)
+        return stop_ids, request.sampling.stop
 
 
 def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context: int, writes: bool) -> None:
     """Raise RequestError if a prompt is empty, has an id outside of the vocabulary, or does not fit the context, with
-    room for a token if any is to be written."""
-    reject(not prompt_ids, "the prompt is empty", "prompt")
+    room for a token if any is to be generated."""
+    reject(not prompt_ids, "the prompt is empty", "prompt_ids")
     reject(
         any(not 0 <= token < vocabulary for token in prompt_ids),
         f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
-        "prompt",
+        "prompt_ids",
     )
     if len(prompt_ids) > context - writes:
         raise RequestError(
             f"the prompt has {len(prompt_ids)} tokens; the context holds {context}, prompt and completion together: "
             "shorten the prompt",
-            param="prompt",
+            param="prompt_ids",
             code="context_length_exceeded",
         )
 
 
-def check_options(request: GenerationRequest, *, slots: int) -> None:
-    """Raise RequestError for options that contradict each other, or that so few slots do not bear."""
-    endless = request.grammar is not None and request.sampling.ignore_eos
-    reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
-    alone = request.divergence and slots < 2
-    reject(alone, "divergences need a second slot: start the server with --slots 2 or more", "kl")
-
-
-def check_gates(request: GenerationRequest, mixture: Mixture, *, chunked: bool) -> None:
+def check_gates(request: GenerationRequest, plan: ResolvedPlan, *, chunked: bool) -> None:
     """Raise SteeringError for a profile with a gate where the prompt cannot decide it."""
-    if mixture.gated and not chunked:
+    if plan.gates and not chunked:
         raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
-    if mixture.gated and request.prompt_logprobs is not None:
+    if plan.gates and request.prompt_logprobs is not None:
         raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
 
 
-def check_no_new_gates(known: Collection[str], mixture: Mixture) -> None:
+def check_no_new_gates(known: Collection[str], plan: ResolvedPlan) -> None:
     """Raise SteeringError for a gate that the prompt of a running request did not decide."""
-    for term in mixture.gated:
-        if term.profile.name not in known:
+    for name in plan.gates:
+        if name not in known:
             raise SteeringError(
-                f"profile {term.profile.name!r} has a gate, which a prompt decides before it is answered: it cannot "
-                "join a running generation"
+                f"profile {name!r} has a gate, which a prompt decides before it is answered: it cannot join a running "
+                "generation"
             )

@@ -1,7 +1,4 @@
-"""The engine on plain transformers: one thread owns the model and runs step after step.
-
-Owns the thread, the border between it and the event loops, and what may enter. What a step does is in `steps`.
-"""
+"""The engine on plain transformers: one thread owns the model and runs step after step."""
 
 from __future__ import annotations
 
@@ -10,45 +7,41 @@ import logging
 import math
 import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from server.engines.detokenizer import Detokenizer
+from server.engines.config import DEFAULT_CONFIG, DEFAULT_SLOTS, EngineConfig
+from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
+from server.engines.mailbox import Mailbox, Receiver
 from server.engines.protocol import (
+    ALL_CAPABILITIES,
     Constraint,
+    EngineInfo,
     EngineStats,
     EventStream,
     GenerationRequest,
+    PlanEffect,
     SteeringChange,
+    SteeringPlan,
 )
-from server.engines.torch.admission import (
-    check_gates,
-    check_no_new_gates,
-    check_options,
-    check_prompt,
-)
+from server.engines.torch.admission import Admission, check_no_new_gates
 from server.engines.torch.constraints.cache import Grammars
-from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, matcher_of
-from server.engines.torch.loop import Steps
-from server.engines.torch.mailbox import Mailbox, call_in
-from server.engines.torch.request import Row
-from server.engines.torch.sampling.request_sampler import RowSampler, check_vocabulary
-from server.engines.torch.scheduling.budget import Pace
-from server.engines.torch.scheduling.prefix_reuse import Prefixes
-from server.engines.torch.scheduling.request_state import Sequence
+from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler
+from server.engines.torch.loaded_profiles import LoadedProfiles
+from server.engines.torch.loop import EngineLoop
+from server.engines.torch.plans import ResolvedPlan
+from server.engines.torch.scheduling.budget import PrefillBudget
+from server.engines.torch.scheduling.prefix_reuse import PrefixCache
+from server.engines.torch.scheduling.request_state import RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
-from steering_vectors.errors import (
-    Conflict,
-    Overloaded,
-    Unavailable,
-    UnknownGeneration,
-)
 from steering_vectors.models.limits import checked_context, eos_ids
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.profiles.mixture import Mixture
+from steering_vectors.profiles.mixture import unit_shifts
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.threads import run_apart, use_threads
@@ -58,129 +51,160 @@ from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SLOTS = 16
-DEFAULT_QUEUE = 1024
-DEFAULT_CHUNK = 256
-REMEMBERED = 4096
+MAX_ENDED_IDS = 4096  # remembered, so that a late change is told from a wrong id
+
+Result = TypeVar("Result")
 
 
 class TorchEngine:
     """Implements `protocol.Engine`.
 
-    `slots` rows run at once and the rest queue, `max_queue` of them at most. `context` None takes the model's own
-    limit, at most 4096; more than the model's limit is a ModelError. `prefill_chunk` is the number of prompt tokens
-    computed at most in one step, for all rows together; and as many as take no longer than `max_stall_ms` while others
-    decode, None for 1.5 times what a token of these takes. `prefix_reuse`: whether what is computed of a prompt is kept
-    for others that begin alike and are steered alike. `static_decoding`: as `choose_runner` takes it.
-    `channel`: to the processes that hold the model's other parts, each of which runs `follower_of` at the same time.
+    Of `config` only what runs the model is used here; `build_engine` loads it. `channel` leads to the processes that
+    hold the model's other parts, each of which runs `make_follower` at the same time.
     """
 
     def __init__(
-        self,
-        language_model: LanguageModel,
-        *,
-        slots: int = DEFAULT_SLOTS,
-        context: int | None = None,
-        max_queue: int = DEFAULT_QUEUE,
-        prefill_chunk: int = DEFAULT_CHUNK,
-        max_stall_ms: float | None = None,
-        prefix_reuse: bool = True,
-        static_decoding: bool | None = None,
-        channel: Channel | None = None,
-        allow_model_mismatch: bool = False,
+        self, language_model: LanguageModel, config: EngineConfig = DEFAULT_CONFIG, *, channel: Channel | None = None
     ) -> None:
+        slots = config.slots or DEFAULT_SLOTS
+        context = checked_context(language_model, config.context)
         self._language_model = language_model
-        self._context = checked_context(language_model, context)
-        self._max_queue = max_queue
-        self._allow_model_mismatch = allow_model_mismatch
+        self._config = config
         self._eos_ids = eos_ids(language_model)
-        self._vocab_size = language_model.vocab_size
         self._grammars = Grammars(GrammarCompiler(language_model.tokenizer, self._eos_ids))
-        self._bank, self._runner = run_apart(lambda: _made_for(language_model, slots, self._context, static_decoding))
+        graphs = config.cuda_graphs if channel is None else False
+        self._bank, self._runner = run_apart(lambda: make_runner(language_model, slots, context, graphs))
         if channel is not None:
             self._runner = LeadingRunner(language_model, self._runner, channel)
-        chunk = prefill_chunk if self._runner.chunked else self._context * slots
-        self._prefixes = Prefixes(slots, self._runner.columns if prefix_reuse else None)
-        stall = math.inf if not self._runner.chunked else None if max_stall_ms is None else max_stall_ms / 1000
-        pace = Pace(chunk, stall)
-        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk, prefixes=self._prefixes, pace=pace)
-        self._steps = Steps(self._runner, self._bank, self._scheduler, pace, eos_ids=self._eos_ids, ended=self._forget)
-        self._live: set[str] = set()
-        self._ended: dict[str, None] = {}  # the latest, so that a late change is told from a wrong id
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._closing = False
+        chunk = config.prefill_chunk if self._runner.chunked else context * slots
+        self._prefixes = PrefixCache(slots, self._runner.columns if config.prefix_reuse else None)
+        stall = None if config.max_stall_ms is None else config.max_stall_ms / 1000
+        budget = PrefillBudget(chunk, stall if self._runner.chunked else math.inf)
+        self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk, prefixes=self._prefixes, budget=budget)
+        self._loop = EngineLoop(
+            self._runner, self._bank, self._scheduler, budget, eos_ids=self._eos_ids, ended=self._ended
+        )
+        self._info = EngineInfo(
+            name="torch",
+            model_name=language_model.name,
+            identity=language_model.identity,
+            tokenizer=language_model.tokenizer,
+            vocab_size=language_model.vocab_size,
+            dtype=str(language_model.dtype).removeprefix("torch."),
+            context=context,
+            slots=slots,
+            capacity=slots + config.max_queue,
+            path=self._runner.path,
+            capabilities=ALL_CAPABILITIES if self._runner.chunked else ALL_CAPABILITIES - {"gates"},
+        )
+        self._admission = Admission(
+            self._info, dtype=language_model.dtype, eos_ids=self._eos_ids, chunked=self._runner.chunked
+        )
+        self._profiles = LoadedProfiles()
+        self._requests: dict[str, RequestState | None] = {}  # by id, None while one is being admitted
+        self._ended_ids: dict[str, None] = {}  # the latest last
         self._threads = torch.get_num_threads()
-        self._begun = threading.Event()
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="trimtab-admission")
+        self._beside.submit(use_threads, 1).result()
+        torch.set_num_threads(self._threads)  # what one thread sets is the default of later ones
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._closing = False
+        self._stopped = False  # no command is carried out any more
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
         self._thread.start()
-        self._begun.wait()
+        self._started.wait()
 
-    # What the event loop calls.
-
-    @property
-    def language_model(self) -> LanguageModel:
-        return self._language_model
+    # Called from the event loop.
 
     @property
-    def context(self) -> int:
-        return self._context
+    def info(self) -> EngineInfo:
+        return self._info
 
-    async def compile(self, constraint: Constraint) -> CompiledGrammar:
-        return await self._grammars.get(constraint)
+    async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
+        self._check_open()
+        ids = [name for request in requests for name in request.ids]
+        seen: set[str] = set()
+        for name in ids:
+            if name in self._requests or name in seen:
+                raise Conflict(f"a generation with id {name!r} is running already", param="ids")
+            seen.add(name)
+        if len(self._requests) + len(ids) > self._info.capacity:
+            raise Overloaded(f"{len(self._requests)} requests are running or waiting already: try again later")
+        pins = [version for request in requests for _ in request.ids for version in request.versions]
+        profiles = self._profiles.acquire(pins)
+        self._requests.update(dict.fromkeys(ids))
+        try:
+            grammars = await self._compile({request.constraint for request in requests if request.constraint})
 
-    def generate(self, request: GenerationRequest) -> EventStream:
-        self._check(request)
-        mailbox = Mailbox(cancel=lambda: self.cancel(request.id))
-        row = Row(
-            sequence=Sequence(request),
-            sampler=RowSampler(
-                request.sampling,
-                vocab_size=self._vocab_size,
-                eos_ids=self._eos_ids,
-                prompt_ids=request.prompt_ids,
-                choice=request.choice,
-                matcher=matcher_of(request.grammar),
-            ),
-            detokenizer=Detokenizer(self._language_model.tokenizer, request.prompt_ids, request.sampling.stop),
-            mailbox=mailbox,
-        )
-        self._live.add(request.id)
-        self._commands.put(lambda: self._steps.add(row))
-        return mailbox
+            def admit() -> list[RequestState]:
+                found = ((request, request.constraint) for request in requests)
+                return [
+                    state
+                    for request, constraint in found
+                    for state in self._admission.states(
+                        request, profiles, None if constraint is None else grammars[constraint]
+                    )
+                ]
 
-    def set_steering(self, request_id: str, mixture: Mixture) -> Awaitable[SteeringChange]:
-        self._check_mixture(mixture)
-        self._check_live(request_id)
-        loop = asyncio.get_running_loop()
-        changed: asyncio.Future[SteeringChange] = loop.create_future()
-        self._commands.put(lambda: self._change(request_id, mixture, changed))
-        return changed
+            states = await self._aside(admit)
+            mailbox = Mailbox()
+            for state in states:
+                state.mailbox = mailbox
+                self._requests[state.id] = state
+            self._send(lambda: self._loop.add(states))
+        except BaseException:
+            self._profiles.release(pins)
+            for name in ids:
+                self._requests.pop(name, None)
+            raise
+        return Receiver(mailbox, ids, self._cancel)
 
-    def cancel(self, request_id: str) -> bool:
-        if request_id not in self._live:
-            return False
-        self._commands.put(lambda: self._cancel(request_id))
-        return True
+    async def set_steering(self, id: str, plan: SteeringPlan) -> SteeringChange:
+        self._check_open()
+        profiles = self._profiles.acquire(plan.versions)
+        try:
+            resolved = await self._aside(lambda: self._admission.resolve(plan, profiles))
+            changed: asyncio.Future[SteeringChange] = asyncio.get_running_loop().create_future()
+            self._send(lambda: _settle(changed, lambda: self._change(id, resolved)))
+        except BaseException:
+            self._profiles.release(plan.versions)
+            raise
+        return await changed
 
-    def load_profile(self, profile: Profile) -> None:
-        profile.check_model(self._language_model.identity, allow_mismatch=self._allow_model_mismatch)
+    async def cancel(self, id: str) -> bool:
+        return self._cancel((id,))
 
-    def unload_profile(self, profile: Profile) -> None:
-        """Nothing is kept per profile: running requests hold their own."""
+    async def explain(self, plan: SteeringPlan) -> PlanEffect:
+        self._check_open()
+        profiles = self._profiles.acquire(plan.versions)
+        try:
+            return await self._aside(lambda: self._admission.resolve(plan, profiles).effect(self._language_model.dtype))
+        finally:
+            self._profiles.release(plan.versions)
+
+    async def load_profile(self, profile: Profile) -> None:
+        self._check_open()
+        profile.check_model(self._info.identity, allow_mismatch=self._config.allow_model_mismatch)
+        await self._aside(lambda: unit_shifts(profile, None))
+        self._profiles.add(profile)
+
+    async def unload_profile(self, version: str) -> None:
+        self._profiles.release((version,))
 
     def stats(self) -> EngineStats:
+        counts = self._loop.counts
         return EngineStats(
-            slots=self._scheduler.num_slots,
-            context=self._context,
-            running=self._scheduler.running,
-            waiting=self._scheduler.waiting,
-            steps=self._steps.counts["steps"],
-            prompt_tokens=self._steps.counts["prompt"],
-            generated_tokens=self._steps.counts["generated"],
-            steered_tokens=self._steps.counts["steered"],
-            cached_tokens=self._steps.counts["cached"],
-            finished=dict(self._steps.finished),
-            path=self._runner.path,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            profiles=len(self._profiles),
+            steps=counts["steps"],
+            prompt_tokens=counts["prompt"],
+            cached_tokens=counts["cached"],
+            generated_tokens=counts["generated"],
+            steered_tokens=counts["steered"],
+            finished=dict(self._loop.finished),
         )
 
     async def close(self) -> None:
@@ -188,128 +212,150 @@ class TorchEngine:
             return
         self._closing = True
         self._grammars.close()
-        done = Mailbox(cancel=lambda: None)
-        self._commands.put(lambda: None)
-        await done.loop.run_in_executor(None, self._thread.join)
+        with suppress(Unavailable):
+            self._send(lambda: None)
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self._beside.shutdown(wait=False)
         self._runner.close()
         self._bank.detach()
 
-    def _check(self, request: GenerationRequest) -> None:
-        if self._closing or not self._thread.is_alive():
+    def _check_open(self) -> None:
+        if self._closing or self._stopped:
             raise Unavailable("the engine is shut down")
-        if request.id in self._live:
-            raise Conflict(f"a generation with id {request.id!r} is running already", param="id")
-        vocabulary, writes = self._vocab_size, request.sampling.max_tokens != 0
-        check_prompt(request.prompt_ids, vocabulary=vocabulary, context=self._context, writes=writes)
-        check_vocabulary(request.sampling, self._vocab_size)
-        check_options(request, slots=self._scheduler.num_slots)
-        for profile in request.projections:
-            self.load_profile(profile)
-        for mixture in (request.mixture, *(later for _, later in request.schedule)):
-            self._check_mixture(mixture)
-            check_gates(request, mixture, chunked=self._runner.chunked)
-        if len(self._live) >= self._scheduler.num_slots + self._max_queue:
-            raise Overloaded(f"{len(self._live)} requests are running or waiting already: try again later")
 
-    # What the engine's thread does.
+    def _live(self, id: str) -> RequestState:
+        """The state of a live choice. Raises UnknownGeneration or Conflict."""
+        if (state := self._requests.get(id)) is not None:
+            return state
+        if id in self._ended_ids:
+            raise Conflict(f"generation {id!r} has ended: its steering cannot be changed", param="id")
+        raise UnknownGeneration(f"there is no generation {id!r} here", param="id")
+
+    async def _compile(self, constraints: set[Constraint]) -> dict[Constraint, CompiledGrammar]:
+        return {constraint: await self._grammars.get(constraint) for constraint in constraints}
+
+    async def _aside(self, work: Callable[[], Result]) -> Result:
+        """Run work that would hold up the event loop."""
+        try:
+            outcome = self._beside.submit(work)
+        except RuntimeError as error:
+            raise Unavailable("the engine is shut down") from error
+        return await asyncio.wrap_future(outcome)
+
+    def _cancel(self, ids: Sequence[str]) -> bool:
+        """End choices; whether any of them is live. May be called from any thread."""
+        states = [state for name in ids if (state := self._requests.get(name)) is not None]
+        if not states:
+            return False
+        with suppress(Unavailable):  # else they end with the engine
+            self._send(lambda: self._loop.cancel(states))
+        return True
+
+    def _send(self, command: Callable[[], Any]) -> None:
+        """Have the engine's thread do something between two steps. Raises Unavailable if it has ended."""
+        with self._sending:
+            if self._stopped:
+                raise Unavailable("the engine is shut down")
+            self._commands.put(command)
+
+    # Called in the engine's thread.
 
     def _run(self) -> None:
-        _show_name()
+        _set_thread_name()
         use_threads(self._threads)
-        self._begun.set()
+        self._started.set()
         with torch.inference_mode():
             while not self._closing:
                 self._take_commands(wait=not self._scheduler.has_work)
                 if not self._closing and self._scheduler.has_work:
                     self._step_or_fail()
-                self._steps.outbox.deliver()
+                self._loop.outbox.deliver()
+            with self._sending:
+                self._stopped = True
             self._take_commands(wait=False)
-            self._steps.end("cancelled")
-            self._steps.outbox.deliver()
+            self._loop.end("cancelled")
+            self._loop.outbox.deliver()
 
     def _step_or_fail(self) -> None:
-        """A step that breaks ends the requests it ran, never the thread."""
+        """A step that fails ends the requests it ran, never the thread."""
         try:
             self.step()
         except Exception as error:
             logger.exception("a step failed")
-            self._steps.end("error", f"{type(error).__name__} while computing a step", running_only=True)
+            self._loop.end("error", f"{type(error).__name__} while computing a step", running_only=True)
 
     def step(self) -> None:
-        """One step of all rows."""
-        self._steps.step()
-
-    def _check_mixture(self, mixture: Mixture) -> None:
-        for term in mixture.terms:
-            self.load_profile(term.profile)
-        self._bank.check(mixture)
-
-    def _check_live(self, request_id: str) -> None:
-        if request_id in self._live:
-            return
-        if request_id in self._ended:
-            raise Conflict(f"generation {request_id!r} has ended: its steering cannot be changed", param="id")
-        raise UnknownGeneration(f"there is no generation {request_id!r} here", param="id")
-
-    def _change(self, request_id: str, mixture: Mixture, changed: asyncio.Future[SteeringChange]) -> None:
-        """Carry out `set_steering`, and tell the one that waits for it in its own loop."""
-        try:
-            self._check_live(request_id)
-            row = self._steps.row(request_id)
-            assert row is not None, "live, and not among the rows"
-            check_no_new_gates(row.sequence.conditions, mixture)
-            row.sequence.scheduled.clear()
-            change = self._steps.steer(row.sequence, mixture)
-            call_in(changed.get_loop(), _settle, changed, change)
-        except Exception as error:
-            call_in(changed.get_loop(), _settle, changed, error)
-
-    def _cancel(self, request_id: str) -> None:
-        if (row := self._steps.row(request_id)) is not None:
-            self._steps.finish(row, "cancelled")
-
-    def _forget(self, request_id: str) -> None:
-        self._live.discard(request_id)
-        self._ended[request_id] = None
-        if len(self._ended) > REMEMBERED:
-            del self._ended[next(iter(self._ended))]
+        """One step of all requests."""
+        self._loop.step()
 
     def _take_commands(self, *, wait: bool) -> None:
-        """Carry out what the event loop asked for since the last step; if there is nothing to do, wait for it."""
-        if wait and not self._closing:
-            self._commands.get()()
+        """Carry out what was asked for since the last step; if there is nothing to do, wait for it."""
         while True:
             try:
-                self._commands.get_nowait()()
+                command = self._commands.get(block=wait and not self._closing)
             except queue.Empty:
                 return
+            wait = False
+            try:
+                command()
+            except Exception:
+                logger.exception("a command to the engine failed")
+
+    def _change(self, id: str, plan: ResolvedPlan) -> SteeringChange:
+        """Carry out `set_steering`: the request now holds the plan's profiles in place of those before."""
+        released = plan.plan.versions
+        try:
+            state = self._live(id)
+            check_no_new_gates(state.steering.conditions, plan)
+            released, state.pinned = state.pinned, (*plan.plan.versions, *state.request.projections)
+            self._profiles.acquire(state.request.projections)
+            return self._loop.steer(state, plan)
+        finally:
+            self._profiles.release(released)
+
+    def _ended(self, state: RequestState) -> None:
+        self._requests.pop(state.id, None)
+        self._profiles.release(state.pinned)
+        self._ended_ids[state.id] = None
+        if len(self._ended_ids) > MAX_ENDED_IDS:
+            del self._ended_ids[next(iter(self._ended_ids))]
 
 
-def follower_of(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> Follower:
+def make_follower(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> Follower:
     """What a process that does not serve does beside the one that does."""
-    bank, runner = _made_for(language_model, slots, context, False)
+    bank, runner = make_runner(language_model, slots, context, False)
     return Follower(runner, bank, channel)
 
 
-def _made_for(
+def make_runner(
     language_model: LanguageModel, slots: int, context: int, static: bool | None
 ) -> tuple[AcceleratedBank, Runner]:
-    """What steers the model, and what runs it."""
+    """The bank that steers the model, and the runner that computes it."""
     bank = AcceleratedBank.over(language_model, rows=slots)
     bank.attach()
     return bank, choose_runner(language_model, bank, context=context, static=static)
 
 
-def _show_name() -> None:
-    """Let `top -H`, py-spy and /proc know this thread by its name, which Python keeps to itself before 3.14."""
+def _set_thread_name() -> None:
+    """Show this thread's name in `top -H`, py-spy and /proc; Python itself does so from 3.14 on."""
     with suppress(OSError):
         Path("/proc/thread-self/comm").write_text(threading.current_thread().name)
 
 
-def _settle(waiting: asyncio.Future[SteeringChange], outcome: SteeringChange | Exception) -> None:
+def _settle(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
+    """Do some work and give its outcome to the one who waits for it in another thread."""
+    try:
+        outcome: tuple[Any, Exception | None] = (work(), None)
+    except Exception as error:
+        outcome = (None, error)
+    with suppress(RuntimeError):  # the loop is closed
+        waiting.get_loop().call_soon_threadsafe(_resolve, waiting, *outcome)
+
+
+def _resolve(waiting: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
     if waiting.done():
         return
-    if isinstance(outcome, Exception):
-        waiting.set_exception(outcome)
+    if error is not None:
+        waiting.set_exception(error)
     else:
-        waiting.set_result(outcome)
+        waiting.set_result(value)

@@ -1,9 +1,7 @@
-"""What the engine's thread does step by step, for all rows that live.
+"""What the engine's thread does in each step, for all live requests.
 
-A step admits what waits, computes one chunk of each unfinished prompt and one token of each decoding row, draws the
-next tokens and sends their text. Owns the rows' lives from their first step to their last event; what rows compute is
-the runner's, which rows run is the scheduler's, what a token becomes is the sampler's and the detokenizer's. Knows
-nothing of threads or of those who asked.
+A step admits waiting requests, computes one chunk of each unfinished prompt and one token of each decoding row, draws
+the next tokens and sends their text.
 """
 
 from __future__ import annotations
@@ -11,212 +9,238 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from server.engines.protocol import Delta, Finished, FinishReason, PromptLogprobs, SteeringChange, TokenLogprob
-from server.engines.torch.batches import Passes
-from server.engines.torch.mailbox import Outbox
-from server.engines.torch.request import Row, Told, score, tell
+from server.engines.mailbox import Outbox
+from server.engines.protocol import Delta, Event, Finished, FinishReason, PromptLogprobs, SteeringChange, TokenLogprob
+from server.engines.torch.batches import BatchOutput, run_batch
+from server.engines.torch.plans import ResolvedPlan
 from server.engines.torch.sampling.sample import NonFiniteLogits, sample
-from server.engines.torch.scheduling.budget import Pace
-from server.engines.torch.scheduling.request_state import Chunk, Sequence
+from server.engines.torch.scheduling.budget import PrefillBudget
+from server.engines.torch.scheduling.request_state import Chunk, RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
+from server.engines.torch.token_details import Residuals, TokenDetails, decide_gates, score_prompts, token_details
+from steering_vectors.errors import SteeringError
 from steering_vectors.models.transfers import picked
-from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.runtime.runner import Runner
 from steering_vectors.steering.bank import SteeringBank
 
 NOT_FINITE = "the model's logits are not finite; the strength may be too high"
 
 
-class Steps:
-    """The rows of one runner. `ended` is called with the id of each request that ends; events go into `outbox`."""
+class EngineLoop:
+    """The steps of one runner. `ended` is called with each request that ends; events go into `outbox`."""
 
     def __init__(
         self,
         runner: Runner,
         bank: SteeringBank,
         scheduler: Scheduler,
-        pace: Pace,
+        budget: PrefillBudget,
         *,
         eos_ids: frozenset[int],
-        ended: Callable[[str], None],
+        ended: Callable[[RequestState], None],
     ) -> None:
         self._runner = runner
         self._bank = bank
         self._scheduler = scheduler
-        self._pace = pace
+        self._budget = budget
         self._eos_ids = eos_ids
         self._ended = ended
-        self._passes = Passes(runner)
-        self._rows: dict[str, Row] = {}
         self.outbox = Outbox()
         self.counts: Counter[str] = Counter()
         self.finished: Counter[str] = Counter()
 
-    def add(self, row: Row) -> None:
-        self._rows[row.sequence.request.id] = row
-        self._scheduler.add(row.sequence)
+    def add(self, states: Sequence[RequestState]) -> None:
+        for state in states:
+            self._scheduler.add(state)
 
-    def row(self, request_id: str) -> Row | None:
-        return self._rows.get(request_id)
+    def cancel(self, states: Sequence[RequestState]) -> None:
+        for state in states:
+            self.finish(state, "cancelled")
 
     def end(self, reason: FinishReason, error: str | None = None, *, running_only: bool = False) -> None:
-        """End all rows, or those only that have a slot."""
-        for row in list(self._rows.values()):
-            if row.sequence.slot >= 0 or not running_only:
-                self.finish(row, reason, error)
+        """End all requests, or only those that have a slot."""
+        waiting = () if running_only else tuple(self._scheduler.waiting)
+        for state in (*self._scheduler.running, *waiting):
+            self.finish(state, reason, error)
 
     def step(self) -> None:
-        """Admit what waits, then the passes over prompts and one over decoding rows."""
+        """One step of all requests."""
         self.counts["steps"] += 1
-        for sequence in self._scheduler.admit():
-            self._bank.write(sequence.slot, sequence.mixture)
-        for sequence in self._scheduler.running_sequences():
-            if sequence.scheduled and (due := sequence.take_scheduled()) is not None:
-                self.steer(sequence, due)
+        for state in self._scheduler.admit():
+            self._write(state)
+        for state in tuple(self._scheduler.running):
+            if state.steering.advance(state.completion_length):
+                self._write(state)
         for batch in self._scheduler.schedule():
-            began = time.perf_counter()
-            self._compute(batch, self._score(batch) if batch[0].scores else self._forward(batch))
-            self._learn(batch, time.perf_counter() - began)
+            self._run(batch)
 
-    def _learn(self, batch: list[Chunk], seconds: float) -> None:
-        tokens = sum(map(len, batch))
-        if tokens == len(batch):
-            self._pace.note_decoding(seconds)
-        else:
-            self._pace.note_prompts(tokens, seconds)
-
-    def _forward(self, batch: list[Chunk]) -> torch.Tensor:
-        """The logits of each chunk's last token; those of its shadow are left with its row."""
-        logits, shadows = self._passes.forward(batch)
-        for request_id, unsteered in shadows.items():
-            self._rows[request_id].unsteered = unsteered
-        return logits
-
-    def _score(self, batch: list[Chunk]) -> torch.Tensor:
-        """Note the log-probabilities of prompts' tokens; the logits of each chunk's last token."""
-        found = self._passes.forward_all(batch)
-        rows = [self._row(chunk) for chunk in batch]
-        told = score(rows, [chunk.scored_from for chunk in batch], found)
-        for chunk, row, scores in zip(batch, rows, told, strict=True):
-            if any(math.isnan(one.logprob) for one in scores):
-                self.finish(row, "error", NOT_FINITE, blamed=row.blamed)
-            elif chunk.end == chunk.sequence.prompt_length:
-                self.outbox.put(row.mailbox, PromptLogprobs(tuple(row.scores)))
-                row.scores = []
-        return torch.stack([logits[-1] for logits in found])
-
-    def _compute(self, batch: list[Chunk], logits: torch.Tensor) -> None:
-        """Go on from the logits of each chunk's last token."""
-        for chunk in batch:
-            if chunk.sequence.finish is not None:
-                continue
-            self._count(chunk)
-            self._scheduler.advance(chunk)
-            if chunk.sequence.undecided and self._row(chunk).decide(self._passes.sums(chunk.slot)):
-                self._bank.write(chunk.slot, chunk.sequence.mixture)
-            if chunk.samples and chunk.sequence.request.sampling.max_tokens == 0:
-                self.finish(self._row(chunk), "length")
-        drawing = [index for index, chunk in enumerate(batch) if chunk.samples and chunk.sequence.finish is None]
-        if drawing:
-            logits = logits if len(drawing) == len(batch) else picked(logits, drawing)
-            self._draw([self._row(batch[index]) for index in drawing], logits)
-
-    def _draw(self, rows: list[Row], logits: torch.Tensor) -> None:
-        try:
-            tokens = sample(logits, [row.sampler for row in rows])
-        except NonFiniteLogits as failure:
-            for row in (rows[index] for index in failure.rows):
-                self.finish(row, "error", row.sampler.problem or NOT_FINITE, blamed=row.blamed)
-            sound = [index for index in range(len(rows)) if index not in failure.rows]
-            if sound:
-                self._draw([rows[index] for index in sound], picked(logits, sound))
-            return
-        residuals = self._passes.residuals()
-        for row, token, told in zip(rows, tokens, tell(rows, logits, tokens, residuals), strict=True):
-            self._accept(row, token, told)
-
-    def _accept(self, row: Row, token: int, told: Told) -> None:
-        """Append a drawn token to its row, send its text, end the row if it was the last."""
-        sequence, sampling = row.sequence, row.sequence.request.sampling
-        sequence.ids.append(token)
-        row.sampler.observe(token)
-        self.counts["generated"] += 1
-        if token in sampling.stop_token_ids:
-            self.finish(row, "stop", matched=token, ending=told.logprobs)
-        elif token in self._eos_ids and not sampling.ignore_eos:
-            self.finish(row, "stop", ending=told.logprobs)
-        else:
-            text = row.detokenizer.push([token])
-            self.outbox.put(row.mailbox, Delta(text, (token,), told.logprobs, told.divergences, told.projections))
-            if row.detokenizer.matched_stop is not None:
-                self.finish(row, "stop", matched=row.detokenizer.matched_stop)
-            elif row.sampler.complete:
-                self.finish(row, "stop")
-            elif sequence.completion_length == sampling.max_tokens or len(sequence.ids) >= self._runner.context:
-                self.finish(row, "length")
+    def steer(self, state: RequestState, plan: ResolvedPlan) -> SteeringChange:
+        """Change the plan of a request from its next token on."""
+        token = state.completion_length
+        segment = state.steering.change(token, plan)
+        if state.slot >= 0:
+            self._write(state)
+        return SteeringChange(state.id, token, state.computed, segment)
 
     def finish(
         self,
-        row: Row,
+        state: RequestState,
         reason: FinishReason,
         error: str | None = None,
         *,
         matched: str | int | None = None,
         ending: tuple[TokenLogprob, ...] = (),
-        blamed: str | None = None,
+        error_param: str | None = None,
     ) -> None:
-        sequence = row.sequence
-        if sequence.finish is not None:
+        """End a request with its one terminal event, and free its slots."""
+        if state.finish is not None:
             return
-        rest = row.detokenizer.finish()
-        if row.detokenizer.matched_stop is not None and reason in ("stop", "length"):
-            reason, matched = "stop", row.detokenizer.matched_stop
-        sequence.finish = reason
-        sound = reason in ("stop", "length") or (reason == "cancelled" and sequence.completion_length > 0)
-        for slot in sequence.slots:
+        rest = state.detokenizer.finish(stops=self._stops_count(state))
+        if state.detokenizer.matched_stop is not None and reason in ("stop", "length"):
+            reason, matched = "stop", state.detokenizer.matched_stop
+        state.finish = reason
+        keep = reason in ("stop", "length") or (reason == "cancelled" and state.completion_length > 0)
+        for slot in state.slots:
             self._bank.clear(slot)
-            if sound:
+            if keep:
                 self._runner.release(slot)
             else:
                 self._runner.zero_slot(slot)
-        self._scheduler.remove(sequence, sound=sound)
-        del self._rows[sequence.request.id]
-        self._ended(sequence.request.id)
-        self.counts["cached"] += sequence.cached
+        self._scheduler.remove(state, keep=keep)
+        self._ended(state)
+        self.counts["cached"] += state.cached
         self.finished[reason] += 1
         if rest:
-            self.outbox.put(row.mailbox, Delta(rest, ()))
-        self.outbox.put(
-            row.mailbox,
+            self._send(state, Delta(state.id, rest, ()))
+        self._send(
+            state,
             Finished(
-                reason=reason,
-                prompt_tokens=sequence.prompt_length,
-                completion_tokens=sequence.completion_length,
-                cached_tokens=sequence.cached,
-                steered_tokens=sequence.steered_tokens,
+                state.id,
+                reason,
+                prompt_tokens=state.prompt_length,
+                completion_tokens=state.completion_length,
+                cached_tokens=state.cached,
+                steered_tokens=state.steering.steered_tokens,
                 error=error,
+                error_param=error_param,
                 matched_stop=matched,
+                segments=state.steering.segments,
+                gates=dict(state.steering.gates),
                 ending=ending,
-                segments=tuple(sequence.segments),
-                gates=dict(sequence.gates),
-                blamed=blamed,
             ),
         )
 
-    def steer(self, sequence: Sequence, mixture: Mixture) -> SteeringChange:
-        first = sequence.steer(mixture)
-        if sequence.slot >= 0:
-            self._bank.write(sequence.slot, sequence.mixture)
-        return SteeringChange(first, sequence.computed)
+    def _run(self, batch: list[Chunk]) -> None:
+        """One forward pass, and what follows from it."""
+        began = time.perf_counter()
+        batch = [chunk for chunk in batch if chunk.state.finish is None]
+        if not batch:
+            return
+        output = run_batch(self._runner, batch)
+        if output.all_logits:
+            self._score(batch, output)
+        self._advance(batch, output)
+        seconds, tokens = time.perf_counter() - began, sum(map(len, batch))
+        if tokens == len(batch):
+            self._budget.note_decoding(seconds)
+        else:
+            self._budget.note_prompts(tokens, seconds)
 
-    def _row(self, chunk: Chunk) -> Row:
-        return self._rows[chunk.sequence.request.id]
+    def _score(self, batch: Sequence[Chunk], output: BatchOutput) -> None:
+        """Note the log-probabilities of prompt tokens, and send them when the prompt is complete."""
+        states = [chunk.state for chunk in batch]
+        scores = score_prompts(states, [chunk.scored_from for chunk in batch], output.all_logits)
+        for chunk, state, new in zip(batch, states, scores, strict=True):
+            if any(math.isnan(one.logprob) for one in new):
+                self._fail(state)
+            elif chunk.end == state.prompt_length:
+                self._send(state, PromptLogprobs(state.id, tuple(state.prompt_scores)))
+                state.prompt_scores = []
+
+    def _advance(self, batch: Sequence[Chunk], output: BatchOutput) -> None:
+        """Continue from the logits of each chunk's last token."""
+        for chunk in batch:
+            state = chunk.state
+            if state.finish is not None:
+                continue
+            self._count(chunk)
+            self._scheduler.advance(chunk)
+            if state.steering.undecided and decide_gates(state, output.sums[chunk.slot]):
+                self._write(state)
+            if chunk.samples and state.request.sampling.max_tokens == 0:
+                self.finish(state, "length")
+        drawing = [place for place, chunk in enumerate(batch) if chunk.samples and chunk.state.finish is None]
+        if drawing:
+            logits = output.logits if len(drawing) == len(batch) else picked(output.logits, drawing)
+            self._draw([batch[place].state for place in drawing], logits, output.residuals)
+
+    def _draw(self, states: list[RequestState], logits: torch.Tensor, residuals: dict[int, Residuals]) -> None:
+        """Draw the next token of each row."""
+        try:
+            tokens = sample(logits, [state.sampler for state in states])
+        except NonFiniteLogits as failure:
+            for place in failure.rows:
+                self._fail(states[place])
+            finite = [place for place in range(len(states)) if place not in failure.rows]
+            if finite:
+                self._draw([states[place] for place in finite], picked(logits, finite), residuals)
+            return
+        for state, token, details in zip(states, tokens, token_details(states, logits, tokens, residuals), strict=True):
+            self._accept(state, token, details)
+
+    def _accept(self, state: RequestState, token: int, details: TokenDetails) -> None:
+        """Append a drawn token, send its text, and end the request if it was the last."""
+        sampling = state.request.sampling
+        state.ids.append(token)
+        state.sampler.observe(token)
+        self.counts["generated"] += 1
+        if token in state.stop_ids:
+            self.finish(state, "stop", matched=state.stop_ids[token], ending=details.logprobs)
+        elif token in self._eos_ids and not sampling.ignore_eos:
+            self.finish(state, "stop", ending=details.logprobs)
+        else:
+            text = state.detokenizer.push([token], stops=self._stops_count(state))
+            self._send(
+                state,
+                Delta(state.id, text, (token,), details.logprobs, details.divergences, details.projections),
+            )
+            if state.detokenizer.matched_stop is not None:
+                self.finish(state, "stop", matched=state.detokenizer.matched_stop)
+            elif state.sampler.complete:
+                self.finish(state, "stop")
+            elif state.completion_length == sampling.max_tokens or len(state.ids) >= self._runner.context:
+                self.finish(state, "length")
+
+    def _fail(self, state: RequestState) -> None:
+        """End a request whose logits are not finite, or whose constraint allows nothing."""
+        if state.sampler.problem is not None:
+            self.finish(state, "error", state.sampler.problem, error_param="constraint")
+        else:
+            steered = (
+                any(any(term.extremes) for term in state.steering.plan.plan.terms) or state.steering.steered_tokens
+            )
+            self.finish(state, "error", NOT_FINITE, error_param="strength" if steered else None)
+
+    def _write(self, state: RequestState) -> None:
+        """Give the request's row of the bank what steers it now."""
+        try:
+            self._bank.write(state.slot, state.steering.mixture)
+        except SteeringError as error:
+            self.finish(state, "error", error.message, error_param=error.param)
+
+    def _stops_count(self, state: RequestState) -> bool:
+        """Whether a stop string ends the text: not before `min_tokens` are written."""
+        return state.completion_length > state.request.sampling.min_tokens
+
+    def _send(self, state: RequestState, event: Event) -> None:
+        if state.mailbox is not None:
+            self.outbox.put(state.mailbox, event)
 
     def _count(self, chunk: Chunk) -> None:
-        prompt = chunk.sequence.prompt_length
+        prompt = chunk.state.prompt_length
         self.counts["prompt"] += max(0, min(chunk.end, prompt) - chunk.start)
         self.counts["steered"] += chunk.steered_positions

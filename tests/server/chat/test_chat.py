@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from server.chat.remote import Remote
 from server.chat.screen import Screen, clean
 from server.chat.session import Session, open_session
 from server.chat.terminal import converse, typed_lines
+from server.engines.config import EngineConfig
 from server.engines.protocol import Delta, Event, EventStream, GenerationRequest
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import load_model
@@ -63,14 +64,14 @@ class HaltingEngine(TorchEngine):
 
     halting = False
 
-    def generate(self, request: GenerationRequest) -> EventStream:
-        events = super().generate(request)
+    async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
+        events = await super().submit(requests)
         return Halted(events) if self.halting else events
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[HaltingEngine]:
-    engine = HaltingEngine(load_model("demo", dtype="float32"), slots=4)
+    engine = HaltingEngine(load_model("demo", dtype="float32"), EngineConfig(slots=4))
     yield engine
     asyncio.run(engine.close())
 
@@ -78,7 +79,7 @@ def engine() -> Iterator[HaltingEngine]:
 @pytest.fixture(scope="module")
 def profiles(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=0.2, calibration={"kl_at_1": 0.1})
+    save_profiles(directory, engine.info.identity, "warm", "concise", unit=0.2, calibration={"kl_at_1": 0.1})
     return directory
 
 
@@ -308,7 +309,7 @@ def test_a_key_comes_from_the_environment(engine: HaltingEngine, profiles: Path,
         lines, _, code = talk(start(*GREEDY, TRIMTAB_URL=url, TRIMTAB_API_KEY="secret"), FIRST)
         assert (len(lines) > 1, code) == (True, 0)
         _, errors, code = talk(start(TRIMTAB_URL=url), FIRST)
-        assert (errors, code) == ("error: this server needs a key: send it as 'Authorization: Bearer KEY'\n", 2)
+        assert (errors, code) == ("error: this server requires a key: send it as 'Authorization: Bearer KEY'\n", 2)
 
 
 def test_it_starts_without_model_code() -> None:

@@ -1,4 +1,4 @@
-"""The grammar of steering strings, aliases of a model, and the step from names to a mixture."""
+"""The grammar of steering strings, model aliases, and the step from names to versions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.generation.steering_grammar import WantedSteering, WantedTerm, parse_steering, split_model
-from steering_vectors.errors import SteeringError, UnknownModel, UnknownProfile
+from server.engines.errors import UnknownModel, UnknownProfile
+from server.engines.protocol import PlanTerm, SteeringPlan
+from server.generation.steering_grammar import of_alias, only_one, parse_steering, pinned
+from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 from tests.support.serving import random_profile
 
 IDENTITY = ModelIdentity("m", "M", 8, 4, "f")
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
 STRENGTHS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def terms_of(plan: SteeringPlan) -> list[tuple[str, float]]:
+    return [(term.profile, term.strength) for term in plan.terms]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ STRENGTHS = st.floats(allow_nan=False, allow_infinity=False)
     ],
 )
 def test_it_reads(text: str, terms: list[tuple[str, float]]) -> None:
-    assert parse_steering(text) == tuple(WantedTerm(name, strength) for name, strength in terms)
+    assert terms_of(parse_steering(text)) == terms
 
 
 @pytest.mark.parametrize(
@@ -53,9 +59,8 @@ def test_it_reads(text: str, terms: list[tuple[str, float]]) -> None:
         ),
         ("a@1@2", "steering 'a@1@2' cannot be read at 'a@1@2'; write for example 'warm@0.8+concise@-0.3'"),
         ("warm@nan", "steering 'warm@nan' cannot be read at 'warm@nan'; write for example 'warm@0.8+concise@-0.3'"),
-        ("warm@1e999", "the strength 1e999 of 'warm' is not finite"),
+        ("warm@1e999", "the strength of 'warm' must be a finite number"),
         ("warm@1+warm@2", "profile 'warm' occurs twice in one steering"),
-        ("warm+warm#01234567", "profile 'warm' occurs twice in one steering"),
         ("warm@٣", "steering 'warm@٣' cannot be read at 'warm@٣'; write for example 'warm@0.8+concise@-0.3'"),
     ],
 )
@@ -68,7 +73,7 @@ def test_it_refuses(text: str, message: str) -> None:
 @given(st.dictionaries(NAMES, STRENGTHS, min_size=1, max_size=5))
 def test_what_is_written_is_read_back(mix: dict[str, float]) -> None:
     text = "+".join(f"{name}@{strength!r}" for name, strength in mix.items())
-    assert parse_steering(text) == tuple(WantedTerm(name, strength) for name, strength in mix.items())
+    assert terms_of(parse_steering(text)) == list(mix.items())
 
 
 def split_by_hand(text: str) -> list[str]:
@@ -130,7 +135,7 @@ def test_any_text_is_read_as_by_hand_or_refused(terms: Sequence[str], separator:
         with pytest.raises(SteeringError):
             parse_steering(text)
     else:
-        assert [(term.reference, term.strength) for term in parse_steering(text)] == expected
+        assert terms_of(parse_steering(text)) == expected
 
 
 @pytest.mark.parametrize(
@@ -138,47 +143,58 @@ def test_any_text_is_read_as_by_hand_or_refused(terms: Sequence[str], separator:
     [
         ("demo", "demo", None),
         ("demo:warm@0.8", "demo", "warm@0.8"),
-        ("demo:", "demo", ""),
         ("org/m:8b", "org/m:8b", None),
         ("org/m:8b:warm", "org/m:8b", "warm"),
     ],
 )
 def test_the_rest_of_a_models_name_steers(model: str, served: str, steering: str | None) -> None:
-    assert split_model(model, served) == steering
+    assert of_alias(model, served) == (None if steering is None else parse_steering(steering))
+
+
+def test_an_alias_without_a_steering_is_refused() -> None:
+    with pytest.raises(SteeringError, match="the steering is empty"):
+        of_alias("demo:", "demo")
 
 
 @pytest.mark.parametrize("model", ["", "other", "demo2", "Demo", "demo@1"])
 def test_other_models_are_unknown(model: str) -> None:
     with pytest.raises(UnknownModel):
-        split_model(model, "demo")
+        of_alias(model, "demo")
 
 
-def find(name: str) -> Profile:
+def test_only_one_source_may_steer() -> None:
+    plan = parse_steering("warm")
+    assert only_one({"the alias": None, "the field": plan}) is plan
+    assert only_one({"the alias": None, "the field": None}) is None
+    with pytest.raises(SteeringError) as failure:
+        only_one({"the alias": plan, "the field": plan})
+    assert failure.value.message == "both the alias and the field steer: use only one of them"
+
+
+def find(reference: str) -> Profile:
+    name = reference.partition("#")[0]
     if name not in {"warm", "concise"}:
         raise UnknownProfile(f"no {name}")
-    return random_profile(IDENTITY, name, max_strength=1.5)
+    return random_profile(IDENTITY, name, version=name * 8, max_strength=1.5)
 
 
-def test_names_become_a_mixture() -> None:
-    wanted = WantedSteering((WantedTerm("warm", 0.5, (3,)), WantedTerm("concise", -0.25)), apply_to="all")
-    mixture = wanted.resolve(find)
-    entries = [(entry["name"], entry["strength"], entry["layers"]) for entry in mixture.receipt(7)]
-    assert entries == [("warm", 0.5, [3]), ("concise", -0.25, [1, 3])]
-    assert mixture.apply_to == "all"
+def test_names_become_versions() -> None:
+    wanted = SteeringPlan((PlanTerm("warm#0123abcd", "", 0.5, (3,)), PlanTerm("concise", "", -0.25)), apply_to="all")
+    plan = pinned(wanted, find)
+    assert [(term.profile, term.strength, term.layers) for term in plan.terms] == [
+        ("warm", 0.5, (3,)),
+        ("concise", -0.25, None),
+    ]
+    assert plan.apply_to == "all"
+    assert plan.versions == ("warm" * 8, "concise" * 8)
 
 
-def test_nothing_wanted_is_neutral() -> None:
-    assert WantedSteering().resolve(find).receipt(0) == []
+def test_one_profile_in_two_versions_is_refused() -> None:
+    with pytest.raises(SteeringError, match="profile 'warm' occurs twice"):
+        pinned(parse_steering("warm+warm#01234567"), find)
 
 
 def test_strength_zero_needs_its_profile_too() -> None:
-    assert WantedSteering((WantedTerm("warm", 0.0),)).resolve(find).is_neutral
+    assert pinned(parse_steering("warm@0"), find).strengths(0) == (0.0,)
     with pytest.raises(UnknownProfile):
-        WantedSteering((WantedTerm("cold", 0.0),)).resolve(find)
-
-
-def test_beyond_the_safe_range_only_if_allowed() -> None:
-    terms = (WantedTerm("warm", 1.6),)
-    with pytest.raises(SteeringError, match=r"beyond its safe range of ±1\.5"):
-        WantedSteering(terms).resolve(find)
-    assert WantedSteering(terms, allow_beyond_safe=True).resolve(find).receipt(1)[0]["allow_beyond_safe"] is True
+        pinned(parse_steering("cold@0"), find)

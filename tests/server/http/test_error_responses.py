@@ -36,7 +36,7 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
         for _ in range(33):
             yield b" " * 2**20
 
-    message = "the body is larger than the 33554432 bytes that are taken"
+    message = "the body is larger than the limit of 33554432 bytes"
     for content in (b" " * (2**25 + 1), chunks()):
         response = client.post("/generate", content=content, headers={"content-type": "application/json"})
         assert error_of(response, 413)["message"] == message
@@ -45,7 +45,7 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
 def test_unknown_routes_and_methods(client: httpx.Client) -> None:
     assert error_of(client.get("/v1/nothing"), 404)["message"] == "there is no route '/v1/nothing'"
     response = client.get("/generate")
-    assert error_of(response, 405)["message"] == "'/generate' does not take GET"
+    assert error_of(response, 405)["message"] == "'/generate' does not accept GET"
     assert response.headers["allow"] == "POST"
 
 
@@ -70,7 +70,7 @@ def rejected(client: httpx.Client, name: str) -> str:
 
 @pytest.fixture
 def identity(engine: TorchEngine) -> ModelIdentity:
-    return engine.language_model.identity
+    return engine.info.identity
 
 
 def test_a_profile_of_another_model(client: httpx.Client, profiles: Path, identity: ModelIdentity) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.engines.config import EngineConfig
+from server.engines.errors import UnknownProfile
 from server.engines.torch.engine import TorchEngine
 from server.profiles import registry as profiles
 from server.profiles.registry import ProfileRegistry, Signature, scan
-from steering_vectors.errors import UnknownProfile
 from steering_vectors.models.loading import wrap_model
 from steering_vectors.profiles.files import save_profile
 from steering_vectors.profiles.profile import ModelIdentity
@@ -24,14 +25,14 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[TorchEngine]:
-    engine = TorchEngine(wrap_model(tiny_model("llama"), tiny_tokenizer(), name="tiny"), slots=2)
+    engine = TorchEngine(wrap_model(tiny_model("llama"), tiny_tokenizer(), name="tiny"), EngineConfig(slots=2))
     yield engine
     asyncio.run(engine.close())
 
 
 @pytest.fixture
 def identity(engine: TorchEngine) -> ModelIdentity:
-    return engine.language_model.identity
+    return engine.info.identity
 
 
 @asynccontextmanager

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from server.settings import Settings
-from server.state import build_engine
+from server.engines.config import EngineConfig
+from server.engines.torch.build import build_engine
 from steering_vectors.data.chat import Example, encode_example
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.distillation.baking import bake
@@ -119,8 +119,8 @@ def test_a_merged_adapter_is_a_model_of_its_own(lm: LanguageModel, tmp_path: Pat
     assert not torch.allclose(logits(merged.model), logits(plain.model), atol=1e-2)
     assert merged.identity.fingerprint != plain.identity.fingerprint
     assert merged.identity == load_model(str(folder), adapter=tmp_path / "adapter").identity
-    engine = build_engine(Settings(model=str(folder), adapter=tmp_path / "adapter"))
-    assert engine.language_model.identity == merged.identity
+    engine = build_engine(EngineConfig(model=str(folder), adapter=tmp_path / "adapter"))
+    assert engine.info.identity == merged.identity
     asyncio.run(engine.close())
     with pytest.raises(ModelError, match=r"holds no adapter_config\.json: it is not an adapter in peft's format"):
         load_model(str(folder), adapter=folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.errors import ModelError
 from steering_vectors.models.limits import context_limit
@@ -110,7 +111,7 @@ def test_context_is_bounded_by_the_model() -> None:
     language_model = tiny("gpt2")
     assert context_limit(language_model) == 256
     with pytest.raises(ModelError, match="a context of 300 tokens is more than the model's 256"):
-        TorchEngine(language_model, context=300)
+        TorchEngine(language_model, EngineConfig(context=300))
 
 
 def test_context_stays_where_rotary_frequencies_do_not_depend_on_neighbours() -> None:

@@ -1,22 +1,18 @@
-"""Constraints that are being compiled, and those that were: what clients send again and again is compiled once.
-
-Owns the few threads that compile, how many constraints may wait for them, and which compiled grammars are kept, and for
-how long. Knows nothing of what a constraint says.
-"""
+"""Compiles constraints in threads of their own, and keeps the latest compiled grammars."""
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from server.engines.errors import Overloaded, Unavailable
 from server.engines.protocol import Constraint
 from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler
-from steering_vectors.errors import Overloaded, Unavailable
 
 THREADS = 2
-MOST_UNFINISHED = 32
-KEPT = 16  # some grow to tens of megabytes while texts are written by them
-USES = 128  # of one grammar: its rows share what its lexer may spend
+MAX_UNFINISHED = 32
+MAX_CACHED_GRAMMARS = 16  # some grow to tens of megabytes while texts are written by them
+MAX_USES = 128  # of one grammar: its rows share what its lexer may spend
 
 
 class _Entry:
@@ -34,7 +30,7 @@ class _Entry:
         if not self.future.done():
             return False
         failed = self.future.cancelled() or self.future.exception() is not None
-        return failed or self.uses >= USES or self.future.result().failed
+        return failed or self.uses >= MAX_USES or self.future.result().failed
 
 
 class Grammars:
@@ -47,8 +43,8 @@ class Grammars:
         self._closed = False
 
     async def get(self, constraint: Constraint) -> CompiledGrammar:
-        """Compiled now, or before, or for another who waits for the same. Raises RequestError as the compiler does,
-        Overloaded if too many constraints wait, Unavailable once this is closed."""
+        """The compiled grammar of a constraint. Raises RequestError as the compiler does, Overloaded if too many
+        constraints wait, Unavailable once this is closed."""
         entry = self._entries.pop(constraint, None)
         if entry is None or entry.spent:
             entry = self._begin(constraint)
@@ -64,7 +60,7 @@ class Grammars:
             raise
 
     def close(self) -> None:
-        """Compile nothing any more; what is being compiled comes to its end."""
+        """Compile nothing more; what is being compiled is finished."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -74,15 +70,15 @@ class Grammars:
         self._entries = {one: entry for one, entry in self._entries.items() if not entry.spent}
         finished = [one for one, entry in self._entries.items() if entry.future.done()]
         waiting = len(self._entries) - len(finished)
-        if waiting >= MOST_UNFINISHED:
+        if waiting >= MAX_UNFINISHED:
             raise Overloaded(f"{waiting} constraints are being compiled or wait for it: try again later")
-        for one in finished[: max(0, len(finished) - KEPT + 1)]:
+        for one in finished[: max(0, len(finished) - MAX_CACHED_GRAMMARS + 1)]:
             del self._entries[one]
         return _Entry(self._threads.submit(self._compiler.compile, constraint))
 
 
 def _look_at(answer: asyncio.Future[CompiledGrammar]) -> None:
-    """An error whose waiter has gone is not one that nobody thought of."""
+    """Retrieve the error, so that asyncio does not log it if nobody waits any more."""
     if not answer.cancelled():
         answer.exception()
 

@@ -1,10 +1,7 @@
-"""What a row may write: grammars compiled by llguidance, and where each row stands in its own.
+"""Grammars compiled by llguidance, the state of each row in its grammar, and the tokens that a batch of rows may take.
 
-Owns compiling, the tokenizer that this needs (made once, when the first constraint arrives), the state of each row and
-the tokens that a batch of rows may take next. The text ends where the grammar lets it end: end-of-sequence tokens are
-among the allowed ones there, and a row whose grammar admits nothing more is complete. Knows nothing of HTTP, of logits
-or of how a token is drawn among the allowed ones. llguidance is an optional package: nothing here needs it before a
-constraint is compiled.
+The text ends where the grammar lets it end: end-of-sequence tokens are allowed there, and a row whose grammar allows
+nothing more is complete. llguidance is an optional package, imported when the first constraint is compiled.
 """
 
 from __future__ import annotations
@@ -21,17 +18,19 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from server.engines.errors import reject
-from server.engines.protocol import Constraint, Grammar
+from server.engines.protocol import Constraint
 from server.engines.torch.constraints.lark import NOT_CARRIED_OUT, attributes, special_tokens, stands_for
 from steering_vectors.errors import RequestError, first_line
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
-_MOST_STATES = 50_000  # of a lexer, which has a kilobyte or two for each
-_MANY_CORES = 4  # with fewer, handing work to another thread costs more than it saves
-_LONGEST_REASON = 500  # characters
+MAX_LEXER_STATES = 50_000  # of a lexer, which has a kilobyte or two for each
+MIN_CORES_FOR_THREADS = 4  # with fewer, handing work to another thread costs more than it saves
+MAX_REASON = 500  # characters
 _BLANKS = r" |\n {0,16}"  # a space, or a line's indentation; free, a model that has lost its way writes them for ever
+
+FIELD = "constraint"  # of the protocol
 
 Allowed = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
@@ -45,7 +44,7 @@ class _Backend:
 
 
 class Matcher:
-    """Where one row stands in its grammar. Belongs to the engine's thread."""
+    """The state of one row in its grammar. Belongs to the engine's thread."""
 
     __slots__ = ("grammar", "state")
 
@@ -67,9 +66,7 @@ class Matcher:
         """Why the grammar cannot be followed any further, or None: some outgrow what may be spent on them."""
         if not self.state.is_error():
             return None
-        return (
-            f"{self.grammar.constraint.field} cannot be followed any further ({_reason(self.state)}): make it simpler"
-        )
+        return f"constraint cannot be followed any further ({_reason(self.state)}): make it simpler"
 
 
 @dataclass(slots=True, eq=False)
@@ -97,54 +94,54 @@ class GrammarCompiler:
         self._making = threading.Lock()
 
     def compile(self, constraint: Constraint) -> CompiledGrammar:
-        """May take a second. Raises RequestError, which names the constraint's field, if it cannot be compiled, or
-        llguidance is not installed, or it does not know this kind of tokenizer."""
-        field = constraint.field
+        """May take a second. Raises RequestError if the constraint cannot be compiled, llguidance is not installed, or
+        it does not support this kind of tokenizer."""
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             raise RequestError(
-                f"{field} needs a package that this server lacks: pip install 'trimtab[schema]'", param=field
+                "constraint needs a package that this server lacks: pip install 'trimtab[schema]'", param=FIELD
             ) from error
-        backend = self._shared(field)
-        limits = LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
+        backend = self._shared()
+        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         state = LLMatcher(backend.tokenizer, _definition(constraint), log_level=0, limits=limits)
-        reject(state.is_error(), f"{field} cannot be compiled: {_reason(state)}", field)
+        reject(state.is_error(), f"constraint cannot be compiled: {_reason(state)}", FIELD)
         if constraint.kind == "lark":
             self._check_grammar(constraint)
         return CompiledGrammar(constraint, backend, state)
 
     def _check_grammar(self, constraint: Constraint) -> None:
         """Refuse what llguidance reads but leaves to others to do, and an end before the end."""
-        field = constraint.field
         ignored = [name for name in sorted(attributes(constraint.text)) if name in NOT_CARRIED_OUT]
-        told = "; ".join(f"{name} ({NOT_CARRIED_OUT[name]})" for name in ignored)
-        reject(bool(ignored), f"{field} has rule attributes that are not supported: {told}", field)
+        listed = "; ".join(f"{name} ({NOT_CARRIED_OUT[name]})" for name in ignored)
+        reject(bool(ignored), f"constraint has rule attributes that are not supported: {listed}", FIELD)
         endings = [(one, str(self._tokenizer.convert_ids_to_tokens(one))) for one in self._eos_ids]
         for special in sorted(special_tokens(constraint.text)):
             ends = any(stands_for(special, *ending) for ending in endings)
             reject(
-                ends, f"{field} names {special}, which ends every text: a text ends with its grammar by itself", field
+                ends,
+                f"constraint names {special}, which ends every text: a text ends with its grammar by itself",
+                FIELD,
             )
 
-    def _shared(self, field: str) -> _Backend:
+    def _shared(self) -> _Backend:
         with self._making:
             if self._backend is None:
-                self._backend = self._make(field)
+                self._backend = self._make()
             return self._backend
 
-    def _make(self, field: str) -> _Backend:
+    def _make(self) -> _Backend:
         from llguidance import LLExecutor
         from llguidance.hf import from_tokenizer
 
         known = sorted(one for one in self._eos_ids if one < len(self._tokenizer))
-        reject(not known, f"{field} cannot be used: this model has no end-of-sequence token", field)
+        reject(not known, "constraint cannot be used: this model has no end-of-sequence token", FIELD)
         try:
-            executor = LLExecutor() if (os.cpu_count() or 1) >= _MANY_CORES else None
+            executor = LLExecutor() if (os.cpu_count() or 1) >= MIN_CORES_FOR_THREADS else None
             return _Backend(from_tokenizer(self._tokenizer, eos_token=known), executor)
         except ValueError as error:
             raise RequestError(
-                f"{field} cannot be used with this model's tokenizer: {first_line(error)}", param=field
+                f"constraint cannot be used with this model's tokenizer: {first_line(error)}", param=FIELD
             ) from error
 
 
@@ -195,12 +192,4 @@ def _definition(constraint: Constraint) -> str:
 def _reason(state: LLMatcher) -> str:
     """What llguidance says, on one line of bounded length."""
     reason = " ".join(state.get_error().removesuffix("<non-verbose/>").split())
-    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} …"
-
-
-def matcher_of(grammar: Grammar | None) -> Matcher | None:
-    """A matcher of its own for one row; None without a grammar."""
-    if grammar is None:
-        return None
-    assert isinstance(grammar, CompiledGrammar), "a grammar of another engine"
-    return grammar.matcher()
+    return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]} …"

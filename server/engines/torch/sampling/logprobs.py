@@ -1,8 +1,5 @@
-"""How likely a token was, and which were the likeliest: what `logprobs`, `echo` and scoring tell.
-
-Owns the arithmetic on logits as the model, steered as it was, computed them: before penalties, bias and temperature.
-Knows nothing of requests, of text or of how tokens are drawn.
-"""
+"""Log-probabilities of tokens and the likeliest alternatives, from the logits of the steered model, before penalties,
+bias and temperature."""
 
 from __future__ import annotations
 

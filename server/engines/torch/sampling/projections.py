@@ -1,7 +1,4 @@
-"""Whether a steering acts: how far the residual stream points along a profile's directions.
-
-Owns the measure. Knows nothing of where residuals come from.
-"""
+"""How far the residual stream points along a profile's directions."""
 
 from __future__ import annotations
 

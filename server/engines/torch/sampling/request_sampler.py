@@ -1,14 +1,11 @@
-"""How one sequence draws its tokens: its parameters, its random stream, and the counts behind its penalties.
-
-Knows nothing of the rows beside it, nor of logits.
-"""
+"""How one request draws its tokens: its parameters, its random stream, and the counts behind its penalties."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -32,7 +29,7 @@ def check_vocabulary(parameters: SamplingParameters, vocab_size: int) -> None:
 
 
 class _TokenCounts:
-    """Distinct ids of a sequence and how often each was chosen, in arrays that grow by doubling."""
+    """Distinct ids and how often each was chosen, in arrays that grow by doubling."""
 
     __slots__ = ("_counts", "_ids", "_places")
 
@@ -56,12 +53,12 @@ class _TokenCounts:
         return self._ids[: len(self._places)], self._counts[: len(self._places)]
 
 
-class RowSampler:
-    """How one sequence draws its tokens: its parameters, its own random stream, the counts of its tokens, and its
-    place in a grammar if it has one.
+class RequestSampler:
+    """The state of sampling of one choice.
 
-    Ids of the prompt must lie in the vocabulary. Choice i of a request draws from (seed, i), and no seed means one
-    from the operating system. Raises RequestError as `check_vocabulary` does.
+    Prompt ids must lie in the vocabulary. Choice i of a request draws from (seed, i); without a seed one is taken from
+    the operating system. `stop_ids` end the text besides `eos_ids`; None means those of the parameters. Raises
+    RequestError as `check_vocabulary` does.
     """
 
     __slots__ = ("_chosen", "_random", "_unused", "bias", "counts", "forbidden", "matcher", "parameters")
@@ -75,6 +72,7 @@ class RowSampler:
         prompt_ids: Sequence[int],
         choice: int = 0,
         matcher: Matcher | None = None,
+        stop_ids: Collection[int] | None = None,
     ) -> None:
         check_vocabulary(parameters, vocab_size)
         self.parameters = parameters
@@ -82,13 +80,16 @@ class RowSampler:
         bias = parameters.logit_bias
         self.bias = (np.array([*bias], np.int64), np.array([*bias.values()], np.float32)) if bias else None
         self.counts = _initial_counts(parameters, prompt_ids)
-        self.forbidden = _ending_ids(parameters, eos_ids, vocab_size) if parameters.min_tokens else None
+        ending = parameters.stop_token_ids if stop_ids is None else stop_ids
+        self.forbidden = None
+        if parameters.min_tokens:
+            self.forbidden = _ending_ids(ending, frozenset() if parameters.ignore_eos else eos_ids, vocab_size)
         self._chosen = 0
         self._random = random.Random(_stream_seed(parameters.seed, choice))
         self._unused: list[float] = []
 
     def observe(self, token_id: int) -> None:
-        """Take note that this token was chosen for the sequence."""
+        """Note that this token was chosen."""
         self._chosen += 1
         if self.counts is not None:
             self.counts.add(token_id)
@@ -107,7 +108,7 @@ class RowSampler:
 
     @property
     def complete(self) -> bool:
-        """Whether the grammar lets nothing follow what was written."""
+        """Whether the grammar allows nothing more."""
         return self.matcher is not None and self.matcher.complete
 
     @property
@@ -116,11 +117,11 @@ class RowSampler:
         return None if self.matcher is None else self.matcher.problem
 
     def uniform(self) -> float:
-        """The next number in [0, 1) of this sequence's stream."""
+        """The next number in [0, 1) of the random stream."""
         return self._unused.pop() if self._unused else self._random.random()
 
     def take_back(self, number: float) -> None:
-        """The number taken last was not used: it is the next one again."""
+        """Return a number that was not used; it is the next one again."""
         self._unused.append(number)
 
 
@@ -137,9 +138,7 @@ def _initial_counts(parameters: SamplingParameters, prompt_ids: Sequence[int]) -
     return _TokenCounts(()) if parameters.presence_penalty or parameters.frequency_penalty else None
 
 
-def _ending_ids(parameters: SamplingParameters, eos_ids: frozenset[int], vocab_size: int) -> TokenIds:
-    """What would end the text; with ignore_eos an end-of-sequence token does not."""
-    ending = set(parameters.stop_token_ids)
-    if not parameters.ignore_eos:
-        ending |= {token_id for token_id in eos_ids if token_id < vocab_size}
+def _ending_ids(stop_ids: Collection[int], eos_ids: frozenset[int], vocab_size: int) -> TokenIds:
+    """The tokens that would end the text."""
+    ending = {token_id for token_id in {*stop_ids, *eos_ids} if token_id < vocab_size}
     return np.array(sorted(ending), dtype=np.int64)

@@ -1,12 +1,12 @@
 """How likely each token is to be drawn, in whole numbers: temperature, top-k, top-p and min-p.
 
-Only integers are summed, so that no order of summation shows in a row's result. Knows nothing of streams or penalties.
+Only integers are summed, so that the order of summation cannot show in a row's result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,62 +16,67 @@ from steering_vectors.models.transfers import picked, tensor_on
 
 _UNIT = 2**40  # mass of a row's likeliest token; 2^22 such tokens still sum within an int64
 _BUCKETS, _PER_NAT = 4096, 128.0  # 32 nats below the maximum: what lies lower has no mass
-_LEAST_TEMPERATURE = 1e-30  # a smaller one would vanish in float32, and 0 / 0 is not a number
-
-_Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+_MIN_TEMPERATURE = 1e-30  # a smaller one would vanish in float32, and 0 / 0 is not a number
 
 
-def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters], *, waits: bool = True) -> Tensor:
+def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters], *, allow_sync: bool = True) -> Tensor:
     """Integer weights `[rows, vocabulary]` in proportion to each row's probabilities; 0 for what cannot be drawn.
 
     Float32 `logits` are used up as working space. The likeliest token has 2^40; what is less likely than 2^-40 of it
-    has 0. Temperature, top_k, top_p (of the mass that top_k left) and min_p are applied, penalties are not. `waits`:
-    values may be looked at on the way.
+    has 0. Temperature, top_k, top_p (of the mass that top_k left) and min_p are applied, penalties are not.
+    `allow_sync`: values may be copied to the host early (CPU).
     """
     scaled = logits.sub_(logits.amax(dim=-1, keepdim=True))
     if any(wish.temperature != 1 for wish in parameters):
-        temperatures = [[max(wish.temperature, _LEAST_TEMPERATURE)] for wish in parameters]
+        temperatures = [[max(wish.temperature, _MIN_TEMPERATURE)] for wish in parameters]
         scaled.div_(tensor_on(temperatures, scaled.device, scaled.dtype))
     mass = scaled.exp().mul_(_UNIT).long()
-    head = _shortest_head if waits else _shortest_head_unseen
-    _keep_top_k(scaled, mass, [wish.top_k for wish in parameters], head)
-    _keep_top_p(scaled, mass, [wish.top_p for wish in parameters], head)
+    _keep_top_k(scaled, mass, [wish.top_k for wish in parameters], allow_sync)
+    _keep_top_p(scaled, mass, [wish.top_p for wish in parameters], allow_sync)
     if any(wish.min_p for wish in parameters):
         floor = [[math.ceil(wish.min_p * _UNIT)] for wish in parameters]
         mass.masked_fill_(mass < tensor_on(floor, mass.device), 0)
     return mass
 
 
-def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int], head: _Head) -> None:
+def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int], allow_sync: bool) -> None:
     index = [place for place, k in enumerate(top_k) if 0 < k < mass.shape[1]]
     if index:
         present = (rows_of(mass, index) > 0).long()
         need = tensor_on([[top_k[place]] for place in index], mass.device)
-        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)), head)
+        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)), allow_sync)
 
 
-def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float], head: _Head) -> None:
+def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float], allow_sync: bool) -> None:
     index = [place for place, p in enumerate(top_p) if p < 1]
     if index:
         part = rows_of(mass, index)
         total = part.sum(dim=-1, keepdim=True)
         share = tensor_on([[top_p[place]] for place in index], mass.device, torch.float64)
-        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total), head)
+        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total), allow_sync)
 
 
-def _zero_below(scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor, head: _Head) -> None:
-    keep = head(rows_of(scaled, index), weight, need)
+def _zero_below(
+    scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor, allow_sync: bool
+) -> None:
+    keep = likeliest_mask(rows_of(scaled, index), weight, need, allow_sync=allow_sync)
     part = rows_of(mass, index).mul_(keep)
     if part is not mass:
         mass[tensor_on(list(index), mass.device)] = part
 
 
-def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
+def likeliest_mask(scaled: Tensor, weight: Tensor, need: Tensor, *, allow_sync: bool) -> Tensor:
     """Mask `[rows, vocabulary]` of the fewest likeliest tokens whose weights sum to `need` `[rows, 1]` or more.
 
-    A histogram finds the bucket in which the sum is reached, and only that bucket's tokens are put in order: sorting
-    a vocabulary costs twenty times as much. Equal values are kept from the lowest id on. Needs 0 < need ≤ sum.
+    Equal values are kept from the lowest id on. Needs 0 < need ≤ sum. With `allow_sync` a histogram and a sort of one
+    bucket, which is fastest on a CPU; else a radix select, which copies nothing to the host.
     """
+    return (_by_histogram if allow_sync else _by_radix_select)(scaled, weight, need)
+
+
+def _by_histogram(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
+    """A histogram finds the bucket in which the sum is reached, and only that bucket's tokens are sorted: sorting a
+    vocabulary costs twenty times as much."""
     bucket = (scaled * -_PER_NAT).clamp_(0, _BUCKETS - 1).long()
     weights = torch.zeros(len(scaled), _BUCKETS, dtype=torch.int64, device=scaled.device)
     weights.scatter_add_(-1, bucket, weight)
@@ -92,8 +97,8 @@ def _shortest_head(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
     return keep
 
 
-def _shortest_head_unseen(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
-    """The same without looking at any value: the border's bits are found eleven and ten at a time.
+def _by_radix_select(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
+    """Sync-free variant for CUDA: radix select of the threshold (11+10+10 bits).
 
     The distance from the maximum, read as an integer, orders tokens as the distance does.
     """

@@ -1,9 +1,8 @@
-"""What the keys and values of each slot were made from, and how much of that a new prompt shares.
+"""What the KV of each slot was computed from, and how much of it a new prompt can reuse.
 
-Keys and values of a position follow from the tokens up to it and from what was done to the residual stream at each of
-these positions. So a slot's trace is its tokens and its runs of steering, and two traces share what comes before the
-first token or run that differs. Owns the traces and keeps them in step with the copies that it asks for. No torch:
-numbers and lists only.
+The keys and values of a position follow from the tokens up to it and from how each of these positions was steered. So
+the key of a slot is its tokens and its spans of steering, and two keys share what comes before the first token or span
+that differs.
 """
 
 from __future__ import annotations
@@ -16,137 +15,139 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from steering_vectors.runtime.slot_cache import Columns
 
-LEAST = 8  # tokens: a copy of fewer costs more than computing them
-CHUNK = 64
+MIN_REUSED_TOKENS = 8  # a copy of fewer costs more than computing them
+COMPARED_AT_ONCE = 64  # tokens
 
 
 @dataclass(slots=True)
-class Trace:
-    """Tokens, and the runs of steering over them: (from, digest), ascending from 0; "" is the untouched model."""
+class PrefixKey:
+    """Tokens, and the spans of steering over them: (from, digest), ascending from 0; "" is the untouched model."""
 
     ids: list[int] = field(default_factory=list)
-    runs: list[tuple[int, str]] = field(default_factory=list)
+    spans: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, ids: Sequence[int], steered_from: int | None, digest: str) -> Trace:
-        trace = cls()
-        trace.extend(0, ids, steered_from, digest)
-        return trace
+    def of(cls, ids: Sequence[int], steered_from: int | None, digest: str) -> PrefixKey:
+        key = cls()
+        key.extend(0, ids, steered_from, digest)
+        return key
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def extend(self, start: int, ids: Sequence[int], steered_from: int | None, digest: str) -> None:
-        """Go on from `start` with tokens that are steered from position `steered_from` on; None: nowhere."""
+        """Continue from `start` with tokens that are steered from position `steered_from` on; None: nowhere."""
         self.cut(start)
         end = start + len(ids)
         border = end if steered_from is None else min(max(steered_from, start), end)
         for first, last, name in ((start, border, ""), (border, end, digest)):
-            if first < last and (not self.runs or self.runs[-1][1] != name):
-                self.runs.append((first, name))
+            if first < last and (not self.spans or self.spans[-1][1] != name):
+                self.spans.append((first, name))
         self.ids += ids
 
     def cut(self, length: int) -> None:
-        """Forget what comes after so many positions."""
+        """Drop everything after the first `length` positions."""
         del self.ids[length:]
-        while self.runs and self.runs[-1][0] >= length:
-            self.runs.pop()
+        while self.spans and self.spans[-1][0] >= length:
+            self.spans.pop()
 
-    def head(self, length: int) -> Trace:
-        return Trace(self.ids[:length], [run for run in self.runs if run[0] < length])
+    def head(self, length: int) -> PrefixKey:
+        """The key of the first `length` positions."""
+        return PrefixKey(self.ids[:length], [span for span in self.spans if span[0] < length])
 
-    def shared(self, other: Trace) -> int:
+    def shared(self, other: PrefixKey) -> int:
         """How many positions from the start on the two have in common."""
         length = _common(self.ids, other.ids)
         end = (length, "")
-        for mine, theirs in zip_longest(self.runs, other.runs, fillvalue=end):
+        for mine, theirs in zip_longest(self.spans, other.spans, fillvalue=end):
             if mine != theirs:
                 return min(mine[0], theirs[0], length)
         return length
 
 
-class Prefixes:
-    """The traces of all slots. Where state is not keys and values in columns, None, nothing is ever shared."""
+class PrefixCache:
+    """The keys of all slots. Nothing is reused if the runner's state is not KV in columns (`columns` None)."""
 
     def __init__(self, slots: int, columns: Columns | None) -> None:
         self._columns = columns
-        self._traces = [Trace() for _ in range(slots)]
-        self._used = [0] * slots  # when, on a clock that ticks at each use
+        self._keys = [PrefixKey() for _ in range(slots)]
+        self._used = [0] * slots  # when, on a clock that ticks at each release
         self._clock = 0
 
     @property
-    def shares(self) -> bool:
+    def reuses(self) -> bool:
         return self._columns is not None
 
-    def trace(self, slot: int) -> Trace:
-        return self._traces[slot]
+    def key(self, slot: int) -> PrefixKey:
+        return self._keys[slot]
 
-    def note(self, slot: int, start: int, ids: Sequence[int], steered_from: int | None, digest: str) -> None:
-        """These tokens were computed in a slot, from position `start` on."""
-        if self.shares:
-            self._traces[slot].extend(start, ids, steered_from, digest)
+    def record(self, slot: int, start: int, ids: Sequence[int], steered_from: int | None, digest: str) -> None:
+        """Note that these tokens were computed in a slot, from position `start` on."""
+        if self.reuses:
+            self._keys[slot].extend(start, ids, steered_from, digest)
 
     def forget(self, slot: int) -> None:
-        self._traces[slot] = Trace()
+        self._keys[slot] = PrefixKey()
 
     def release(self, slot: int, *, continued: bool = True) -> None:
-        """Nothing runs in a slot any more; what it holds is kept until the slot is needed, and longer than that, in
-        another one, if it is likely to be continued."""
+        """Keep what a slot holds until the slot is needed; if it is likely to be continued, move it to another slot
+        then."""
         self._clock += 1
         self._used[slot] = self._clock if continued else 0
 
-    def longest(self, wanted: Trace) -> tuple[int, int]:
-        """The slot that shares most with what is wanted, and how much; the latest used among equals."""
-        if not self.shares or not len(wanted):
+    def longest(self, wanted: PrefixKey) -> tuple[int, int]:
+        """The slot that shares the longest prefix, and its length; the latest used among equals."""
+        if not self.reuses or not len(wanted):
             return 0, 0
-        shared = [trace.shared(wanted) for trace in self._traces]
+        shared = [key.shared(wanted) for key in self._keys]
         slot = max(range(len(shared)), key=lambda slot: (shared[slot], self._used[slot]))
         return slot, shared[slot]
 
-    def adopt(self, slot: int, source: int, length: int) -> None:
-        """Let a slot hold the first so many positions of another's (or of its own)."""
+    def copy_prefix(self, slot: int, source: int, length: int) -> None:
+        """Let a slot hold the first `length` positions of another slot, or of its own."""
         if source != slot:
             self._move(source, slot, length)
-            if 2 * length >= len(self._traces[source]):
-                self._used[source] = 0  # what goes on here is not needed there
-        self._traces[slot].cut(length)
+            if 2 * length >= len(self._keys[source]):
+                self._used[source] = 0  # the text goes on here and is not needed there
+        self._keys[slot].cut(length)
 
-    def vacate(self, slot: int, free: Collection[int], wanted: Trace) -> None:
-        """Before a slot is taken: what it holds goes to the free one that is missed least, if it is worth more; best of
-        all to the one that holds what is wanted, which comes here."""
-        held = self._traces[slot]
+    def evict(self, slot: int, free: Collection[int], wanted: PrefixKey) -> None:
+        """Save the KV of a slot that is about to be taken: move it to the least valuable free slot; swap if a free slot
+        already holds the prefix that is wanted here."""
+        held = self._keys[slot]
         source, shared = self.longest(wanted)
-        continued = 2 * shared >= len(self._traces[source])
-        if not self.shares or len(held) < LEAST or (continued and source == slot):
+        continued = 2 * shared >= len(self._keys[source])
+        if not self.reuses or len(held) < MIN_REUSED_TOKENS or (continued and source == slot):
             return
         if continued and source in free:
             self._swap(slot, source)
             return
-        target = min((other for other in free if other not in (slot, source)), key=self._worth, default=slot)
-        if target != slot and self._worth(target)[0] < self._worth(slot)[0]:
+        target = min((other for other in free if other not in (slot, source)), key=self._value, default=slot)
+        if target != slot and self._value(target)[0] < self._value(slot)[0]:
             self._move(slot, target, len(held))
             self._used[target] = self._used[slot]
 
-    def _worth(self, slot: int) -> tuple[int, int]:
-        return (self._used[slot] if len(self._traces[slot]) >= LEAST else 0), -slot
+    def _value(self, slot: int) -> tuple[int, int]:
+        """What a slot's KV is worth keeping for: how lately it was used; nothing if it is too short to be reused."""
+        return (self._used[slot] if len(self._keys[slot]) >= MIN_REUSED_TOKENS else 0), -slot
 
     def _move(self, source: int, target: int, length: int) -> None:
         assert self._columns is not None
         self._columns.copy(source, target, length)
-        self._traces[target] = self._traces[source].head(length)
+        self._keys[target] = self._keys[source].head(length)
 
     def _swap(self, one: int, other: int) -> None:
         assert self._columns is not None
-        self._columns.swap(one, other, max(len(self._traces[one]), len(self._traces[other])))
-        self._traces[one], self._traces[other] = self._traces[other], self._traces[one]
+        self._columns.swap(one, other, max(len(self._keys[one]), len(self._keys[other])))
+        self._keys[one], self._keys[other] = self._keys[other], self._keys[one]
         self._used[one], self._used[other] = self._used[other], self._used[one]
 
 
 def _common(one: list[int], other: list[int]) -> int:
     """The length of the longest common prefix."""
     length = min(len(one), len(other))
-    for start in range(0, length, CHUNK):
-        end = min(start + CHUNK, length)
+    for start in range(0, length, COMPARED_AT_ONCE):
+        end = min(start + COMPARED_AT_ONCE, length)
         if one[start:end] != other[start:end]:
             return next(place for place in range(start, end) if one[place] != other[place])
     return length

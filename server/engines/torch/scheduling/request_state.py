@@ -1,142 +1,54 @@
-"""One request under way: its tokens, how far they are computed, what steers them, and which part runs next.
-
-No torch: numbers and lists only. Knows nothing of slots' contents, queues, models or text.
-"""
+"""One choice of a request in the engine, from its admission to its last event, and the part of it that runs next."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from server.engines.protocol import FinishReason, GateDecision, GenerationRequest, Segment
-from server.engines.torch.scheduling.prefix_reuse import Trace
-from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.mixture import Mixture
+from server.engines.protocol import FinishReason, GenerationRequest, TokenLogprob
+from server.engines.torch.scheduling.prefix_reuse import PrefixKey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from server.engines.detokenizer import Detokenizer
+    from server.engines.mailbox import Mailbox
+    from server.engines.torch.plans import SteeringState
+    from server.engines.torch.sampling.request_sampler import RequestSampler
+    from steering_vectors.profiles.profile import Profile
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """One request under way: its tokens so far, and how many of them have their KV computed."""
+class RequestState:
+    """Everything that belongs to one choice. `pinned` are the profile versions that it holds."""
 
+    id: str
     request: GenerationRequest
-    slot: int = -1
-    shadow: int | None = None  # the slot that computes the same text unsteered
-    ids: list[int] = field(default_factory=list)
-    computed: int = 0
-    finish: FinishReason | None = None
-    cached: int = 0  # positions of the prompt whose KV was made by another request
-    leader: Sequence | None = None  # computes a part of the prompt, `awaited` positions, that this one waits for
-    awaited: int = 0
-    segments: list[Segment] = field(default_factory=list)
-    scheduled: deque[tuple[int, Mixture]] = field(default_factory=deque)
-    digest: str = ""  # of what steers it now
-    # First position at which that holds: the last prompt token, or 0; None for the untouched model. What was computed
-    # before the mix changed stays.
-    steered_from: int | None = None
+    steering: SteeringState
+    sampler: RequestSampler
+    detokenizer: Detokenizer
+    stop_ids: Mapping[int, int | str] = field(default_factory=dict)  # what each of them is reported as
+    projected: tuple[Profile, ...] = ()
+    pinned: tuple[str, ...] = ()
+    mailbox: Mailbox | None = None
 
-    conditions: dict[str, Gate] = field(default_factory=dict)  # by profile, also those that join later
-    gates: dict[str, GateDecision] = field(default_factory=dict)  # by profile, once they are decided
+    slot: int = -1
+    unsteered_slot: int | None = None  # computes the same text unsteered, for divergences
+    ids: list[int] = field(default_factory=list)
+    computed: int = 0  # positions whose KV is there
+    cached: int = 0  # positions of the prompt whose KV another request computed
+    leader: RequestState | None = None  # computes a prefix of the prompt, `awaited` positions, that this one waits for
+    awaited: int = 0
+    finish: FinishReason | None = None
+
+    prompt_scores: list[TokenLogprob] = field(default_factory=list)
+    gate_sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
+    unsteered_logits: torch.Tensor | None = None  # for the token to be drawn, [vocabulary]
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt_ids)
-        for mixture in (self.request.mixture, *(later for _, later in self.request.schedule)):
-            self.conditions |= {term.profile.name: gate for term in mixture.gated if (gate := term.profile.gate)}
-        if self.prompt_length == 1:  # a gate looks at all tokens but the last
-            self.gates = dict.fromkeys(self.conditions, GateDecision(None, False))
-        self._begin(0, self.request.mixture)
-        self.scheduled.extend(self.request.schedule)
-
-    @property
-    def undecided(self) -> dict[str, Gate]:
-        """The gates, by profile, that the prompt has yet to decide."""
-        return {name: gate for name, gate in self.conditions.items() if name not in self.gates}
-
-    def decide(self, gates: Mapping[str, GateDecision]) -> None:
-        """Open the gates that the prompt opens."""
-        self.gates.update(gates)
-        self.steer(self.mixture)
-
-    def _gated(self, mixture: Mixture) -> Mixture:
-        """The mix without the profiles whose gate is not open."""
-        if not self.conditions:
-            return mixture
-        opened = {name for name, gate in self.gates.items() if gate.opened}
-        shut = frozenset(term.profile.name for term in mixture.gated if term.profile.name not in opened)
-        return mixture if shut == mixture.closed else replace(mixture, closed=shut)
-
-    @property
-    def slots(self) -> list[int]:
-        """What it holds: nothing while it waits."""
-        return [slot for slot in (self.slot, self.shadow) if slot is not None and slot >= 0]
-
-    @property
-    def mixture(self) -> Mixture:
-        """What steers it now."""
-        return self.segments[-1].mixture
-
-    @property
-    def steered_tokens(self) -> int:
-        return sum(segment.steered_tokens for segment in self.segments)
-
-    def steer(self, mixture: Mixture) -> int:
-        """Change the mix for all positions that are not computed yet; the first token that is drawn under it."""
-        if self.segments[-1].from_token == self.completion_length and not self.segments[-1].steered_tokens:
-            self.segments.pop()
-        self._begin(self.completion_length, mixture)
-        return self.completion_length
-
-    def _begin(self, token: int, mixture: Mixture) -> None:
-        mixture = self._gated(mixture)
-        self.segments.append(Segment(token, mixture, 0))
-        self.digest = mixture.digest()
-        first = 0 if mixture.apply_to == "all" else self.prompt_length - self.request.given - 1
-        self.steered_from = first if self.digest else None
-
-    def take_scheduled(self) -> Mixture | None:
-        """The mix that is due for the next token, if another one is."""
-        due = None
-        while self.scheduled and self.scheduled[0][0] <= self.completion_length:
-            _, due = self.scheduled.popleft()
-        return due
-
-    def count(self, positions: int) -> None:
-        """Note that so many positions were steered."""
-        last = self.segments[-1]
-        self.segments[-1] = replace(last, steered_tokens=last.steered_tokens + positions)
-
-    @property
-    def wanted(self) -> Trace:
-        """What the part of the prompt is made from that may come from another request: nothing that must be seen to be
-        computed, and nothing that is not alike in all slots."""
-        trace = self.prompt_trace
-        if self.conditions or (self.request.prompt_logprobs is not None and not self.request.given):
-            return trace.head(0)
-        steered = 0 if self.shadow is None or self.steered_from is None else self.prompt_length - self.steered_from
-        return trace.head(self.prompt_length - max(1 + self.request.given, steered))
-
-    @property
-    def continued(self) -> bool:
-        """Whether another request is likely to begin with this text: not one that only tells how likely it is."""
-        return self.request.prompt_logprobs is None or self.request.given > 0
-
-    @property
-    def prompt_trace(self) -> Trace:
-        """What the prompt's KV is made from, as it is steered now."""
-        return Trace.of(self.ids[: self.prompt_length], self.steered_from, self.digest)
-
-    def reuse(self, length: int) -> None:
-        """So many positions of the prompt are computed already, steered as they are to be."""
-        self.computed = self.cached = length
-        self.leader = None
-        if (first := self.steered_from) is not None:
-            self.count(max(0, length - first))
-
-    @property
-    def is_following(self) -> bool:
-        """Whether it waits for what another one computes."""
-        leader = self.leader
-        return leader is not None and leader.finish is None and leader.computed < self.awaited
 
     @property
     def prompt_length(self) -> int:
@@ -147,20 +59,58 @@ class Sequence:
         return len(self.ids) - self.prompt_length
 
     @property
-    def prompt_end(self) -> int:
-        """How far the prompt can be computed now: up to its last token, while that waits for a gate."""
-        return self.prompt_length - 1 if self.undecided else self.prompt_length
+    def slots(self) -> list[int]:
+        """The slots it holds: none while it waits."""
+        return [slot for slot in (self.slot, self.unsteered_slot) if slot is not None and slot >= 0]
 
     @property
     def is_decoding(self) -> bool:
         return self.computed >= self.prompt_length
 
+    @property
+    def is_following(self) -> bool:
+        """Whether it waits for a prefix that another request computes."""
+        leader = self.leader
+        return leader is not None and leader.finish is None and leader.computed < self.awaited
+
+    @property
+    def prompt_end(self) -> int:
+        """How far the prompt can be computed now: up to its last token while a gate is undecided."""
+        return self.prompt_length - 1 if self.steering.undecided else self.prompt_length
+
+    @property
+    def prompt_key(self) -> PrefixKey:
+        """The KV prefix key of the prompt, as it is steered now."""
+        return PrefixKey.of(self.ids[: self.prompt_length], self.steering.steered_from, self.steering.digest)
+
+    @property
+    def reusable(self) -> PrefixKey:
+        """The prompt prefix whose KV may be copied from another slot: nothing whose logits or residuals are needed, and
+        with divergences only what is the same in both slots."""
+        if self.steering.conditions or (self.request.prompt_logprobs is not None and not self.request.scored_suffix):
+            return PrefixKey()
+        steered_from = self.steering.steered_from
+        steered = 0 if self.unsteered_slot is None or steered_from is None else self.prompt_length - steered_from
+        return self.prompt_key.head(self.prompt_length - max(1 + self.request.scored_suffix, steered))
+
+    @property
+    def continued(self) -> bool:
+        """Whether another request is likely to begin with this text; a prompt that was only scored is not."""
+        return self.request.prompt_logprobs is None or self.request.scored_suffix > 0
+
+    def reuse(self, length: int) -> None:
+        """The first `length` positions of the prompt are computed already, steered as they must be."""
+        self.computed = self.cached = length
+        self.leader = None
+        if (first := self.steering.steered_from) is not None:
+            self.steering.count(max(0, length - first))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Positions `start` to `end` (exclusive) of a sequence, to be computed in one forward pass."""
+    """Positions `start` to `end` (exclusive) of one choice, to be computed in one forward pass."""
 
-    sequence: Sequence
+    state: RequestState
     start: int
     end: int
 
@@ -169,31 +119,32 @@ class Chunk:
 
     @property
     def slot(self) -> int:
-        return self.sequence.slot
+        return self.state.slot
 
     @property
     def ids(self) -> list[int]:
-        return self.sequence.ids[self.start : self.end]
+        return self.state.ids[self.start : self.end]
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's last token, so that the next one can be drawn."""
-        return self.end == len(self.sequence.ids)
+        """Whether the chunk reaches the last token, so that the next one can be drawn."""
+        return self.end == len(self.state.ids)
 
     @property
     def scores(self) -> bool:
-        """Whether it predicts tokens of the prompt whose log-probabilities are wanted."""
-        return self.scored_from < min(self.end, self.sequence.prompt_length)
+        """Whether it predicts prompt tokens whose log-probabilities are wanted."""
+        return self.scored_from < min(self.end, self.state.prompt_length)
 
     @property
     def scored_from(self) -> int:
         """The first of its positions that predicts a token to be scored; its end if none does."""
-        request = self.sequence.request
+        request = self.state.request
         if request.prompt_logprobs is None:
             return self.end
-        return max(self.start, self.sequence.prompt_length - request.given - 1 if request.given else 0)
+        first = self.state.prompt_length - request.scored_suffix - 1 if request.scored_suffix else 0
+        return max(self.start, first)
 
     @property
     def steered_positions(self) -> int:
-        first = self.sequence.steered_from
+        first = self.state.steering.steered_from
         return 0 if first is None else max(0, self.end - max(first, self.start))

@@ -24,7 +24,7 @@ def engine() -> Iterator[TorchEngine]:
 @pytest.fixture(scope="module")
 def client(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", unit=100.0, description="random")
+    save_profiles(directory, engine.info.identity, "warm", "concise", unit=100.0, description="random")
     (directory / "broken.safetensors").write_bytes(b"no")
     with live_server(engine, directory) as client:
         yield client
@@ -95,7 +95,7 @@ def test_profiles_are_listed_with_what_is_wrong(client: httpx.Client) -> None:
 def test_one_profile_in_full(client: httpx.Client, engine: TorchEngine) -> None:
     warm = client.get("/profiles/warm").json()
     assert (warm["status"], warm["description"]) == ("served", "random")
-    assert warm["model"]["fingerprint"] == engine.language_model.identity.fingerprint
+    assert warm["model"]["fingerprint"] == engine.info.identity.fingerprint
     assert set(warm["direction_norms"]) == {"1", "3", "5", "7"}
     assert client.get("/profiles/broken").json()["status"] == "rejected"
 

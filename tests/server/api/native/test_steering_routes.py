@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,23 @@ import httpx
 import pytest
 import torch
 
-from server.engines.protocol import Delta, Finished, GenerationRequest, SamplingParameters, SteeringChange
-from server.generation.steering_grammar import Schedule
+from server.engines.errors import Conflict, UnknownGeneration
+from server.engines.protocol import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    SamplingParameters,
+    SteeringChange,
+    SteeringPlan,
+    StrengthSchedule,
+)
 from steering_vectors.data.chat import encode_prompt
-from steering_vectors.errors import Conflict, SteeringError, UnknownGeneration
+from steering_vectors.errors import SteeringError
 from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import load_profile, save_profile
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
-from tests.support.running import HeldEngine
+from tests.support.running import HeldEngine, load, plan, request, steps, submit
 from tests.support.serving import client_fixture, engine_fixture, profiles_fixture, until
 
 LM = load_model("demo", dtype="float32")
@@ -38,8 +46,12 @@ def warm(profiles: Path) -> Profile:
     return load_profile(profiles / "warm.safetensors")
 
 
-def mix(profile: Profile, strength: float, **options: Any) -> Mixture:
-    return Mixture((Term(profile, strength),), **options)
+def mix(profile: Profile, strength: float) -> Mixture:
+    return Mixture((Term(profile, strength),))
+
+
+def asked(plan: SteeringPlan) -> GenerationRequest:
+    return replace(request(PROMPT, plan), sampling=GREEDY)
 
 
 @contextmanager
@@ -78,19 +90,19 @@ def recomputed(timeline: Sequence[tuple[int, Mixture]], tokens: int = 24) -> lis
 
 
 async def written(
-    engine: HeldEngine, request: GenerationRequest, at: int | None = None, change: Mixture | None = None
+    engine: HeldEngine, request: GenerationRequest, at: int | None = None, change: SteeringPlan | None = None
 ) -> tuple[list[int], Finished, SteeringChange | None]:
     """The tokens of a request whose steering is changed as soon as token `at` has come."""
     ids: list[int] = []
     acknowledged = None
     if at is not None:
         engine.hold(after=at + 1, until_change=True)
-    async for event in engine.generate(request):
+    async for event in await submit(engine, request):
         if isinstance(event, Delta):
             ids += event.token_ids
             if at is not None and acknowledged is None and len(ids) > at:
                 assert change is not None
-                acknowledged = await engine.set_steering(request.id, change)
+                acknowledged = await engine.set_steering(request.ids[0], change)
         elif isinstance(event, Finished):
             return ids, event, acknowledged
     raise AssertionError
@@ -100,8 +112,7 @@ async def written(
 def test_a_changed_steering_holds_from_the_acknowledged_token_on(
     engine: HeldEngine, warm: Profile, before: float, after: float
 ) -> None:
-    request = GenerationRequest("change", tuple(PROMPT), GREEDY, mix(warm, before))
-    ids, end, change = asyncio.run(written(engine, request, 3, mix(warm, after)))
+    ids, end, change = asyncio.run(written(engine, asked(plan(warm, before)), 3, plan(warm, after)))
     assert change is not None
     assert 4 <= change.from_token < 24
     assert change.position == len(PROMPT) + change.from_token - 1
@@ -110,36 +121,61 @@ def test_a_changed_steering_holds_from_the_acknowledged_token_on(
     assert [segment.from_token for segment in end.segments] == [0, change.from_token]
     counts = (change.from_token if before else 0, 24 - change.from_token if after else 0)
     assert tuple(segment.steered_tokens for segment in end.segments) == counts
+    assert tuple(segment.terms[0].steered_tokens for segment in end.segments) == counts
 
 
 def test_a_schedule_equals_a_recomputation(engine: HeldEngine, warm: Profile) -> None:
-    schedule = ((5, mix(warm, 1.0)), (6, mix(warm, -0.5)), (15, mix(warm, 0.0)))
-    request = GenerationRequest("plan", tuple(PROMPT), GREEDY, mix(warm, 0.2), schedule=schedule)
-    ids, end, _ = asyncio.run(written(engine, request))
-    assert ids == recomputed([(0, mix(warm, 0.2)), *schedule])
-    assert [segment.from_token for segment in end.segments] == [0, 5, 6, 15]
-    assert [segment.steered_tokens for segment in end.segments] == [5, 1, 9, 0]
+    points = ((0, 0.2), (5, 1.0), (6, -0.5), (15, 0.0))
+    ids, end, _ = asyncio.run(written(engine, asked(plan(warm, steps(*points)))))
+    assert ids == recomputed([(token, mix(warm, strength)) for token, strength in points])
+    (segment,) = end.segments
+    assert segment.changes(24) == [0, 5, 6, 15]
+    assert segment.steered_tokens == segment.terms[0].steered_tokens == 15
+
+
+def test_a_straight_schedule_equals_a_recomputation(engine: HeldEngine, warm: Profile) -> None:
+    line = StrengthSchedule(((0, -0.5), (10, 1.0)), "linear")
+    ids, _, _ = asyncio.run(written(engine, asked(plan(warm, line))))
+    assert ids == recomputed([(token, mix(warm, -0.5 + 0.15 * token)) for token in range(11)])
 
 
 def test_a_change_ends_what_was_scheduled(engine: HeldEngine, warm: Profile) -> None:
-    request = GenerationRequest("both", tuple(PROMPT), GREEDY, mix(warm, 0.2), schedule=((20, mix(warm, 1.0)),))
-    ids, end, change = asyncio.run(written(engine, request, 2, mix(warm, -1.0)))
+    before = plan(warm, steps((0, 0.2), (20, 1.0)))
+    ids, end, change = asyncio.run(written(engine, asked(before), 2, plan(warm, -1.0)))
     assert change is not None
     assert ids == recomputed([(0, mix(warm, 0.2)), (change.from_token, mix(warm, -1.0))])
     assert len(end.segments) == 2
 
 
+@pytest.mark.parametrize("interpolation", ["step", "linear"])
+def test_a_change_may_be_a_schedule_that_counts_from_its_own_first_token(
+    engine: HeldEngine, warm: Profile, interpolation: Any
+) -> None:
+    schedule = StrengthSchedule(((0, -1.0), (2, 1.0), (4, 0.0)), interpolation)
+    ids, end, change = asyncio.run(written(engine, asked(plan(warm, 0.2)), 2, plan(warm, schedule)))
+    assert change is not None
+    first = change.from_token
+    later = [(first + token, mix(warm, schedule.at(token))) for token in range(5)]
+    assert ids == recomputed([(0, mix(warm, 0.2)), *later])
+    assert [segment.from_token for segment in end.segments] == [0, first]
+    assert change.segment.terms[0].schedule == schedule
+
+
 def test_the_whole_prompt_of_a_waiting_request_is_under_the_changed_steering(engine: HeldEngine, warm: Profile) -> None:
     async def run() -> tuple[list[int], Finished]:
+        await load(engine, plan(warm).versions)
         engine.hold()
-        first = engine.generate(GenerationRequest("first", (5, 6, 7), GREEDY))
+        first, waiting = asked(SteeringPlan()), asked(plan(warm, 1.0))
+        busy = await submit(engine, first)
         await asyncio.to_thread(engine.until_held)  # from now on requests wait
-        stream = engine.generate(GenerationRequest("waiting", tuple(PROMPT), GREEDY, mix(warm, 1.0)))
-        changed = engine.set_steering("waiting", mix(warm, -1.0))
+        stream = await submit(engine, waiting)
+        changing = asyncio.create_task(engine.set_steering(waiting.ids[0], plan(warm, -1.0)))
+        while engine._commands.qsize() < 2:  # the request and its change
+            await asyncio.sleep(0.001)
         engine.go()
-        change = await changed
+        change = await changing
         assert (change.from_token, change.position) == (0, 0)
-        await first.aclose()
+        await busy.aclose()
         ids: list[int] = []
         async for event in stream:
             if isinstance(event, Finished):
@@ -155,10 +191,10 @@ def test_the_whole_prompt_of_a_waiting_request_is_under_the_changed_steering(eng
 
 def test_neighbours_of_a_changed_row_stay_as_they_are(engine: HeldEngine, warm: Profile) -> None:
     async def run() -> list[Any]:
-        requests = [GenerationRequest(f"row-{i}", tuple(PROMPT), GREEDY, mix(warm, (0.0, 0.5)[i % 2])) for i in (0, 1)]
-        changed = GenerationRequest("row-2", tuple(PROMPT), GREEDY, mix(warm, 0.5))
+        requests = [asked(plan(warm, strength)) for strength in (0.0, 0.5)]
+        changed = asked(plan(warm, 0.5))
         return await asyncio.gather(
-            *(written(engine, one) for one in requests), written(engine, changed, 2, mix(warm, -1.0))
+            *(written(engine, one) for one in requests), written(engine, changed, 2, plan(warm, -1.0))
         )
 
     plain, steered, _ = asyncio.run(run())
@@ -168,11 +204,12 @@ def test_neighbours_of_a_changed_row_stay_as_they_are(engine: HeldEngine, warm: 
 
 def test_what_is_not_running_cannot_be_changed(engine: HeldEngine, warm: Profile) -> None:
     async def run() -> None:
-        await written(engine, GenerationRequest("over", tuple(PROMPT), GREEDY))
-        with pytest.raises(Conflict, match="generation 'over' has ended"):
-            await engine.set_steering("over", mix(warm, 1.0))
+        over = asked(plan(warm))
+        await written(engine, over)
+        with pytest.raises(Conflict, match=f"generation '{over.ids[0]}' has ended"):
+            await engine.set_steering(over.ids[0], plan(warm))
         with pytest.raises(UnknownGeneration, match="there is no generation 'never'"):
-            await engine.set_steering("never", mix(warm, 1.0))
+            await engine.set_steering("never", plan(warm))
 
     asyncio.run(run())
 
@@ -218,16 +255,40 @@ def test_a_schedule_in_a_request_and_its_receipt(client: httpx.Client) -> None:
 
 
 def test_schedules_are_read_strictly() -> None:
-    line = Schedule(((0, 0.0), (10, 1.0), (20, -1.0)), linear=True)
+    line = StrengthSchedule(((0, 0.0), (10, 1.0), (20, -1.0)), "linear")
     assert [line.at(token) for token in (0, 5, 10, 15, 20, 99)] == [0.0, 0.5, 1.0, 0.0, -1.0, -1.0]
-    steps = Schedule(((0, 0.0), (10, 1.0)))
-    assert [steps.at(token) for token in (0, 9, 10, 11)] == [0.0, 0.0, 1.0, 1.0]
-    assert steps.changes() == [0, 10]
-    assert all(later == earlier + 1 for earlier, later in pairwise(line.changes()))
-    assert Schedule(((0, 0.0), (4096, 1.0)), linear=True).changes()[-1] == 4096
+    step = StrengthSchedule(((0, 0.0), (10, 1.0)))
+    assert [step.at(token) for token in (0, 9, 10, 11)] == [0.0, 0.0, 1.0, 1.0]
+    assert StrengthSchedule(((0, 0.0), (4096, 1.0)), "linear").at(4096) == 1.0
     for points in ((), ((1, 0.5),), ((0, 0.5), (0, 0.6)), ((0, 0.1), (4097, 1.0))):
         with pytest.raises(SteeringError, match="schedule"):
-            Schedule(points)
+            StrengthSchedule(points)
+
+
+def test_a_running_stream_is_changed_by_a_schedule_over_http(client: httpx.Client) -> None:
+    """Its tokens count from the change; each strength stands in the receipt from the token it held from."""
+    body = {"prompt": "Bread is", "max_tokens": 200, "ignore_eos": True, "profile": "warm", "stream": True}
+    points = [{"from_token": 0, "strength": 0.5}, {"from_token": 4, "strength": -0.5}]
+    with client.stream("POST", "/generate", json=body) as stream:
+        lines = (json.loads(line[6:]) for line in stream.iter_lines() if line)
+        name = next(lines)["id"]
+        next(lines)
+        steering = {"profiles": [{"name": "warm", "schedule": points}]}
+        answer = client.patch(f"/generations/{name}", json={"steering": steering})
+        assert answer.status_code == 200, answer.text
+        *_, last = lines
+    first = answer.json()["from_token"]
+    (entry,) = last["steering"]
+    assert entry["timeline"] == [
+        {"from_token": 0, "strength": 1.0},
+        {"from_token": first, "strength": 0.5},
+        {"from_token": first + 4, "strength": -0.5},
+    ]
+    beyond = {
+        "profiles": [{"name": "warm", "schedule": [{"from_token": 0, "strength": 0}, {"from_token": 9, "strength": 9}]}]
+    }
+    refused = client.patch(f"/generations/{name}", json={"steering": beyond}).json()["error"]
+    assert (refused["param"], refused["code"]) == ("strength", "strength_out_of_range")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate", "/score"])

@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 
-from server.api.openai.logprob_objects import CompletionLogprobs, chat_logprobs
+from server.api.openai.responses import CompletionLogprobs, chat_logprobs
 from server.engines.protocol import TokenLogprob
 from server.engines.torch.engine import TorchEngine
 from server.generation.token_texts import TokenTexts
@@ -174,7 +174,7 @@ def test_echo_without_logprobs_repeats_the_prompt(client: httpx.Client) -> None:
 
 
 def test_a_prompt_that_fills_the_context_can_be_scored(client: httpx.Client, engine: TorchEngine) -> None:
-    ids = [300 + place % 50 for place in range(engine.context)]
+    ids = [300 + place % 50 for place in range(engine.info.context)]
     body = {"model": "demo", "prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 0}
     told = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
     expected = reference(ids)

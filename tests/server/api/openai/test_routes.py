@@ -29,7 +29,7 @@ def engine() -> Iterator[TorchEngine]:
 def client(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     directory = tmp_path_factory.mktemp("profiles")
     fields = {"unit": 100.0, "calibration": {"kl_at_1": 0.1}}
-    save_profiles(directory, engine.language_model.identity, "warm", "concise", **fields)
+    save_profiles(directory, engine.info.identity, "warm", "concise", **fields)
     with live_server(engine, directory) as client:
         yield client
 
@@ -67,7 +67,7 @@ def test_a_chat_completion(client: httpx.Client, engine: TorchEngine) -> None:
     assert whole["system_fingerprint"].startswith("fp_")
     assert choice["generation_id"].startswith("gen-")
     assert (choice["index"], choice["finish_reason"]) == (0, "length")
-    prompt = encode_prompt(engine.language_model.tokenizer, [Message("user", MESSAGES[0]["content"])])
+    prompt = encode_prompt(engine.info.tokenizer, [Message("user", MESSAGES[0]["content"])])
     usage = {"prompt_tokens": len(prompt), "completion_tokens": 8, "total_tokens": len(prompt) + 8}
     assert {key: whole["usage"][key] for key in usage} == usage
     assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] >= 0
@@ -168,7 +168,7 @@ def test_several_prompts_with_several_choices(client: httpx.Client, engine: Torc
 
 
 def test_token_ids_are_the_text_they_stand_for(client: httpx.Client, engine: TorchEngine) -> None:
-    ids = encode_prompt(engine.language_model.tokenizer, "Bread is")
+    ids = encode_prompt(engine.info.tokenizer, "Bread is")
     text = complete(client)["choices"][0]["text"]
     assert complete(client, prompt=ids)["choices"][0]["text"] == text
     assert [choice["text"] for choice in complete(client, prompt=[ids, ids])["choices"]] == [text, text]

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -17,10 +18,10 @@ import pydantic
 import pytest
 import torch
 
-from server.engines.protocol import Constraint, Delta, Finished, GenerationRequest, SamplingParameters
+from server.engines.protocol import Constraint, SamplingParameters
 from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, allowed_tokens
 from server.engines.torch.engine import TorchEngine
-from server.engines.torch.sampling.request_sampler import RowSampler
+from server.engines.torch.sampling.request_sampler import RequestSampler
 from server.engines.torch.sampling.sample import sample
 from steering_vectors.data.chat import encode_prompt
 from steering_vectors.errors import RequestError
@@ -92,7 +93,7 @@ def engine() -> Iterator[TorchEngine]:
 @pytest.fixture(scope="module")
 def client(engine: TorchEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     directory = tmp_path_factory.mktemp("profiles")
-    save_profiles(directory, engine.language_model.identity, "warm", unit=10.0, calibration={"kl_at_1": 0.1})
+    save_profiles(directory, engine.info.identity, "warm", unit=10.0, calibration={"kl_at_1": 0.1})
     with live_server(engine, directory) as client:
         yield client
 
@@ -269,12 +270,12 @@ def test_logprobs_stay_the_models_own(client: httpx.Client) -> None:
         (
             {"guided_regex": "a", "response_format": {"type": "json_object"}},
             "guided_regex",
-            "response_format and guided_regex both constrain the text: use only one of them",
+            "response_format and guided_regex are both given: use only one of them",
         ),
         (
             {"guided_grammar": "start: /a/", "guided_choice": ["a"]},
             "guided_grammar",
-            "guided_choice and guided_grammar both constrain the text: use only one of them",
+            "guided_choice and guided_grammar are both given: use only one of them",
         ),
         ({"guided_choice": []}, "guided_choice", "field 'guided_choice': "),
         ({"guided_json": "{}"}, "guided_json", "field 'guided_json': it should "),
@@ -332,11 +333,7 @@ def run(
         async with running(language_model, **options) as engine:
 
             async def one(constraint: Constraint, sampling: dict[str, Any]) -> Outcome:
-                plain = request(ids, **sampling)
-                grammar = await engine.compile(constraint)
-                return await outcome(
-                    engine, GenerationRequest(plain.id, plain.prompt_ids, plain.sampling, grammar=grammar)
-                )
+                return await outcome(engine, replace(request(ids, **sampling), constraint=constraint))
 
             return await asyncio.gather(*(one(*wish) for wish in wishes))
 
@@ -344,7 +341,7 @@ def run(
 
 
 def regex(text: str) -> Constraint:
-    return Constraint("regex", text, "guided_regex")
+    return Constraint("regex", text)
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, byte_fallback_tokenizer])
@@ -384,7 +381,7 @@ def test_a_grammar_that_outgrows_its_means_is_an_error_not_an_end() -> None:
     )
     assert failed.end.reason == "error"
     assert failed.end.error is not None
-    assert failed.end.error.startswith("guided_regex cannot be followed any further (")
+    assert failed.end.error.startswith("constraint cannot be followed any further (")
     assert (sound.text, sound.end.reason) == ("b" * 9, "stop")
 
 
@@ -400,8 +397,8 @@ def test_a_constraint_bars_after_penalties_and_bias() -> None:
     logits = torch.zeros(2, 400)
     logits[:, a] = 2.0
     before = logits.clone()
-    bound = RowSampler(wish, vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5], matcher=grammar.matcher())
-    free = RowSampler(SamplingParameters(temperature=0), vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5])
+    bound = RequestSampler(wish, vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5], matcher=grammar.matcher())
+    free = RequestSampler(SamplingParameters(temperature=0), vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5])
     assert sample(logits, [bound, free]) == [b, a]
     assert torch.equal(logits, before)
     bound.observe(b)
@@ -439,19 +436,17 @@ def test_a_grammar_compiles_beside_the_event_loop(engine: TorchEngine, monkeypat
         return compile_now(compiler, constraint)
 
     monkeypatch.setattr(GrammarCompiler, "compile", compile_later)
-    ids = tuple(encode_prompt(engine.language_model.tokenizer, "Bread is"))
-    plain = GenerationRequest("beside", ids, SamplingParameters(temperature=0, max_tokens=30, ignore_eos=True))
+    ids = encode_prompt(engine.info.tokenizer, "Bread is")
+    plain = request(ids, max_tokens=30, ignore_eos=True)
+    bound = replace(request(ids, max_tokens=1), constraint=regex("never asked for elsewhere"))
 
-    async def main() -> tuple[int, bool]:
-        seen = 0
-        task = asyncio.create_task(engine.compile(regex("never asked for elsewhere")))
+    async def main() -> tuple[int, str]:
+        task = asyncio.create_task(outcome(engine, bound))
         await asyncio.sleep(0)  # it is asked for
-        async for event in engine.generate(plain):
-            seen += isinstance(event, Delta)
-            if isinstance(event, Finished):
-                assert event.reason == "length"
+        seen = await outcome(engine, plain)
+        assert seen.end.reason == "length"
         assert not task.done()
         ended.set()
-        return seen, isinstance(await task, CompiledGrammar)
+        return len(seen.ids), (await task).end.reason
 
-    assert asyncio.run(main()) == (30, True)
+    assert asyncio.run(main()) == (30, "length")

@@ -5,24 +5,33 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from server.engines.protocol import Finished
-from steering_vectors.errors import Conflict, Overloaded, ProfileMismatch, RequestError, SteeringError, Unavailable
+from server.engines.config import EngineConfig
+from server.engines.errors import Conflict, Overloaded, Unavailable
+from server.engines.protocol import Finished, PlanTerm, SteeringPlan, StrengthSchedule
+from server.engines.torch.plans import ResolvedPlan
+from steering_vectors.errors import ProfileMismatch, RequestError, SteeringError
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.mixture import Mixture
 from tests.support.running import (
     HeldEngine,
-    mixture,
     outcome,
+    plan,
     prompts,
     random_profile,
     reference_ids,
     request,
     run_all,
     running,
+    submit,
+    term,
 )
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -47,11 +56,11 @@ def test_refuses_before_it_starts(language_model: LanguageModel) -> None:
                 (request([9999]), RequestError, "outside of the vocabulary, 0 to 383"),
                 (request([5] * 32), RequestError, "the prompt has 32 tokens; the context holds 32"),
                 (request(ids, logit_bias={9999: 1.0}), RequestError, "9999"),
-                (request(ids, mixture(foreign)), ProfileMismatch, "whose weights differ"),
-                (request(ids, mixture(huge, 2.0)), SteeringError, "overflows the model's dtype"),
+                (request(ids, plan(foreign)), ProfileMismatch, "whose weights differ"),
+                (request(ids, plan(huge, 2.0)), SteeringError, "overflows the model's dtype"),
             ):
                 with pytest.raises(error, match=message):
-                    engine.generate(bad)
+                    await submit(engine, bad)
             assert engine.stats().running == engine.stats().waiting == 0
 
     asyncio.run(main())
@@ -62,9 +71,9 @@ def test_a_full_queue_refuses(language_model: LanguageModel) -> None:
 
     async def main() -> None:
         async with running(language_model, slots=1, max_queue=2, context=200) as engine:
-            streams = [engine.generate(request(ids, **LONG)) for ids in rows[:3]]
+            streams = [await submit(engine, request(ids, **LONG)) for ids in rows[:3]]
             with pytest.raises(Overloaded):
-                engine.generate(request(rows[3]))
+                await submit(engine, request(rows[3]))
             for stream in streams:
                 await stream.aclose()
 
@@ -77,9 +86,9 @@ def test_an_id_is_used_once_at_a_time(language_model: LanguageModel) -> None:
     async def main() -> None:
         async with running(language_model) as engine:
             one = request(ids, **LONG)
-            stream = engine.generate(one)
+            stream = await submit(engine, one)
             with pytest.raises(Conflict):
-                engine.generate(one)
+                await submit(engine, one)
             await stream.aclose()
 
     asyncio.run(main())
@@ -96,7 +105,7 @@ def test_leaving_a_stream_frees_its_slot(language_model: LanguageModel, way: str
 
     async def main() -> None:
         async with running(language_model, slots=1, context=250) as engine:
-            stream = engine.generate(request(ids, **LONG))
+            stream = await submit(engine, request(ids, **LONG))
             await anext(stream)
             if way == "aclose":
                 await stream.aclose()
@@ -105,12 +114,14 @@ def test_leaving_a_stream_frees_its_slot(language_model: LanguageModel, way: str
                 gc.collect()
             else:
                 task = asyncio.create_task(outcome(engine, request(ids, **LONG)))
-                await asyncio.sleep(0)
+                while not engine.stats().waiting:
+                    await asyncio.sleep(0.001)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 await stream.aclose()
             assert (await outcome(engine, request(ids, max_tokens=2, ignore_eos=True))).end.reason == "length"
             assert engine.stats().running == 0
+            assert engine.stats().finished["cancelled"] == (2 if way == "cancel the task" else 1)
 
     asyncio.run(main())
 
@@ -120,14 +131,14 @@ def test_closing_ends_what_runs_and_refuses_what_comes(language_model: LanguageM
 
     async def main() -> None:
         async with running(language_model, slots=1, context=250) as engine:
-            streams = [engine.generate(request(ids, **LONG)) for ids in rows]
+            streams = [await submit(engine, request(ids, **LONG)) for ids in rows]
             await engine.close()
             for stream in streams:
                 events = [event async for event in stream]
                 assert isinstance(events[-1], Finished)
                 assert events[-1].reason == "cancelled"
             with pytest.raises(Unavailable):
-                engine.generate(request(rows[0]))
+                await submit(engine, request(rows[0]))
 
     asyncio.run(main())
 
@@ -171,16 +182,19 @@ def test_a_step_that_breaks_ends_its_requests_and_no_others(block: int) -> None:
 def test_a_change_whose_asker_has_gone_leaves_the_engine_running(language_model: LanguageModel) -> None:
     """The event loop that asked is closed before the engine's thread comes to it."""
     (ids,) = prompts(language_model, [5])
-    engine = HeldEngine(language_model, slots=1, context=64)
+    engine = HeldEngine(language_model, EngineConfig(slots=1, context=64))
 
-    async def ask(request_id: str) -> None:
-        engine.set_steering(request_id, Mixture())
+    async def ask(id: str) -> None:
+        asking = asyncio.create_task(engine.set_steering(id, SteeringPlan()))
+        while engine._commands.empty():
+            await asyncio.sleep(0.001)
+        assert not asking.done()
 
     async def main() -> None:
         one = request(ids, max_tokens=8, ignore_eos=True)
         engine.hold()
-        stream = engine.generate(one)
-        await asyncio.to_thread(lambda: asyncio.run(ask(one.id)))
+        stream = await submit(engine, one)
+        await asyncio.to_thread(lambda: asyncio.run(ask(one.ids[0])))
         engine.go()
         assert isinstance([event async for event in stream][-1], Finished)
         assert (await outcome(engine, request(ids, max_tokens=2, ignore_eos=True))).end.reason == "length"
@@ -195,8 +209,8 @@ def test_every_token_is_counted_once(language_model: LanguageModel, prefix_reuse
     first, second, third = prompts(language_model, [30, 17, 9])
     wanted = [
         request(first, max_tokens=8, ignore_eos=True),
-        request([*first, *second], mixture(profile), max_tokens=5, ignore_eos=True),
-        request(third, mixture(profile, apply_to="all"), max_tokens=12, ignore_eos=True),
+        request([*first, *second], plan(profile), max_tokens=5, ignore_eos=True),
+        request(third, plan(profile, apply_to="all"), max_tokens=12, ignore_eos=True),
     ]
 
     async def main() -> None:
@@ -223,9 +237,9 @@ def test_what_a_cancelled_request_leaves_is_kept_once_it_has_written(
         async with running(language_model, slots=1, context=96, prefill_chunk=8) as engine:
             engine.hold(after=steps)  # and one more, before the engine looks at what came meanwhile
             one = request(ids, max_tokens=9, ignore_eos=True)
-            stream = engine.generate(one)
+            stream = await submit(engine, one)
             await asyncio.to_thread(engine.until_held)
-            assert engine.cancel(one.id)
+            assert await engine.cancel(one.ids[0])
             engine.go()
             events = [event async for event in stream]
             assert isinstance(events[-1], Finished)
@@ -279,9 +293,9 @@ def test_a_steering_counts_its_positions(language_model: LanguageModel) -> None:
     generated, everywhere, idle = run_all(
         language_model,
         [
-            request(ids, mixture(profile), max_tokens=8, ignore_eos=True),
-            request(ids, mixture(profile, apply_to="all"), max_tokens=8, ignore_eos=True),
-            request(ids, mixture(profile, 0.0), max_tokens=8, ignore_eos=True),
+            request(ids, plan(profile), max_tokens=8, ignore_eos=True),
+            request(ids, plan(profile, apply_to="all"), max_tokens=8, ignore_eos=True),
+            request(ids, plan(profile, 0.0), max_tokens=8, ignore_eos=True),
         ],
     )
     # The last token that is drawn is never fed to the model.
@@ -296,3 +310,71 @@ def test_its_thread_is_known_by_name(language_model: LanguageModel) -> None:
             assert "trimtab-engine\n" in names
 
     asyncio.run(main())
+
+
+def test_a_profile_is_freed_when_the_last_request_lets_go(language_model: LanguageModel) -> None:
+    async def main() -> None:
+        async with running(language_model, context=250) as engine:
+            profile = random_profile(language_model, "passing", seed=9)
+            steering = SteeringPlan((PlanTerm("passing", profile.version),))
+            freed = weakref.ref(profile)
+            await engine.load_profile(profile)
+            await engine.unload_profile(profile.version)
+            await engine.load_profile(profile)
+            stream = await engine.submit([request(prompts(language_model, [5])[0], steering, **LONG)])
+            await anext(stream)
+            await engine.unload_profile(profile.version)
+            del profile
+            gc.collect()
+            assert freed() is not None
+            await stream.aclose()
+            while engine.stats().running:
+                await asyncio.sleep(0.001)
+            await outcome(engine, request([5], max_tokens=1))  # the engine's thread has gone on
+            gc.collect()
+            assert freed() is None
+            assert engine.stats().profiles == 0
+
+    asyncio.run(main())
+
+
+def test_a_straight_schedule_is_not_computed_ahead(language_model: LanguageModel) -> None:
+    """A plan with as many points as may be is checked without a mixture for each of its tokens."""
+    profiles = [random_profile(language_model, f"p{place}", seed=place) for place in range(8)]
+    line = StrengthSchedule(tuple((64 * place, (place % 2) / 10) for place in range(65)), "linear")
+    steering = SteeringPlan(tuple(term(profile, line) for profile in profiles))
+    resolved = ResolvedPlan(steering, {profile.version: profile for profile in profiles})
+    made = []
+    make = resolved._mixture
+
+    def counted(*given: Any, **more: Any) -> Mixture:
+        made.append(given)
+        return make(*given, **more)
+
+    resolved._mixture = counted  # type: ignore[method-assign]
+    resolved.check(torch.float32)
+    assert len(made) <= 1 + 2 * len(profiles)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        # Σ|α| is largest within: beside a point at which the other profile does not act yet
+        (((0, 1.0), (10, 3.0)), ((0, 1.0), (10, 0.0))),
+        (((0, 3.0), (10, 1.0)), ((0, 0.0), (10, 1.0))),
+    ],
+)
+def test_a_mix_of_schedules_keeps_within_the_safe_range_at_every_token(
+    language_model: LanguageModel, first: Any, second: Any
+) -> None:
+    """The limit of a profile counts at each token where it acts."""
+    wide = random_profile(language_model, "wide", seed=1, max_strength=4.0)
+    narrow = random_profile(language_model, "narrow", seed=2, max_strength=2.0)
+    lines = [StrengthSchedule(points, "linear") for points in (first, second)]
+    steering = SteeringPlan((term(wide, lines[0]), term(narrow, lines[1])))
+    resolved = ResolvedPlan(steering, {wide.version: wide, narrow.version: narrow})
+    with pytest.raises(SteeringError, match="add up to"):
+        resolved.check(torch.float32)
+    ResolvedPlan(replace(steering, allow_beyond_safe=True), {wide.version: wide, narrow.version: narrow}).check(
+        torch.float32
+    )

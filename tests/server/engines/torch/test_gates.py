@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 
-from server.engines.protocol import Delta, Finished, GenerationRequest, SamplingParameters
+from server.engines.protocol import Delta, Finished, SamplingParameters, SteeringPlan
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.data.chat import Message, Prompt, encode_prompt
 from steering_vectors.data.sources import DEMO_DIRECTORY
@@ -23,10 +23,9 @@ from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.profiles.files import save_profile
 from steering_vectors.profiles.gate import Gate, similarities
-from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.generate import steer
-from tests.support.running import HeldEngine
+from tests.support.running import HeldEngine, outcome, plan, request, steps, submit, versioned
 from tests.support.serving import demo_engine, live_server, random_profile
 
 LM = load_model("demo", dtype="float32")
@@ -54,7 +53,7 @@ def gate() -> Gate:
 
 @pytest.fixture(scope="module")
 def gated(gate: Gate) -> Profile:
-    return replace(random_profile(LM.identity, "warm", unit=60.0), gate=gate)
+    return versioned(replace(random_profile(LM.identity, "warm", unit=60.0), gate=gate))
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +80,9 @@ def similarity(lm: LanguageModel, gate: Gate, ids: Sequence[int]) -> float:
     return float(torch.cosine_similarity(mean, torch.tanh(unit * (unit @ mean)), dim=0))
 
 
-async def write(engine: TorchEngine, name: str, prompt: Sequence[int], mixture: Mixture) -> tuple[list[int], Finished]:
-    ids: list[int] = []
-    async for event in engine.generate(GenerationRequest(name, tuple(prompt), GREEDY, mixture)):
-        if isinstance(event, Finished):
-            return ids, event
-        assert isinstance(event, Delta)
-        ids += event.token_ids
-    raise AssertionError
+async def write(engine: TorchEngine, prompt: Sequence[int], plan: SteeringPlan) -> tuple[list[int], Finished]:
+    found = await outcome(engine, replace(request(prompt, plan), sampling=GREEDY))
+    return list(found.ids), found.end
 
 
 def test_a_gate_fires_on_its_topic_row_by_row_in_a_mixed_batch(engine: TorchEngine, gated: Profile) -> None:
@@ -99,12 +93,12 @@ def test_a_gate_fires_on_its_topic_row_by_row_in_a_mixed_batch(engine: TorchEngi
     gate = gated.gate
     assert gate is not None
 
-    async def run(mixture: Mixture) -> list[tuple[list[int], Finished]]:
-        return await asyncio.gather(*(write(engine, f"r{i}", ids, mixture) for i, ids in enumerate(prompts)))
+    async def run(plan: SteeringPlan) -> list[tuple[list[int], Finished]]:
+        return await asyncio.gather(*(write(engine, ids, plan) for ids in prompts))
 
-    rows = asyncio.run(run(Mixture((Term(gated, 1.0),))))
-    plain = asyncio.run(run(Mixture()))
-    always = asyncio.run(run(Mixture((Term(replace(gated, gate=None), 1.0),))))
+    rows = asyncio.run(run(plan(gated)))
+    plain = asyncio.run(run(SteeringPlan()))
+    always = asyncio.run(run(plan(replace(gated, gate=None, version="always"))))
     fired = [end.gates["warm"].opened for _, end in rows]
     assert f1_score(torch.tensor(fired), torch.tensor(wanted)) >= 0.9
     assert {True, False} == set(fired)
@@ -155,20 +149,18 @@ def test_a_prompt_of_one_token_opens_nothing(client: httpx.Client) -> None:
 def test_a_shut_gate_stays_shut_whatever_is_scheduled_or_changed(engine: HeldEngine, gated: Profile) -> None:
     """Alone in the batch, where no mask of positions stands between a row's shift and the row."""
     prompt = tuple(encode_prompt(LM.tokenizer, FRESH.others[0] or ""))
-    half, whole = (Mixture((Term(gated, strength),)) for strength in (0.5, 1.0))
+    scheduled = replace(request(prompt, plan(gated, steps((0, 0.5), (2, 1.0)))), sampling=GREEDY)
 
     async def changed() -> list[int]:
-        request = GenerationRequest("shut", prompt, GREEDY, half, schedule=((2, whole),))
-        engine.hold(after=-(-len(prompt) // 16) + 4)  # five tokens; what is asked for then is in time for the seventh
-        stream = engine.generate(request)
+        engine.hold(after=-(-len(prompt) // 16) + 4, until_change=True)  # five tokens, before the seventh
+        stream = await submit(engine, scheduled)
         await asyncio.to_thread(engine.until_held)
-        change = engine.set_steering("shut", half)
-        engine.go()
+        change = await engine.set_steering(scheduled.ids[0], plan(gated, 0.5))
         ids = [token async for event in stream if isinstance(event, Delta) for token in event.token_ids]
-        assert (await change).from_token < 8
+        assert change.from_token < 8
         return ids
 
-    untouched, _ = asyncio.run(write(engine, "plain", prompt, Mixture()))
+    untouched, _ = asyncio.run(write(engine, prompt, SteeringPlan()))
     assert asyncio.run(changed()) == untouched
 
 
@@ -199,10 +191,10 @@ def test_where_a_prompt_cannot_decide_it_is_refused(client: httpx.Client, path: 
 
 def test_a_gate_cannot_join_a_running_generation(engine: TorchEngine, gated: Profile) -> None:
     async def run() -> None:
-        request = GenerationRequest("run", (5, 6, 7), replace(GREEDY, max_tokens=200))
-        stream = engine.generate(request)
+        running = replace(request((5, 6, 7)), sampling=replace(GREEDY, max_tokens=200))
+        stream = await submit(engine, running)
         with pytest.raises(SteeringError, match="cannot join a running generation"):
-            await engine.set_steering("run", Mixture((Term(gated, 1.0),)))
+            await engine.set_steering(running.ids[0], plan(gated))
         await stream.aclose()
 
     asyncio.run(run())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
@@ -363,7 +364,7 @@ def test_whole_blocks_steer_as_hooks_do() -> None:
 def test_the_engine_tells_whether_blocks_are_fused(architecture: str, path: str) -> None:
     language_model = wrap_model(tiny_model(architecture), tiny_tokenizer())
     pack(language_model.model)
-    engine = TorchEngine(language_model, slots=2, context=64)
+    engine = TorchEngine(language_model, EngineConfig(slots=2, context=64))
     assert engine.stats().path == path
     asyncio.run(engine.close())
     assert all("forward" not in vars(block) for block in language_model.blocks)  # as they were

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from server.engines.torch.build import build_engine
 from server.settings import ConfigurationError, Settings, load_settings
-from server.state import Service, build_engine
+from server.state import Service
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
 from steering_vectors.runtime.choose_runner import TOLERANCE, disagreement
@@ -181,7 +182,7 @@ def test_a_server_tells_and_takes_profiles_of_the_plain_model(kind: Kind, tmp_pa
     save_profiles(tmp_path, identity, "some")
     prints = []
     for settings in (Settings(slots=2), Settings(slots=2, quantize=kind)):
-        engine = build_engine(settings)
+        engine = build_engine(settings.engine_config())
         with live_server(engine, tmp_path, quantize=settings.quantize) as client:
             assert client.get("/version").json()["quantize"] == settings.quantize
             body = {"model": "demo", "prompt": "Hello", "steering": "some@0.5", "max_tokens": 4}
@@ -190,7 +191,7 @@ def test_a_server_tells_and_takes_profiles_of_the_plain_model(kind: Kind, tmp_pa
             prints.append(answer["system_fingerprint"])
         asyncio.run(engine.close())
     assert prints[0] != prints[1]
-    assert engine.language_model.identity == identity
+    assert engine.info.identity == identity
 
 
 @NEEDS_KERNELS

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import wrap_model
 from steering_vectors.runtime.cpu.threads import processors, run_apart
@@ -44,7 +45,7 @@ class Watched(TorchEngine):
 def test_the_engine_keeps_its_number_when_others_get_another(own: int, others: int) -> None:
     torch.set_num_threads(own)
     language_model = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    engine = Watched(language_model, slots=2, context=64)
+    engine = Watched(language_model, EngineConfig(slots=2, context=64))
     torch.set_num_threads(others)
 
     async def main() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from server.engines.protocol import SamplingParameters
-from server.engines.torch.sampling.request_sampler import RowSampler, check_vocabulary
+from server.engines.torch.sampling.request_sampler import RequestSampler, check_vocabulary
 from server.engines.torch.sampling.sample import NonFiniteLogits, sample
 from server.engines.torch.sampling.truncation import probability_mass
 from steering_vectors.errors import RequestError
@@ -37,8 +37,8 @@ def sampler(
     prompt: Sequence[int] = (1, 2, 2, 3),
     chosen: Sequence[int] = (),
     choice: int = 0,
-) -> RowSampler:
-    row = RowSampler(parameters, vocab_size=vocab, eos_ids=frozenset(eos), prompt_ids=prompt, choice=choice)
+) -> RequestSampler:
+    row = RequestSampler(parameters, vocab_size=vocab, eos_ids=frozenset(eos), prompt_ids=prompt, choice=choice)
     for token_id in chosen:
         row.observe(token_id)
     return row
@@ -274,7 +274,7 @@ def test_the_draw_inverts_the_cumulative_distribution_in_the_vocabularys_order()
         assert token_id == np.searchsorted(cumulative, twin.uniform(), side="right")
 
 
-class FixedStream(RowSampler):
+class FixedStream(RequestSampler):
     """A row whose stream says what the test wants."""
 
     number = 0.0
@@ -311,7 +311,7 @@ def test_a_seed_repeats_its_draws() -> None:
 
 def test_choices_of_one_seed_differ_and_choice_0_is_the_default() -> None:
     assert len({tuple(draws(5, choice)) for choice in range(8)}) == 8
-    row = RowSampler(SamplingParameters(seed=5), vocab_size=VOCAB, eos_ids=frozenset(), prompt_ids=[1])
+    row = RequestSampler(SamplingParameters(seed=5), vocab_size=VOCAB, eos_ids=frozenset(), prompt_ids=[1])
     assert sample(random_logits(1), [row])[0] == draws(5, 0)[0]
 
 
@@ -411,7 +411,7 @@ def test_without_looking_at_values_the_mass_is_bitwise_the_same(wish: SamplingPa
     logits[2, 100:] = -math.inf
     logits[3, ::3] = logits[3, 0]
     parameters = [wish] * 6
-    unseen = probability_mass(logits.clone(), parameters, waits=False)
+    unseen = probability_mass(logits.clone(), parameters, allow_sync=False)
     assert torch.equal(unseen, probability_mass(logits.clone(), parameters))
 
 
@@ -420,7 +420,7 @@ def test_without_looking_at_values_the_tokens_are_the_same() -> None:
     wishes = [*SHAPES, SamplingParameters(temperature=0.0), SamplingParameters(presence_penalty=1.0, min_tokens=2)]
     logits = 2 * torch.randn(len(wishes), 300, generator=torch.Generator().manual_seed(6))
 
-    def sides() -> list[list[RowSampler]]:
+    def sides() -> list[list[RequestSampler]]:
         return [[sampler(replace(wish, seed=7), vocab=300) for wish in wishes] for _ in range(2)]
 
     seen, unseen = sides()
@@ -428,10 +428,10 @@ def test_without_looking_at_values_the_tokens_are_the_same() -> None:
     broken[0, 5], broken[3] = math.nan, -math.inf
     for rows, waits in ((seen, True), (unseen, False)):
         with pytest.raises(NonFiniteLogits) as failure:
-            sample(broken, rows, waits=waits)
+            sample(broken, rows, allow_sync=waits)
         assert failure.value.rows == (0, 3)
     for _ in range(20):
-        tokens = [sample(logits, rows, waits=waits) for rows, waits in ((seen, True), (unseen, False))]
+        tokens = [sample(logits, rows, allow_sync=waits) for rows, waits in ((seen, True), (unseen, False))]
         assert tokens[0] == tokens[1]
         for rows in (seen, unseen):
             for row, token in zip(rows, tokens[0], strict=True):

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engines.protocol import GenerationRequest, SamplingParameters
-from server.engines.torch.scheduling.prefix_reuse import LEAST, Prefixes, Trace
-from server.engines.torch.scheduling.request_state import Chunk, Sequence
+from server.engines.protocol import SteeringPlan
+from server.engines.torch.plans import ResolvedPlan
+from server.engines.torch.scheduling.prefix_reuse import MIN_REUSED_TOKENS, PrefixCache, PrefixKey
+from server.engines.torch.scheduling.request_state import Chunk, RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
-from steering_vectors.profiles.mixture import Mixture, Term
+from tests.support.running import KNOWN, plan, state
 from tests.support.tiny_profiles import tiny_profile
 
-MIXES = [Mixture()] + [
-    Mixture((Term(tiny_profile(name=name, version=name * 64), strength),), apply_to=apply_to)
+PLANS = [SteeringPlan()] + [
+    plan(tiny_profile(name=name, version=name * 64), strength, apply_to=apply_to)
     for name in "ab"
     for strength in (0.0, 1.0)
     for apply_to in ("generated", "all")
@@ -25,9 +26,9 @@ MIXES = [Mixture()] + [
 PIECES = st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["", "a", "b"])), max_size=5)
 
 
-def traced(pieces: list[tuple[int, str]]) -> tuple[Trace, list[tuple[int, str]]]:
+def traced(pieces: list[tuple[int, str]]) -> tuple[PrefixKey, list[tuple[int, str]]]:
     """A trace, and what was done at each of its positions."""
-    trace, plain = Trace(), []
+    trace, plain = PrefixKey(), []
     for length, digest in pieces:
         ids = [7] * length
         trace.extend(len(trace), ids, len(trace), digest)
@@ -51,12 +52,12 @@ def test_traces_share_what_comes_before_the_first_difference(
 
 
 def test_a_trace_tells_where_steering_began() -> None:
-    trace = Trace.of([1, 2, 3, 4], 3, "a")
-    assert trace.runs == [(0, ""), (3, "a")]
+    trace = PrefixKey.of([1, 2, 3, 4], 3, "a")
+    assert trace.spans == [(0, ""), (3, "a")]
     trace.extend(4, [5], 3, "a")
-    assert trace.runs == [(0, ""), (3, "a")]
+    assert trace.spans == [(0, ""), (3, "a")]
     trace.extend(2, [9, 9], None, "")
-    assert (trace.ids, trace.runs) == ([1, 2, 9, 9], [(0, "")])
+    assert (trace.ids, trace.spans) == ([1, 2, 9, 9], [(0, "")])
 
 
 class Keys:
@@ -74,13 +75,13 @@ class Keys:
         self.slots[one], self.slots[other] = held[1][:length], held[0][:length]
 
     def compute(self, chunk: Chunk) -> None:
-        for slot in chunk.sequence.slots:
+        for slot in chunk.state.slots:
             held = self.slots[slot]
             assert chunk.start <= len(held), "a hole"
             del held[chunk.start :]
             for position, token in zip(range(chunk.start, chunk.end), chunk.ids, strict=True):
-                first = chunk.sequence.steered_from if slot == chunk.slot else None
-                digest = chunk.sequence.digest if first is not None and position >= first else ""
+                first = chunk.state.steering.steered_from if slot == chunk.slot else None
+                digest = chunk.state.steering.digest if first is not None and position >= first else ""
                 held.append(hash((held[-1] if held else None, token, digest)))
 
 
@@ -89,18 +90,16 @@ class Run:
 
     def __init__(self, slots: int, chunk_tokens: int = 16, *, shares: bool = True) -> None:
         self.keys = Keys(slots)
-        self.prefixes = Prefixes(slots, self.keys if shares else None)
+        self.prefixes = PrefixCache(slots, self.keys if shares else None)
         self.scheduler = Scheduler(slots=slots, chunk_tokens=chunk_tokens, prefixes=self.prefixes)
         self.timelines: dict[str, list[str]] = {}  # digest by position, as it was computed
         self.computed = 0
         self._names = count()
 
-    def add(self, prompt: list[int], mixture: Mixture | None = None, **fields: object) -> Sequence:
-        name = f"r{next(self._names)}"
-        request = GenerationRequest(name, tuple(prompt), SamplingParameters(), mixture or Mixture(), **fields)  # type: ignore[arg-type]
-        sequence = Sequence(request)
-        self.scheduler.add(sequence)
-        return sequence
+    def add(self, prompt: list[int], plan: SteeringPlan | None = None, **fields: object) -> RequestState:
+        added = state(prompt, plan, f"r{next(self._names)}", **fields)
+        self.scheduler.add(added)
+        return added
 
     def step(self, token: int = 0) -> None:
         self.scheduler.admit()
@@ -110,27 +109,27 @@ class Run:
             draws = chunk.samples
             self.scheduler.advance(chunk)
             if draws:
-                chunk.sequence.ids.append(token)
+                chunk.state.ids.append(token)
         self.check()
 
-    def finish(self, sequence: Sequence, *, sound: bool = True) -> None:
-        sequence.finish = "stop"
-        self.scheduler.remove(sequence, sound=sound)
+    def finish(self, ended: RequestState, *, keep: bool = True) -> None:
+        ended.finish = "stop"
+        self.scheduler.remove(ended, keep=keep)
 
-    def run(self, sequence: Sequence, tokens: int = 1) -> None:
-        while sequence.completion_length < tokens:
+    def run(self, ended: RequestState, tokens: int = 1) -> None:
+        while ended.completion_length < tokens:
             self.step()
-        self.finish(sequence)
+        self.finish(ended)
 
     def check(self) -> None:
         """What the traces say is what the keys were made from."""
         self.scheduler.check_integrity()
         for slot, held in enumerate(self.keys.slots):
-            trace = self.prefixes.trace(slot)
-            if not self.prefixes.shares or not len(trace):
+            trace = self.prefixes.key(slot)
+            if not self.prefixes.reuses or not len(trace):
                 continue
             scratch = None
-            starts = dict(trace.runs)
+            starts = dict(trace.spans)
             digest = ""
             for position, token in enumerate(trace.ids):
                 digest = starts.get(position, digest)
@@ -152,20 +151,20 @@ def test_a_chat_computes_its_tail_only() -> None:
 def test_steering_that_differs_shares_the_unsteered_part() -> None:
     run = Run(4)
     prompt = list(range(1, 41))
-    warm, cold = (MIXES[3], MIXES[7])
+    warm, cold = (PLANS[3], PLANS[7])
     assert (warm.apply_to, cold.apply_to) == ("generated", "generated")
     first = run.add(prompt, warm)
     run.run(first, tokens=10)
     second = run.add([*first.ids, 99], cold)
     run.run(second)
     assert second.cached == len(prompt) - 1
-    everywhere = run.add([*first.ids, 99], MIXES[4])
+    everywhere = run.add([*first.ids, 99], PLANS[4])
     run.run(everywhere)
-    assert (MIXES[4].apply_to, everywhere.cached) == ("all", 0)
-    again = run.add([*first.ids, 98], MIXES[4])
+    assert (PLANS[4].apply_to, everywhere.cached) == ("all", 0)
+    again = run.add([*first.ids, 98], PLANS[4])
     run.run(again)
     assert again.cached == len(first.ids)
-    assert again.steered_tokens == len(again.ids) - 1  # however they came to be
+    assert again.steering.steered_tokens == len(again.ids) - 1  # however they came to be
 
 
 def test_at_most_all_but_the_last_token_are_reused() -> None:
@@ -180,7 +179,7 @@ def test_at_most_all_but_the_last_token_are_reused() -> None:
 def test_choices_of_one_prompt_compute_it_once() -> None:
     run = Run(8)
     prompt = list(range(1, 101))
-    rows = [run.add(prompt, mixture) for mixture in MIXES if mixture.apply_to == "generated"]
+    rows = [run.add(prompt, one) for one in PLANS if one.apply_to == "generated"]
     while not all(row.completion_length for row in rows):
         run.step()
     assert run.computed == 100 + (len(rows) - 1) + run_on(rows)
@@ -200,7 +199,7 @@ def test_those_that_wait_for_one_prompt_begin_together() -> None:
     assert leaders == [None, *[rows[0]] * 3]
 
 
-def run_on(rows: list[Sequence]) -> int:
+def run_on(rows: list[RequestState]) -> int:
     """Tokens that were computed after the prompts."""
     return sum(row.completion_length - 1 for row in rows)
 
@@ -211,7 +210,7 @@ def test_one_that_waits_goes_on_when_its_leader_ends() -> None:
     leader, follower, third = (run.add(prompt) for _ in range(3))
     run.step()
     assert (leader.computed, follower.computed, follower.leader) == (12, 0, leader)
-    run.finish(leader, sound=False)
+    run.finish(leader, keep=False)
     run.step()
     assert (follower.computed, third.leader) == (12, follower)
     run.run(follower)
@@ -254,7 +253,7 @@ def test_what_must_be_seen_is_computed(unseen: dict[str, object]) -> None:
     scored = run.add(prompt, **unseen)
     run.run(scored)
     assert scored.cached == 0
-    given = run.add(prompt, given=5, **unseen)
+    given = run.add(prompt, scored_suffix=5, **unseen)
     run.run(given)
     assert given.cached == 30 - 5 - 1
 
@@ -265,10 +264,10 @@ def test_a_few_tokens_are_computed_not_copied() -> None:
     running = run.add(long)
     while not running.completion_length:
         run.step()
-    few = run.add([*long[: LEAST - 1], 99])
-    many = run.add([*long[:LEAST], 99])
+    few = run.add([*long[: MIN_REUSED_TOKENS - 1], 99])
+    many = run.add([*long[:MIN_REUSED_TOKENS], 99])
     run.step()
-    assert (few.cached, many.cached) == (0, LEAST)
+    assert (few.cached, many.cached) == (0, MIN_REUSED_TOKENS)
 
 
 def test_without_a_copier_nothing_is_shared() -> None:
@@ -286,25 +285,27 @@ def test_whatever_comes_and_goes_keys_are_those_of_a_run_from_scratch(seed: int)
     draw = random.Random(seed)
     run = Run(draw.choice([1, 2, 3, 5]), chunk_tokens=draw.choice([3, 7, 40]))
     texts: list[list[int]] = [[draw.randrange(9) for _ in range(30)]]
-    live: list[Sequence] = []
-    seen: list[Sequence] = []
+    live: list[RequestState] = []
+    seen: list[RequestState] = []
     for _ in range(120):
         if draw.random() < 0.4:
             base = draw.choice(texts)
             prompt = base[: draw.randrange(1, len(base) + 1)] + [draw.randrange(9) for _ in range(draw.randrange(20))]
             given = draw.randrange(1, 4) if len(prompt) > 6 and draw.random() < 0.2 else 0
-            more = {"given": given, "prompt_logprobs": 0} if given else {}
+            more = {"scored_suffix": given, "prompt_logprobs": 0} if given else {}
             shadowed = draw.random() < 0.2 and run.scheduler.num_slots > 1 and not given
-            live.append(run.add(prompt, draw.choice(MIXES), divergence=shadowed, **more))
+            live.append(run.add(prompt, draw.choice(PLANS), divergence=shadowed, **more))
             seen.append(live[-1])
             texts.append(prompt)
         if live and draw.random() < 0.1:
-            draw.choice(live).steer(draw.choice(MIXES))
+            changed, new = draw.choice(live), draw.choice(PLANS)
+            resolved = ResolvedPlan(new, {version: KNOWN[version] for version in new.versions})
+            changed.steering.change(changed.completion_length, resolved)
         run.step(draw.randrange(9))
         for one in [one for one in live if draw.random() < 0.1]:
             live.remove(one)
             texts.append(list(one.ids))
-            run.finish(one, sound=draw.random() < 0.9)
+            run.finish(one, keep=draw.random() < 0.9)
     while live:
         run.step()
         for one in [one for one in live if one.completion_length]:

@@ -6,37 +6,36 @@ import random
 
 import pytest
 
-from server.engines.protocol import GenerationRequest, SamplingParameters
-from server.engines.torch.scheduling.budget import Pace
-from server.engines.torch.scheduling.request_state import Chunk, Sequence
+from server.engines.torch.scheduling.budget import PrefillBudget
+from server.engines.torch.scheduling.request_state import Chunk, RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
-from steering_vectors.profiles.mixture import Mixture, Term
+from tests.support.running import plan, state, versioned
 from tests.support.tiny_profiles import tiny_profile
 
 
-def sequence(name: str, prompt: int) -> Sequence:
-    return Sequence(GenerationRequest(name, tuple(range(prompt)), SamplingParameters()))
+def waiting(name: str, prompt: int) -> RequestState:
+    return state(range(prompt), name=name)
 
 
 def advance(scheduler: Scheduler) -> tuple[list[tuple[int, int, int]], list[int]]:
     """One step in which every finished prompt and every decoding row draws token 0."""
     chunks = sorted((chunk for batch in scheduler.schedule() for chunk in batch), key=lambda chunk: chunk.slot)
-    decoding = [chunk for chunk in chunks if chunk.sequence.is_decoding]
-    prefill = [chunk for chunk in chunks if not chunk.sequence.is_decoding]
+    decoding = [chunk for chunk in chunks if chunk.state.is_decoding]
+    prefill = [chunk for chunk in chunks if not chunk.state.is_decoding]
     for chunk in chunks:
         draws = chunk.samples
         scheduler.advance(chunk)
         if draws:
-            chunk.sequence.ids.append(0)
+            chunk.state.ids.append(0)
     return [(c.slot, c.start, c.end) for c in prefill], [c.slot for c in decoding]
 
 
 def test_admits_in_order_into_the_lowest_slots() -> None:
     scheduler = Scheduler(slots=2, chunk_tokens=100)
-    rows = [sequence(name, 3) for name in "abc"]
+    rows = [waiting(name, 3) for name in "abc"]
     for row in rows:
         scheduler.add(row)
-    assert [row.request.id for row in scheduler.admit()] == ["a", "b"]
+    assert [row.id for row in scheduler.admit()] == ["a", "b"]
     assert scheduler.admit() == []
     scheduler.remove(rows[0])
     assert scheduler.admit() == [rows[2]]
@@ -45,7 +44,7 @@ def test_admits_in_order_into_the_lowest_slots() -> None:
 
 def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
     scheduler = Scheduler(slots=1, chunk_tokens=1)  # four times as many while nothing decodes
-    scheduler.add(sequence("a", 10))
+    scheduler.add(waiting("a", 10))
     scheduler.admit()
     steps = [advance(scheduler) for _ in range(5)]
     assert steps == [([(0, 0, 4)], []), ([(0, 4, 8)], []), ([(0, 8, 10)], []), ([], [0]), ([], [0])]
@@ -53,10 +52,10 @@ def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
 
 def test_decoding_rows_run_in_every_step_beside_a_long_prompt() -> None:
     scheduler = Scheduler(slots=2, chunk_tokens=4)
-    scheduler.add(sequence("short", 2))
+    scheduler.add(waiting("short", 2))
     scheduler.admit()
     advance(scheduler)
-    scheduler.add(sequence("long", 40))
+    scheduler.add(waiting("long", 40))
     scheduler.admit()
     for _ in range(10):
         prefill, decoding = advance(scheduler)
@@ -67,7 +66,7 @@ def test_decoding_rows_run_in_every_step_beside_a_long_prompt() -> None:
 def test_short_prompts_are_not_starved_by_long_ones() -> None:
     scheduler = Scheduler(slots=3, chunk_tokens=3)
     for name, prompt in (("long", 500), ("short", 3), ("middle", 8)):
-        scheduler.add(sequence(name, prompt))
+        scheduler.add(waiting(name, prompt))
     scheduler.admit()
     prefill, _ = advance(scheduler)
     assert prefill == [(0, 0, 5), (1, 0, 3), (2, 0, 4)]
@@ -76,7 +75,7 @@ def test_short_prompts_are_not_starved_by_long_ones() -> None:
 def test_more_prompts_than_budget_still_advance() -> None:
     scheduler = Scheduler(slots=8, chunk_tokens=3)
     for index in range(8):
-        scheduler.add(sequence(str(index), 5))
+        scheduler.add(waiting(str(index), 5))
     scheduler.admit()
     prefill, _ = advance(scheduler)
     assert len(prefill) == 8
@@ -89,37 +88,37 @@ def test_random_lives_leave_every_slot_free(seed: int) -> None:
     scheduler = Scheduler(slots=4, chunk_tokens=8)
     for step in range(200):
         if random_.random() < 0.4:
-            scheduler.add(sequence(str(step), random_.randint(1, 30)))
+            scheduler.add(waiting(str(step), random_.randint(1, 30)))
         scheduler.admit()
         advance(scheduler)
-        for row in scheduler.running_sequences():
+        for row in tuple(scheduler.running):
             if random_.random() < 0.1:
                 scheduler.remove(row)
         scheduler.check_integrity()
     while scheduler.has_work:
         scheduler.admit()
-        for row in scheduler.running_sequences():
+        for row in tuple(scheduler.running):
             scheduler.remove(row)
     scheduler.check_integrity()
 
 
 def test_steered_positions_are_counted_from_the_last_prompt_token() -> None:
-    assert sequence("a", 5).steered_from is None
-    profile = tiny_profile()
-    for mixture, first in (
-        (Mixture((Term(profile, 0.5),)), 4),
-        (Mixture((Term(profile, 0.5),), apply_to="all"), 0),
-        (Mixture((Term(profile, 0.0),)), None),
+    assert waiting("a", 5).steering.steered_from is None
+    profile = versioned(tiny_profile())
+    for steering, first in (
+        (plan(profile, 0.5), 4),
+        (plan(profile, 0.5, apply_to="all"), 0),
+        (plan(profile, 0.0), None),
     ):
-        row = Sequence(GenerationRequest("a", tuple(range(5)), SamplingParameters(), mixture))
-        assert row.steered_from == first
+        row = state(range(5), steering)
+        assert row.steering.steered_from == first
         scheduler = Scheduler(slots=1, chunk_tokens=1)  # four times as many while nothing decodes
         scheduler.add(row)
         scheduler.admit()
         counted = []
         for _ in range(4):
             advance(scheduler)
-            counted.append(row.steered_tokens)
+            counted.append(row.steering.steered_tokens)
         ends = [4, 5, 6, 7]
         assert counted == [0 if first is None else max(0, end - first) for end in ends]
 
@@ -131,29 +130,29 @@ def lengths(passes: list[list[Chunk]]) -> list[list[int]]:
 def test_chunks_of_like_length_share_a_pass() -> None:
     scheduler = Scheduler(slots=6, chunk_tokens=1000)
     for name, prompt in (("a", 10), ("b", 200), ("c", 12), ("d", 1), ("e", 190), ("f", 11)):
-        scheduler.add(sequence(name, prompt))
+        scheduler.add(waiting(name, prompt))
     scheduler.admit()
     assert lengths(scheduler.schedule()) == [[200, 190], [10, 12, 11], [1]]
 
 
 def test_scored_chunks_have_passes_of_their_own() -> None:
     scheduler = Scheduler(slots=3, chunk_tokens=1000)
-    scheduler.add(sequence("plain", 10))
-    scheduler.add(Sequence(GenerationRequest("scored", tuple(range(10)), prompt_logprobs=0)))
-    scheduler.add(Sequence(GenerationRequest("one", (5,), prompt_logprobs=0)))
+    scheduler.add(waiting("plain", 10))
+    scheduler.add(state(range(10), name="scored", prompt_logprobs=0))
+    scheduler.add(state([5], name="one", prompt_logprobs=0))
     scheduler.admit()
     passes = scheduler.schedule()
-    assert [[chunk.sequence.request.id for chunk in one] for one in passes] == [["scored", "one"], ["plain"]]
+    assert [[chunk.state.id for chunk in one] for one in passes] == [["scored", "one"], ["plain"]]
 
 
 def test_prompts_take_what_decoding_rows_can_wait_for() -> None:
-    pace = Pace(100, 0.05)
-    scheduler = Scheduler(slots=2, chunk_tokens=100, pace=pace)
-    scheduler.add(sequence("short", 2))
+    budget = PrefillBudget(100, 0.05)
+    scheduler = Scheduler(slots=2, chunk_tokens=100, budget=budget)
+    scheduler.add(waiting("short", 2))
     scheduler.admit()
     advance(scheduler)
-    scheduler.add(sequence("long", 500))
+    scheduler.add(waiting("long", 500))
     scheduler.admit()
     assert [end - start for _, start, end in advance(scheduler)[0]] == [100]  # nothing is known yet
-    pace.note_prompts(100, 0.1)
+    budget.note_prompts(100, 0.1)
     assert [end - start for _, start, end in advance(scheduler)[0]] == [50]

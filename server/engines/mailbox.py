@@ -1,43 +1,53 @@
-"""Carrying events from the engine's thread to the event loops that wait for them.
+"""Carries events from an engine to the event loops that wait for them.
 
-One call into a loop per step delivers the events of all rows. Knows nothing of what the events mean, except which is
-the last.
+All events of one step reach an event loop in one call.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from server.engines.protocol import Event, Finished
 
 
 class Mailbox:
-    """The receiving end of one request: an `EventStream`. `cancel` is called if it is closed before its last event."""
+    """The events of one `submit`, of all its choices. The engine holds it; `Receiver` is what the caller holds."""
 
-    def __init__(self, cancel: Callable[[], object]) -> None:
+    def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._cancel = cancel
-        self._done = False
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
         """Called in the mailbox's loop."""
-        self._events.put_nowait(event)
+        self.events.put_nowait(event)
 
-    def __aiter__(self) -> Mailbox:
+
+class Receiver:
+    """The receiving end of a mailbox: an `EventStream`.
+
+    `cancel` is called with the ids of the choices that have not finished when the stream is closed or dropped.
+    """
+
+    def __init__(self, mailbox: Mailbox, ids: Iterable[str], cancel: Callable[[tuple[str, ...]], object]) -> None:
+        self._events = mailbox.events
+        self._cancel = cancel
+        self._live = dict.fromkeys(ids)
+
+    def __aiter__(self) -> Receiver:
         return self
 
     async def __anext__(self) -> Event:
-        if self._done:
+        if not self._live:
             raise StopAsyncIteration
         try:
             event = await self._events.get()
         except BaseException:
             self._close()
             raise
-        self._done = isinstance(event, Finished)
+        if isinstance(event, Finished):
+            self._live.pop(event.id, None)
         return event
 
     async def aclose(self) -> None:
@@ -47,13 +57,13 @@ class Mailbox:
         self._close()
 
     def _close(self) -> None:
-        if not self._done:
-            self._done = True
-            self._cancel()
+        if self._live:
+            left, self._live = tuple(self._live), {}
+            self._cancel(left)
 
 
 class Outbox:
-    """The sending end, in the engine's thread: collects a step's events and delivers them per loop."""
+    """The sending end, in the engine's thread: collects a step's events and delivers them."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Mailbox, Event]] = []

@@ -1,0 +1,44 @@
+"""The settings of an engine: which model it runs, and how. `trimtab serve` has settings of the same names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DEFAULT_SLOTS = 16
+DEFAULT_QUEUE = 1024
+DEFAULT_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What `build_engine` needs. The first group loads the model, the second runs it.
+
+    `slots` None means 16, or on CUDA as many as memory holds. `context` None means the model's own limit, at most 4096.
+    `prefill_chunk` bounds the prompt tokens of one step, and `max_stall_ms` the time they may take while other rows
+    decode; None allows 1.5 times the time of a decoding step. `cuda_graphs` None means on CUDA where the model allows
+    it.
+    """
+
+    model: str = "demo"
+    adapter: Path | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "cpu"
+    tensor_parallel: bool = False
+    cpu_prepack: bool = False
+    quantize: Literal["int8", "int4"] | None = None
+    threads: int | None = None
+    gpu_memory_utilization: float | None = None
+
+    slots: int | None = None
+    context: int | None = None
+    max_queue: int = DEFAULT_QUEUE
+    prefill_chunk: int = DEFAULT_CHUNK
+    max_stall_ms: float | None = None
+    prefix_reuse: bool = True
+    cuda_graphs: bool | None = None
+    allow_model_mismatch: bool = False
+
+
+DEFAULT_CONFIG = EngineConfig()

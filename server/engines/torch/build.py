@@ -1,0 +1,74 @@
+"""From settings to a running engine: loads the model, packs it, and sizes its cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from server.engines.config import DEFAULT_SLOTS, EngineConfig
+from server.engines.torch.engine import TorchEngine, make_follower
+from server.engines.torch.scheduling.scheduler import IDLE_PREFILL_FACTOR
+from steering_vectors.errors import ModelError, first_line
+from steering_vectors.models.limits import checked_context
+from steering_vectors.models.loading import LanguageModel, load_model
+from steering_vectors.runtime.cpu.packing import pack
+from steering_vectors.runtime.memory import CudaMeter, plan_memory
+from steering_vectors.runtime.tensor_parallel import Channel
+
+
+def build_engine(config: EngineConfig) -> TorchEngine:
+    """Load the model and start its engine; takes seconds to minutes. Raises ModelError."""
+    channel = Channel(config.device) if config.tensor_parallel else None
+    language_model, slots, context = _loaded(config, channel)
+    return TorchEngine(language_model, replace(config, slots=slots, context=context), channel=channel)
+
+
+def follow(config: EngineConfig) -> None:
+    """Hold a part of the model for the process that serves, until that one ends. Raises ModelError."""
+    channel = Channel(config.device)
+    language_model, slots, context = _loaded(config, channel)
+    make_follower(language_model, slots, context, channel).run()
+
+
+def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageModel, int, int]:
+    """The model, or this process's part of it, with slots and context."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    _check_device(config.device)
+    language_model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        adapter=config.adapter,
+        tensor_parallel=channel is not None,
+    )
+    if config.cpu_prepack or config.quantize is not None:
+        pack(language_model.model, config.quantize)
+    slots, context = _sizes(config, language_model)
+    return language_model, slots if channel is None else channel.minimum(slots), context
+
+
+def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, int]:
+    """Slots and context: on a GPU, what fits its memory. Raises ModelError if what was asked for does not."""
+    context = checked_context(language_model, config.context)
+    slots = config.slots or DEFAULT_SLOTS
+    if language_model.device.type != "cuda":
+        return slots, context
+    plan = plan_memory(
+        language_model,
+        CudaMeter(language_model.device),
+        slots=config.slots,
+        context=context,
+        tokens=IDLE_PREFILL_FACTOR * config.prefill_chunk,
+        utilization=config.gpu_memory_utilization,
+    )
+    return (slots if plan is None else plan.slots), context
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error)
+        raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error

@@ -1,0 +1,97 @@
+"""What is reported of tokens besides their text: log-probabilities, divergences, projections and gate decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from server.engines.protocol import GateDecision, TokenLogprob
+from server.engines.torch.sampling.logprobs import divergence, token_logprobs
+from server.engines.torch.sampling.projections import projection
+from server.engines.torch.scheduling.request_state import RequestState
+from steering_vectors.profiles.gate import Gate
+
+Residuals = Mapping[int, torch.Tensor]
+"""Block outputs `[hidden]` by layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetails:
+    """The details of one drawn token, each empty unless it was asked for."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    divergences: tuple[float, ...] = ()
+    projections: tuple[tuple[float, ...], ...] = ()
+
+
+def token_details(
+    states: Sequence[RequestState],
+    logits: torch.Tensor,
+    tokens: Sequence[int],
+    residuals: Mapping[int, Residuals],
+) -> list[TokenDetails]:
+    """The details of the tokens just drawn from logits `[rows, vocabulary]`; `residuals` are by slot."""
+    logprobs = _logprobs(states, logits, tokens)
+    return [
+        TokenDetails(
+            logprobs.get(place, ()),
+            () if state.unsteered_logits is None else (divergence(logits[place], state.unsteered_logits),),
+            _projections(state, residuals),
+        )
+        for place, state in enumerate(states)
+    ]
+
+
+def score_prompts(
+    states: Sequence[RequestState], starts: Sequence[int], found: Sequence[torch.Tensor]
+) -> list[list[TokenLogprob]]:
+    """Log-probabilities of the prompt tokens that chunks predict, whose logits `[tokens, vocabulary]` begin at these
+    positions; they are added to the states' scores."""
+    scores = []
+    for state, start, logits in zip(states, starts, found, strict=True):
+        request = state.request
+        wanted = request.prompt_ids[start + 1 : start + 1 + len(logits)]
+        # one row at a time: logits that fit the caches are read twice for the price of once
+        new = token_logprobs(logits[: len(wanted)], wanted, [request.prompt_logprobs or 0] * len(wanted))
+        state.prompt_scores += new
+        scores.append(new)
+    return scores
+
+
+def decide_gates(state: RequestState, sums: Residuals) -> bool:
+    """Add a chunk's summed residuals to the mean that decides the prompt's gates; decide them, and return True, once
+    all but the prompt's last token are computed."""
+    undecided = state.steering.undecided
+    for name, gate in undecided.items():
+        state.gate_sums[name] = state.gate_sums.get(name, 0) + sums[gate.layer]
+    if state.computed < state.prompt_length - 1:
+        return False
+    means = {name: total / state.computed for name, total in state.gate_sums.items()}
+    decisions = {name: _decision(gate, means[name]) for name, gate in undecided.items()}
+    state.steering.decide(state.completion_length, decisions)
+    return True
+
+
+def _logprobs(
+    states: Sequence[RequestState], logits: torch.Tensor, tokens: Sequence[int]
+) -> dict[int, tuple[TokenLogprob]]:
+    """Log-probabilities by place among the rows, where they are wanted."""
+    wanted = {place: top for place, state in enumerate(states) if (top := state.request.logprobs) is not None}
+    if not wanted:
+        return {}
+    places = list(wanted)
+    found = token_logprobs(logits[places], [tokens[place] for place in places], list(wanted.values()))
+    return {place: (one,) for place, one in zip(places, found, strict=True)}
+
+
+def _projections(state: RequestState, residuals: Mapping[int, Residuals]) -> tuple[tuple[float, ...], ...]:
+    if not state.projected:
+        return ()
+    return (tuple(projection(profile, residuals[state.slot]) for profile in state.projected),)
+
+
+def _decision(gate: Gate, mean: torch.Tensor) -> GateDecision:
+    similarity = gate.similarity(mean.cpu())
+    return GateDecision(similarity, gate.opens(similarity))

@@ -1,0 +1,147 @@
+"""What an engine in a process of its own adds to the contract: the child may die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.engines.config import EngineConfig
+from server.engines.errors import Unavailable
+from server.engines.process import ProcessEngine
+from server.engines.protocol import Delta, Finished, SteeringPlan
+from server.settings import Settings
+from steering_vectors.errors import ModelError
+from steering_vectors.profiles.files import save_profile
+from tests.support.contract import make_engine, tiny_language_model
+from tests.support.running import load, outcome, plan, random_profile, request, submit
+
+PROMPT = (20, 31, 42, 53, 64, 75)
+ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_tokens": None}
+make = partial(make_engine, EngineConfig(slots=2, context=250))
+
+
+def fail() -> Any:
+    raise ModelError("there is no such model")
+
+
+async def restarted(engine: ProcessEngine, count: int) -> None:
+    while engine.stats().restarts < count or not engine._ready:
+        await asyncio.sleep(0.02)
+
+
+def test_what_cannot_be_made_is_raised() -> None:
+    async def main() -> None:
+        with pytest.raises(ModelError, match="there is no such model"):
+            await ProcessEngine.start(fail)
+
+    asyncio.run(main())
+
+
+def test_a_child_that_dies_ends_its_requests_and_is_started_again() -> None:
+    warm = random_profile(tiny_language_model(), "warm", seed=1, scale=2.0)
+    steered = plan(warm)
+
+    async def main() -> None:
+        engine = await ProcessEngine.start(make)
+        try:
+            asked = request(PROMPT, steered, max_tokens=8, ignore_eos=True)
+            before = await outcome(engine, asked)
+            streams = [await submit(engine, request(PROMPT, steered, **ENDLESS)) for _ in range(3)]
+            assert isinstance(await anext(streams[0]), Delta)
+            calls = [asyncio.create_task(engine.explain(steered)) for _ in range(2)]
+            first = engine.pid
+            os.kill(first, signal.SIGKILL)
+            for stream in streams:
+                events = [event async for event in stream]
+                assert isinstance(events[-1], Finished)
+                assert (events[-1].reason, events[-1].prompt_tokens) == ("error", len(PROMPT))
+                assert events[-1].error is not None
+            for outcome_ in await asyncio.gather(*calls, return_exceptions=True):
+                assert not isinstance(outcome_, Exception) or isinstance(outcome_, Unavailable)
+            with pytest.raises(Unavailable) as failure:
+                await engine.submit([asked])
+            assert failure.value.code == "restarting"
+            await restarted(engine, 1)
+            assert engine.pid != first
+            after = await outcome(engine, asked)  # steered by the same profile, which nobody loaded again
+            assert after.ids == before.ids
+            stats = engine.stats()
+            assert (stats.restarts, stats.finished["length"], stats.profiles) == (1, 2, 1)
+        finally:
+            await engine.close()
+        with pytest.raises(Unavailable, match="shut down"):
+            await engine.submit([asked])
+
+    asyncio.run(main())
+
+
+def test_counts_of_profiles_outlive_a_child() -> None:
+    warm = random_profile(tiny_language_model(), "warm", seed=1)
+
+    async def main() -> None:
+        engine = await ProcessEngine.start(make)
+        try:
+            for _ in range(2):
+                await engine.load_profile(warm)
+            os.kill(engine.pid, signal.SIGKILL)
+            await restarted(engine, 1)
+            await engine.unload_profile(warm.version)
+            assert (await engine.explain(plan(warm))).terms
+            await engine.unload_profile(warm.version)
+            await engine.explain(SteeringPlan())
+            assert engine.stats().profiles == 0
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def test_the_server_answers_while_the_child_is_started_again(tmp_path: Path) -> None:
+    lm = tiny_language_model()
+    save_profile(random_profile(lm, "warm", scale=2.0), tmp_path)
+
+    async def main() -> None:
+        engine = await ProcessEngine.start(make)
+        app = create_app(Settings(profiles=tmp_path), engine)
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
+        ):
+            await app.state.service.wait_ready()
+            body = {"prompt": list(PROMPT), "max_tokens": 4, "profile": "warm", "temperature": 0}
+            before = (await client.post("/generate", json=body)).json()
+            os.kill(engine.pid, signal.SIGKILL)
+            while engine._ready:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/health")).status_code == 200
+            refused = await client.post("/generate", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "restarting")
+            await restarted(engine, 1)
+            after = (await client.post("/generate", json=body)).json()
+            assert (after["text"], after["steering"]) == (before["text"], before["steering"])
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_child_ends_with_its_parent() -> None:
+    async def main() -> int:
+        engine = await ProcessEngine.start(make)
+        await load(engine, ())
+        pid = engine.pid
+        assert engine._writer is not None
+        await engine.close()
+        return pid
+
+    pid = asyncio.run(main())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
