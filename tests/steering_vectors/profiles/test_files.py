@@ -88,7 +88,7 @@ def test_a_profile_comes_back_as_it_was_stored(tmp_path: Path) -> None:
     ]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     vectors=st.dictionaries(
         st.integers(0, 3),
@@ -108,7 +108,7 @@ def test_any_valid_profile_survives_the_round_trip(
     assert (loaded.unit, loaded.description) == (unit, description)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
 def test_a_changed_byte_is_refused_or_is_another_version(
     tmp_path_factory: pytest.TempPathFactory, place: float, value: int
