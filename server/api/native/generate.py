@@ -75,7 +75,7 @@ EXAMPLE_END: GenerateEnd = {
     "usage": EXAMPLE_USAGE,
     "steering": [EXAMPLE_RECEIPT],
 }
-EXAMPLE_ANSWER = cast(GenerateAnswer, {**EXAMPLE_END, "text": "Mix flour, water and yeast."})
+EXAMPLE_ANSWER = cast(GenerateAnswer, {"id": "gen-c9f0f895", "text": "Mix flour, water and yeast.", **EXAMPLE_END})
 
 
 class TextBody(SamplingBody, OnePromptBody, ProjectionsBody):
@@ -164,7 +164,8 @@ async def generate(
 
 
 def answer_of(choice: Choice, result: Result) -> GenerateAnswer:
-    answer = cast(GenerateAnswer, {**last_event(choice, result.finished), "text": result.text})
+    head = {"id": choice.id, "text": result.text}
+    answer = cast(GenerateAnswer, {**head, **last_event(choice, result.finished)})
     if choice.request.projections:
         answer["projections"] = choice.by_profile(result.projections)
     return answer
