@@ -28,10 +28,10 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
 }
 
 
-def planted_model(seed: int = 0) -> tuple[LanguageModel, torch.Tensor]:
+def planted_model(seed: int = 0, **overrides: Any) -> tuple[LanguageModel, torch.Tensor]:
     """The model, and the unit direction from the bad letter to the good one."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", tie_word_embeddings=False)
+    model = tiny_model("llama", tie_word_embeddings=False, **overrides)
     axis = torch.nn.functional.normalize(
         torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(seed)), dim=0
     )

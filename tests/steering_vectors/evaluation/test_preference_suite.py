@@ -60,32 +60,52 @@ def log_likelihood(lm: LanguageModel, ids: list[int], start: int) -> float:
     return float(logs.gather(1, torch.tensor(ids[start:]).unsqueeze(1)).sum())
 
 
+def plain_margins(lm: LanguageModel, profile: Profile, rows: Preferences, strength: float) -> list[float]:
+    """log P(chosen) − log P(rejected) of each pair, the shift of block 1 added by hand."""
+    margins = []
+    for pair in rows.pairs():
+        sides = []
+        for ids, start in (encode_example(lm.tokenizer, one) for one in pair):
+            with shifted(lm, {1: strength * profile.unit * profile.directions[1]}, start - 1):
+                sides.append(log_likelihood(lm, list(ids), start))
+        margins.append(sides[0] - sides[1])
+    return margins
+
+
 def test_margins_equal_a_plain_measurement(
     lm: LanguageModel, pairs: Preferences, profile: Profile, found: PreferenceEvaluation
 ) -> None:
     _, heldout = pairs.split(0.2, 0, min_side=4)
     assert found["data"]["read"] == heldout.rows == 8
     for point in found["strengths"]:
-        margins = []
-        for pair in heldout.pairs():
-            sides = []
-            for ids, start in (encode_example(lm.tokenizer, one) for one in pair):
-                with shifted(lm, {1: point["strength"] * profile.unit * profile.directions[1]}, start - 1):
-                    sides.append(log_likelihood(lm, list(ids), start))
-            margins.append(sides[0] - sides[1])
+        margins = plain_margins(lm, profile, heldout, point["strength"])
         assert point["margin"] == pytest.approx(np.mean(margins), abs=1e-3)
         assert point["accuracy"] == np.mean(np.array(margins) > 0)
         low, high = point["margin_95"]
         assert low <= point["margin"] <= high
 
 
-def test_a_profile_moves_what_random_directions_do_not(found: PreferenceEvaluation) -> None:
-    own = found["strengths"][-1]["margin"] - found["strengths"][0]["margin"]
-    moves = [one["strengths"][-1]["margin"] - one["strengths"][0]["margin"] for one in found["random"]]
-    assert len(moves) == 3
-    assert own > max(moves)
-    assert found["steerability"] > 0
-    assert found["anti_steerable"] == np.mean(np.array(found["slopes"]) < 0)
+def test_random_directions_are_measured_alike(
+    lm: LanguageModel, pairs: Preferences, profile: Profile, found: PreferenceEvaluation
+) -> None:
+    _, heldout = pairs.split(0.2, 0, min_side=4)
+    for control, kept in zip(random_controls(profile, 3), found["random"], strict=True):
+        for point in kept["strengths"]:
+            assert point["margin"] == pytest.approx(
+                np.mean(plain_margins(lm, control, heldout, point["strength"])), abs=1e-3
+            )
+    assert len({one["strengths"][-1]["margin"] for one in found["random"]}) == 3
+
+
+def test_steerability_is_the_mean_slope_over_pairs(
+    lm: LanguageModel, pairs: Preferences, profile: Profile, found: PreferenceEvaluation
+) -> None:
+    _, heldout = pairs.split(0.2, 0, min_side=4)
+    margins = [plain_margins(lm, profile, heldout, strength) for strength in STRENGTHS]
+    expected = np.polyfit(STRENGTHS, np.array(margins), 1)[0]
+    assert found["slopes"] == pytest.approx(expected, abs=1e-3)
+    assert found["steerability"] == pytest.approx(expected.mean(), abs=1e-3)
+    assert found["anti_steerable"] == np.mean(expected < 0)
 
 
 def test_costs_and_ratios(profile: Profile, found: PreferenceEvaluation) -> None:

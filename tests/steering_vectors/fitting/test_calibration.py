@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import replace
 
@@ -16,11 +18,13 @@ from steering_vectors.fitting.calibration import (
     CalibrationSettings,
     calibrate,
     calibrate_on,
+    cost_of,
     largest_coefficient,
     search,
     trained_and_fresh,
 )
 from steering_vectors.fitting.fit import fit
+from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
@@ -83,7 +87,43 @@ def test_what_is_recorded(lm: LanguageModel) -> None:
     }  # fmt: skip
     assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 384, 7)
     assert 384 <= calibration["tokens"] <= 384 * 8
+    assert calibration["prompts_sha256"] == hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()
     assert calibration["kl_per_character"] > 0
+
+
+def test_the_cost_per_character(lm: LanguageModel) -> None:
+    """The same nats, over the characters of what was written."""
+    profile = profile_for(lm, unit=0.3)
+    texts = [([0, 9, *lm.tokenizer.encode(text, add_special_tokens=False)], 2) for text in ("warm water", "a pear")]
+    with steerable(lm) as steered:
+        cost, silent = cost_of(steered, profile, texts), cost_of(steered, profile, [([0, 9, 1], 2)])
+    total = 0.0
+    shifts = {layer: profile.unit * direction for layer, direction in profile.injected().items()}
+    for ids, start in texts:
+        logs = []
+        for wanted in ({}, shifts):
+            with torch.no_grad(), shifted(lm, wanted, start - 1):
+                logs.append(lm.model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1))
+        total += float((logs[1].exp() * (logs[1] - logs[0])).sum())
+    assert cost.tokens == sum(len(ids) - start for ids, start in texts) < len("warm watera pear")
+    assert cost.per_token == pytest.approx(total / cost.tokens, rel=1e-4)
+    assert cost.per_character == pytest.approx(total / len("warm watera pear"), rel=1e-4)
+    assert silent.per_character is None
+
+
+def test_the_last_search_reads_texts_written_at_its_unit(lm: LanguageModel) -> None:
+    """At this budget the searches move the unit by 24 %, 6 % and not at all, so the cost is that of its own texts.
+
+    One search alone would end at a unit 6 % smaller, with a cost that differs by 0.7 % from its own texts'.
+    """
+    profile = calibrate_on(lm, profile_for(lm), PROMPTS, kl_budget=1.0, tokens=16, seed=1)
+    with steerable(lm) as steered:
+        steered.write(profile, 1.0)
+        texts = steered.continuations(PROMPTS * 12, tokens=16, seed=1)
+        found = cost_of(steered, profile, texts)
+    assert profile.calibration["kl_at_1"] == pytest.approx(found.per_token, rel=1e-3)
+    assert profile.calibration["kl_per_character"] == pytest.approx(found.per_character, rel=1e-3)
+    assert profile.calibration["tokens"] == found.tokens
 
 
 def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,19 @@ from steering_vectors.data.sides import Sides
 from steering_vectors.data.sources import load_pairs
 from steering_vectors.errors import DataError, FitError, ProfileError
 from steering_vectors.fitting.fit import fit
-from steering_vectors.fitting.layers import candidate_layers, parse_layers
+from steering_vectors.fitting import layers as layer_choice
+from steering_vectors.fitting.layers import Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
 from steering_vectors.measures.curve import CurvePoint, safe_strength
-from steering_vectors.measures.propensity import token_log_odds
+from steering_vectors.measures.controls import random_controls
+from steering_vectors.measures.propensity import propensity, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.files import load_profile, save_profile
+from steering_vectors.profiles.profile import Profile
+from tests.support.planted import BAD as BAD_LETTER
+from tests.support.planted import GOOD as GOOD_LETTER
+from tests.support.planted import planted_model, planted_task
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -54,7 +61,7 @@ def test_a_fit_separates_held_out_rows_and_meets_its_budget(lm: LanguageModel, k
     pairs = preferences(kind=kind, prompts=kind != "contrast")
     profile = fit(lm, None, pairs, method=method, layers="1", name="test")
     assert profile.layers == (1,)
-    assert profile.metrics["projection_accuracy"]["1"] > 0.6
+    assert profile.metrics["projection_accuracy"]["1"] == 1  # the two sides share no word
     report = profile.metrics["propensity"]
     assert [one["strength"] for one in report["strengths"]] == [-1.0, 0.0, 1.0]
     assert len({one["margin"] for one in report["strengths"]}) == 3
@@ -65,12 +72,55 @@ def test_a_fit_separates_held_out_rows_and_meets_its_budget(lm: LanguageModel, k
 
 def test_auto_chooses_a_window_on_rows_of_its_own(lm: LanguageModel) -> None:
     profile = fit(lm, None, preferences(), layers="auto")
-    assert set(profile.layers) <= set(candidate_layers(lm.num_layers))
+    assert profile.layers in {(0,), (1,), (0, 1)}
     scores = profile.metrics["layer_choice"]["scores"]
-    chosen = str(profile.layers[0]) if len(profile.layers) == 1 else f"{profile.layers[0]}-{profile.layers[-1]}"
-    assert scores[chosen] == max(scores.values()) or max(scores.values()) < 1.05 * scores[chosen]
+    assert set(scores) == {"0", "1", "0-1"}
+    best = max("01", key=scores.__getitem__)
+    wider = scores["0-1"] > max(0.0, 1.05 * scores[best])
+    assert profile.layers == ((0, 1) if wider else (int(best),))
     assert (profile.data["train_rows"], profile.data["choice_rows"], profile.data["heldout_rows"]) == (48, 6, 6)
     assert profile.metrics["notes"][0] == "only 60 rows: below 100 the direction and the metrics are noisy"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "last"), [(1, 0), (2, 0), (3, 1), (7, 4), (8, 5), (10, 7), (20, 16), (32, 26), (80, 67)]
+)
+def test_the_last_blocks_are_no_candidates(blocks: int, last: int) -> None:
+    assert candidate_layers(blocks) == tuple(range(last + 1))
+
+
+def planted_choice(monkeypatch: pytest.MonkeyPatch, sign: int) -> LayerChoice:
+    """Of eight blocks six are candidates; block 3 has the planted direction, the others have random ones."""
+    monkeypatch.setattr(layer_choice, "READ_TEXTS", 16)
+    monkeypatch.setattr(layer_choice, "READ_TOKENS", 12)
+    lm, axis = planted_model(num_hidden_layers=8)
+    statistics = planted_task(lm, "mean-diff", candidate_layers(lm.num_layers)).statistics
+    draw = torch.Generator().manual_seed(7)
+    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in statistics}
+    directions = {layer: direction / direction.norm() for layer, direction in directions.items()} | {3: sign * axis}
+    norms = {layer: one.residual_norm for layer, one in statistics.items()}
+    profile = Profile("planted", lm.identity, directions, "made", residual_norms=norms)
+    odds = torch.zeros(lm.vocab_size)
+    for letter, value in ((GOOD_LETTER, 2.0), (BAD_LETTER, -2.0)):
+        odds[lm.tokenizer.encode(letter, add_special_tokens=False)] = value
+    prompts = [lm.tokenizer(f"Ask {row} again, ")["input_ids"] for row in range(12)]
+    with steerable(lm) as steered:
+        return choose_layers(steered, profile, Evidence(prompts, odds), kl_budget=0.1)
+
+
+def test_the_block_that_has_the_planted_direction_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score of 1 means that it is the best block by both shifts, and that both are positive."""
+    choice = planted_choice(monkeypatch, 1)
+    assert choice.layers == (3,)
+    assert choice.scores[3,] == 1
+    assert {window for window in choice.scores if len(window) == 1} == {(layer,) for layer in range(6)}
+    assert max(score for window, score in choice.scores.items() if 3 not in window) < 0.8
+
+
+def test_a_block_that_has_the_opposite_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = planted_choice(monkeypatch, -1)
+    assert 3 not in choice.layers
+    assert choice.scores[3,] == min(score for window, score in choice.scores.items() if len(window) == 1) < 0
 
 
 def test_equal_arguments_give_bitwise_equal_profiles(lm: LanguageModel, tmp_path: Path) -> None:
@@ -207,19 +257,36 @@ def test_token_log_odds() -> None:
 
 
 def test_the_demo_model_is_steered_towards_its_preferences(demo: LanguageModel) -> None:
-    """From the embedded pairs to texts: the steered model writes more like the preferred side, and less at −1."""
+    """From the embedded pairs to likelihoods and to texts, beside random directions as long as the profile's.
+
+    From −1 to +1 the margin of unseen pairs rises by 12.6 nats, where 20 random directions move it by 1.1 at most; the
+    log-odds of sampled tokens rise by 0.18, where 8 of them move these by 0.06 at most (4 are looked at here).
+    """
     pairs = load_pairs("demo:warm")
     some = replace(pairs, positives=pairs.positives[:160], negatives=pairs.negatives[:160])
-    profile = fit(demo, None, some, name="warm", layers="4")
-    low, _, high = profile.metrics["propensity"]["strengths"]
-    assert high["margin"] > low["margin"]
+    profile = fit(demo, None, some, name="warm", layers="4", calibrate=False)
+    norm = 0.45 * profile.residual_norms[4]  # about what a budget of 0.1 nat comes to
+    profile = replace(profile, unit=norm / float(profile.directions[4].norm()))
+    controls = random_controls(profile, 20)
     corpus = encode_corpus(demo.tokenizer, pairs, limit=None)
+    rows = Sides(corpus.sides().positives[160:168], corpus.sides().negatives[160:168], True)
     odds = token_log_odds(corpus.sides(), demo.vocab_size)
-    prompts = sampling_prompts(demo.tokenizer, pairs, most=None, seed=1) * 2
-    scores = {}
-    with steerable(demo) as steered:
+    prompts = sampling_prompts(demo.tokenizer, pairs, most=24, seed=1)
+
+    def rise(one: Profile, measure: Callable[[], float]) -> float:
+        seen = []
         for strength in (-1.0, 1.0):
-            steered.write(profile, strength)
-            texts = steered.sample(prompts, tokens=32, seed=2)
-            scores[strength] = float(torch.stack([odds[text].mean() for text in texts]).mean())
-    assert scores[1.0] > scores[-1.0]
+            steered.write(one, strength)
+            seen.append(measure())
+        return seen[1] - seen[0]
+
+    def margin() -> float:
+        return propensity(steered, rows, steer=True).margin
+
+    def score() -> float:
+        texts = steered.sample(prompts, tokens=16, seed=2)
+        return float(torch.stack([odds[text].mean() for text in texts]).mean())
+
+    with steerable(demo) as steered:
+        assert rise(profile, margin) > 3 * max(abs(rise(one, margin)) for one in controls)
+        assert rise(profile, score) > 1.5 * max(abs(rise(one, score)) for one in controls[:4])
