@@ -17,11 +17,11 @@ from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides
 from steering_vectors.data.sources import load_pairs
 from steering_vectors.errors import DataError, FitError, ProfileError
-from steering_vectors.fitting.fit import fit
 from steering_vectors.fitting import layers as layer_choice
+from steering_vectors.fitting.fit import fit
 from steering_vectors.fitting.layers import Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
-from steering_vectors.measures.curve import CurvePoint, safe_strength
 from steering_vectors.measures.controls import random_controls
+from steering_vectors.measures.curve import CurvePoint, safe_strength
 from steering_vectors.measures.propensity import propensity, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.limits import context_limit
