@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering_vectors.errors import SteeringError
-from steering_vectors.profiles.mixture import Mixture, Term
+from steering_vectors.profiles.gate import Gate
+from steering_vectors.profiles.mixture import LARGEST, Mixture, Shifts, Term
 from steering_vectors.profiles.profile import Profile
 from tests.support.tiny_profiles import tiny_profile
 
@@ -45,6 +47,40 @@ def test_terms_are_summed_in_float32_block_by_block() -> None:
     assert torch.equal(shifts[2], 0.25 * WARM.directions[2] + -0.5 * TERSE.directions[2])
 
 
+def test_the_bound_of_a_shift_is_its_largest_entry() -> None:
+    one, two = mix((WARM, -1.5)).shifts(), mix((TERSE, 0.25)).shifts()
+    assert one.bound == pytest.approx(float(one.rows.abs().max()), rel=1e-6)
+    assert two.bound == pytest.approx(float(two.rows.abs().max()), rel=1e-6)
+    assert mix((WARM, -1.5), (TERSE, 0.25)).shifts().bound == one.bound + two.bound
+
+
+def test_a_coefficient_beyond_float32_has_no_bound() -> None:
+    plain = tiny_profile()  # unit 1
+    largest = float(plain.directions[0].abs().max().maximum(plain.directions[2].abs().max()))
+    assert Term(plain, -LARGEST).shift().bound == largest * LARGEST
+    assert Term(plain, 2 * LARGEST).shift().bound == math.inf
+
+
+def test_shifts_have_a_row_for_each_layer() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Shifts((0,), torch.zeros(2, 4)).by_layer()
+
+
+def test_a_single_added_profile_is_its_unit_shifts_scaled() -> None:
+    scaled = Mixture((Term(TERSE, -0.25, (2,)),)).scaled()
+    assert scaled is not None
+    unit, factor = scaled
+    assert unit.layers == (2,)
+    assert torch.equal(unit.rows[0], TERSE.directions[2])
+    assert factor == -0.25 * TERSE.unit
+    unscaled = (Mixture(), mix((BARE, 1.0)), mix((WARM, 0.0)), mix((WARM, 0.5), (TERSE, 0.5)))
+    assert [each.scaled() for each in unscaled] == [None] * 4
+
+
+def test_ablations_keep_to_the_layers_of_the_term() -> None:
+    assert list(Mixture((Term(BARE, 1.0, (1,)),)).ablations()) == [1]
+
+
 def test_ablations_are_unit_vectors_in_the_order_of_the_terms() -> None:
     other = tiny_profile(name="other", layers=(1,), operator="ablate", seed=4)
     pairs = mix((BARE, 0.25), (other, 1.0), (WARM, 0.5)).ablations()
@@ -64,6 +100,7 @@ def test_strengths_that_are_not_finite(strength: float) -> None:
     with pytest.raises(SteeringError) as refusal:
         Term(WARM, strength)
     assert str(refusal.value) == "the strength of 'warm' must be a finite number"
+    assert refusal.value.param == "strength"
 
 
 @pytest.mark.parametrize(("strength", "shown"), [(-0.1, "-0.1"), (1.5, "1.5")])
@@ -71,6 +108,7 @@ def test_ablation_strengths(strength: float, shown: str) -> None:
     with pytest.raises(SteeringError) as refusal:
         Term(BARE, strength)
     assert str(refusal.value) == (f"profile 'bare' ablates its direction: its strength must lie in 0 to 1, not {shown}")
+    assert refusal.value.param == "strength"
 
 
 def test_a_zero_direction_cannot_be_ablated() -> None:
@@ -89,12 +127,27 @@ def test_a_profile_twice() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 0.5), (TERSE, 0.1), (WARM, -0.5))
     assert str(refusal.value) == "profile 'warm' occurs twice in one steering"
+    assert refusal.value.param == "steering"
 
 
 def test_apply_to_is_checked() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 0.5), apply_to="prompt")
     assert str(refusal.value) == "apply_to is 'prompt', not one of generated, all"
+    assert refusal.value.param == "steering.apply_to"
+
+
+def test_a_gated_profile_cannot_steer_the_prompt() -> None:
+    gated = tiny_profile(name="gated", gate=Gate(1, torch.ones(32), 0.5, "above"))
+    with pytest.raises(SteeringError) as refusal:
+        mix((WARM, 0.5), (gated, 0.5), apply_to="all")
+    assert str(refusal.value) == (
+        "profile 'gated' has a gate, which the prompt decides: it cannot steer the prompt itself; "
+        "leave apply_to out or set it to generated"
+    )
+    assert refusal.value.param == "steering.apply_to"
+    assert [term.profile for term in mix((WARM, 0.5), (gated, 0.5)).gated] == [gated]
+    assert mix((WARM, 0.5), (gated, 0.0), apply_to="all").gated == []
 
 
 REMEDY = "set steering.allow_beyond_safe to true to go beyond it"
@@ -113,13 +166,15 @@ def test_a_sum_beyond_the_safe_range() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 1.5), (TERSE, -1.0))
     assert str(refusal.value) == f"the strengths of this mix add up to 2.5, beyond the safe range of 2; {REMEDY}"
-    assert refusal.value.code == "strength_out_of_range"
+    assert (refusal.value.param, refusal.value.code) == ("steering", "strength_out_of_range")
 
 
 def test_the_limit_itself_is_within() -> None:
     mix((WARM, 2.0))
     narrow = [tiny_profile(name=name, max_strength=0.3) for name in ("a", "b")]
     mix((narrow[0], 0.1), (narrow[1], 0.2))  # 0.30000000000000004 in floats
+    ones = [tiny_profile(name=name, max_strength=1.0) for name in ("a", "b")]
+    mix((ones[0], 1.0), (ones[1], 1e-9))  # as much as rounding is allowed
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -148,6 +203,7 @@ def test_neutral() -> None:
     for neutral in (Mixture(), mix((WARM, 0.0)), mix((WARM, 0.0), (BARE, 0))):
         assert neutral.is_neutral
         assert neutral.shifts().by_layer() == neutral.ablations() == {}
+        assert neutral.shifts().rows.shape == (0, 0)
         assert neutral.digest() == ""
     assert not mix((WARM, 0.0), (TERSE, 1e-9)).is_neutral
 
