@@ -1,9 +1,9 @@
 """Every error that trimtab raises on purpose.
 
     TrimtabError
-    ├── ProfileError        a profile file or object is not usable
+    ├── ProfileError        a profile file or object is unusable
     │   └── ProfileMismatch     it was fitted on another model
-    ├── DataError           a row of preference data is not usable
+    ├── DataError           a row of preference data is unusable
     ├── ModelError          a model or tokenizer cannot be loaded or steered
     ├── FitError            fitting or calibration cannot be carried out
     └── RequestError        a request asks for something that cannot be done
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 
 class TrimtabError(Exception):
-    """Base of all errors raised on purpose; the message is meant for the user."""
+    """Base class of all errors raised on purpose. The message is written for the user."""
 
     code = "error"
 
@@ -38,7 +38,7 @@ class ProfileMismatch(ProfileError):
 
 
 class DataError(TrimtabError):
-    """A bad row; `path`, `line` (1-based; for columnar files the row) and `field` locate it."""
+    """A bad row, located by `path`, `line` (1-based; the row number in columnar files) and `field`."""
 
     code = "invalid_data"
 
@@ -71,5 +71,5 @@ class SteeringError(RequestError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's text, or its type's name."""
+    """The first line of another library's error message, or the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

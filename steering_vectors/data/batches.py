@@ -1,8 +1,4 @@
-"""Token sequences as right-padded batches of a bounded size, sorted by length.
-
-Owns the shapes of a batch: which example lies in which row, where its tokens end and where its response begins. Knows
-nothing of models, of texts or of what is computed on a batch.
-"""
+"""Right-padded batches of token sequences, sorted by length, with a bounded number of tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +10,12 @@ import torch
 Encoded = tuple[Sequence[int], int]
 """Token ids of a prompt with its response, and the index of the response's first token."""
 
-
 DEFAULT_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Rows of a forward pass: `indices[r]` is the number of the example in row r."""
+    """The rows of a forward pass. Row r holds example `indices[r]`."""
 
     indices: tuple[int, ...]
     ids: torch.Tensor  # [rows, positions], padded on the right
@@ -43,9 +38,9 @@ class Batch:
 
 
 def batches(examples: Sequence[Encoded], budget: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-    """The examples, longest first, in batches of at most `budget` tokens with padding (but at least one row).
+    """Yield the examples, longest first, in batches of at most `budget` tokens with padding (at least one row each).
 
-    The order depends on the lengths alone, so equal examples give equal batches.
+    The order depends only on the lengths, so equal examples give equal batches.
     """
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index][0]), index))
     while order:

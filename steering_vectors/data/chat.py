@@ -38,7 +38,7 @@ class Example:
 
 
 def chat_template_source(tokenizer: PreTrainedTokenizerBase) -> TemplateSource:
-    """Who renders messages: the tokenizer's own template, or the fallback, which joins contents by newlines."""
+    """The renderer of messages: the tokenizer's own template, or the fallback, which joins contents by newlines."""
     return "fallback" if _template(tokenizer) is None else "tokenizer"
 
 
@@ -55,9 +55,9 @@ def render_chat(
     add_generation_prompt: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of a conversation, with all the special tokens that the template writes.
+    """Render a conversation as text, with the special tokens of the template.
 
-    `template_kwargs` are variables for the template, never arguments of the renderer. Raises RequestError, with
+    `template_kwargs` are variables of the template, never arguments of the renderer. Raises RequestError, with
     `param` "messages" or "chat_template_kwargs", if the template refuses them.
     """
     if not messages:
@@ -87,10 +87,10 @@ def encode_prompt(
     add_special_tokens: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a plain text or of messages, up to where the model is to write; never with two BOS tokens.
+    """Encode a plain text or messages, with the generation prompt and never with two BOS tokens.
 
-    A template writes its own special tokens, so `add_special_tokens` is for plain texts and for the fallback only.
-    Raises RequestError for an empty prompt, or one whose template fails.
+    `add_special_tokens` applies to plain texts and to the fallback only, because a template writes its own special
+    tokens. Raises RequestError for an empty prompt, and if the template fails.
     """
     if isinstance(prompt, str):
         param, text, special = "prompt", prompt, add_special_tokens
@@ -102,33 +102,33 @@ def encode_prompt(
     try:
         ids = _one_bos(tokenizer, _tokenize(tokenizer, text, special))
     except UnicodeEncodeError as error:
-        raise RequestError(f"{param} holds half of a surrogate pair, which is no character", param=param) from error
+        raise RequestError(f"{param} contains half of a surrogate pair; send valid Unicode", param=param) from error
     if not ids:
-        raise RequestError(f"{param} holds no token of this model", param=param)
+        raise RequestError(f"{param} contains no token of this model; send other text", param=param)
     return ids
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
-    """Token ids of an example, and the index of the first token of its completion.
+    """Encode an example. Returns its token ids and the index of the first token of its completion.
 
-    The ids before it are those the server would compute from the prompt alone (without one: BOS if the tokenizer
-    adds it, else none); the rest are what the model would have generated. Raises RequestError if the chat template
-    refuses the prompt, DataError if the completion has no token.
+    The ids before that index are those that the server computes from the prompt alone; without a prompt, BOS if the
+    tokenizer adds it, else none. The others are the ids that the model would have generated. Raises RequestError if the
+    chat template refuses the prompt, DataError if the completion has no token.
     """
     before = _bos(tokenizer) if example.prompt is None else encode_prompt(tokenizer, example.prompt)
     try:
         completion = continuation(tokenizer, before, example.completion)
     except UnicodeEncodeError as error:
-        raise DataError("the completion holds half of a surrogate pair, which is no character") from error
+        raise DataError("the completion contains half of a surrogate pair; correct or remove the row") from error
     if not completion:
-        raise DataError(f"the completion {example.completion!r} holds no token of this model; remove the row")
+        raise DataError(f"the completion {example.completion!r} contains no token of this model; remove the row")
     return before + completion, len(before)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
-    """Token ids of a text whose first token is to be predicted too, and the index of that token.
+    """Encode a text so that its first token can be scored. Returns the ids and the index of that token.
 
-    A tokenizer that adds no BOS gets its BOS before the text, or else its EOS.
+    If the tokenizer adds no BOS, its BOS is put before the text, or its EOS if it has no BOS.
     """
     ids, start = encode_example(tokenizer, Example(None, text))
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -136,9 +136,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
 
 
 def decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """The text that token ids add to a prompt, special tokens skipped, its leading space kept.
+    """Decode the text that token ids add to a prompt, without special tokens and with its leading space.
 
-    If they change how the prompt's end reads (by completing a character), it is what follows the common prefix.
+    If the ids change the end of the prompt's text (by completing a character), the common prefix is removed instead.
     """
     start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
     if whole.startswith(start):
@@ -156,7 +156,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise ModelError(
             f"the tokenizer has several chat templates ({names}) and none called 'default'; "
-            "name one of them so in its tokenizer_config.json"
+            "rename one of them in its tokenizer_config.json"
         ) from error
 
 
@@ -188,10 +188,10 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:
-    """The ids of `text` as generated after `before`.
+    """Encode `text` as the model would generate it after `before`.
 
-    SentencePiece-like tokenizers put a space before every text they are given, so a text that begins with one would
-    get two; if leaving it out decodes to the text itself, that is what the model would have generated.
+    SentencePiece-like tokenizers add a space before every text, so a text that begins with a space would get two. The
+    text's own space is left out if the ids then still decode to the text.
     """
     ids = _tokenize(tokenizer, text, False)
     if not text.startswith(" ") or decoded_after(tokenizer, before, ids) == text:

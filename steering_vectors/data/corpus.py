@@ -1,8 +1,4 @@
-"""Preference data as one model reads it: encoded once, checked against the model's context, and parted.
-
-Owns which rows are trained on, which choose layers and which calibrate, and the prompts that calibration starts from.
-Knows nothing of activations or of methods.
-"""
+"""Preference data encoded for one model, checked against its context limit, and the prompts to sample from."""
 
 from __future__ import annotations
 
@@ -20,13 +16,13 @@ from steering_vectors.errors import DataError, RequestError
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 
-PROMPTS = 96  # to calibrate on
-WORDS = 5  # of a completion, where the data has no prompts
+MAX_PROMPTS = 96  # for calibration
+PROMPT_WORDS = 5  # words of a completion that replace a missing prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Preference data with every example's tokens; `long_rows` counts the rows left out as too long."""
+    """Preference data with the tokens of every example. `long_rows` counts the rows that were too long."""
 
     pairs: Preferences
     encoded: Mapping[Example, Encoded]
@@ -41,7 +37,7 @@ class Corpus:
         )
 
     def split(self, fraction: float, seed: int, *, min_side: int) -> tuple[Corpus, Corpus]:
-        """Part by prompts, as `Preferences.split`."""
+        """Split by prompt, as `Preferences.split` does."""
         first, second = self.pairs.split(fraction, seed, min_side=min_side)
         return replace(self, pairs=first), replace(self, pairs=second)
 
@@ -49,10 +45,9 @@ class Corpus:
 def encode_corpus(
     tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, limit: int | None, skip_long_rows: bool = False
 ) -> Corpus:
-    """Encode every row. One with more than `limit` tokens raises DataError, or is left out if `skip_long_rows`; then
-    enough rows must remain.
+    """Encode every row. Raises DataError for a row of more than `limit` tokens, or leaves it out if `skip_long_rows`.
 
-    Nothing is ever cut: half a response would be another preference.
+    Enough rows must remain. Rows are never truncated, because half a response may express another preference.
     """
     positives, negatives = pairs.sides()
     encoded = {**_encode_side(tokenizer, positives, "positive"), **_encode_side(tokenizer, negatives, "negative")}
@@ -67,30 +62,32 @@ def encode_corpus(
 
 
 def sampling_prompts(
-    tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, most: int | None, seed: int
+    tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, max_tokens: int | None, seed: int
 ) -> list[list[int]]:
-    """Up to 96 distinct prompts of at most `most` tokens, drawn from `seed`; the first five words of completions if the
-    rows have no prompts. Raises DataError if none is short enough.
+    """Draw up to 96 distinct prompts of at most `max_tokens` tokens. Equal seeds draw equal prompts.
+
+    If the rows have no prompts, the first five words of their completions are used. Raises DataError if no prompt is
+    short enough.
     """
     examples = [*pairs.positives, *pairs.negatives]
     prompts = [encode_prompt(tokenizer, prompt) for prompt in dict.fromkeys(one.prompt for one in examples) if prompt]
     if not prompts:
-        starts = dict.fromkeys(" ".join(one.completion.split()[:WORDS]) for one in examples)
+        starts = dict.fromkeys(" ".join(one.completion.split()[:PROMPT_WORDS]) for one in examples)
         prompts = [list(encode_example(tokenizer, Example(None, start))[0]) for start in starts if start]
-    short = [prompt for prompt in prompts if most is None or len(prompt) <= most]
+    short = [prompt for prompt in prompts if max_tokens is None or len(prompt) <= max_tokens]
     if not short:
         raise DataError(
-            f"none of the {len(prompts)} held-out prompts leaves room in the model's context to sample from: the "
-            f"shortest has {min(map(len, prompts), default=0)} tokens of {most} at most; add rows with shorter prompts",
+            f"none of the {len(prompts)} held-out prompts leaves room to sample in the model's context: the shortest "
+            f"has {min(map(len, prompts), default=0)} tokens, but {max_tokens} fit; add rows with shorter prompts",
             path=pairs.source or None,
         )
-    return random.Random(seed).sample(short, min(PROMPTS, len(short)))
+    return random.Random(seed).sample(short, min(MAX_PROMPTS, len(short)))
 
 
 def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed: int) -> list[list[int]]:
-    """`sampling_prompts` after which the model's context has room for so many tokens."""
+    """`sampling_prompts` that leave room for `room` more tokens in the model's context."""
     limit = context_limit(lm)
-    return sampling_prompts(lm.tokenizer, pairs, most=None if limit is None else limit - room, seed=seed)
+    return sampling_prompts(lm.tokenizer, pairs, max_tokens=None if limit is None else limit - room, seed=seed)
 
 
 def _encode_side(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], side: str) -> dict[Example, Encoded]:
@@ -109,9 +106,9 @@ def _too_long(pairs: Preferences, encoded: Mapping[Example, Encoded], long: set[
         for number, example in enumerate(examples, start=1):
             if example in long:
                 return DataError(
-                    f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, the model's "
-                    f"context {limit}, and {rows} of {pairs.rows} rows are too long; leave them out with "
-                    "--skip-long-rows (rows are never cut)",
+                    f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, but the "
+                    f"model's context holds {limit}; {rows} of {pairs.rows} rows are too long; leave them out with "
+                    "--skip-long-rows (rows are never truncated)",
                     path=pairs.source or None,
                 )
     raise AssertionError("no example is too long")

@@ -1,8 +1,4 @@
-"""Preference data in memory: examples of the wanted side, examples of the other, and how to hold some out.
-
-Owns the uniform view that fitting and evaluation work on, whatever the file looked like. Knows nothing of files and
-columns (`datasets`), nor of tokens.
-"""
+"""Preference data in memory: preferred and rejected examples, and the held-out split."""
 
 from __future__ import annotations
 
@@ -23,11 +19,11 @@ MIN_PER_LABEL = 8
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """What a file of preference data says.
+    """The examples of a source of preference data.
 
-    `positives` and `negatives` are aligned for the paired kinds "preference" and "contrast": entry i of both comes
-    from one row. `skipped` counts the bad rows left out, `skip_messages` holds the first few reasons;
-    `ignored_columns` are the columns that no format uses. `sha256` names the source as a whole, for its parts too.
+    For the paired kinds "preference" and "contrast", entry i of `positives` and of `negatives` comes from one row.
+    `skipped` counts the bad rows that were left out, and `skip_messages` holds the first few reasons. `ignored_columns`
+    are the columns that the format does not use. `sha256` is that of the whole source, also after a split.
     """
 
     kind: Kind
@@ -48,19 +44,19 @@ class Preferences:
 
     @property
     def rows(self) -> int:
-        """How many usable rows there are."""
+        """The number of usable rows."""
         return len(self.positives) if self.paired else len(self.positives) + len(self.negatives)
 
     @property
     def duplicates(self) -> int:
-        """How many rows repeat an earlier one."""
+        """The number of rows that repeat an earlier one."""
         items = self._items()
         return len(items) - len(set(items))
 
     def check(self, *, left_out: str = "") -> None:
-        """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if no row prefers anything.
+        """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if both sides of every row are equal.
 
-        `left_out` says in words which rows are not among them.
+        `left_out` describes rows that were left out, for the message.
         """
         left_out = left_out or (f"{self.skipped} bad ones were skipped" if self.skipped else "")
         without = f" ({left_out})" if left_out else ""
@@ -74,41 +70,41 @@ class Preferences:
                     path=path,
                 )
         if self.paired and self.positives == self.negatives:
-            raise DataError("in every row both sides are the same text, so nothing is preferred", path=path)
+            raise DataError("both sides of every row are the same text; check the columns", path=path)
 
     def sides(self) -> tuple[list[Example], list[Example]]:
-        """The positive and the negative examples; aligned if `paired`."""
+        """The positive and the negative examples, aligned if `paired`."""
         return list(self.positives), list(self.negatives)
 
     def pairs(self) -> list[tuple[Example, Example]]:
         """(positive, negative) of each row. Raises DataError for unpaired data."""
         if not self.paired:
-            raise DataError(f"{self.source}: its rows are not paired; use a method that takes unpaired data")
+            raise DataError(f"{self.source}: the rows are not paired; use a method that takes unpaired data")
         return list(zip(self.positives, self.negatives, strict=True))
 
     def split(
         self, heldout_fraction: float = 0.2, seed: int = 0, *, min_side: int = MIN_SIDE
     ) -> tuple[Preferences, Preferences]:
-        """Part the rows into (train, heldout), the same for the same seed, each in the order of the file.
+        """Split the rows into (train, heldout), each in file order. Equal seeds give equal splits.
 
-        Rows that share a prompt stay together (rows without one: those that share a completion), so what is held out
-        was never trained on. Each part gets at least `min_side` rows, of each label if unpaired. Raises DataError if
-        the data cannot be parted so.
+        Rows with the same prompt stay together, as do rows without a prompt that share a completion, so no held-out
+        prompt is trained on. Each part gets at least `min_side` rows, of each label if unpaired. Raises DataError if
+        such a split does not exist.
         """
         if not 0 < heldout_fraction < 1:
-            raise DataError(f"the held-out fraction must lie between 0 and 1, not {heldout_fraction:g}")
+            raise DataError(f"the held-out fraction must be between 0 and 1, not {heldout_fraction:g}")
         groups = [_Group(rows, self._sizes(rows)) for rows in self._groups()]
         held = {row for group in _choose(groups, heldout_fraction, min_side, seed) for row in group.rows}
         train, heldout = self._part(set(range(self.rows)) - held), self._part(held)
         if any(size < min_side for part in (train, heldout) for size in part._sizes(range(part.rows))):
             raise DataError(
-                f"{self.source}: too few different prompts or texts to hold out {min_side} rows"
-                f"{'' if self.paired else ' of each label'} and to train on as many; add rows with other prompts"
+                f"{self.source}: there are too few different prompts or texts to hold out {min_side} rows"
+                f"{'' if self.paired else ' of each label'} and train on as many; add rows with other prompts"
             )
         return train, heldout
 
     def _items(self) -> list[tuple[Example | None, Example | None]]:
-        """One (positive, negative) per row; unpaired: the positives first, and None for the side a row lacks."""
+        """One (positive, negative) per row. Unpaired: the positives come first, and the missing side is None."""
         if self.paired:
             return list(zip(self.positives, self.negatives, strict=True))
         return [(one, None) for one in self.positives] + [(None, one) for one in self.negatives]
@@ -126,7 +122,7 @@ class Preferences:
         return replace(self, positives=positives, negatives=negatives)
 
     def _groups(self) -> list[list[int]]:
-        """The rows, grouped so that no prompt (or promptless text) occurs in two groups."""
+        """Group the rows so that no prompt (or text without a prompt) occurs in two groups."""
         leader = list(range(self.rows))
 
         def find(row: int) -> int:
@@ -156,7 +152,7 @@ def _key(example: Example) -> object:
 
 
 def _choose(groups: list[_Group], fraction: float, min_side: int, seed: int) -> list[_Group]:
-    """Groups to hold out: at random up to the wanted sizes, then the smallest that fill what is lacking."""
+    """Choose groups to hold out: at random up to the wanted sizes, then the smallest ones until `min_side` is met."""
     totals = [sum(sizes) for sizes in zip(*(group.sizes for group in groups), strict=True)]
     wanted = [max(min_side, round(fraction * total)) for total in totals]
     random.Random(seed).shuffle(groups)

@@ -1,8 +1,4 @@
-"""What one row of preference data says: its cells, read as one of the three formats.
-
-Owns the formats' columns and the meaning of plain texts, chat messages and HH-RLHF transcripts in them. Knows nothing
-of files and lines, nor of what other rows say; a bad row is a `BadRow` that names the column.
-"""
+"""One row of preference data: its columns in each of the three formats, as texts, messages or HH-RLHF transcripts."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ Cells = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: an example for each side it speaks of, and the form of its texts, which is one for a whole file."""
+    """One row: an example for each side, and the form of its texts, which must be the same in all rows of a file."""
 
     positive: Example | None
     negative: Example | None
@@ -38,7 +34,7 @@ class Record:
 
 
 def read_record(kind: Kind, cells: Cells) -> Record:
-    """Read the cells of a row, under the columns' own names. Raises BadRow."""
+    """Read the cells of a row, by the format's column names. Raises BadRow, which names the column."""
     return READERS[kind](cells)
 
 
@@ -49,7 +45,7 @@ def _preference(cells: Cells) -> Record:
 def _contrast(cells: Cells) -> Record:
     if PROMPT in cells:
         raise BadRow(
-            "rows of positive and negative hold whole texts; to use the prompt, rename them to chosen and rejected",
+            "positive and negative are whole texts; to use the prompt, rename the columns to chosen and rejected",
             PROMPT,
         )
     return _pair(cells, "positive", "negative", transcripts=False)
@@ -59,11 +55,11 @@ def _pair(cells: Cells, wanted: str, other: str, *, transcripts: bool) -> Record
     positive, form = _example(cells, wanted, transcripts)
     negative, other_form = _example(cells, other, transcripts)
     if form != other_form:
-        raise BadRow(f"it holds {other_form}, but {wanted} holds {form}; use one form", other)
+        raise BadRow(f"it contains {other_form}, but {wanted} contains {form}; use one form", other)
     if transcripts and positive.prompt != negative.prompt:
         raise BadRow(f"the transcripts of {wanted} and {other} differ before the last reply", other)
     if positive == negative:
-        raise BadRow(f"{wanted} and {other} are equal, so the row says nothing", other)
+        raise BadRow(f"{wanted} and {other} are equal, so nothing is preferred", other)
     return Record(positive, negative, form)
 
 
@@ -73,7 +69,7 @@ def _unpaired(cells: Cells) -> Record:
 
 
 def read_label(cells: Cells) -> bool:
-    """The label of a row: true and false, or 1 and 0. Raises BadRow."""
+    """Read the label of a row: true or false, 1 or 0. Raises BadRow."""
     value = _cell(cells, "label")
     if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
         return bool(value)
@@ -90,19 +86,19 @@ READERS: dict[Kind, Callable[[Cells], Record]] = {
 
 
 def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str]:
-    """The example in one column, with its prompt, and the form in which the row gives it."""
+    """The example in one column with its prompt, and the form of both."""
     value, prompt = _cell(cells, column), read_prompt(cells)
-    given = {type(None): "", str: " and a prompt as text", tuple: " and a prompt of messages"}[type(prompt)]
+    suffix = {type(None): "", str: " and a prompt as text", tuple: " and a prompt of messages"}[type(prompt)]
     if isinstance(value, list):
-        return _with_prompt(_messages(value, column), prompt, column), f"messages{given}"
+        return _with_prompt(_messages(value, column), prompt, column), f"messages{suffix}"
     text = _string(value, column)
     if transcripts and prompt is None and HH_TURN.match(text):
         return _with_prompt(_turns(text, column), None, column), "HH-RLHF transcripts"
-    return Example(prompt, text), f"text{given}"
+    return Example(prompt, text), f"text{suffix}"
 
 
 def read_prompt(cells: Cells) -> Prompt:
-    """The prompt of a row, a text or messages; None without the column. Raises BadRow."""
+    """Read the prompt of a row, a text or messages; None without the column. Raises BadRow."""
     if PROMPT not in cells:
         return None
     value = cells[PROMPT]
@@ -114,23 +110,23 @@ def read_prompt(cells: Cells) -> Prompt:
 
 
 def _with_prompt(messages: tuple[Message, ...], prompt: Prompt, column: str) -> Example:
-    """Part messages into prompt and reply. Messages before the reply must agree with an explicit prompt."""
+    """Split messages into prompt and reply. Messages before the reply must match an explicit prompt."""
     *before, reply = messages
     head = tuple(before)
     if reply.role != "assistant":
-        raise BadRow(f"its last message must be the assistant's, not the {reply.role}'s", column)
+        raise BadRow(f"the role of the last message must be assistant, not {reply.role}", column)
     _check_open(head, column)
     if prompt is None or not head:
-        spoken = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-        return Example(head or spoken, reply.content)
+        asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        return Example(head or asked, reply.content)
     if prompt not in (head, head[-1].content):
-        raise BadRow("it must hold the reply alone, or begin with the messages of the prompt", column)
+        raise BadRow("it must be the reply alone, or begin with the messages of the prompt", column)
     return Example(head, reply.content)
 
 
 def _check_open(messages: tuple[Message, ...], column: str) -> None:
     if messages and messages[-1].role == "assistant":
-        raise BadRow("the message before the reply must not be the assistant's", column)
+        raise BadRow("the role of the message before the reply must not be assistant", column)
 
 
 def _messages(value: list[Any], column: str) -> tuple[Message, ...]:
@@ -150,19 +146,19 @@ def _message(value: Any, place: str) -> Message:
 
 
 def _turns(text: str, column: str) -> tuple[Message, ...]:
-    """The messages of an HH-RLHF transcript, whose turns begin with a blank line and 'Human:' or 'Assistant:'."""
+    """Read an HH-RLHF transcript, whose turns begin with a blank line and 'Human:' or 'Assistant:'."""
     parts = HH_TURN.split(text)[1:]
     turns = []
     for number, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), start=1):
         if not content.strip():
-            raise BadRow(f"turn {number} of the transcript, the {HH_ROLES[speaker]}'s, is empty", column)
+            raise BadRow(f"turn {number} of the transcript ({HH_ROLES[speaker]}) is empty", column)
         turns.append({"role": HH_ROLES[speaker], "content": content.strip()})
     return _messages(turns, column)
 
 
 def _cell(cells: Cells, column: str) -> Any:
     if column not in cells:
-        raise BadRow("it is missing; if the column has another name, give it with --columns", column)
+        raise BadRow("it is missing; if the column has another name, pass --columns", column)
     return cells[column]
 
 
@@ -172,9 +168,9 @@ def _string(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"it must be text, not {type(value).__name__}", place)
     if not value.strip():
-        raise BadRow("it holds only blanks", place)
+        raise BadRow("it contains only whitespace", place)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("it holds half of a surrogate pair, which is no character", place) from error
+        raise BadRow("it contains half of a surrogate pair, which is not valid Unicode", place) from error
     return value

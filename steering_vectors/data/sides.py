@@ -1,4 +1,4 @@
-"""Encoded examples of the preferred and the rejected side."""
+"""The encoded preferred and rejected examples."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Encoded preferred and rejected examples; with `paired`, entry i of both belongs to one row."""
+    """Encoded preferred and rejected examples. If `paired`, entry i of both comes from one row."""
 
     positives: tuple[Encoded, ...]
     negatives: tuple[Encoded, ...]
     paired: bool
 
-    def thinned(self, most: int) -> Sides:
-        """At most so many examples a side, evenly spread over them."""
-        return Sides(spread(self.positives, most), spread(self.negatives, most), self.paired)
+    def thinned(self, size: int) -> Sides:
+        """At most `size` evenly spaced examples of each side."""
+        return Sides(spread(self.positives, size), spread(self.negatives, size), self.paired)
 
 
-def spread(examples: Sequence[Item], most: int) -> tuple[Item, ...]:
-    """At most so many of the examples, evenly spread over them."""
+def spread(examples: Sequence[Item], size: int) -> tuple[Item, ...]:
+    """At most `size` evenly spaced examples."""
     count = len(examples)
-    return tuple(examples) if count <= most else tuple(examples[i * count // most] for i in range(most))
+    return tuple(examples) if count <= size else tuple(examples[i * count // size] for i in range(size))

@@ -1,8 +1,4 @@
-"""From a source of preference data to `Preferences`: which format it has, which of its rows are usable.
-
-Owns the choice of the format, the renaming of columns, the answer to bad rows and the least number of good ones. How
-bytes become rows is `tables`' matter, what a row says is `records`'; nothing here knows of models or tokens.
-"""
+"""Loading preference data: the choice of the format, renamed columns, and bad rows."""
 
 from __future__ import annotations
 
@@ -12,10 +8,10 @@ from typing import Any
 
 from steering_vectors.data.preferences import Kind, Preferences
 from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
-from steering_vectors.data.tables import BadRow, Row, Table, read_table
+from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
 from steering_vectors.errors import DataError
 
-SHOWN_SKIPS = 5
+MAX_SKIP_MESSAGES = 5
 REMEDY = "correct the row, or skip such rows with --skip-bad-rows"
 DEMO = "demo:"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "preferences"
@@ -28,13 +24,14 @@ def load_pairs(
 ) -> Preferences:
     """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, also with .gz; `hf:NAME[:split]`; `demo:NAME`.
 
-    The columns are those of TRL's formats: preference {prompt, chosen, rejected} (the prompt may be implicit in both
-    as messages or as an HH-RLHF transcript), unpaired {prompt?, completion, label} and contrast {positive, negative};
-    texts are plain or lists of chat messages. `columns` renames: `{"chosen": "matching"}` reads the column "matching"
-    as chosen. Other columns are listed as `ignored_columns`. `hf:` also takes a directory that `datasets` saved.
+    The columns are those of TRL's formats: preference {prompt, chosen, rejected}, unpaired {prompt?, completion, label}
+    and contrast {positive, negative}. Texts are plain or lists of chat messages. In the preference format, chosen and
+    rejected may contain the prompt, as messages or as an HH-RLHF transcript. `columns` renames: `{"chosen":
+    "matching"}` reads the column "matching" as chosen. Unused columns are listed in `ignored_columns`. `hf:` also takes
+    a directory that `datasets` saved.
 
-    Raises DataError, with path, line and field, for a bad row, or counts it if `skip_bad_rows`; and if fewer than 16
-    usable rows remain, or of unpaired data fewer than 8 of one label.
+    Raises DataError, with path, line and field, for a bad row, unless `skip_bad_rows` is set, which counts it instead.
+    Also raises DataError for fewer than 16 usable rows, and for unpaired data with fewer than 8 of one label.
     """
     table = read_table(find_data(str(path)))
     renames = _checked_renames(columns or {})
@@ -47,7 +44,7 @@ def load_pairs(
         source=table.source,
         sha256=table.sha256,
         skipped=len(errors),
-        skip_messages=tuple(error.message for error in errors[:SHOWN_SKIPS]),
+        skip_messages=tuple(error.message for error in errors[:MAX_SKIP_MESSAGES]),
         ignored_columns=_ignored(table, kind, renames),
     )
     preferences.check()
@@ -55,13 +52,13 @@ def load_pairs(
 
 
 def find_data(path: str) -> str:
-    """The file of the embedded set `demo:NAME`; other paths as they are. Raises DataError that lists the sets."""
+    """The file of the embedded data set `demo:NAME`; other paths unchanged. Raises DataError, which lists the sets."""
     if not path.startswith(DEMO):
         return path
     file = DEMO_DIRECTORY / f"{path.removeprefix(DEMO)}{TRAINING}"
     if not file.is_file():
         names = sorted(file.name.removesuffix(TRAINING) for file in DEMO_DIRECTORY.glob(f"*{TRAINING}"))
-        raise DataError(f"{path!r} is not an embedded preference set: there are {', '.join(names) or 'none'}")
+        raise DataError(f"{path!r} is not an embedded data set; use demo: with one of {', '.join(names) or 'none'}")
     return str(file)
 
 
@@ -71,7 +68,7 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in text.split(","):
         name, equals, column = (piece.strip() for piece in part.partition("="))
         if not (name and equals and column) or name in renames:
-            raise DataError(f"{text!r} does not rename columns; write prompt=question,chosen=matching")
+            raise DataError(f"columns {text!r} cannot be read; write prompt=question,chosen=matching")
         renames[name] = column
     return _checked_renames(renames)
 
@@ -85,7 +82,7 @@ def _checked_renames(renames: Mapping[str, str]) -> dict[str, str]:
 
 
 def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
-    """The format that the first complete row has; without one, that of the first row with a column of any format."""
+    """The format of the first complete row, else that of the first row with a column of any format."""
     rows = [_renamed(row.cells, renames) for row in table.rows if not isinstance(row.cells, BadRow)]
     allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {PROMPT} <= set(columns)]
     for wanted in (all, any):
@@ -93,7 +90,7 @@ def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
             fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]
             if wanted is all and len(fits) > 1:
                 raise DataError(
-                    f"its columns fit the formats {' and '.join(fits)}; say which with --columns",
+                    f"the columns fit the formats {' and '.join(fits)}; choose one with --columns",
                     path=table.source,
                 )
             if fits:
@@ -107,12 +104,12 @@ def _unknown_format(table: Table) -> DataError:
             return DataError(row.cells.message, path=table.source, line=row.line)
         found = ", ".join(map(str, row.cells)) or "none"
         return DataError(
-            f"its columns ({found}) fit no format: {FORMATS}; rename them, as in "
+            f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
             "--columns prompt=question,chosen=good,rejected=bad",
             path=table.source,
             line=row.line,
         )
-    return DataError("it holds no rows", path=table.source)
+    return DataError("there are no rows in it", path=table.source)
 
 
 def _renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
@@ -124,7 +121,7 @@ def _renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, 
 def _records(
     table: Table, kind: Kind, renames: Mapping[str, str], skip_bad_rows: bool
 ) -> tuple[list[Record], list[DataError]]:
-    """The usable rows, and what is wrong with the others. Raises the first error unless they are to be skipped."""
+    """The usable rows, and an error for each of the others. Raises the first error unless bad rows are skipped."""
     records: list[Record] = []
     errors: list[DataError] = []
     for row in table.rows:
@@ -139,17 +136,17 @@ def _records(
     return records, errors
 
 
-def _record(row: Row, kind: Kind, renames: Mapping[str, str], form: str | None) -> Record:
+def _record(row: TableRow, kind: Kind, renames: Mapping[str, str], form: str | None) -> Record:
     if isinstance(row.cells, BadRow):
         raise row.cells
     record = read_record(kind, _renamed(row.cells, renames))
     if form not in (None, record.form):
-        raise BadRow(f"it holds {record.form}, but the rows before it hold {form}", COLUMNS[kind][0])
+        raise BadRow(f"it contains {record.form}, but earlier rows contain {form}", COLUMNS[kind][0])
     return record
 
 
 def _own_name(field: str, renames: Mapping[str, str]) -> str:
-    """The field as the file calls it: `chosen[2].content` with the column's own name."""
+    """A field such as `chosen[2].content`, with the name that the column has in the file."""
     column = field.split("[")[0]
     return renames.get(column, column) + field[len(column) :]
 

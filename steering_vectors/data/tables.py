@@ -1,7 +1,6 @@
-"""Files of rows: JSONL, JSON, CSV, TSV and Parquet, each also gzipped, and data sets of the `datasets` package.
+"""Reading tables: JSONL, JSON, CSV, TSV and Parquet files, each also gzipped, and data sets of the `datasets` package.
 
-Owns how bytes become rows that know their line. Knows nothing of what the columns mean; a row that cannot be read
-is handed on as a `BadRow` in its place, because it is not for this module to say whether to skip it.
+A row that cannot be read becomes a `BadRow`, so that the caller decides whether to skip it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ INSTALL = "pip install 'trimtab[data]'"
 
 
 class BadRow(Exception):
-    """What is wrong with one row, and in which column; whoever knows file and line makes it a DataError."""
+    """An error in one row and column. A caller that knows the file and the line turns it into a DataError."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -33,8 +32,8 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its 1-based line in the file (JSON, Parquet and hub data: its number) and its cells by column."""
+class TableRow:
+    """One row: its 1-based line in the file (its number in JSON, Parquet and hub data) and its cells by column."""
 
     line: int
     cells: dict[str, Any] | BadRow
@@ -42,15 +41,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of a source, and the sha256 of the file's bytes (for hub data: of its rows as canonical JSON)."""
+    """The rows of a source, and the sha256 of its bytes (for hub data, of its rows as canonical JSON)."""
 
     source: str
     sha256: str
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def read_table(source: str) -> Table:
-    """Read a file by its ending, or `hf:NAME[:split]`. Raises DataError if it cannot be read as a whole."""
+    """Read a file by its extension, or `hf:NAME[:split]`. Raises DataError if the file as a whole is unreadable."""
     if source.startswith(HUB_PREFIX):
         return _read_hub(source)
     ending = _ending(source)
@@ -73,7 +72,7 @@ def _ending(source: str) -> str:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in READERS:
         known = ", ".join(READERS)
-        raise DataError(f"its name must end in one of {known}, or in these and .gz; rename or convert it", path=source)
+        raise DataError(f"the file name must end in {known}, optionally with .gz; rename or convert it", path=source)
     return suffixes[-1]
 
 
@@ -81,7 +80,7 @@ def _gunzip(data: bytes, source: str) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"not a whole gzip file ({error}); copy it again", path=source) from error
+        raise DataError(f"not a complete gzip file ({error}); copy it again", path=source) from error
 
 
 def _text(data: bytes) -> str:
@@ -99,39 +98,39 @@ def _parse_json(text: str) -> Any:
         raise BadRow(f"not valid JSON ({error})") from error
 
 
-def _object(line: int, value: Any) -> Row:
+def _object(line: int, value: Any) -> TableRow:
     if isinstance(value, dict):
-        return Row(line, value)
-    return Row(line, BadRow(f"must be a JSON object, not {type(value).__name__}"))
+        return TableRow(line, value)
+    return TableRow(line, BadRow(f"must be a JSON object, not {type(value).__name__}"))
 
 
-def _read_jsonl(data: bytes) -> Iterator[Row]:
+def _read_jsonl(data: bytes) -> Iterator[TableRow]:
     for number, line in enumerate(_text(data).split("\n"), start=1):
         if line.strip():
             try:
                 yield _object(number, _parse_json(line))
             except BadRow as error:
-                yield Row(number, error)
+                yield TableRow(number, error)
 
 
-def _read_json(data: bytes) -> Iterator[Row]:
+def _read_json(data: bytes) -> Iterator[TableRow]:
     try:
         value = _parse_json(_text(data))
     except BadRow as error:
-        raise BadRow(f"{error.message}; if it holds one object per line, name it .jsonl") from error
+        raise BadRow(f"{error.message}; if the file has one object per line, rename it to .jsonl") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise BadRow("must be a list of objects, or an object with such a list as 'data'")
+        raise BadRow("must be a list of objects, or an object with a list of objects in 'data'")
     for number, row in enumerate(rows, start=1):
         yield _object(number, row)
 
 
-def _read_csv(data: bytes) -> Iterator[Row]:
+def _read_csv(data: bytes) -> Iterator[TableRow]:
     return _delimited(_text(data), delimiter=",", strict=True)
 
 
-def _read_tsv(data: bytes) -> Iterator[Row]:
-    """Cells quoted as in CSV; where that does not come out even, quotation marks are plain characters."""
+def _read_tsv(data: bytes) -> Iterator[TableRow]:
+    """Cells are quoted as in CSV. If the quotes do not match, they are read as plain characters."""
     text = _text(data)
     try:
         return iter(list(_delimited(text, delimiter="\t", strict=True)))
@@ -139,7 +138,7 @@ def _read_tsv(data: bytes) -> Iterator[Row]:
         return _delimited(text, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _delimited(text: str, **dialect: Any) -> Iterator[Row]:
+def _delimited(text: str, **dialect: Any) -> Iterator[TableRow]:
     before = csv.field_size_limit()
     csv.field_size_limit(max(before, len(text)))
     try:
@@ -148,8 +147,8 @@ def _delimited(text: str, **dialect: Any) -> Iterator[Row]:
         csv.field_size_limit(before)
 
 
-def _records(reader: Any) -> Iterator[Row]:
-    """Rows of a csv reader, at the line on which each begins. A quoting error ends the file: what follows is lost."""
+def _records(reader: Any) -> Iterator[TableRow]:
+    """Rows of a csv reader, with the line on which each begins. Rows after a quoting error cannot be read."""
     header: list[str] | None = None
     begin = 1
     try:
@@ -157,25 +156,25 @@ def _records(reader: Any) -> Iterator[Row]:
             if header is None:
                 header = _header(record)
             elif record:
-                yield Row(begin, _cells(header, record))
+                yield TableRow(begin, _cells(header, record))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise BadRow(f"the row that begins on line {begin} is not quoted properly ({error}); correct it") from error
+        raise BadRow(f"the row that begins on line {begin} has invalid quoting ({error}); correct it") from error
 
 
 def _header(record: list[str]) -> list[str]:
     if repeated := sorted({name for name in record if record.count(name) > 1}):
-        raise BadRow(f"its header has the column {repeated[0]!r} twice; rename one")
+        raise BadRow(f"the header contains the column {repeated[0]!r} twice; rename one")
     return record
 
 
 def _cells(header: list[str], record: list[str]) -> dict[str, Any] | BadRow:
     if len(record) != len(header):
-        return BadRow(f"has {len(record)} cells where the header has {len(header)}")
+        return BadRow(f"has {len(record)} cells, but the header has {len(header)}")
     return dict(zip(header, record, strict=True))
 
 
-def _read_parquet(data: bytes) -> Iterator[Row]:
+def _read_parquet(data: bytes) -> Iterator[TableRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -184,9 +183,9 @@ def _read_parquet(data: bytes) -> Iterator[Row]:
     try:
         rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadRow(f"not a whole Parquet file ({error}); copy it again") from error
+        raise BadRow(f"not a complete Parquet file ({error}); copy it again") from error
     for number, row in enumerate(rows, start=1):
-        yield Row(number, row)
+        yield TableRow(number, row)
 
 
 READERS = {
@@ -206,12 +205,12 @@ def _read_hub(source: str) -> Table:
     name, split = _hub_name(source)
     try:
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
-    except Exception as error:  # the package lets errors of the network, of file systems and of parsers through
+    except Exception as error:  # `datasets` raises errors of the network, of file systems and of parsers
         raise DataError(f"cannot be loaded ({error}); check the name and the network", path=source) from error
     rows = [dict(row) for row in _one_split(found, split, source)]
     canonical = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return Table(source, digest, [Row(number, row) for number, row in enumerate(rows, start=1)])
+    return Table(source, digest, [TableRow(number, row) for number, row in enumerate(rows, start=1)])
 
 
 def _hub_name(source: str) -> tuple[str, str | None]:
@@ -223,12 +222,12 @@ def _hub_name(source: str) -> tuple[str, str | None]:
 
 
 def _one_split(found: Any, split: str | None, source: str) -> Any:
-    """The wanted split of a data set; without a wish its train split, or its only one."""
+    """The split by this name; None selects the only split, or train."""
     if not isinstance(found, dict):
         if split not in (None, str(getattr(found, "split", None))):
-            raise DataError(f"it is one split without a name; leave {split!r} out", path=source)
+            raise DataError(f"the data set is a single split without a name; remove {split!r}", path=source)
         return found
     chosen = split or (next(iter(found)) if len(found) == 1 else DEFAULT_SPLIT)
     if chosen not in found:
-        raise DataError(f"it has no split {chosen!r}; its splits are {', '.join(map(str, found))}", path=source)
+        raise DataError(f"there is no split {chosen!r}; use one of {', '.join(map(str, found))}", path=source)
     return found[chosen]

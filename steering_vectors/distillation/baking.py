@@ -24,16 +24,16 @@ FLAG = "mlp_bias"  # the configuration's switch for biases
 def bake(lm: LanguageModel, profile: Profile, strength: float = 1.0) -> PreTrainedModel:
     """Return a copy of the model that computes what steering with `apply_to="all"` at `strength` computes.
 
-    The shift of block l is added to the last bias in that block that moves the block's output by exactly its own value.
-    The bias is found by trying, so this works for any architecture that has one; models of the Llama family get zero
-    biases first. The copy is in memory; save it with `save_pretrained`.
+    The shift of block l is added to the last bias in that block whose change moves the block's output by the same
+    vector. Biases are tried in turn, so this works for any architecture with such a bias. Models of the Llama family
+    get zero biases first. The copy is in memory; save it with `save_pretrained`.
 
     Raises FitError for operator "ablate" and for an architecture without such a bias, ProfileMismatch for a profile of
     another model, SteeringError for a strength beyond the safe range.
     """
     profile.check_model(lm.identity, allow_mismatch=False)
     if profile.operator != "add":
-        raise FitError(f"profile {profile.name!r} ablates, which a constant bias cannot do: steer by request instead")
+        raise FitError(f"profile {profile.name!r} ablates, which a bias cannot do: steer with requests instead")
     shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     model = _with_biases(lm.model)
     blocks = find_blocks(model)
@@ -53,7 +53,7 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
     biased = type(model)(config).to(model.device, model.dtype)
     missing, unexpected = biased.load_state_dict(model.state_dict(), strict=False)
     if unexpected or not all(name.endswith(".bias") for name in missing):
-        raise FitError(f"{type(model).__name__} cannot get biases: its weights do not fit the changed configuration")
+        raise FitError(f"{type(model).__name__} cannot get biases: its weights do not fit {FLAG}=true; distil instead")
     parameters = dict(biased.named_parameters())
     with torch.no_grad():
         for name in missing:
@@ -63,7 +63,7 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, shift: torch.Tensor) -> nn.Parameter:
-    """The bias in a block that moves the block's output by its own change, at every position."""
+    """The bias in a block whose change moves the block's output by the same vector at every position."""
     before = _output(model, blocks, layer)
     for bias in reversed(list(_biases(blocks[layer], len(shift)))):
         kept = bias.detach().clone()
@@ -75,8 +75,8 @@ def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, s
         if torch.allclose(moved, shift.float().expand_as(moved), atol=_tolerance(model, before, shift), rtol=0):
             return bias
     raise FitError(
-        f"{type(model).__name__} has no bias that writes into the residual stream after block {layer}, so the profile "
-        "cannot be baked: steer by request, or distil it into a LoRA"
+        f"{type(model).__name__} has no bias that is added to the residual stream in block {layer}, so the profile "
+        "cannot be baked: steer with requests, or distil it into a LoRA"
     )
 
 

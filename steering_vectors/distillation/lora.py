@@ -1,4 +1,4 @@
-"""A LoRA that learns a shift of activations, as RAHF's second step does: a profile's, or a method's per token."""
+"""A LoRA that learns a shift of activations, as in RAHF's second step: a profile's shift, or a method's per token."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from steering_vectors.progress import Progress
 from steering_vectors.tuning.cache import tuned_directory
 from steering_vectors.tuning.paired_reading import Reading, Twin, pad_id, plain_twin, read, readings
 from steering_vectors.tuning.trainable_weights import LoraShape, LoraWeights
-from steering_vectors.tuning.training import Run, Schedule
+from steering_vectors.tuning.training import Run, TrainingSchedule
 
 NAME = "default"  # peft's own name for a single adapter
 HELDOUT = 0.2
-CHECKED = 64
-CHECKED_AT_ONCE = 16
+MAX_CHECKED = 64  # held-out responses
+CHECK_BATCH = 16
 MIN_SQUARE = 1e-12
 PAPER_STRENGTH = 5.0
 PAPER_DEPTH = (9 / 32, 17 / 32)  # of the blocks whose outputs are targets
@@ -107,9 +107,9 @@ class MethodTarget:
 
     def __post_init__(self) -> None:
         if self.method not in FIRST_STEPS:
-            raise FitError(f"method {self.method!r} has no difference per token; {', '.join(FIRST_STEPS)} have one")
+            raise FitError(f"method {self.method!r} has no difference per token; use {' or '.join(FIRST_STEPS)}")
         if self.strength == 0:
-            raise FitError("at strength 0 there is nothing to distil")
+            raise FitError("strength 0 changes nothing, so there is nothing to distil")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def distill(
     profile.check_model(lm.identity, allow_mismatch=False)
     shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     if not shifts:
-        raise FitError("at strength 0 there is nothing to distil")
+        raise FitError("strength 0 changes nothing, so there is nothing to distil")
     training, heldout = (_plain(part) for part in _split(lm, pairs, settings, skip_long_rows))
     weights = LoraWeights(lm, {NAME: settings.shape(max(shifts))}, settings.seed)
     try:
@@ -207,7 +207,7 @@ def paper_blocks(num_layers: int) -> tuple[int, ...]:
 
 
 class _Student:
-    """A LoRA that learns a target: its training, its distance and its folder."""
+    """The LoRA that learns a target."""
 
     def __init__(self, lm: LanguageModel, weights: LoraWeights, target: Target, settings: DistillSettings) -> None:
         self.lm, self.weights, self.target, self.settings = lm, weights, target, settings
@@ -223,31 +223,31 @@ class _Student:
         settings = self.settings
         training, heldout = self._cut(training), self._cut(heldout)
         file = tuned_directory(self.lm, [training], {**asdict(settings), **key}) / "distilled.safetensors"
-        run = Run(self.weights, NAME, Schedule(settings.steps, settings.learning_rate), file, settings.seed)
+        run = Run(self.weights, NAME, TrainingSchedule(settings.steps, settings.learning_rate), file, settings.seed)
         train_on(self.lm, run, training, settings.batch, self.loss, progress=progress, stage="distil")
-        checked = heldout[:: -(-len(heldout) // CHECKED)]
+        checked = heldout[:: -(-len(heldout) // MAX_CHECKED)]
         before, after = self._distances(checked)
         self.weights.save(NAME, folder)
         return Distilled(before, after, len(checked), tuple(self.target.layers))
 
     def loss(self, twins: Sequence[Twin]) -> torch.Tensor:
-        """Mean distance over blocks, responses and their tokens; inside `weights.use`."""
+        """Mean distance over blocks, responses and their tokens. Call it inside `weights.use`."""
         return self._distance(*self._goal(twins))
 
     def _distance(self, reading: Reading, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return _mean(read(self.lm, reading, self.target.layers) - base - shift, reading)
 
     def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:
-        """The reading after plain prompts, the untuned model's outputs there, and their target change."""
+        """The reading after plain prompts, the untuned model's outputs, and their target change."""
         reading, _ = readings([_plain_twin(twin) for twin in twins], pad_id(self.lm), self.lm.device)
-        with self.weights.aside(), _evaluating(self.lm), torch.no_grad():
+        with self.weights.without_adapter(), _evaluating(self.lm), torch.no_grad():
             return reading, read(self.lm, reading, self.target.layers), self.target.shift(twins)
 
     def _distances(self, twins: Sequence[Twin]) -> tuple[float, float]:
         """Mean distances of the untuned and of the tuned model from the target."""
         before = after = 0.0
-        for start in range(0, len(twins), CHECKED_AT_ONCE):
-            part = twins[start : start + CHECKED_AT_ONCE]
+        for start in range(0, len(twins), CHECK_BATCH):
+            part = twins[start : start + CHECK_BATCH]
             with self.weights.use(NAME), torch.no_grad():
                 reading, base, shift = self._goal(part)
                 before += float(_mean(shift.expand_as(base), reading)) * len(part)
@@ -301,7 +301,7 @@ def _task(
 
 
 def _plain(corpus: Corpus) -> list[Twin]:
-    """The responses of both sides after their plain prompts."""
+    """The responses of both sides, after their plain prompts."""
     sides = corpus.sides()
     return [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]
 

@@ -24,7 +24,7 @@ class Target(Protocol):
 
 
 class ConstantShift:
-    """The same shift at every token, as a profile adds it."""
+    """The constant shift that a profile adds at every token."""
 
     def __init__(self, shifts: Mapping[int, torch.Tensor], device: torch.device | str) -> None:
         self.layers: Sequence[int] = sorted(shifts)

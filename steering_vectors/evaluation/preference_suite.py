@@ -127,7 +127,7 @@ def slopes(strengths: Sequence[float], margins: np.ndarray) -> np.ndarray:
 
 
 class PreferenceSuite:
-    """One model and one set of held-out rows, on which profiles are measured under equal conditions."""
+    """Measures profiles under equal conditions, on one model and one set of held-out rows."""
 
     def __init__(
         self, steered: SteeredModel, fresh: Corpus, settings: EvaluationSettings, progress: Progress | None
@@ -194,9 +194,9 @@ class PreferenceSuite:
         """Reward against KL at each strength, or a note on why it was not measured."""
         settings, tokenizer = self._settings, self._steered.lm.tokenizer
         if not settings.reward_samples:
-            return {"note": "it was not asked for"}
+            return {"note": "it was not requested"}
         try:
-            found = judged(reward, trained, self._fresh, tokenizer, most=SAMPLED_TOKENS, seed=settings.seed)
+            found = judged(reward, trained, self._fresh, tokenizer, max_tokens=SAMPLED_TOKENS, seed=settings.seed)
         except DataError as error:
             return {"note": error.message}
         curve = reward_curve(

@@ -54,7 +54,7 @@ class WordReward:
         try:
             self._model.fit([*preferred, *rejected], [1] * len(preferred) + [0] * len(rejected))
         except ValueError as error:
-            raise DataError(f"no reward can be fitted to these responses ({error})") from error
+            raise DataError(f"no reward can be fitted to these responses ({error}); pass a reward") from error
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         return np.asarray(self._model.decision_function(list(texts)), dtype=np.float64)
@@ -81,21 +81,21 @@ def judged(
     fresh: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    most: int,
+    max_tokens: int,
     seed: int = 0,
 ) -> Judged:
     """Measure a reward on held-out rows; without one, fit a `WordReward` to other rows first.
 
     The reward is fitted to `trained`, the rows that the profile was trained on, and tested on `fresh`. If `trained` is
-    None, `fresh` is split by prompt. Responses are cut to their first `most` tokens, as sampled texts are. Raises
-    DataError if the rows cannot be split.
+    None, `fresh` is split by prompt. Responses are truncated to `max_tokens`, as sampled texts are. Raises DataError if
+    the rows cannot be split.
     """
     if trained is None:
         trained, fresh = fresh.split(TEST_FRACTION, seed, min_side=MIN_SIDE)
-    tested = texts_of(fresh.sides().thinned(TESTED_ROWS), tokenizer, most)
+    tested = texts_of(fresh.sides().thinned(TESTED_ROWS), tokenizer, max_tokens)
     if reward is not None:
         return Judged(reward, _quality(reward, tested, seed))
-    reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, most))
+    reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, max_tokens))
     quality = _quality(reward, tested, seed)
     quality["fitted_rows"] = min(trained.pairs.rows, FITTED_ROWS)
     return Judged(reward, quality)
@@ -113,17 +113,17 @@ def _quality(reward: Reward, tested: tuple[list[str], list[str]], seed: int) -> 
     }
 
 
-def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, most: int) -> tuple[list[str], list[str]]:
-    """The first `most` tokens of the responses as texts, preferred and rejected."""
+def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[str], list[str]]:
+    """The preferred and the rejected responses as texts, truncated to `max_tokens`."""
     preferred, rejected = (
-        tokenizer.batch_decode([list(ids[start : start + most]) for ids, start in examples], skip_special_tokens=True)
+        tokenizer.batch_decode([ids[start : start + max_tokens] for ids, start in examples], skip_special_tokens=True)
         for examples in (sides.positives, sides.negatives)
     )
     return list(preferred), list(rejected)
 
 
 def separation(preferred: np.ndarray, rejected: np.ndarray, *, seed: int = 0) -> Separation:
-    """AUC: the share of pairs of a preferred and a rejected text that are scored in the right order, ties as a half."""
+    """AUC: the share of pairs of a preferred and a rejected text that are ordered correctly, ties counting half."""
     order = np.sign(preferred[:, None] - rejected[None, :]) / 2 + 0.5  # [preferred, rejected]
 
     def resampled(rows: np.ndarray) -> float:

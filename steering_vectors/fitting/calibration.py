@@ -31,7 +31,7 @@ ROUGH_ROWS = 96  # texts of the first search
 TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
 EVALUATIONS, ROUGH_EVALUATIONS = 6, 10
 MAX_ROUNDS = 3  # of sampling texts and searching on them
-MAX_DRIFT = 0.05  # texts sampled at c stand for those sampled at c·exp(±MAX_DRIFT)
+MAX_DRIFT = 0.05  # texts sampled at c are also used for coefficients up to c·exp(±MAX_DRIFT)
 START = 0.2  # of the largest coefficient
 MIN_STEP = 1.03  # factor by which the search moves until it has a bracket
 MIN_KL = 1e-12
@@ -67,7 +67,7 @@ def calibrate(
 ) -> Profile:
     """Set a profile's unit and safe range, and measure its held-out margins, on the prompts of preference data.
 
-    Of the data that the profile was fitted to, only the rows that it was not trained on are used. `calibrate_on`
+    If the profile was fitted on the same data, only the rows that it was not trained on are used. `calibrate_on`
     describes the measurement. Raises ProfileMismatch for a profile of another model unless `allow_model_mismatch` is
     set, DataError for rows that this model cannot use, FitError if the calibration fails.
     """
@@ -164,7 +164,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The end of a search: the coefficient, the KL there in nats per token, and whether the budget is out of reach."""
+    """The result of a search: the coefficient, its KL in nats per token, and whether the budget is out of reach."""
 
     coefficient: float
     kl: float
@@ -263,9 +263,9 @@ def search(
 ) -> Reached:
     """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by interpolation on log c.
 
-    KL grows about as c² while it is small. The search follows this law from `start` until the budget is bracketed.
-    Then each step tries the point that a straight line through the bracket's ends predicts in log-log space, or halves
-    the bracket if that point lies outside its middle 90 %. Returns the closest point if `evaluations` run out.
+    KL grows roughly as c² while it is small. The search follows this law from `start` until the budget is bracketed.
+    Then each step interpolates linearly in log-log space between the bracket's ends, or bisects the bracket if that
+    point is outside its middle 90 %. Returns the closest point after `evaluations`.
     """
     low: Reached | None = None
     high: Reached | None = None

@@ -130,8 +130,8 @@ def fit(
         profile = fit(lm, pairs, FitSettings(name="warm", method="pca"))
         profile = fit(model, tokenizer, pairs, name="warm", method="pca")
 
-    Both forms do the same. `lm` comes from `load_model`; the second form takes a transformers model with its tokenizer
-    (None for a LanguageModel) and the fields of `FitSettings` as keyword arguments.
+    Both forms are equivalent. `lm` comes from `load_model`. The second form takes a transformers model with its
+    tokenizer (None for a LanguageModel), and the fields of `FitSettings` as keyword arguments.
 
     Rows are split by prompt: most are trained on. With `layers="auto"`, half of the held-out rows choose the layers
     (see `choose_layers`) and the other half calibrates the unit (see `calibrate_on`) and gives the metrics, so the
@@ -156,7 +156,7 @@ def _language_model(model: LanguageModel | PreTrainedModel, tokenizer: PreTraine
     if isinstance(model, LanguageModel):
         return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     if tokenizer is None:
-        raise FitError("a transformers model comes without its tokenizer: pass it as the second argument")
+        raise FitError("a transformers model has no tokenizer: pass the tokenizer as the second argument")
     return wrap_model(model, tokenizer)
 
 
@@ -218,7 +218,7 @@ class _Fit:
         return replace(profile, metrics=metrics, gate=gate)
 
     def _blank(self) -> Profile:
-        """The profile before its directions, made first so that a bad name or layering fails at once."""
+        """The profile without its directions, made first so that an invalid name or layering fails at once."""
         settings = self._settings
         return Profile(
             name=settings.name,
@@ -268,7 +268,7 @@ class _Fit:
         )
 
     def _directions(self, train: Corpus, statistics: Mapping[int, LayerStatistics]) -> Directions:
-        """The method's usable directions. An unusable one is an error if its layer was asked for, or if all are."""
+        """The method's usable directions. Raises FitError for an unusable one of a given layer, or if all are."""
         texts, sides = train.pairs, train.sides()
         task = Task(
             self._lm,
@@ -327,7 +327,7 @@ def _fault(direction: torch.Tensor, statistics: LayerStatistics) -> str:
     if not bool(torch.isfinite(direction).all()):
         return "has a NaN or infinite entry; load the model with --dtype float32"
     if float(direction.norm()) <= NEGLIGIBLE * statistics.residual_norm:
-        return "is zero: preferred and rejected responses look the same there; check the labels, or use other layers"
+        return "is zero: preferred and rejected responses have equal means; check the labels, or use other layers"
     return ""
 
 

@@ -11,7 +11,7 @@ import torch
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Prompt, encode_prompt
 from steering_vectors.data.records import PROMPT, read_label, read_prompt
-from steering_vectors.data.tables import BadRow, Row, read_table
+from steering_vectors.data.tables import BadRow, TableRow, read_table
 from steering_vectors.errors import DataError, FitError, RequestError
 from steering_vectors.fitting.layers import candidate_layers
 from steering_vectors.measures.activations import pooled
@@ -28,7 +28,7 @@ LABEL = "label"
 
 @dataclass(frozen=True, slots=True)
 class GatePrompts:
-    """Prompts that open a gate, and others that keep it closed. Raises DataError for fewer than 8 of either."""
+    """Prompts that open a gate, and others that do not. Raises DataError for fewer than 8 of either."""
 
     opening: tuple[Prompt, ...]
     others: tuple[Prompt, ...]
@@ -39,7 +39,7 @@ class GatePrompts:
         for name, side in (("true", self.opening), ("false", self.others)):
             if len(side) < MIN_PROMPTS:
                 raise DataError(
-                    f"it has {len(side)} prompts with the label {name}; a gate needs at least {MIN_PROMPTS} of each",
+                    f"there are {len(side)} prompts with label {name}; a gate needs at least {MIN_PROMPTS} of each",
                     path=self.source or None,
                 )
 
@@ -87,7 +87,7 @@ def f1_score(fired: torch.Tensor, wanted: torch.Tensor) -> float:
     return 2 * hits / max(2 * hits + int((fired ^ wanted).sum()), 1)
 
 
-def _read(row: Row, source: str) -> tuple[Prompt, bool]:
+def _read(row: TableRow, source: str) -> tuple[Prompt, bool]:
     try:
         if isinstance(row.cells, BadRow):
             raise row.cells
@@ -101,7 +101,7 @@ def _read(row: Row, source: str) -> tuple[Prompt, bool]:
 
 
 def _encode(lm: LanguageModel, prompt: Prompt) -> Encoded:
-    """All tokens but the last, every one of them counted."""
+    """All tokens of a prompt except the last, as a response to be pooled."""
     try:
         ids = encode_prompt(lm.tokenizer, prompt or "")
     except RequestError as error:
@@ -142,7 +142,7 @@ def _best(
 
 
 def _middle(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """The point equally far from two samples, in standard deviations of each, and that distance."""
+    """The point at equal distance from two samples, in standard deviations of each, and that distance."""
     first, second = one.std().clamp_min(1e-9), other.std().clamp_min(1e-9)
     middle = (one.mean() * second + other.mean() * first) / (first + second)
     return float(middle), float((one.mean() - other.mean()).abs() / (first + second))

@@ -108,7 +108,7 @@ def choose_layers(
 
 
 class WindowSearch:
-    """Measures each window once, all under equal conditions, and chooses the best."""
+    """Measures each window once, under equal conditions, and chooses the best."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class WindowSearch:
         return window
 
     def _score(self, window: Window) -> float:
-        """Mean of both effects relative to the best single blocks. An effect without a positive one is left out."""
+        """Mean of both effects relative to the best single blocks. An effect that no block has is left out."""
         found = self._measure(window)
         pairs = ((found.lexical, self._best.lexical), (found.reading, self._best.reading))
         shares = [effect / best for effect, best in pairs if best > 0]

@@ -1,1 +1,1 @@
-"""What is measured on a model: activations, likelihoods, divergences, samples under steering."""
+"""Measures: activations, likelihoods, divergences and samples of a model. Knows nothing of methods or of files."""

@@ -1,8 +1,7 @@
-"""What a model's residual stream looks like over preferred and rejected responses, as statistics of bounded size.
+"""Statistics of block outputs over preferred and rejected responses.
 
-Owns the batched capture of block outputs and what is kept of them: per block the mean of each side, a seeded sample of
-pooled vectors for the methods that need more than means, and the median norm. Memory does not grow with the number of
-rows. Knows nothing of methods, of profiles or of texts.
+For each block: the mean of each side, a seeded sample of pooled vectors, and the median norm. Memory does not grow with
+the number of rows.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ from steering_vectors.progress import Progress
 
 Tokens = Literal["response", "last"]
 
-SAMPLE_ROWS = 4096  # pooled vectors kept of each side, at most
-SAMPLE_BYTES = 2**30  # and for all blocks together
+SAMPLE_ROWS = 4096  # maximum number of pooled vectors per side
+SAMPLE_BYTES = 2**30  # maximum for all blocks together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pooled:
-    """One batch's vectors: `vectors[r, k]` is example `indices[r]` pooled at the k-th of the wanted blocks."""
+    """The vectors of one batch: `vectors[r, k]` is example `indices[r]`, pooled at the k-th layer."""
 
     indices: tuple[int, ...]
     vectors: torch.Tensor  # [rows, layers, hidden] float32
-    norms: torch.Tensor  # [layers, response tokens] float32: ‖h‖ at every one
+    norms: torch.Tensor  # [layers, response tokens] float32: ‖h‖
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerStatistics:
-    """What is known of one block.
+    """The statistics of one block.
 
-    The means are over all examples. `positives` and `negatives` are a sample of the pooled vectors (all of them if
-    they are few); with `paired`, row i of both belongs to one pair. `residual_norm` is the median ‖h‖ over the
-    response tokens of both sides.
+    The means are over all examples. `positives` and `negatives` are a sample of the pooled vectors, or all of them if
+    they are few. If `paired`, row i of both belongs to one pair. `residual_norm` is the median ‖h‖ over the response
+    tokens of both sides.
     """
 
     positive_mean: torch.Tensor  # [hidden] float64
@@ -59,9 +58,9 @@ class LayerStatistics:
 
 
 class NormHistogram:
-    """A running median of positive numbers: counts in bins of equal ratio (1.1 %), interpolated inside the bin.
+    """A running median of positive numbers in fixed memory: counts in bins of equal ratio (1.1 %), interpolated.
 
-    For a smooth distribution of n numbers its error is far below a bin's width; memory is fixed.
+    For a smooth distribution, the error is far below the width of a bin.
     """
 
     PER_OCTAVE = 64
@@ -77,7 +76,7 @@ class NormHistogram:
         self._counts += torch.bincount(bins, minlength=len(self._counts))
 
     def median(self) -> float:
-        """The median of what was counted; nothing counted is 0."""
+        """The median of the counted values, or 0 if there are none."""
         total = int(self._counts.sum())
         if total == 0:
             return 0.0
@@ -97,11 +96,10 @@ def pooled(
     progress: Progress | None = None,
     stage: str = "capture",
 ) -> Iterator[Pooled]:
-    """Block outputs over each example's response, pooled: their mean, or (`tokens="last"`) the last one.
+    """Yield block outputs pooled over each example's response: their mean, or the last one with `tokens="last"`.
 
-    `layers` ascend, as do the vectors of a batch. Examples come out in batches, longest first, not in their own order.
-    Block outputs are read at the blocks, since the last of transformers' `hidden_states` has been through the final
-    norm.
+    `layers` must ascend; the vectors have the same order. Batches come longest first, not in the order of the examples.
+    Outputs are read with hooks, because the last of transformers' `hidden_states` has passed the final norm.
     """
     done = 0
     for batch in batches(examples, batch_tokens, lm.device):
@@ -126,8 +124,8 @@ def capture(
 ) -> dict[int, LayerStatistics]:
     """Statistics of both sides at the given blocks, in one pass over the examples.
 
-    The sample holds at most SAMPLE_ROWS examples a side, fewer if those of all blocks would take more than
-    SAMPLE_BYTES; which ones is drawn from `seed`. Raises FitError naming the block if an activation is not finite.
+    The sample is drawn from `seed`. It has at most SAMPLE_ROWS examples per side, and fewer if the samples of all
+    blocks would exceed SAMPLE_BYTES. Raises FitError, with the block, if an activation is not finite.
     """
     layers = sorted(set(layers))
     size = _sample_size(len(layers), lm.hidden_size) if keep_sample else 0
@@ -150,7 +148,7 @@ def capture(
 
 
 class _Side:
-    """Running sums of one side, and its sample."""
+    """The running sums and the sample of one side."""
 
     def __init__(self, kept: Sequence[int], layers: int, hidden: int) -> None:
         self._slots = {row: slot for slot, row in enumerate(kept)}

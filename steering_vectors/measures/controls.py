@@ -1,4 +1,4 @@
-"""Random directions as controls, the statistics that compare with them, and the head of every measurement."""
+"""Random directions as controls, bootstrap statistics, and the header of every measurement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steering_vectors.profiles.profile import Profile
 
 
 def measured_profile(lm: LanguageModel, profile: Profile) -> MeasuredProfile:
-    """Which profile on which model a measurement is about."""
+    """The profile and the model of a measurement."""
     return {
         "profile": profile.name,
         "version": profile.version,
@@ -25,7 +25,7 @@ def measured_profile(lm: LanguageModel, profile: Profile) -> MeasuredProfile:
 
 
 def random_controls(profile: Profile, count: int, *, seed: int = 0) -> list[Profile]:
-    """Profiles of random directions whose shifts have, at every block, the norm of the profile's own shift."""
+    """Profiles of random directions, whose shifts have the norm of the profile's shift at every block."""
     return [_random_control(profile, index, seed) for index in range(count)]
 
 
@@ -56,14 +56,14 @@ def bootstrap(
 
 
 def resample(statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """`statistic(indices)` of resampled row indices: `[draws]`. Equal seeds draw equal indices, so that differences of
-    two statistics' draws are paired."""
+    """`statistic(indices)` of resampled row indices: `[draws]`. Equal seeds draw equal indices, so the draws of two
+    statistics are paired."""
     generator = np.random.default_rng(seed)
     return np.array([statistic(generator.integers(0, rows, rows)) for _ in range(draws)])
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Where the middle 95 % of the values lie."""
+    """The central 95 % interval of the values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

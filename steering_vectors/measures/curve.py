@@ -1,7 +1,4 @@
-"""What a profile does over a range of strengths: its cost, the fluency of its texts, and where that range should end.
-
-Owns the curve and the safe range read from it. Knows nothing of budgets, data or files; prompts come as token ids.
-"""
+"""The curve of cost and fluency over strength, and the safe range read from it."""
 
 from __future__ import annotations
 
@@ -15,14 +12,14 @@ from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-PERPLEXITY_BOUND = 3.0  # times that of unsteered texts
+PERPLEXITY_BOUND = 3.0  # factor over the perplexity of unsteered texts
 TEXTS = 48
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Texts sampled at one strength: their KL(steered‖base) in nats per token, and their perplexity as the unsteered
-    model reads them."""
+    """Texts sampled at one strength: their KL(steered‖base) in nats per token, and their perplexity under the
+    unsteered model."""
 
     strength: float
     kl: float
@@ -39,8 +36,8 @@ def measure_curve(
     seed: int,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
-    """Points at strength 0 and at ±0.5, ±1, … ±3, ascending, up to the first magnitude whose perplexity at either sign
-    is over `bound` times that at 0."""
+    """Measure points at strength 0, ±0.5, ±1, … ±3, up to the first magnitude at which the perplexity of either sign
+    exceeds `bound` times that at 0. The points ascend."""
     points = [measure_point(steered, profile, 0.0, prompts, tokens=tokens, seed=seed)]
     limit = bound * points[0].perplexity
     for number, strength in enumerate(STRENGTHS, start=1):
@@ -64,7 +61,7 @@ def measure_point(
     tokens: int,
     seed: int,
 ) -> CurvePoint:
-    """Sample after the prompts at one strength, and read what was written without steering."""
+    """Sample texts after the prompts at one strength, and measure their KL and their unsteered perplexity."""
     steered.write(profile, strength)
     examples = steered.continuations(prompts, tokens=tokens, seed=seed)
     kl, counts = steered.divergences(examples)
@@ -74,10 +71,10 @@ def measure_point(
 
 
 def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND) -> float:
-    """The largest magnitude of strength up to which, at both signs, perplexity stays within `bound` times that at 0.
+    """The largest strength, of both signs, at which perplexity stays within `bound` times that at 0.
 
-    Between the last magnitude that does and the first that does not, log-perplexity is taken to be linear; the result
-    is rounded down to a tenth.
+    Log-perplexity is interpolated linearly between the last point within the bound and the first one beyond it. The
+    result is rounded down to a tenth.
     """
     at = {point.strength: math.log(point.perplexity) for point in points}
     limit, safe, below = at[0.0] + math.log(bound), 0.0, at[0.0]
@@ -91,5 +88,5 @@ def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND)
 
 
 def curve_record(points: Sequence[CurvePoint]) -> list[CurvePointRecord]:
-    """The curve as a profile's metadata holds it."""
+    """The curve in the form of a profile's metadata."""
     return [CurvePointRecord(strength=one.strength, kl=one.kl, perplexity=one.perplexity) for one in points]

@@ -1,8 +1,4 @@
-"""How much more likely a model finds preferred responses than rejected ones, and how that moves with strength.
-
-Owns the measures on held-out examples that fitting stores and layers are chosen by. Knows nothing of how directions
-were found, nor of texts.
-"""
+"""Likelihoods of preferred and rejected responses, and how well a direction separates them."""
 
 from __future__ import annotations
 
@@ -20,13 +16,13 @@ from steering_vectors.profiles.metadata import PropensityReport
 from steering_vectors.profiles.profile import Profile
 
 STRENGTHS = (-1.0, 0.0, 1.0)
-REPORT_ROWS = 256  # examples a side that margins are reported on
+REPORT_ROWS = 256  # examples per side for the reported margins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Propensity:
-    """One score per example, in nats: log P(response | prompt); for unpaired data divided by its number of tokens,
-    since its two sides answer different prompts and differ in length."""
+    """One score per example, in nats: log P(response | prompt). For unpaired data it is divided by the number of
+    tokens, because the two sides answer different prompts and differ in length."""
 
     positives: torch.Tensor  # [positives] float64
     negatives: torch.Tensor  # [negatives] float64
@@ -34,21 +30,22 @@ class Propensity:
 
     @property
     def margin(self) -> float:
-        """Mean of log P(chosen) − log P(rejected) over pairs; unpaired: difference of the sides' means."""
+        """Mean of log P(chosen) − log P(rejected) over pairs; for unpaired data, the difference of the sides' means."""
         return float(self.positives.mean() - self.negatives.mean())
 
     @property
     def accuracy(self) -> float:
-        """Share of pairs whose chosen response is the likelier; unpaired: of all pairs of a positive and a negative."""
+        """Share of pairs whose chosen response is more likely; for unpaired data, of all pairs across the sides."""
         if self.paired:
             return float((self.positives > self.negatives).double().mean())
         return float((self.positives.unsqueeze(1) > self.negatives).double().mean())
 
 
 def token_log_odds(sides: Sides, vocab_size: int) -> torch.Tensor:
-    """How much likelier each token is in preferred than in rejected responses: log-odds, float32 `[vocabulary]`.
+    """Log-odds of each token between preferred and rejected responses, float32 `[vocabulary]`.
 
-    Two tokens' worth of the sides' own sizes are added to every count, so a token never seen has 0; cut at ±2.
+    Each count is smoothed by 2, shared between the sides by their size, so an unseen token has log-odds 0. Values are
+    clipped to ±2.
     """
     counts = [_token_counts(examples, vocab_size) for examples in (sides.positives, sides.negatives)]
     total = counts[0].sum() + counts[1].sum()
@@ -57,14 +54,14 @@ def token_log_odds(sides: Sides, vocab_size: int) -> torch.Tensor:
 
 
 def propensity(steered: SteeredModel, sides: Sides, *, steer: bool) -> Propensity:
-    """Scores of the examples under the mix that is written, or (`steer=False`) under the model itself."""
+    """Scores of the examples under the current steering, or without it (`steer=False`)."""
     sums, counts = steered.log_likelihoods([*sides.positives, *sides.negatives], steer=steer)
     scores = sums if sides.paired else sums / counts.clamp_min(1)
     return Propensity(scores[: len(sides.positives)], scores[len(sides.positives) :], sides.paired)
 
 
 def propensity_report(steered: SteeredModel, profile: Profile, sides: Sides) -> PropensityReport:
-    """Margin and accuracy at strengths −1, 0 and +1; for pairs also the share whose margin falls from −1 to +1."""
+    """Margin and accuracy at strengths −1, 0 and +1; for pairs also the share whose margin decreases from −1 to +1."""
     seen: dict[float, Propensity] = {}
     for strength in STRENGTHS:
         steered.write(profile, strength)
@@ -92,9 +89,9 @@ def projection_accuracies(
     tokens: Tokens,
     batch_tokens: int,
 ) -> dict[int, float]:
-    """Per block, how well the projection h·d tells held-out examples apart: the mean of both sides' accuracies.
+    """The accuracy of the projection h·d on held-out examples, per block, averaged over both sides.
 
-    The threshold lies midway between the training sides' means.
+    The threshold is midway between the means of the training sides.
     """
     layers = sorted(directions)
     stack = torch.stack([directions[layer].double() for layer in layers])  # [layers, hidden]

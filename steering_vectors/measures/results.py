@@ -1,4 +1,4 @@
-"""The results of evaluations: JSON objects that the CLI prints, the reports draw and Python returns."""
+"""The results of evaluations, as JSON objects for the CLI, the reports and Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MeasuredProfile(TypedDict):
 
 
 class EvaluatedRows(TypedDict):
-    """`rows` of the data were not trained on; `read` of them were measured, per side."""
+    """`rows` counts the rows that were not trained on, `read` those that were measured, per side."""
 
     rows: int
     read: int
@@ -76,8 +76,8 @@ class RewardQuality(TypedDict):
 class RewardPoint(TypedDict):
     """Mean reward of sampled texts at one strength and their KL(steered‖base) in nats per text.
 
-    `optimum` is the best mean reward at that KL, `share` the part of that gain that the profile makes; None where the
-    samples do not reach so far.
+    `optimum` is the best mean reward at that KL, and `share` the part of its gain that the profile makes. Both are None
+    if the samples do not show the optimum.
     """
 
     strength: float
@@ -98,7 +98,7 @@ class OptimumRecord(TypedDict):
 
 
 class RewardCurve(TypedDict):
-    """Reward against KL. `kl_limit` is the log of `samples_per_prompt`, beyond which samples show no optimum."""
+    """Reward against KL. `kl_limit`, the log of `samples_per_prompt`, is the largest KL of an optimum from samples."""
 
     prompts: int
     samples_per_prompt: int
@@ -116,7 +116,7 @@ class RewardReport(RewardCurve):
 
 @final
 class NotMeasured(TypedDict):
-    """Stands where a result would; `note` is the reason."""
+    """A result that was not measured; `note` is the reason."""
 
     note: str
 
@@ -141,7 +141,7 @@ class Change(TypedDict):
 
 
 class ControlPoint(Change):
-    """A random direction at one strength: the main figure, and the further ones by name."""
+    """A random direction at one strength: the main figure, and the other figures by name."""
 
     strength: float
     figures: dict[str, Change]
@@ -171,7 +171,7 @@ class GroupComparison(Comparison):
 
 
 class TrustPoint(ControlledComparison):
-    """The main figure of a vertical at one strength, the further figures, and the main figure by group of rows."""
+    """The main figure of a vertical at one strength, the other figures, and the main figure by group of rows."""
 
     strength: float
     figures: dict[str, ControlledComparison]
@@ -180,7 +180,7 @@ class TrustPoint(ControlledComparison):
 
 
 class FigureText(TypedDict):
-    """What a figure measures; `aim` is higher, lower or half; `reference` is the value of a model without skill."""
+    """A figure's description. `aim` is higher, lower or half; `reference` is the value of a model without skill."""
 
     measure: str
     aim: str
@@ -202,7 +202,7 @@ class ScorerRecord(TypedDict):
 
 
 class VerticalDetails(TypedDict, total=False):
-    """What only some verticals have."""
+    """Fields that only some verticals have."""
 
     files: list[SourceFile]
     tokens: int
@@ -213,7 +213,7 @@ class VerticalDetails(TypedDict, total=False):
 
 
 class VerticalReport(FigureText, VerticalDetails):
-    """One vertical of the trust suite. `rows` were measured; `left_out` rows were too long or unusable."""
+    """One vertical of the trust suite. `rows` counts the measured rows, `left_out` the too long or unusable ones."""
 
     figures: dict[str, FigureText]
     strengths: list[TrustPoint]

@@ -1,6 +1,6 @@
-"""A model under one profile, for offline work: log-probabilities, divergences and samples.
+"""A model steered by one profile, for offline measurements: log-probabilities, divergences and samples.
 
-Steering begins at the last prompt token. The batched sampler needs no padding, so it works for recurrent models too.
+Steering begins at the last prompt token. The batched sampler uses no padding, so it also works for recurrent models.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.bank import SteeringBank
 
-CACHES = ("past_key_values", "cache_params")  # a model without either is reread (RWKV's state is wrong in batches)
-LOGITS_PER_BATCH = 2**27  # numbers; a large vocabulary shrinks the batch
-SPREAD = 32  # tokens by which prompts that are sampled together may differ in length
-SAMPLED_TOGETHER = 2**15  # tokens of a batch of prompts and samples, which bounds the cache's memory
+CACHES = ("past_key_values", "cache_params")  # other models are recomputed (RWKV's state is wrong in batches)
+MAX_LOGITS = 2**27  # numbers per batch, so a large vocabulary makes batches smaller
+MAX_LENGTH_GAP = 32  # tokens between the shortest and the longest prompt of a sampled batch
+MAX_SAMPLED_TOKENS = 2**15  # prompts and samples of a batch, which bounds the cache's memory
 
 
 class SteeredModel:
-    """A model with a bank of one row. Made by `steerable`."""
+    """A model with a steering bank of one row. `steerable` creates it."""
 
     def __init__(self, lm: LanguageModel, bank: SteeringBank, selector: PositionSelector) -> None:
         self.lm = lm
@@ -37,7 +37,7 @@ class SteeredModel:
         self._selector = selector
 
     def write(self, profile: Profile, strength: float) -> None:
-        """Steer later passes by this profile, at any strength."""
+        """Steer the following passes with this profile, at any strength."""
         self._bank.write(0, Mixture((Term(profile, strength),), allow_beyond_safe=True))
 
     def log_likelihoods(
@@ -45,7 +45,7 @@ class SteeredModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log P(response | prompt) in nats, number of tokens counted) per example, float64 `[examples]` each.
 
-        A response's first token counts if there is a token before it.
+        The first token of a response is counted if there is a token before it.
         """
         sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
         for batch, index, valid in self._scored(examples, batch_tokens):
@@ -69,18 +69,18 @@ class SteeredModel:
         return sums, counts
 
     def predictions(self, examples: Sequence[Encoded], *, steer: bool) -> Iterator[torch.Tensor]:
-        """Log-probabilities of every response token's position, float32 `[positions, vocabulary]` a batch.
+        """Yield a batch's log-probabilities where responses are predicted, float32 `[positions, vocabulary]`.
 
-        The order of positions is the same in every call with these examples.
+        The order of positions is the same at every call with these examples.
         """
         for batch, index, valid in self._scored(examples, DEFAULT_BATCH_TOKENS):
             yield self._log_probs(batch, index, steer)[valid]
 
     def sample(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[list[int]]:
-        """Continue each prompt by up to `tokens` tokens at temperature 1, steered. A row's EOS token is included.
+        """Continue each prompt by up to `tokens` tokens at temperature 1, steered. The EOS token is included.
 
-        Row i draws by inverse transform from numbers that depend on (seed, i) alone, so calls with one seed and
-        slightly different shifts give mostly equal texts.
+        Row i samples by inverse transform from random numbers that depend only on (seed, i), so calls with the same
+        seed and slightly different shifts give mostly equal texts.
         """
         uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
         texts: dict[int, list[int]] = {}
@@ -90,15 +90,15 @@ class SteeredModel:
         return [texts[index] for index in range(len(prompts))]
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[Encoded]:
-        """Each prompt with its sample, in the form that the other methods take."""
+        """Each prompt with its sample, as examples for the other methods."""
         texts = self.sample(prompts, tokens=tokens, seed=seed)
         return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
 
     def _scored(
         self, examples: Sequence[Encoded], batch_tokens: int
     ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-        """Batches, with the positions `[rows, k]` whose logits predict the response, and which of them are real."""
-        budget = min(batch_tokens, LOGITS_PER_BATCH // self.lm.vocab_size)
+        """Yield batches, the positions `[rows, k]` whose logits predict the response, and a mask of the valid ones."""
+        budget = min(batch_tokens, MAX_LOGITS // self.lm.vocab_size)
         for batch in batches(examples, budget, self.lm.device):
             first = batch.starts.clamp_min(1)
             counts = (batch.lengths - first).clamp_min(0)
@@ -108,7 +108,7 @@ class SteeredModel:
             yield batch, torch.where(valid, index, 0).clamp_max(batch.ids.shape[1] - 2).clamp_min(0), valid
 
     def _log_probs(self, batch: Batch, index: torch.Tensor, steer: bool) -> torch.Tensor:
-        """Log-probabilities over the vocabulary at the given positions, float32 `[rows, k, vocabulary]`."""
+        """Log-probabilities at the given positions, float32 `[rows, k, vocabulary]`."""
         where = batch.mask & (batch.positions >= (batch.starts.clamp_min(1) - 1).unsqueeze(1))
         options = {"attention_mask": batch.mask.long()} if takes(self.lm.model, "attention_mask") else {}
         with torch.no_grad(), ExitStack() as stack:
@@ -119,7 +119,7 @@ class SteeredModel:
         return torch.log_softmax(logits.float(), dim=-1)
 
     def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:
-        """Advance all rows together from the shortest prompt's end; a longer prompt keeps its own tokens first."""
+        """Sample all rows together from the end of the shortest prompt. Longer prompts first keep their own tokens."""
         tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
         ids, ends = _padded(prompts, tokens).to(self.lm.device), lengths + tokens
         eos = torch.tensor(sorted(eos_ids(self.lm)), dtype=torch.long, device=self.lm.device)
@@ -139,7 +139,7 @@ class SteeredModel:
     def _advance(
         self, ids: torch.Tensor, lengths: torch.Tensor, cache: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Logits `[rows, vocabulary]` after ids `[rows, positions]`. A cache holds all but the last position."""
+        """Logits `[rows, vocabulary]` after ids `[rows, positions]`. The cache holds all but the last position."""
         seen = ids.shape[1] - 1 if cache else 0
         positions = torch.arange(seen, ids.shape[1], device=ids.device)
         where = positions >= (lengths - 1).unsqueeze(1)
@@ -152,7 +152,7 @@ class SteeredModel:
 
 @contextmanager
 def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
-    """Attach a bank of one row to a model while the context lasts. Raises ModelError if it has no output projection."""
+    """Attach a steering bank of one row to a model. Raises ModelError if the model has no output projection."""
     projection = lm.model.get_output_embeddings()
     if projection is None:
         raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
@@ -167,11 +167,11 @@ def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
 
 
 def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices grouped by length, within SPREAD and SAMPLED_TOGETHER, if `tokens` are added to each row."""
+    """Group indices by length, within MAX_LENGTH_GAP and, with `tokens` more in each row, MAX_SAMPLED_TOKENS."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        room = (lengths[index] + tokens) * (len(groups[-1]) + 1) <= SAMPLED_TOGETHER if groups else False
-        if room and lengths[index] - lengths[groups[-1][0]] <= SPREAD:
+        room = (lengths[index] + tokens) * (len(groups[-1]) + 1) <= MAX_SAMPLED_TOKENS if groups else False
+        if room and lengths[index] - lengths[groups[-1][0]] <= MAX_LENGTH_GAP:
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -179,13 +179,13 @@ def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
-    """The prompts, aligned at their first token and padded with zeros for samples, `[rows, longest + tokens]`."""
+    """The prompts, aligned on the left, with zeros for the samples, `[rows, longest + tokens]`."""
     width = max(map(len, prompts)) + tokens
     return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
 
 
 def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """One token per row by inverse transform: the first whose cumulative probability exceeds the row's number."""
+    """Sample a token per row by inverse transform: the first whose cumulative probability exceeds the row's number."""
     cumulative = torch.softmax(logits.float(), dim=-1).cumsum(-1)
     target = uniforms.unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)

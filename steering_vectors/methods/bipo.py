@@ -36,8 +36,8 @@ def trained_vector(task: Task) -> Directions:
     """v = argmin E over d ∈ {−1, +1} of −log σ(d·β [log π(y⁺|x; h + d·v)/π(y⁺|x) − log π(y⁻|x; h + d·v)/π(y⁻|x)])
 
     The direct preference loss with a vector in place of the weights, in both directions: adding v must favour the
-    preferred response, subtracting it the rejected one. v starts at zero and is added where it is added when served,
-    from the last prompt token on. Each block has a vector of its own.
+    preferred response, subtracting it the rejected one. v starts at zero and is added from the last prompt token on, as
+    when served. Each block has its own vector.
 
     Paper: Bi-directional preference optimization (arXiv:2406.00045), which steers all tokens at one middle block.
     """
@@ -91,14 +91,14 @@ def _train(task: Task, options: BipoOptions, pairs: Sequence[Pair], layer: int) 
 
 
 def _steered(reading: Reading) -> torch.Tensor:
-    """From the prompt's last token on, where there are tokens: bool `[rows, columns]`."""
+    """A mask of the tokens from the prompt's last one on, bool `[rows, columns]`."""
     columns = torch.arange(reading.ids.shape[1], device=reading.ids.device)
     return reading.mask & (columns >= reading.start - 1)
 
 
 def _twin(encoded: tuple[Sequence[int], int]) -> Twin:
     ids, start = encoded
-    return plain_twin(ids, max(1, start))  # without a prompt nothing predicts the first token
+    return plain_twin(ids, max(1, start))  # without a prompt, the first token cannot be predicted
 
 
 METHOD = Method(

@@ -27,7 +27,7 @@ class InstructionOptions:
         return instructions_for(self.goal or name, self.positive or None, self.negative or None)
 
 
-def task_twins(task: Task, options: InstructionOptions, *, most: int | None) -> list[Twin]:
+def task_twins(task: Task, options: InstructionOptions, *, max_twins: int | None) -> list[Twin]:
     """The responses of both sides of the training data, each under both instructions."""
     return twins_of(
         task.lm.tokenizer,
@@ -35,7 +35,7 @@ def task_twins(task: Task, options: InstructionOptions, *, most: int | None) -> 
         [*task.positive_ids, *task.negative_ids],
         options.instructions(task.name),
         limit=context_limit(task.lm),
-        most=most,
+        max_twins=max_twins,
         seed=task.seed,
     )
 
@@ -51,7 +51,7 @@ def instruction_difference(task: Task) -> Directions:
     options = task.read_options(InstructionOptions)
     found = mean_differences(
         task.lm,
-        task_twins(task, options, most=options.responses),
+        task_twins(task, options, max_twins=options.responses),
         task.layers,
         tokens=task.tokens,
         progress=task.progress,

@@ -43,7 +43,7 @@ class ScitOptions(TuningOptions):
                 raise FitError(f"option {name} is {value!r}, not one of {', '.join(known)}")
 
     def unseeing(self, task: Task) -> Sequence[torch.nn.Module]:
-        """The blocks that the instruction is hidden from. Raises FitError if it cannot be."""
+        """The blocks that cannot see the instruction. Raises FitError if it cannot be hidden from them."""
         first = max(task.layers) + 1
         if self.instruction == "all" or first == len(task.lm.blocks):
             return ()
@@ -53,21 +53,21 @@ class ScitOptions(TuningOptions):
 
 @dataclass(frozen=True, slots=True)
 class DualOptions(TuningOptions):
-    """The paper has three epochs."""
+    """Options of `rahf-dual`. The paper trains for three epochs."""
 
     paper_epochs: ClassVar[float] = 3.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FirstStep:
-    """The result of the first step: weights, the names that p⁺ and p⁻ are read with, and the responses under both."""
+    """The result of the first step: weights, their names for p⁺ and p⁻, and the responses under both."""
 
     weights: TunedWeights
     names: tuple[str, str]
     twins: tuple[Twin, ...]
 
     def side(self, index: int) -> AbstractContextManager[None]:
-        """The weights that side 0 (p⁺) or 1 (p⁻) is read with."""
+        """A context with the weights for side 0 (p⁺) or 1 (p⁻)."""
         return self.weights.use(self.names[index])
 
 
@@ -153,8 +153,8 @@ FIRST_STEPS = {
 def scit_difference(task: Task) -> Directions:
     """d = mean over responses r, and their tokens t, of h_t(p⁺, q, r) − h_t(p⁻, q, r), in the model of `scit_tuned`
 
-    With baseline=untuned the same difference in the untuned model is taken off: the trace of the instructions' own
-    words, which a model that does not follow them carries as well. The paper has none.
+    With baseline=untuned the same difference in the untuned model is subtracted. It is the trace of the instructions'
+    words, which is also in a model that does not follow them. The paper subtracts nothing.
     """
     options = task.read_options(ScitOptions)
     with scit_tuned(task) as first:
@@ -189,11 +189,11 @@ def contrastive_loss(
     return (contrast - match).mean()
 
 
-def _read(task: Task, twins: Sequence[Twin], most: int, weights: Weights) -> Directions:
+def _read(task: Task, twins: Sequence[Twin], max_responses: int, weights: Weights) -> Directions:
     """The second step as vectors: mean differences between the two readings of responses from both sides."""
     found = mean_differences(
         task.lm,
-        twins[:: -(-len(twins) // most)],
+        twins[:: -(-len(twins) // max_responses)],
         task.layers,
         tokens=task.tokens,
         weights=weights,

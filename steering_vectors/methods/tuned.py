@@ -22,7 +22,7 @@ from steering_vectors.tuning.cache import tuned_directory
 from steering_vectors.tuning.paired_reading import Twin, pad_id, readings
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import FullWeights, LoraShape, LoraWeights, TunedWeights
-from steering_vectors.tuning.training import Run, Schedule, train
+from steering_vectors.tuning.training import Run, TrainingSchedule, train
 
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
 BLOCKS = ("lower", "all")
@@ -48,18 +48,20 @@ class TuningOptions(InstructionOptions):
     targets: str = option("all-linear", "Modules of the LoRA: peft's names, comma-separated, or all-linear.")
     blocks: str = option("lower", "Tuned blocks: lower (up to the highest one that is read) or all.")
 
-    def schedule(self, samples: int) -> Schedule:
-        """The run over so many samples. Raises FitError for options that make none."""
+    def schedule(self, samples: int) -> TrainingSchedule:
+        """The steps and learning rates for this number of samples. Raises FitError for unusable options."""
         for name, value, known in (("tuning", self.tuning, LEARNING_RATES), ("blocks", self.blocks, BLOCKS)):
             if value not in known:
                 raise FitError(f"option {name} is {value!r}, not one of {', '.join(known)}")
         if self.batch < 1 or self.epochs < 0:
             raise FitError("option batch must be positive, and epochs must not be negative")
-        steps = math.ceil((self.epochs or self.paper_epochs) * samples / self.batch)
-        return Schedule(max(steps, 1 if self.epochs else MIN_STEPS), self.learning_rate or LEARNING_RATES[self.tuning])
+        steps = max(
+            math.ceil((self.epochs or self.paper_epochs) * samples / self.batch), 1 if self.epochs else MIN_STEPS
+        )
+        return TrainingSchedule(steps, self.learning_rate or LEARNING_RATES[self.tuning])
 
     def last_block(self, layers: Sequence[int]) -> int | None:
-        """The highest block that is tuned when these are read; None for all."""
+        """The highest tuned block if these layers are read; None for all blocks."""
         return max(layers) if self.blocks == "lower" else None
 
 
@@ -67,15 +69,17 @@ def both_sides(task: Task, options: TuningOptions) -> tuple[list[Twin], list[Twi
     """The preferred and the rejected responses, each under both instructions."""
     good = replace(task, negatives=(), negative_ids=())
     bad = replace(task, positives=(), positive_ids=())
-    return task_twins(good, options, most=None), task_twins(bad, options, most=None)
+    return task_twins(good, options, max_twins=None), task_twins(bad, options, max_twins=None)
 
 
 @contextmanager
 def tuned_weights(
     task: Task, options: TuningOptions, names: Sequence[str], beside: Mapping[str, LoraShape]
 ) -> Iterator[TunedWeights]:
-    """Weights of these names beside the model's own, gone when the context ends; and adapters of other shapes
-    `beside` them, which full tuning has no place for (FitError)."""
+    """Add weights of these names to the model until the context ends, and adapters of the shapes in `beside`.
+
+    Raises FitError for `beside` with full tuning.
+    """
     last = options.last_block(task.layers)
     if options.tuning == "full":
         if beside:
@@ -99,7 +103,7 @@ def tune(
     loss: Callable[[Sequence[Sample]], torch.Tensor],
     twins: Sequence[Sequence[Twin]],
 ) -> None:
-    """Train one set of weights on the samples, or take it from the cache, where it lies under a hash of all inputs."""
+    """Train one set of weights on the samples, or load it from the cache, whose key is a hash of all inputs."""
     schedule = options.schedule(len(samples))
     settings = {**asdict(options), "responses": 0, "baseline": "", "goal": "", "name": name, "seed": task.seed}
     settings["last_block"] = options.last_block(task.layers)
@@ -118,7 +122,7 @@ def train_on(
     progress: Progress | None,
     stage: str,
 ) -> None:
-    """Bring a run to its end on batches of the samples, with the model's dropout on."""
+    """Train a run to its end on batches of the samples, with dropout."""
     lm.model.train()
     try:
         train(run, lambda step: loss(drawn(samples, batch, step, run.seed)), progress=progress, stage=stage)
@@ -127,7 +131,7 @@ def train_on(
 
 
 def drawn(samples: Sequence[Sample], batch: int, step: int, seed: int) -> list[Sample]:
-    """The samples of a step: each epoch goes through all of them in an order of its own."""
+    """The samples of a step. Each epoch goes through all of them in a new order."""
     places = (divmod(place, len(samples)) for place in range(step * batch, (step + 1) * batch))
     return [samples[_order(len(samples), epoch, seed)[index]] for epoch, index in places]
 
@@ -142,9 +146,9 @@ def _order(count: int, epoch: int, seed: int) -> tuple[int, ...]:
 def mean_log_likelihoods(
     lm: LanguageModel, twins: Sequence[Twin], unseeing: Sequence[torch.nn.Module] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean log-probability of the responses' tokens under either prompt, `[twins]` each.
+    """Mean log-probability of the responses' tokens after both prompts, `[twins]` each.
 
-    The `unseeing` blocks do not attend from the rest of the text to where both prompts differ.
+    In the `unseeing` blocks, other tokens do not attend to the tokens at which the prompts differ.
     """
     means = []
     for side in readings(twins, pad_id(lm), lm.device):

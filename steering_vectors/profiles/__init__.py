@@ -1,1 +1,1 @@
-"""What a profile is, what a mix of profiles adds up to, and profile files."""
+"""Profiles: their fields, their files, and mixtures of them. Knows nothing of loaded models or of HTTP."""

@@ -1,9 +1,8 @@
-"""Profiles as files: `NAME.safetensors`, and nothing else.
+"""Profile files: reading and atomic writing of `NAME.safetensors`, and the profile's JSON summary.
 
-Owns the layout of the file (tensors `block.{l}.direction`, `block.{l}.residual_norm` and, where there is a gate,
-`gate.direction`; metadata key `trimtab`), its strict reading, its atomic writing, and the profile's JSON summary.
-Whatever is wrong with a file ends in a `ProfileError` that names it. Knows nothing of where profiles are kept or
-served, and never unpickles.
+A file has the tensors `block.{l}.direction`, `block.{l}.residual_norm` and, with a gate, `gate.direction`. The metadata
+key `trimtab` holds the other fields as JSON. Every fault of a file raises a `ProfileError` that names the file. Nothing
+is unpickled.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from safetensors.torch import save as to_safetensors
 from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.gate import Gate
 from steering_vectors.profiles.metadata import ProfileSummary
-from steering_vectors.profiles.profile import FORMAT_VERSION, NAME_PATTERN, ModelIdentity, Profile
+from steering_vectors.profiles.profile import FORMAT_VERSION, NAME_PATTERN, NAME_RULE, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "trimtab"
-AGAIN = "fit the profile again"
+REFIT = "fit the profile again"
 UPGRADE = "upgrade trimtab or fit the profile again"
 GATE_TENSOR = "gate.direction"
 TENSOR_NAME = re.compile(r"block\.(0|[1-9][0-9]{0,5})\.(direction|residual_norm)")
@@ -64,10 +63,10 @@ MODEL_FIELDS = {"id": TEXT, "architecture": TEXT, "hidden_size": COUNT, "num_lay
 
 
 def save_profile(profile: Profile, directory: str | Path) -> Path:
-    """Write `directory/NAME.safetensors` atomically, replacing what was there, and return its path.
+    """Write `directory/NAME.safetensors` atomically, replace an existing file, and return the path.
 
-    Fills `created_at` (UTC) and `trimtab_version` if they are empty; residual norms are rounded to float32. The bytes
-    are read back before they are put in place. Raises ProfileError if the profile cannot be stored.
+    `created_at` (UTC) and `trimtab_version` are filled in if they are empty. Residual norms are rounded to float32. The
+    bytes are read back before the file is replaced. Raises ProfileError if the profile cannot be stored.
     """
     stamped = replace(
         profile,
@@ -80,13 +79,13 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
 
 
 def publish(data: bytes, name: str, directory: str | Path) -> Path:
-    """Put the bytes of a profile, already read with `read_profile`, into `directory` under `name`.
+    """Write the bytes of a profile, already checked with `read_profile`, to `directory` under `name`.
 
-    They go to a dot-prefixed temporary file beside the target, which is fsynced and renamed: a reader sees the old
-    file or the new one, never a part. Creates the directory. Raises ProfileError if the disk refuses.
+    A hidden temporary file beside the target is written, fsynced and renamed, so a reader sees either the old file or
+    the new one. Creates the directory. Raises ProfileError if the file cannot be written.
     """
     if not NAME_PATTERN.fullmatch(name):
-        raise ProfileError(f"{name!r} is not a profile name, so no file can be written for it")
+        raise ProfileError(f"{name!r} is not a profile name; {NAME_RULE}")
     target = Path(directory) / f"{name}{SUFFIX}"
     temporary = target.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -103,7 +102,7 @@ def publish(data: bytes, name: str, directory: str | Path) -> Path:
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Read a profile file. Its `version` is the sha256 of the file's bytes. Raises ProfileError, and only that."""
+    """Read a profile file. `version` is the sha256 of the file's bytes. Raises only ProfileError."""
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ProfileError(f"{path}: not a profile file; its name must end in {SUFFIX}")
@@ -116,15 +115,15 @@ def load_profile(path: str | Path) -> Profile:
 
 
 def read_profile(data: bytes, name: str) -> Profile:
-    """Read a profile from the bytes of its file, to be served as `name`. Raises ProfileError, and only that."""
+    """Read a profile named `name` from the bytes of its file. Raises only ProfileError."""
     return _read(data, name, f"profile {name!r}")
 
 
 def profile_summary(profile: Profile) -> ProfileSummary:
-    """What there is to know about a profile but its vectors, as plain JSON values with text keys.
+    """Everything about a profile except its vectors, as JSON values.
 
-    Holds the metadata of the file and `version`, `residual_norms` and `direction_norms` (both by layer). Raises
-    ProfileError if a value has no JSON form, NaN and infinity among them.
+    The summary holds the metadata of the file, `version`, and `residual_norms` and `direction_norms` by layer. Raises
+    ProfileError if a value has no JSON form, as NaN and infinity.
     """
     metadata = _metadata(profile)
     del metadata["format_version"]
@@ -143,7 +142,7 @@ def profile_summary(profile: Profile) -> ProfileSummary:
 
 
 def installed_version() -> str:
-    """The version of the installed distribution, or a placeholder in a bare checkout."""
+    """The version of the installed distribution, or a placeholder if trimtab is not installed."""
     try:
         return importlib.metadata.version("trimtab")
     except importlib.metadata.PackageNotFoundError:
@@ -166,13 +165,13 @@ def _to_json(value: Any, name: str) -> str:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ProfileError(
-            f"profile {name!r}: its metadata has no JSON form ({error}); use finite numbers, texts, lists and dicts"
+            f"profile {name!r}: the metadata has no JSON form ({error}); use finite numbers, texts, lists and dicts"
         ) from error
 
 
 def _encode(profile: Profile) -> bytes:
     tensors = {}
-    for layer in profile.layers:  # cloned, as layers may be views of one matrix
+    for layer in profile.layers:  # cloned, because layers may be views of one matrix
         tensors[f"block.{layer}.direction"] = profile.directions[layer].detach().cpu().clone().contiguous()
     for layer, norm in profile.residual_norms.items():
         tensors[f"block.{layer}.residual_norm"] = torch.tensor(float(norm), dtype=torch.float32)
@@ -208,31 +207,31 @@ def _decode(data: bytes, name: str) -> Profile:
     tensors, text = _unpack(data)
     fields = _fields(text)
     if fields["name"] != name:
-        raise ProfileError(f"its metadata calls it {fields['name']!r}, not {name!r}; name file and profile alike")
+        raise ProfileError(f"the metadata has the name {fields['name']!r}; rename the file to {fields['name']}{SUFFIX}")
     model = ModelIdentity(**fields.pop("model"))
     directions = _directions(tensors, fields.pop("layers"), model)
     norms = _residual_norms(tensors, model)
     version = hashlib.sha256(data).hexdigest()
-    stated = fields.pop("gate", None)
+    gate_fields = fields.pop("gate", None)
     try:
-        gate = _gate(tensors, stated, model)
+        gate = _gate(tensors, gate_fields, model)
         return Profile(model=model, directions=directions, residual_norms=norms, version=version, gate=gate, **fields)
     except ProfileError as error:
-        raise ProfileError(f"{error.message}; {AGAIN}") from error
+        raise ProfileError(f"{error.message}; {REFIT}") from error
 
 
 def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
-    """Split a safetensors file into its tensors (name to dtype, shape and bytes) and the text of the metadata key."""
+    """Split a safetensors file into its tensors (dtype, shape and bytes by name) and the text of the metadata key."""
     try:
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError) as error:
-        raise ProfileError(f"not a whole safetensors file ({error}); copy it again, or {AGAIN}") from error
+        raise ProfileError(f"not a complete safetensors file ({error}); copy it again, or {REFIT}") from error
     metadata = header.get("__metadata__") or {}
     if METADATA_KEY not in metadata:
-        raise ProfileError(f"a safetensors file, but not a profile: its metadata has no key {METADATA_KEY!r}; {AGAIN}")
+        raise ProfileError(f"not a profile: the metadata of this safetensors file has no key {METADATA_KEY!r}; {REFIT}")
     if unknown := sorted(set(metadata) - {METADATA_KEY}):
-        raise ProfileError(f"its metadata has the unknown key {unknown[0]!r}; {UPGRADE}")
+        raise ProfileError(f"the metadata has the unknown key {unknown[0]!r}; {UPGRADE}")
     _check_names(tensors)
     return tensors, metadata[METADATA_KEY]
 
@@ -240,20 +239,20 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
 def _check_names(tensors: Mapping[str, Any]) -> None:
     for name in sorted(tensors):
         if name != GATE_TENSOR and not TENSOR_NAME.fullmatch(name):
-            raise ProfileError(f"it has the unknown tensor {name!r}; {UPGRADE}")
+            raise ProfileError(f"the file has the unknown tensor {name!r}; {UPGRADE}")
 
 
 def _fields(text: str) -> dict[str, Any]:
-    """The metadata as a dict that has exactly the fields of a profile, each of its type."""
+    """The metadata as a dict with exactly the fields of a profile, each of the right type."""
     try:
         fields = json.loads(text, parse_constant=_number, parse_float=_number, parse_int=_integer)
         json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"its metadata is not valid JSON ({error}); {AGAIN}") from error
+        raise ProfileError(f"the metadata is not valid JSON ({error}); {REFIT}") from error
     if not isinstance(fields, dict):
-        raise ProfileError(f"its metadata is not a JSON object; {AGAIN}")
+        raise ProfileError(f"the metadata is not a JSON object; {REFIT}")
     if (version := fields.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
-        raise ProfileError(f"it has format version {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
+        raise ProfileError(f"the format version is {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
     _check_types({key: value for key, value in fields.items() if key != "gate"}, FIELDS, "")
     _check_types(fields["model"], MODEL_FIELDS, "model.")
     if "gate" in fields:
@@ -264,18 +263,18 @@ def _fields(text: str) -> dict[str, Any]:
 
 def _check_types(fields: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], prefix: str) -> None:
     if missing := [field for field in types if field not in fields]:
-        raise ProfileError(f"its metadata lacks {prefix + missing[0]!r}; {AGAIN}")
+        raise ProfileError(f"the metadata has no field {prefix + missing[0]!r}; {REFIT}")
     if unknown := sorted(set(fields) - set(types)):
-        raise ProfileError(f"its metadata has the unknown field {prefix + unknown[0]!r}; {UPGRADE}")
+        raise ProfileError(f"the metadata has the unknown field {prefix + unknown[0]!r}; {UPGRADE}")
     for field, allowed in types.items():
         if type(fields[field]) not in allowed:
             wanted = " or ".join(one.__name__ for one in allowed)
             found = type(fields[field]).__name__
-            raise ProfileError(f"{prefix + field!r} in its metadata is of type {found}, not {wanted}; {AGAIN}")
+            raise ProfileError(f"{prefix + field!r} in the metadata has type {found}, not {wanted}; {REFIT}")
 
 
 def _number(text: str) -> float:
-    """A JSON number as a float; for integers see `_integer`. Python's JSON also knows NaN, Infinity and 1e999."""
+    """A finite float. Python's JSON also accepts NaN, Infinity and 1e999."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text} is not a finite number")
     return value
@@ -290,16 +289,16 @@ def _integer(text: str) -> int:
 def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdentity) -> dict[int, torch.Tensor]:
     present = sorted(_layers_with("direction", tensors))
     if any(type(layer) is not int for layer in layers) or layers != present:
-        raise ProfileError(f"'layers' in its metadata is {layers}, its directions are at layers {present}; {AGAIN}")
+        raise ProfileError(f"'layers' in the metadata is {layers}, but the directions have layers {present}; {REFIT}")
     if model.hidden_size < 1 or model.num_layers < 1:
-        raise ProfileError(f"its model has hidden size {model.hidden_size} and {model.num_layers} blocks; {AGAIN}")
+        raise ProfileError(f"its model has hidden size {model.hidden_size} and {model.num_layers} blocks; {REFIT}")
     return {layer: _tensor(tensors, f"block.{layer}.direction", [model.hidden_size]) for layer in present}
 
 
-def _gate(tensors: Mapping[str, Any], stated: dict[str, Any] | None, model: ModelIdentity) -> Gate | None:
-    if (stated is None) != (GATE_TENSOR not in tensors):
-        raise ProfileError(f"its metadata and its tensors do not agree on whether it has a gate; {AGAIN}")
-    return None if stated is None else Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **stated)
+def _gate(tensors: Mapping[str, Any], fields: dict[str, Any] | None, model: ModelIdentity) -> Gate | None:
+    if (fields is None) != (GATE_TENSOR not in tensors):
+        raise ProfileError(f"only one of the metadata and the tensors has a gate; {REFIT}")
+    return None if fields is None else Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **fields)
 
 
 def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[int, float]:
@@ -308,9 +307,9 @@ def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[in
         name = f"block.{layer}.residual_norm"
         norms[layer] = float(_tensor(tensors, name, []))
         if layer >= model.num_layers:
-            raise ProfileError(f"{name!r} is out of range; the model has blocks 0 to {model.num_layers - 1}; {AGAIN}")
+            raise ProfileError(f"{name!r} is out of range; the model has blocks 0 to {model.num_layers - 1}; {REFIT}")
         if not 0 <= norms[layer] < math.inf:
-            raise ProfileError(f"{name!r} is {norms[layer]}, not a finite norm; {AGAIN}")
+            raise ProfileError(f"{name!r} is {norms[layer]}, not a finite norm; {REFIT}")
     return norms
 
 
@@ -323,6 +322,6 @@ def _tensor(tensors: Mapping[str, Any], name: str, shape: list[int]) -> torch.Te
     entry = tensors[name]
     if entry["dtype"] != "F32" or list(entry["shape"]) != shape:
         raise ProfileError(
-            f"tensor {name!r} is {entry['dtype']} of shape {list(entry['shape'])}, not F32 of shape {shape}; {AGAIN}"
+            f"tensor {name!r} is {entry['dtype']} of shape {list(entry['shape'])}, not F32 of shape {shape}; {REFIT}"
         )
     return torch.frombuffer(bytearray(entry["data"]), dtype=torch.float32).reshape(shape)

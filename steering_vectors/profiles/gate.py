@@ -1,7 +1,4 @@
-"""A gate: whether a profile steers at all, decided by a prompt.
-
-Owns the condition and its measure. Knows nothing of how a gate is found, stored or carried out.
-"""
+"""A gate: a condition on the prompt that decides whether a profile steers."""
 
 from __future__ import annotations
 
@@ -20,13 +17,12 @@ SIDES = ("above", "below")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gate:
-    """Open for prompts whose similarity to `direction` float32 `[hidden]` at block `layer` lies on `side` of
-    `threshold`.
+    """Opens for prompts whose similarity s to `direction`, float32 `[hidden]`, is on `side` of `threshold`.
 
-        s = cos(h̄, tanh(P h̄)),   P the projection on the direction,
+        s = cos(h̄, tanh(P h̄)),   P the projection on the direction
 
-    h̄ being the mean of the block's output over the prompt, but for its last token, from which on generated text is
-    steered. Paper: conditional activation steering (CAST, arXiv:2409.05907).
+    h̄ is the mean output of block `layer` over the prompt without its last token, where steering begins. Paper:
+    conditional activation steering (CAST, arXiv:2409.05907).
     """
 
     layer: int
@@ -43,10 +39,10 @@ class Gate:
         if self.direction.dtype != torch.float32 or self.direction.dim() != 1:
             raise ProfileError("the gate's direction is not a float32 vector")
         if not bool(self.direction.isfinite().all()) or not bool(self.direction.any()):
-            raise ProfileError("the gate's direction is zero, or has a NaN or infinite entry")
+            raise ProfileError("the gate's direction is zero or has a NaN or infinite entry")
 
     def similarity(self, mean: torch.Tensor) -> float:
-        """s of one prompt, from its mean block output `[hidden]`; in −1 to 1."""
+        """s of one prompt, from −1 to 1, given its mean block output `[hidden]`."""
         return float(similarities(mean.float().unsqueeze(0), self.direction.to(mean.device))[0])
 
     def opens(self, similarity: float) -> bool:
@@ -54,7 +50,7 @@ class Gate:
 
 
 def similarities(means: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """cos(h̄, tanh(P h̄)) of rows of means `[rows, hidden]`: `[rows]`; 0 where there is nothing to compare."""
+    """cos(h̄, tanh(P h̄)) for means `[rows, hidden]`: `[rows]`. It is 0 if a mean or its projection is zero."""
     unit = direction / direction.norm()
     projected = (means @ unit).unsqueeze(-1) * unit
     return torch.cosine_similarity(means, projected.tanh(), dim=-1)

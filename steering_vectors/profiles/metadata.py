@@ -1,4 +1,4 @@
-"""The JSON objects that a profile's file holds: its calibration, its data, its held-out metrics and its summary."""
+"""The JSON objects in a profile's file: calibration, data, held-out metrics and summary."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What one request asks for, once its profiles are at hand: profiles with strengths, and where they apply.
-
-Owns the arithmetic of a mix (sums in float32, safe range, receipts). Knows nothing of rows, caches or HTTP.
-"""
+"""Mixtures: profiles with strengths, the shifts they add up to, their safe range and their receipts."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.profile import CHOICES, ApplyTo, Profile
 
 LARGEST = torch.finfo(torch.float32).max
-ROUNDING = 1e-9  # strengths that add up to the limit but for float rounding are within it
+ROUNDING = 1e-9  # relative; tolerance for float rounding in the sum of strengths
 MAX_LAYER_SUBSETS = 16  # of one profile whose unit shifts are kept
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shifts:
-    """What is added to the residual stream: `rows` float32 `[blocks, hidden]`, in the order of `layers`, ascending. No
-    entry is larger than `bound`. `zero_layers` is known for the shifts of one unit only."""
+    """Vectors to add to the residual stream: `rows` float32 `[blocks, hidden]`, one per block in `layers`, ascending.
+    `bound` is an upper bound of the entries' magnitude. `zero_layers` is known for the shifts of one unit only."""
 
     layers: tuple[int, ...]
     rows: torch.Tensor
@@ -40,9 +37,10 @@ _UNIT_SHIFTS: WeakKeyDictionary[Profile, dict[tuple[int, ...] | None, Shifts]] =
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """One profile of a mix with its strength α and, optionally, a subset of its layers.
+    """One profile of a mixture, with its strength α and optionally a subset of its layers.
 
-    Raises SteeringError for a strength that is not finite (or, to ablate, not in 0 to 1) and for layers it lacks.
+    Raises SteeringError for a strength that is not finite, for an ablation strength outside 0 to 1, and for layers that
+    the profile does not have.
     """
 
     profile: Profile
@@ -54,7 +52,7 @@ class Term:
             raise SteeringError(f"the strength of {self.profile.name!r} must be a finite number", param="strength")
         if self.profile.operator == "ablate" and not 0 <= self.strength <= 1:
             raise SteeringError(
-                f"profile {self.profile.name!r} ablates its direction: its strength must lie in 0 to 1, "
+                f"profile {self.profile.name!r} ablates its direction: its strength must be from 0 to 1, "
                 f"not {self.strength:g}",
                 param="strength",
             )
@@ -70,11 +68,11 @@ class Term:
 
     @property
     def subset(self) -> tuple[int, ...] | None:
-        """The active blocks if they are not all of the profile's."""
+        """The active blocks, or None if they are all of the profile's."""
         return None if self.layers is None or self.active_layers == self.profile.layers else self.active_layers
 
     def shift(self) -> Shifts:
-        """α · unit · direction of each active block, float32."""
+        """α · unit · direction at each active block, float32."""
         unit = unit_shifts(self.profile, self.layers)
         coefficient = self.strength * self.profile.unit
         bound = unit.bound * abs(coefficient) if abs(coefficient) <= LARGEST else math.inf
@@ -83,17 +81,16 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
-    """A mix of terms. The default, without terms, is the untouched model. `closed` names the profiles whose gate is not
-    open: they do nothing.
+    """A mixture of terms. Without terms, the model is unsteered. Profiles in `closed_gates` have no effect.
 
-    Raises SteeringError if a profile occurs twice or strengths lie beyond the safe range and that is not allowed.
+    Raises SteeringError if a profile occurs twice, and for strengths beyond the safe range unless that is allowed.
     """
 
     terms: tuple[Term, ...] = ()
     apply_to: ApplyTo = "generated"
     preserve_norm: bool = False
     allow_beyond_safe: bool = False
-    closed: frozenset[str] = frozenset()
+    closed_gates: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.apply_to not in CHOICES["apply_to"]:
@@ -104,7 +101,7 @@ class Mixture:
                 raise SteeringError(f"profile {name!r} occurs twice in one steering", param="terms")
         if self.apply_to == "all" and self.gated:
             raise SteeringError(
-                f"profile {self.gated[0].profile.name!r} has a gate, which the prompt decides: it cannot steer the "
+                f"profile {self.gated[0].profile.name!r} has a gate, which reads the prompt, so it cannot steer the "
                 "prompt itself; leave apply_to out or set it to generated",
                 param="apply_to",
             )
@@ -113,22 +110,22 @@ class Mixture:
 
     @property
     def gated(self) -> list[Term]:
-        """The terms that a prompt decides on."""
+        """The terms whose profile has a gate."""
         return [term for term in self.terms if term.profile.gate is not None and term.strength != 0]
 
     @property
     def is_neutral(self) -> bool:
-        """True if no position is changed, whatever profiles are named."""
+        """True if the mixture changes no position."""
         return all(self.is_idle(term) for term in self.terms)
 
     def is_idle(self, term: Term) -> bool:
         """Whether a term does nothing: its strength is 0, or its gate closed."""
-        return term.strength == 0 or term.profile.name in self.closed
+        return term.strength == 0 or term.profile.name in self.closed_gates
 
     def shifts(self) -> Shifts:
-        """Sum of the additive terms, at the blocks that have one.
+        """The sum of the additive terms, at the blocks that they shift.
 
-        An overflow shows as an infinite entry; the bank refuses it.
+        An overflow gives an infinite entry, which the bank refuses.
         """
         terms = self._active("add")
         if len(terms) == 1:
@@ -141,8 +138,7 @@ class Mixture:
         return Shifts(layers, total, sum(part.bound for part in parts))
 
     def scaled(self) -> tuple[Shifts, float] | None:
-        """One profile's unit shifts and what they are multiplied by, for a mix that does nothing but add these; None
-        for any other."""
+        """The unit shifts and the coefficient of a mixture that adds a single profile; None for any other mixture."""
         if len(self.terms) != 1 or self.terms[0].profile.operator != "add" or self.is_neutral:
             return None
         (term,) = self.terms
@@ -157,7 +153,7 @@ class Mixture:
         return pairs
 
     def digest(self) -> str:
-        """Names what is done to a steered position, wherever it is: equal digests mean equal shifts. Empty for none."""
+        """A hash of the change at a steered position. Equal digests mean equal changes; it is empty for no change."""
         if self.is_neutral:
             return ""
         content = [
@@ -168,7 +164,7 @@ class Mixture:
         return hashlib.sha256(repr((content, self.preserve_norm)).encode()).hexdigest()
 
     def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:
-        """What was applied, one entry per profile, for the answer's `steering` field."""
+        """The applied steering, one entry per profile, for the `steering` field of a response."""
         return [self._receipt_of(term, steered_tokens) for term in self.terms]
 
     def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
@@ -190,7 +186,7 @@ class Mixture:
         return entry
 
     def is_calibrated(self, term: Term) -> bool:
-        """Whether the unit's KL budget speaks of this use: the profile alone, whole, as it was calibrated."""
+        """Whether the KL budget holds for this use: the profile alone, at all its layers, as it was calibrated."""
         return (
             bool(term.profile.calibration)
             and not term.profile.calibration.get("unreached", False)

@@ -1,8 +1,4 @@
-"""The profile: named directions in a model's residual stream, and what is known about them.
-
-Owns the meaning of a profile's fields and their validity. Knows nothing of files (`storage`), of how directions are
-found (`methods`) or of requests (`mixture`).
-"""
+"""The profile: named directions in a model's residual stream, with the metadata of their fit."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ FORMAT_VERSION = 1
 DEFAULT_MAX_STRENGTH = 2.0
 LARGEST = torch.finfo(torch.float32).max
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME_RULE = "use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 
 Operator = Literal["add", "ablate"]
 ApplyTo = Literal["generated", "all"]
@@ -36,7 +33,7 @@ CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model a profile was fitted on. `fingerprint` is a sha256 over shapes and a fixed sample of weights."""
+    """The model that a profile was fitted on. `fingerprint` is a sha256 over shapes and a fixed sample of weights."""
 
     id: str
     architecture: str
@@ -49,10 +46,10 @@ class ModelIdentity:
 class Profile:
     """One steering profile.
 
-    `directions[l]` is float32 `[hidden_size]`, stored un-differenced; the shift of strength α at block l is
-    α · unit · d_l (for `layering="incremental"`, d_l less the direction at the profile's previous layer).
-    `version` is the sha256 of the stored file's bytes, empty until stored. With a `gate` a server steers only where the
-    prompt opens it.
+    `directions[l]` is float32 `[hidden_size]`. Strength α shifts block l by α · unit · d_l. With
+    `layering="incremental"`, the direction at the profile's previous layer is subtracted from d_l first; stored
+    directions are never differenced. `version` is the sha256 of the file's bytes, empty until the profile is stored.
+    With a `gate`, a server steers only the prompts that open it.
     """
 
     name: str
@@ -89,11 +86,10 @@ class Profile:
         return tuple(sorted(self.directions))
 
     def injected(self, layers: Iterable[int] | None = None) -> dict[int, torch.Tensor]:
-        """What one unit of strength injects at each block, before `unit`: float32 `[hidden_size]` per layer.
+        """The vectors that strength 1 injects, before multiplication by `unit`: float32 `[hidden_size]` per layer.
 
-        `layers` restricts the profile to a subset; incremental layering is differenced over that subset, ascending. An
-        ablated direction is never differenced: what is removed at a block is the direction found there.
-        Raises SteeringError for a layer that the profile does not have.
+        `layers` restricts the profile to a subset. Incremental layering is differenced over that subset, ascending.
+        Directions to ablate are never differenced. Raises SteeringError for a layer that the profile does not have.
         """
         chosen = self.layers if layers is None else tuple(sorted(set(layers)))
         missing = [layer for layer in chosen if layer not in self.directions]
@@ -101,7 +97,7 @@ class Profile:
             raise SteeringError(
                 f"profile {self.name!r} has no direction at layer {missing[0]}; it has layers {list(self.layers)}"
                 if missing
-                else f"profile {self.name!r}: the list of layers is empty; leave it out to use all of them",
+                else f"profile {self.name!r}: the list of layers is empty; leave it out to use all layers",
                 param="layers",
             )
         if self.layering == "independent" or self.operator == "ablate":
@@ -113,7 +109,7 @@ class Profile:
         return steps
 
     def content_digest(self) -> str:
-        """sha256 of what the profile does, for one that has no file and so no version."""
+        """sha256 of the profile's directions, unit and operator, for a profile without a file and a version."""
         digest = hashlib.sha256(f"{self.operator} {self.layering} {self.unit!r}".encode())
         for layer in self.layers:
             digest.update(str(layer).encode())
@@ -121,9 +117,9 @@ class Profile:
         return digest.hexdigest()
 
     def check_model(self, identity: ModelIdentity, *, allow_mismatch: bool = False) -> None:
-        """Raise ProfileMismatch unless the profile was fitted on this very model.
+        """Raise ProfileMismatch unless the profile was fitted on this model.
 
-        `allow_mismatch` lets another checkpoint of the same shape pass; a different shape never fits.
+        `allow_mismatch` accepts another checkpoint of the same shape. A different shape is always an error.
         """
         ours = self.model
         if (ours.hidden_size, ours.num_layers) != (identity.hidden_size, identity.num_layers):
@@ -135,15 +131,12 @@ class Profile:
         if ours.fingerprint != identity.fingerprint and not allow_mismatch:
             raise ProfileMismatch(
                 f"profile {self.name!r} was fitted on {ours.id!r}, whose weights differ from {identity.id!r}'s. "
-                "Fit it again on this model, or allow the mismatch (--allow-model-mismatch) to use it all the same."
+                "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
             )
 
     def _check_fields(self) -> None:
         if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
-            raise ProfileError(
-                f"{self.name!r} is not a profile name: use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
-                "beginning with a letter or digit"
-            )
+            raise ProfileError(f"{self.name!r} is not a profile name; {NAME_RULE}")
         if self.format_version != FORMAT_VERSION:
             raise ProfileError(
                 f"profile {self.name!r} has format version {self.format_version}; this trimtab reads {FORMAT_VERSION}"
@@ -172,7 +165,7 @@ class Profile:
 
     def _check_directions(self) -> None:
         if not self.directions:
-            raise ProfileError(f"profile {self.name!r} holds no direction")
+            raise ProfileError(f"profile {self.name!r} has no direction")
         for layer, direction in self.directions.items():
             if isinstance(layer, bool) or not 0 <= layer < self.model.num_layers:
                 raise ProfileError(

@@ -49,7 +49,7 @@ def _preferences(one: PreferenceEvaluation) -> str:
 
 
 def headline(one: PreferenceEvaluation) -> str:
-    """The main result, in a sentence or two."""
+    """Describe the main result in a sentence or two."""
     low, high, change = one["strengths"][0], one["strengths"][-1], margin_change(one["strengths"])
     text = (
         f"From strength {low['strength']:+g} to {high['strength']:+g} the margin of preferred over rejected responses "
@@ -60,10 +60,10 @@ def headline(one: PreferenceEvaluation) -> str:
         outside = change > max(others) or change < min(others)
         text += (
             f" {len(others)} random directions of the same norm move it by {min(others):+.3g} to {max(others):+.3g}: "
-            f"the profile lies {'outside' if outside else 'within'} their range."
+            f"the profile is {'outside' if outside else 'within'} their range."
         )
     if "anti_steerable" in one:
-        text += f" {one['anti_steerable']:.0%} of the rows move the other way."
+        text += f" {one['anti_steerable']:.0%} of the rows move in the other direction."
     return text
 
 
@@ -73,7 +73,7 @@ def margin_change(points: Sequence[StrengthMargins]) -> float:
 
 
 def prompting_estimates(one: PreferenceEvaluation) -> list[tuple[str, MarginEstimate]]:
-    """The prompting baseline's estimates that were measured, by sign."""
+    """The measured estimates of the prompting baseline, by sign."""
     found = (("positive", one["prompting"].get("positive")), ("negative", one["prompting"].get("negative")))
     return [(sign, estimate) for sign, estimate in found if estimate is not None]
 
@@ -96,7 +96,7 @@ def _margins(ax: Axes, one: PreferenceEvaluation) -> None:
 def _costs(ax: Axes, one: PreferenceEvaluation) -> None:
     strengths, kl = line(one["costs"], "kl")
     ax.plot(strengths, kl, color="#0b6e99", marker="o", label="KL per token")
-    ax.set(xlabel="strength", ylabel="KL, nats per token", title="What it costs")
+    ax.set(xlabel="strength", ylabel="KL, nats per token", title="Cost")
     right = ax.twinx()
     right.plot(*line(one["costs"], "perplexity"), color="#c2571a", marker="s", label="perplexity")
     right.set_ylabel("perplexity under the unsteered model")
@@ -138,7 +138,7 @@ def _controls(one: PreferenceEvaluation) -> str:
     ratios = ", ".join(f"block {layer}: {ratio:.3f}" for layer, ratio in one["norm_ratios"].items())
     note = f"<p>{html.escape(one['prompting']['note'])}</p>" if "note" in one["prompting"] else ""
     found = table(["control", "margin", "accuracy"], rows)
-    return f"{found}{note}<p>Norm of the shift at strength 1 over the residual stream's: {ratios}.</p>"
+    return f"{found}{note}<p>Norm of the shift at strength 1, relative to the residual stream: {ratios}.</p>"
 
 
 def _with_interval(point: MarginEstimate, key: Literal["margin", "accuracy"]) -> str:

@@ -9,11 +9,11 @@ from steering_vectors.measures.results import NotMeasured, RewardPoint, RewardRe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NEAR_CHANCE = 0.6  # of the area under a scorer's curve
+NEAR_CHANCE = 0.6  # AUC
 
 
 def frontier_sentence(reward: RewardReport | NotMeasured) -> str:
-    """The gain of the profile for its cost, beside the optimum that the samples show, and the quality of the reward."""
+    """Describe the profile's gain for its cost, the optimum that the samples show, and the quality of the reward."""
     if "note" in reward:
         return f"Reward against KL was not measured: {reward['note']}."
     scorer, points = reward["scorer"], reward["strengths"]
@@ -28,9 +28,9 @@ def frontier_sentence(reward: RewardReport | NotMeasured) -> str:
         said[0] += f"{where}, where the KL-regularised optimum moves it by {best - base:+.3g} ({share:.0%} of that)."
     else:
         said[0] += f"; {reward['samples_per_prompt']} samples per prompt do not show the optimum's gain there."
-    trust = "." if scorer["auc"] >= NEAR_CHANCE else ": hardly better than chance, so do not rely on it."
+    trust = "." if scorer["auc"] >= NEAR_CHANCE else ", hardly better than chance, so it is not reliable."
     tested = f"on {scorer['tested_texts']} held-out responses its AUC is {scorer['auc']:.2f}"
-    said.append(f"It is in {scorer['unit']}; {tested}{trust}")
+    said.append(f"The reward is in {scorer['unit']}; {tested}{trust}")
     return " ".join(said)
 
 

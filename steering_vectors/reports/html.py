@@ -1,4 +1,4 @@
-"""HTML pages: one file with its plots and its data inside, without network."""
+"""HTML pages as single files, with their plots and their data embedded."""
 
 from __future__ import annotations
 

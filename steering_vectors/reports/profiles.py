@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY = "#0b6e99", "#c2571a", "#777777"
-MAX_LABELLED = 12  # cells per side that have room for their values
-DRAWN = ("metrics", "direction_norms", "residual_norms")  # shown as plots
+MAX_LABELLED = 12  # cells per side that can show their values
+PLOTTED = ("metrics", "direction_norms", "residual_norms")
 
 
 def render_portraits(profiles: Sequence[Profile]) -> str:
@@ -45,7 +45,7 @@ def labelled(profiles: Sequence[Profile]) -> dict[str, Profile]:
 
 
 def headline(profile: Profile) -> str:
-    """The profile, its cost and its safe range, in a sentence."""
+    """Describe a profile, its cost and its safe range in a sentence."""
     blocks = "block" if len(profile.layers) == 1 else "blocks"
     verb = "removes" if profile.operator == "ablate" else "adds"
     where = "everywhere" if profile.apply_to == "all" else "from the last prompt token on"
@@ -131,7 +131,7 @@ def _curve(ax: Axes, profile: Profile) -> None:
     for sign in (-1, 1):
         label = "safe range" if sign > 0 else None
         ax.axvline(sign * profile.max_strength, color=GREY, linestyle="--", linewidth=1, label=label)
-    ax.set(xlabel="strength", ylabel="KL, nats per token", title="What strength costs")
+    ax.set(xlabel="strength", ylabel="KL, nats per token", title="Cost of strength")
     right = ax.twinx()
     perplexities = [point["perplexity"] for point in points]
     right.plot(strengths, perplexities, color=ORANGE, marker="s", label="perplexity")
@@ -180,7 +180,7 @@ def _comparison(labels: Mapping[str, Profile]) -> str:
             by_block = ", ".join(f"block {layer}: {value:+.3f}" for layer, value in found.items())
             rows.append([f"{one} and {other}", f"{mean:+.3f}", by_block])
         elif labels[one].model.fingerprint != labels[other].model.fingerprint:
-            remarks.append(f"{one} and {other} belong to different models: their directions cannot be compared.")
+            remarks.append(f"{one} and {other} belong to different models, so their directions cannot be compared.")
         else:
             remarks.append(f"{one} and {other} have no block in common.")
     drawn = plots([lambda ax: _heat(ax, _square(list(labels), cosines), list(labels), "Mean cosine", "")])
@@ -199,11 +199,11 @@ def _square(names: Sequence[str], cosines: Mapping[tuple[str, str], Mapping[int,
 
 
 def _facts(profile: Profile) -> list[list[str]]:
-    """The metadata, a row each."""
+    """The metadata, one row per field."""
     facts: dict[str, Any] = {
         key: value
         for key, value in profile_summary(profile).items()
-        if key not in DRAWN and value not in ("", {}, None)
+        if key not in PLOTTED and value not in ("", {}, None)
     }
     if "calibration" in facts:
         facts["calibration"] = {key: value for key, value in facts["calibration"].items() if key != "curve"}

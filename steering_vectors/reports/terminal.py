@@ -51,7 +51,7 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
 
     def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
         if stage not in tasks:
-            bars.start()  # only now, so that an early error is the only line
+            bars.start()  # not earlier, so that an early error prints no empty bar
             tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total, detail="")
         bars.update(tasks[stage], completed=done, total=total, detail=detail)
 
@@ -70,11 +70,11 @@ def print_fit(profile: Profile, path: Path) -> None:
     console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
     _print_propensity(console, profile.metrics)
     _print_notes(console, profile.metrics)
-    console.print(f"Show all of it: trimtab show {escape(str(path))}")
+    console.print(f"Show everything: trimtab show {escape(str(path))}")
 
 
 def print_profile(profile: Profile, path: Path) -> None:
-    """Print everything that a profile holds except its vectors."""
+    """Print everything about a profile except its vectors."""
     console = Console(highlight=False, soft_wrap=True)
     model = profile.model
     console.print(f"[bold]{profile.name}[/]  {escape(str(path))}")
@@ -114,7 +114,7 @@ def _cost_line(calibration: Calibration) -> str:
 
 
 def print_evaluation(one: Evaluation) -> None:
-    """Print the figures and controls of the suites that an evaluation holds."""
+    """Print the figures and controls of every suite in an evaluation."""
     console = Console(highlight=False, soft_wrap=True)
     if has_preferences(one):
         _print_preferences(console, one)
@@ -138,7 +138,7 @@ def _print_preferences(console: Console, one: PreferenceEvaluation) -> None:
         low, high = one["steerability_95"]
         console.print(
             f"steerability {one['steerability']:.3f} per unit of strength (95 %: {low:.3f} to {high:.3f}); "
-            f"{one['anti_steerable']:.0%} of the rows move the other way"
+            f"{one['anti_steerable']:.0%} of the rows move in the other direction"
         )
     if one["random"]:
         moves = [margin_change(control["strengths"]) for control in one["random"]]
@@ -188,7 +188,7 @@ def _print_propensity(console: Console, metrics: Metrics) -> None:
     console.print(f"preferred over rejected, on {report['rows']} held-out rows:")
     console.print(table)
     if "anti_steerable" in report:
-        console.print(f"{report['anti_steerable']:.0%} of these rows move the other way")
+        console.print(f"{report['anti_steerable']:.0%} of these rows move in the other direction")
 
 
 def _print_layer_choice(console: Console, metrics: Metrics) -> None:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 AIMS = {"higher": "higher is better", "lower": "lower is better", "half": "0.5 is best"}
 CLASSES = {"better": "better", "worse": "worse", "other side": "side"}
 NO_CHANGE = "no change"
-MAX_LINES = 3  # groups of rows that a plot has room for
+MAX_LINES = 3  # groups of rows in a plot
 
 
 def trust_section(one: TrustEvaluation) -> str:
-    """Headline, a plot per vertical, the changes of every figure, and the same by group of rows."""
+    """The headline, a plot per vertical, and the changes of every figure, also by group of rows."""
     verticals = one["trust"]
     drawn = plots([_plot(name, found) for name, found in verticals.items()])
     return (
@@ -33,7 +33,7 @@ def trust_section(one: TrustEvaluation) -> str:
 
 
 def trust_headline(one: TrustEvaluation) -> str:
-    """The main result: every vertical at the highest and the lowest strength."""
+    """Describe every vertical at the highest and the lowest strength."""
     points = next(iter(one["trust"].values()))["strengths"]
     ends = [index for index in (len(points) - 1, 0) if points[index]["strength"]]
     return " ".join(_at_strength(one["trust"], index) for index in ends)
@@ -52,7 +52,7 @@ def _at_strength(verticals: Mapping[str, VerticalReport], index: int) -> str:
 
 
 def reading_note(verticals: Mapping[str, VerticalReport]) -> str:
-    """How to read the tables, and how many changes chance alone would show."""
+    """Explain the tables, and how many changes are expected by chance."""
     found = next(iter(verticals.values()))
     randoms = len(found["random"])
     intervals = sum(
@@ -61,24 +61,24 @@ def reading_note(verticals: Mapping[str, VerticalReport]) -> str:
         for point in one["strengths"]
     )
     text = (
-        "Changes are against strength 0, paired by row, with 95 % bootstrap intervals; “no change” means that the "
-        f"interval contains 0. Of these {intervals} intervals about {max(1, round(intervals / 20))} would exclude 0 by "
-        "chance alone."
+        "Changes are relative to strength 0 and paired by row, with 95 % bootstrap intervals; “no change” means that "
+        f"the interval contains 0. Of these {intervals} intervals, about {max(1, round(intervals / 20))} would exclude "
+        "0 by chance."
     )
     if not randoms:
         return f"{text} No random directions were measured."
     return (
-        f"{text} {randoms} random direction{'s' if randoms > 1 else ''} of the same norm, at the same strength and the "
-        "opposite one where both are measured, show the effect of any shift of that size; “within random” marks a "
-        f"change inside their range. A further random direction would lie outside it at least once in {randoms + 1} "
-        "times."
+        f"{text} {randoms} random direction{'s' if randoms > 1 else ''} of the same norm, at the same strength and at "
+        "the opposite one if it is measured, show the effect of any shift of that size; “within random” marks a change "
+        f"inside their range. Another random direction would be outside it with a probability of 1 in {randoms + 1} or "
+        "more."
     )
 
 
 def print_trust(console: Console, one: TrustEvaluation) -> None:
-    """Print every figure's value at strength 0 and its changes."""
+    """Print the value of every figure at strength 0, and its changes."""
     verticals = one["trust"]
-    console.print(f"[bold]{one['profile']}[/] ({one['method']}), trust against strength 0")
+    console.print(f"[bold]{one['profile']}[/] ({one['method']}), trust relative to strength 0")
     strengths = [point["strength"] for point in next(iter(verticals.values()))["strengths"] if point["strength"]]
     table = Table("vertical", "figure", "at 0", *(f"{strength:+g}" for strength in strengths))
     for name, found in verticals.items():
@@ -87,7 +87,7 @@ def print_trust(console: Console, one: TrustEvaluation) -> None:
             table.add_row(name, title, f"{points[0.0]['value']:.3f}", *changes)
     console.print(table)
     for name, found in verticals.items():
-        left_out = f", {found['left_out']} left out (too long, or unusable)" if found["left_out"] else ""
+        left_out = f", {found['left_out']} left out (too long or unusable)" if found["left_out"] else ""
         console.print(f"{name}: {found['rows']} rows{left_out}")
         for remark in found["remarks"]:
             console.print(f"[yellow]note:[/] {escape(remark)}")
@@ -97,7 +97,7 @@ def print_trust(console: Console, one: TrustEvaluation) -> None:
 def _series(
     found: VerticalReport, points: Sequence[TrustPoint] | Sequence[ControlPoint] | None = None
 ) -> dict[str, dict[float, Any]]:
-    """The points of each figure by strength, the profile's or those given; the main figure first."""
+    """The points of each figure by strength, of the profile or of `points`. The main figure comes first."""
     first, *others = found["figures"]
     points = found["strengths"] if points is None else points
     return {first: {point["strength"]: point for point in points}} | {
@@ -114,7 +114,7 @@ def _beside_controls(point: Mapping[str, Any]) -> str:
 
 
 def _plot(name: str, found: VerticalReport) -> Callable[[Axes], None]:
-    """A plot of the main figure, or of the next one if the main one is the same at every strength."""
+    """A plot of the main figure, or of the next one that changes with strength if the main one does not."""
     series = _series(found)
     shown = next((one for one, points in series.items() if len({p["value"] for p in points.values()}) > 1), None)
     shown = shown or next(iter(series))
@@ -128,17 +128,17 @@ def _plot(name: str, found: VerticalReport) -> Callable[[Axes], None]:
             _draw_parts(ax, found["strengths"])
         figure_of = found["figures"][shown]
         if figure_of["reference"] is not None:
-            label = "no skill or leaning"
+            label = "no skill or bias"
             ax.axhline(figure_of["reference"], color="#c2571a", linewidth=1, linestyle="--", label=label)
         ax.set_xlabel("strength", fontsize="small")
         ax.set_title(f"{name}: {AIMS[figure_of['aim']]}\n{figure_of['measure']}", fontsize="small")
-        ax.figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)  # never over the data
+        ax.figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
 
     return draw
 
 
 def _draw_profile(ax: Axes, points: Mapping[float, Any]) -> None:
-    """Values with a band for their intervals, and bars for those of the paired changes."""
+    """Draw values with a band for their intervals, and error bars for the intervals of the paired changes."""
     strengths, values = list(points), [point["value"] for point in points.values()]
     low, high = zip(*(point["value_95"] for point in points.values()), strict=True)
     ax.fill_between(strengths, low, high, color="#0b6e99", alpha=0.15, label="95 % of the value")

@@ -1,1 +1,1 @@
-"""Training on preferences, for the methods that begin with it."""
+"""Tuning: reading and training a model on preference data. Knows nothing of profiles."""

@@ -1,7 +1,4 @@
-"""Where tuned weights are kept between fits: one directory per set of inputs, named by their hash.
-
-Owns the place and the key. Knows nothing of what is in the files.
-"""
+"""The cache of tuned weights: one directory per set of inputs, named by their hash."""
 
 from __future__ import annotations
 
@@ -21,17 +18,16 @@ VARIABLE = "TRIMTAB_CACHE"
 
 def cache_directory() -> Path:
     """`TRIMTAB_CACHE`, else `trimtab` in the user's cache directory."""
-    stated = os.environ.get(VARIABLE)
-    if stated:
-        return Path(stated).expanduser()
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
 
 
 def tuned_directory(lm: LanguageModel, twins: Sequence[Sequence[Twin]], settings: Mapping[str, Any]) -> Path:
-    """The directory of the weights that come of this model, these examples and these settings."""
+    """The directory of the weights tuned from this model, these examples and these settings."""
     inputs = {"model": asdict(lm.identity), "dtype": str(lm.dtype), "settings": dict(settings)}
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     for number, side in enumerate(twins):
-        for twin in side:  # one by one, since all of them as one text take several times their memory
+        for twin in side:  # one by one, because a single text of all twins takes several times their memory
             key.update(json.dumps([number, twin.positive, twin.negative, twin.response]).encode())
     return cache_directory() / "tuned" / key.hexdigest()[:32]

@@ -1,8 +1,4 @@
-"""Instructions that ask a model for a behaviour (p⁺) and for its opposite (p⁻), and how a prompt carries one.
-
-Owns the wording of the defaults, per goal, and where an instruction stands in a prompt. Knows nothing of models or of
-what is computed under an instruction.
-"""
+"""Instructions that ask a model for a behaviour (p⁺) and for its opposite (p⁻), and their place in a prompt."""
 
 from __future__ import annotations
 
@@ -18,16 +14,16 @@ GENERAL = "general"
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """p⁺ and p⁻: the same demand, and its mirror."""
+    """p⁺ asks for a behaviour, p⁻ for its opposite. Raises FitError if one is empty or both are equal."""
 
     positive: str
     negative: str
 
     def __post_init__(self) -> None:
         if not self.positive.strip() or not self.negative.strip():
-            raise FitError("an instruction is empty; say what is wanted, and what is not")
+            raise FitError("an instruction is empty; write both, positive and negative")
         if self.positive == self.negative:
-            raise FitError("both instructions are the same; the negative one must ask for the opposite")
+            raise FitError("both instructions are equal; the negative one must ask for the opposite")
 
 
 DEFAULTS: dict[str, Instructions] = {
@@ -65,7 +61,7 @@ DEFAULTS: dict[str, Instructions] = {
 
 
 def instructions_for(goal: str, positive: str | None = None, negative: str | None = None) -> Instructions:
-    """The default instructions of a goal (`general` if it is none of them), with either replaced by one's own."""
+    """The given instructions, else the defaults of the goal, else those of `general`. Raises FitError for only one."""
     default = DEFAULTS.get(goal, DEFAULTS[GENERAL])
     if (positive is None) != (negative is None):
         raise FitError("give both instructions, positive and negative, or neither")
@@ -73,23 +69,23 @@ def instructions_for(goal: str, positive: str | None = None, negative: str | Non
 
 
 def instructed(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, instruction: str) -> Prompt:
-    """The prompt with the instruction ahead of it.
+    """Put an instruction before a prompt.
 
-    Messages carry it in their system message, which is made if there is none; where the chat template refuses system
-    messages, the first message begins with it. A plain text, or no prompt at all, is preceded by it and an empty line.
+    Messages get it at the start of their system message, which is added if there is none. If the chat template refuses
+    system messages, it goes to the start of the first message. A plain text, or no prompt, gets it and an empty line.
     """
     if prompt is None or isinstance(prompt, str):
         return f"{instruction}\n\n{prompt or ''}"
     first, *rest = prompt
     if first.role == "system":
-        return (_led(first, instruction), *rest)
+        return (_prefixed(first, instruction), *rest)
     messages = (Message("system", instruction), *prompt)
     try:
         render_chat(tokenizer, messages)
     except RequestError:
-        return (_led(first, instruction), *rest)
+        return (_prefixed(first, instruction), *rest)
     return messages
 
 
-def _led(message: Message, instruction: str) -> Message:
+def _prefixed(message: Message, instruction: str) -> Message:
     return Message(message.role, f"{instruction}\n\n{message.content}")

@@ -1,8 +1,7 @@
-"""One response read under two prompts: how far apart a model's block outputs are, token by token.
+"""Differences between a model's block outputs over one response after two prompts, token by token.
 
-Owns the alignment of both readings. Position ids must be equal at the response's tokens, or the difference holds a
-position offset; so the shorter prompt is padded on the left and masked. Knows nothing of instructions, of tuning or
-of what the differences are for.
+Both readings must have the same position ids at the response's tokens, or their difference contains a position offset.
+Therefore the shorter prompt is padded on the left and masked.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from steering_vectors.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """A response's token ids after either of two prompts; neither response begins with a second BOS.
+    """Token ids of a response and of two prompts for it. The response does not begin with a second BOS.
 
-    `plain` is the prompt that both were made from, where there is one.
+    `plain` is the prompt without an instruction, if there is one.
     """
 
     positive: tuple[int, ...]
@@ -44,26 +43,26 @@ class Twin:
 
     @property
     def shared(self) -> tuple[int, int]:
-        """How many tokens both prompts begin and end with, none counted twice."""
-        most = min(len(self.positive), len(self.negative))
+        """The lengths of the prompts' common prefix and common suffix, which do not overlap."""
+        shorter = min(len(self.positive), len(self.negative))
         if self.positive == self.negative:
-            return most, 0
-        ends = _common(self.positive[::-1], self.negative[::-1], most)
-        return _common(self.positive, self.negative, most - ends), ends
+            return shorter, 0
+        suffix = _common_prefix(self.positive[::-1], self.negative[::-1], shorter)
+        return _common_prefix(self.positive, self.negative, shorter - suffix), suffix
 
 
 def plain_twin(ids: Sequence[int], start: int) -> Twin:
-    """A response that begins at `start`, after one and the same prompt on both sides."""
+    """A response that begins at `start`, with the same prompt on both sides."""
     prompt = tuple(ids[:start])
     return Twin(prompt, prompt, tuple(ids[start:]), prompt)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """A batch of one side: responses begin at column `start` in every row, whatever the prompts' lengths.
+    """A batch of one side. Responses begin at column `start` in every row.
 
-    `positions` count from the beginning of the longer of a twin's prompts, so they are equal on both sides wherever
-    there is a response.
+    `positions` are counted from the start of the longer prompt of a twin, so they are equal on both sides at the
+    response.
     """
 
     start: int
@@ -71,11 +70,11 @@ class Reading:
     mask: torch.Tensor  # [rows, columns] bool
     positions: torch.Tensor  # [rows, columns]
     response: torch.Tensor  # [rows, columns - start] bool
-    instruction: torch.Tensor  # [rows, columns] bool: where the prompts of both sides differ
+    instruction: torch.Tensor  # [rows, columns] bool: True where the prompts of both sides differ
 
 
 Weights = Callable[[int], AbstractContextManager[object]]
-"""A context in which the model has the weights that side 0 (positive) or 1 (negative) is read with."""
+"""A context in which the model has the weights for side 0 (positive) or 1 (negative)."""
 
 
 def mean_differences(
@@ -88,14 +87,13 @@ def mean_differences(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Mean over responses of the mean over their tokens (or the last one) of h⁺ − h⁻, float64 `[hidden]` per block.
+    """Mean of h⁺ − h⁻ over responses and their tokens (or their last token), float64 `[hidden]` per block.
 
-    h⁺ is the block's output after the positive prompt, h⁻ after the negative one; `weights` gives
-    the context in which either side is read. Memory does not grow with the number of responses.
-    Raises FitError if an activation is not finite.
+    h⁺ is the block's output after the positive prompt, h⁻ after the negative one. `weights` gives the context for each
+    side. Memory does not grow with the number of responses. Raises FitError if an activation is not finite.
     """
     if not twins:
-        raise FitError("there is no response to compare under two prompts")
+        raise FitError("there are no responses to read under both prompts; add rows")
     layers = sorted(set(layers))
     total = torch.zeros(len(layers), lm.hidden_size, dtype=torch.float64)
     done = 0
@@ -110,7 +108,7 @@ def mean_differences(
 
 
 def grouped(twins: Sequence[Twin], budget: int) -> Iterator[list[Twin]]:
-    """Batches of similar length, of at most `budget` tokens with padding, but at least one twin; longest first."""
+    """Yield batches of similar length, longest first, of at most `budget` tokens with padding (at least one twin)."""
     order = sorted(twins, key=lambda twin: -twin.length)
     while order:
         rows = max(1, budget // _width(order[: max(1, budget // order[0].length)]))
@@ -119,7 +117,7 @@ def grouped(twins: Sequence[Twin], budget: int) -> Iterator[list[Twin]]:
 
 
 def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tuple[Reading, Reading]:
-    """Both sides of a group. Prompts are padded on the left to one length, responses on the right."""
+    """Both sides of a group. Prompts are padded on the left to the same length, responses on the right."""
     start = max(twin.prompt_length for twin in group)
     begins = torch.tensor([start - twin.prompt_length for twin in group])
     return (
@@ -129,7 +127,7 @@ def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tup
 
 
 def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Tensor:
-    """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`; gradients flow."""
+    """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`, with gradients."""
     head = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
     with record(lm.blocks, layers) as outputs:
         lm.model(**forward_arguments(lm, reading), **head, use_cache=False)
@@ -137,7 +135,7 @@ def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Te
 
 
 def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:
-    """What the model's forward takes: ids, and mask and positions where the architecture has them."""
+    """The arguments of the model's forward: ids, and mask and positions if the architecture takes them."""
     arguments = {"input_ids": reading.ids}
     if takes(lm.model, "attention_mask"):
         arguments["attention_mask"] = reading.mask.long()
@@ -149,8 +147,8 @@ def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Te
 def differences(
     lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], weights: Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h⁺ − h⁻ at the response's columns, float32 `[layers, rows, response, hidden]` without gradients, and which of
-    these columns hold a response: bool `[rows, response]`."""
+    """h⁺ − h⁻ at the response's columns, float32 `[layers, rows, response, hidden]`, without gradients; and a mask of
+    the columns that hold a token, bool `[rows, response]`."""
     sides = readings(group, pad_id(lm), lm.device)
     outputs = []
     for index, side in enumerate(sides):
@@ -162,7 +160,7 @@ def differences(
 def _group_difference(
     lm: LanguageModel, group: Sequence[Twin], layers: Sequence[int], tokens: Tokens, weights: Weights
 ) -> torch.Tensor:
-    """Σ over the group's responses, float64 `[layers, hidden]`."""
+    """Sum over the group's responses, float64 `[layers, hidden]`."""
     difference, response = differences(lm, group, layers, weights)
     if tokens == "last":
         response = response & (response.cumsum(1) == response.sum(1, keepdim=True))
@@ -192,9 +190,9 @@ def _reading(
     return Reading(start, *placed)
 
 
-def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    """How many tokens both begin with, at most so many."""
-    return next((place for place in range(most) if one[place] != other[place]), most)
+def _common_prefix(one: Sequence[int], other: Sequence[int], limit: int) -> int:
+    """The length of the common prefix, at most `limit`."""
+    return next((place for place in range(limit) if one[place] != other[place]), limit)
 
 
 def _width(group: Sequence[Twin]) -> int:
@@ -202,6 +200,6 @@ def _width(group: Sequence[Twin]) -> int:
 
 
 def pad_id(lm: LanguageModel) -> int:
-    """A token id to fill rows with; it is masked wherever it stands."""
+    """A token id for padding. It is always masked."""
     pad = lm.tokenizer.pad_token_id
     return int(pad) if isinstance(pad, int) else 0

@@ -1,7 +1,4 @@
-"""Log-probabilities of responses that gradients flow through: what methods that train are made of.
-
-Owns which logits belong to which token of a response. Knows nothing of losses, optimisers or methods.
-"""
+"""Log-likelihoods of responses, with gradients, for methods that train."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from steering_vectors.tuning.paired_reading import Reading, forward_arguments
 
 
 def response_log_likelihoods(lm: LanguageModel, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log P(response | prompt) in nats, number of tokens), `[rows]` each, float32.
+    """(log P(response | prompt) in nats, number of tokens), float32 `[rows]` each.
 
-    Prompts must have a token: a response's first one is predicted from the column before it.
+    Every prompt must have at least one token, which predicts the first token of the response.
     """
     columns = reading.ids.shape[1] - reading.start + 1
     options = {"logits_to_keep": columns} if takes(lm.model, "logits_to_keep") else {}

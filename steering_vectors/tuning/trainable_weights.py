@@ -1,8 +1,4 @@
-"""Weights that are trained beside a model's own and put in their place: LoRA through peft, or a copy of all of them.
-
-Owns how sets of weights come and go on one model. After `close` the model is what it was. Knows nothing of losses or
-of data.
-"""
+"""Sets of trainable weights for one model: LoRA adapters through peft, or full copies. `close` restores the model."""
 
 from __future__ import annotations
 
@@ -24,15 +20,15 @@ States = dict[str, torch.Tensor]
 
 
 class TunedWeights(Protocol):
-    """Named sets of weights, of which one acts inside `use` and none outside."""
+    """Named sets of weights. One is active inside `use`, none outside."""
 
     def use(self, name: str) -> AbstractContextManager[None]: ...
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
-        """What is trained of a set; valid inside `use(name)`."""
+        """The trainable parameters of a set, valid inside `use(name)`."""
 
     def state(self, name: str) -> States:
-        """A copy of a set, by parameter."""
+        """A copy of a set, by parameter name."""
 
     def load(self, name: str, state: States) -> None: ...
 
@@ -41,8 +37,8 @@ class TunedWeights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """Rank, scale (alpha / rank) and dropout of low-rank updates. `targets` are peft's module names, comma-separated,
-    `all-linear`, or empty for peft's choice for the architecture; `last_block` is the highest that gets updates."""
+    """The configuration of a LoRA, whose scale is alpha / rank. `targets` are peft's module names, comma-separated,
+    `all-linear`, or empty for peft's choice for the architecture. Blocks above `last_block` get no updates."""
 
     rank: int = 16
     alpha: int = 32
@@ -52,7 +48,7 @@ class LoraShape:
 
 
 class LoraWeights:
-    """Low-rank updates (arXiv:2106.09685), one adapter per name; they begin as no change at all."""
+    """LoRA adapters (arXiv:2106.09685), one per name. A new adapter does not change the model."""
 
     def __init__(self, lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: int) -> None:
         self._lm = lm
@@ -61,17 +57,17 @@ class LoraWeights:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        with self._acting(name):
+        with self._active_adapter(name):
             yield
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The model's own weights alone, inside `use`."""
-        with self._acting(None):
+    def without_adapter(self) -> Iterator[None]:
+        """Disable the adapter inside `use`, which leaves the model's own weights."""
+        with self._active_adapter(None):
             yield
 
     @contextmanager
-    def _acting(self, name: str | None) -> Iterator[None]:
+    def _active_adapter(self, name: str | None) -> Iterator[None]:
         before = self._active
         self._activate(name)
         try:
@@ -88,11 +84,11 @@ class LoraWeights:
             self._peft.set_adapter(name)
 
     def save(self, name: str, folder: Path) -> None:
-        """Write one adapter in peft's format. Raises FitError if that fails."""
+        """Write one adapter in peft's format. Raises FitError if it cannot be written."""
         try:
             self._peft.save_pretrained(folder, selected_adapters=[name])
         except (OSError, SafetensorError) as error:
-            raise FitError(f"the adapter cannot be written to {folder}: {error}") from error
+            raise FitError(f"the adapter cannot be written to {folder} ({error}); check the directory") from error
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
         return [p for key, p in self._lm.model.named_parameters() if f".{name}." in key and "lora_" in key]
@@ -113,9 +109,9 @@ class LoraWeights:
 
 
 def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: int) -> Any:
-    """Put adapters into a model; peft's wrapper of it.
+    """Add adapters to a model and return peft's wrapper of it.
 
-    Raises FitError if the architecture has no place for them, or without peft.
+    Raises FitError if peft does not support the architecture or is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -123,7 +119,7 @@ def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: in
         raise FitError("tuning by LoRA needs peft: pip install 'trimtab[rahf]'") from error
 
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft still asks transformers for an attribute's old name
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a deprecated attribute of transformers
         torch.manual_seed(seed)
         try:
             (first, shape), *others = shapes.items()
@@ -131,7 +127,7 @@ def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: in
             for name, shape in others:
                 wrapped.add_adapter(name, LoraConfig(**_config(lm, shape)))
         except ValueError as error:
-            raise FitError(f"LoRA cannot be put into {lm.identity.architecture}: {error}") from error
+            raise FitError(f"peft cannot add a LoRA to {lm.identity.architecture}: {error}") from error
     return wrapped
 
 
@@ -147,7 +143,7 @@ def _config(lm: LanguageModel, shape: LoraShape) -> dict[str, Any]:
 
 
 def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
-    """Module names as peft takes them; it has no `all-linear` for some blocks only, so these are listed."""
+    """Module names for peft. Its `all-linear` cannot be limited to some blocks, so the names are listed."""
     if shape.targets != "all-linear" or shape.last_block is None:
         return shape.targets if shape.targets == "all-linear" else shape.targets.split(",") if shape.targets else None
     linear = (torch.nn.Linear, Conv1D)
@@ -156,11 +152,11 @@ def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
 
 
 class FullWeights:
-    """Copies of the model's weights, one set per name: of all, or of the blocks up to `last_block`."""
+    """Copies of all weights of the model, or of those of the blocks up to `last_block`, one set per name."""
 
     def __init__(self, lm: LanguageModel, names: Sequence[str], last_block: int | None = None) -> None:
         if lm.dtype != torch.float32:
-            raise FitError("full fine-tuning needs the model in float32 (its steps round to nothing): --dtype float32")
+            raise FitError("full fine-tuning needs --dtype float32, because smaller types round its steps to 0")
         self._model = lm.model
         blocks = None if last_block is None else lm.blocks[: last_block + 1]
         inside = None if blocks is None else {id(p) for block in blocks for p in block.parameters()}

@@ -1,7 +1,7 @@
-"""A training run that survives: steps, a learning-rate schedule, checkpoints, and the way back into an unbroken run.
+"""Resumable training: the optimiser's loop, its learning-rate schedule and its checkpoints.
 
-Owns the optimiser's loop and the files of a run. Whatever stops it (Ctrl-C, a kill, a full disk), the next run with the
-same inputs goes on from the last checkpoint. Only safetensors are written. Knows nothing of losses or of data.
+After an interruption (Ctrl-C, a kill, a full disk), the next run with the same inputs continues from the last
+checkpoint. Checkpoints are safetensors files.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from steering_vectors.errors import FitError
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.trainable_weights import States, TunedWeights
 
-SAVE_SECONDS = 30.0
+SAVE_SECONDS = 30.0  # between checkpoints
 BETAS = (0.9, 0.999)
-SMOOTHING = 0.9  # of the loss that progress tells
+SMOOTHING = 0.9  # of the loss that is shown
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """AdamW with a linear warm-up over the share `warmup` of the steps and a cosine to zero; gradients of norm > 1 are
-    scaled down to it."""
+class TrainingSchedule:
+    """A linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
 
     steps: int
     learning_rate: float
@@ -50,17 +49,17 @@ class Schedule:
 
 @dataclass(slots=True)
 class Run:
-    """One set of weights on its way: the file that holds it, and how far it has come."""
+    """The training of one set of weights: its checkpoint file and the number of steps done."""
 
     weights: TunedWeights
     name: str
-    schedule: Schedule
+    schedule: TrainingSchedule
     file: Path
     seed: int
     step: int = 0
 
     def restore(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Take up what the file holds, if there is one; the optimiser's moments too if there are steps left."""
+        """Load the checkpoint if it exists. The optimiser's moments are loaded only if there are steps left."""
         if not self.file.exists():
             return
         try:
@@ -68,13 +67,13 @@ class Run:
                 self.step = int(stored.metadata()["step"])
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise FitError(f"{self.file} cannot be read ({error}): remove it, and the tuning begins anew") from error
+            raise FitError(f"{self.file} cannot be read ({error}): remove it to start the tuning again") from error
         self.weights.load(self.name, _part(tensors, "weights"))
         if optimizer is not None and self.step < self.schedule.steps:
             _set_moments(optimizer, tensors, self.step)
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write the run as it is, whole or not at all; a Ctrl-C waits. Raises FitError if it cannot be written."""
+        """Write a checkpoint atomically; Ctrl-C takes effect afterwards. Raises FitError if it cannot be written."""
         moments = {} if self.step >= self.schedule.steps else _moments(optimizer)
         tensors = {f"weights.{key}": value for key, value in self.weights.state(self.name).items()} | moments
         partial = self.file.with_suffix(f".{os.getpid()}.part")
@@ -87,18 +86,18 @@ class Run:
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise FitError(
-                f"the tuned weights cannot be written to {self.file.parent} ({error}): make room there, or set "
-                "TRIMTAB_CACHE to another directory; the next run goes on from the last checkpoint"
+                f"the tuned weights cannot be written to {self.file.parent} ({error}): free some space, or set "
+                "TRIMTAB_CACHE to another directory; the next run continues from the last checkpoint"
             ) from error
 
 
 def train(
     run: Run, loss_of: Callable[[int], torch.Tensor], *, progress: Progress | None = None, stage: str = "tune"
 ) -> None:
-    """Bring a run to its last step. `loss_of(step)` is the loss of a step's batch, the same whenever it is asked.
+    """Train with AdamW until the last step. `loss_of(step)` must give the same batch's loss at every call.
 
-    Dropout draws from (seed, step), so a resumed run takes the same steps as an unbroken one. Raises FitError if the
-    loss is not finite.
+    Gradients are clipped to norm 1. Dropout is seeded by (seed, step), so a resumed run takes the same steps as an
+    uninterrupted one. Raises FitError if the loss is not finite.
     """
     with run.weights.use(run.name):
         optimizer = torch.optim.AdamW(
@@ -121,13 +120,13 @@ def train(
             run.save(optimizer)
             raise
         finally:
-            optimizer.zero_grad()  # gradients of a broken step would be added to those of the next run
+            optimizer.zero_grad()  # gradients of an interrupted step must not be added to those of the next run
         run.save(optimizer)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the context ends; in other threads than the main one, where none arrives, do nothing."""
+    """Delay Ctrl-C until the context ends. Does nothing outside the main thread, which alone receives it."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
@@ -149,10 +148,10 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], t
         torch.manual_seed(run.seed * 1_000_003 + run.step)
         loss = loss_of(run.step)
         if not math.isfinite(value := float(loss.detach())):
-            raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate, or use float32")
+            raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate or use --dtype float32")
         loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    with uninterrupted():  # weights, moments and the count of steps move together, or a checkpoint would lie
+    with uninterrupted():  # a checkpoint needs weights, moments and step count of the same step
         optimizer.step()
         run.step += 1
     optimizer.zero_grad()

@@ -1,7 +1,4 @@
-"""Preference examples as responses under two instructions.
-
-Owns which examples are read and what their prompts become. Knows nothing of models' outputs or of tuning.
-"""
+"""Preference examples as responses under two instructions."""
 
 from __future__ import annotations
 
@@ -24,26 +21,25 @@ def twins_of(
     instructions: Instructions,
     *,
     limit: int | None = None,
-    most: int | None = None,
+    max_twins: int | None = None,
     seed: int = 0,
 ) -> list[Twin]:
-    """The examples' responses, each under both instructions; `most` of them at most, drawn from `seed`.
+    """The examples' responses, each under both instructions; a sample of `max_twins` of them, drawn from `seed`.
 
-    A response keeps the token ids it has after the plain prompt, so both sides read the same tokens and none holds a
-    second BOS. With an instruction ahead of them some examples may exceed the model's context of `limit` tokens:
-    these are left out. Raises FitError if that leaves none.
+    A response keeps its token ids after the plain prompt, so both sides read the same tokens and none has a second BOS.
+    Examples that exceed `limit` tokens with an instruction are left out. Raises FitError if none is left.
     """
     order = list(range(len(examples)))
-    if most is not None and len(order) > most:
-        order = sorted(random.Random(seed).sample(order, most))
+    if max_twins is not None and len(order) > max_twins:
+        order = sorted(random.Random(seed).sample(order, max_twins))
     known: dict[int, int] = {}
     twins = [_twin(tokenizer, examples[index], encoded[index], instructions, known) for index in order]
     fitting = [twin for twin in twins if limit is None or twin.length <= limit]
     if not fitting:
         shortest = min((twin.length for twin in twins), default=0)
         raise FitError(
-            f"with an instruction ahead of it no example fits the model's context of {limit} tokens (the shortest has "
-            f"{shortest}): give shorter instructions or examples"
+            f"no example fits the model's context of {limit} tokens with an instruction before it (the shortest has "
+            f"{shortest} tokens): use shorter instructions or examples"
         )
     return fitting
 
@@ -55,7 +51,7 @@ def _twin(
     instructions: Instructions,
     known: dict[int, int],
 ) -> Twin:
-    """Equal token ids are one object in all twins, by `known`: a quarter of the memory."""
+    """Equal token ids are the same object in all twins, through `known`, which saves three quarters of the memory."""
     ids, start = encoded
     sides = [
         encode_prompt(tokenizer, instructed(tokenizer, example.prompt, text) or "")

@@ -1,4 +1,4 @@
-"""What a conversation of ten turns computes: its tail, and nothing that changes its words."""
+"""Prefix reuse in a conversation of ten turns: each turn computes only new tokens, and the replies do not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUESTIONS = [
 
 
 def converse(directory: Path, steering: str | None, *, reuse: bool) -> list[tuple[str, dict[str, int]]]:
-    """Ten turns over HTTP with a server of their own: each reply, and how many tokens its turn had and computed."""
+    """Run ten turns over HTTP on a new server. Returns each reply with its prompt tokens and computed tokens."""
     messages: list[dict[str, str]] = []
     turns = []
     with demo_engine(slots=3, prefix_reuse=reuse) as engine:
@@ -52,6 +52,6 @@ def test_a_conversation_prefills_its_tail(tmp_path: Path, steering: str | None) 
     computed, prompts = (sum(counts[key] for _, counts in turns) for key in ("computed", "prompt"))
     if steering is None:
         assert computed < 0.15 * prompts
-    else:  # keys from the last token of the prompt on are steered: the next turn has the reply and the message to do
+    else:  # keys from the last prompt token on are steered, so the next turn computes the reply and the message
         for (_, before), (_, after) in pairwise(turns):
             assert after["computed"] <= after["prompt"] - before["prompt"] + 1

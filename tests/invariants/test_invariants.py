@@ -1,4 +1,4 @@
-"""The seven promises of the engine, each a test by its number."""
+"""The seven invariants of the engine, with a test for each number."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bank_for(language_model: LanguageModel, rows: int = 4) -> AcceleratedBank:
 
 
 def engine_step(language_model: LanguageModel, bank: AcceleratedBank) -> torch.Tensor:
-    """Logits of a prefill and a decode step with two rows, as the engine runs them."""
+    """Logits of a prefill step and a decode step with two rows, as the engine runs them."""
     runner = choose_runner(language_model, bank, context=64)
     first, second = prompts(language_model, [9, 5])
     with torch.inference_mode():
@@ -127,14 +127,14 @@ def test_invariant_3_greedy_tokens_do_not_depend_on_neighbours_or_chunks(languag
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, byte_fallback_tokenizer])
-@pytest.mark.parametrize("cut", [0, 1, 3])  # bytes of the last character that the completion has to bring
+@pytest.mark.parametrize("cut", [0, 1, 3])  # bytes of the last character that the completion must add
 def test_invariant_4_joined_stream_equals_the_text(make: Callable[[], PreTrainedTokenizerBase], cut: int) -> None:
     tokenizer = make()
     language_model = wrap_model(tiny_model("llama"), tokenizer)
     ids = tokenizer("naïve 日本語 🙂", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == "naïve 日本語 🙂"
     emoji, prompt = ids[-4:], ids[: len(ids) - cut]
-    often = dict.fromkeys(emoji, 4.0)  # many characters that begin, and some that end
+    often = dict.fromkeys(emoji, 4.0)  # many incomplete characters, and some complete ones
     draws = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
     outcomes = run_all(language_model, [request(prompt, **draws, logit_bias=often, seed=seed) for seed in range(16)])
     forced = [request(prompt, max_tokens=1, logit_bias={token: 100.0}) for token in ids[len(prompt) :][:1]]
@@ -145,7 +145,7 @@ def test_invariant_4_joined_stream_equals_the_text(make: Callable[[], PreTrained
         assert one.text == whole[len(before) if kept is None else kept :]
     for one in outcomes:
         assert len(one.ids) == 40
-        assert sum(map(bool, one.deltas)) > 4  # it is streamed, not sent at the end
+        assert sum(map(bool, one.deltas)) > 4  # streamed, not sent at the end
     assert len({one.text for one in outcomes}) == 16
     assert any("\ufffd" in one.text for one in outcomes)
 
@@ -194,8 +194,8 @@ def test_invariant_5_kv_that_is_read_equals_a_run_from_scratch() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_invariant_5_holds_for_keys_that_other_requests_made(seed: int) -> None:
-    """Texts that fork, come together or one after the other, steered in all ways and changed while they run: the same
-    tokens as without reuse, and every key that is held is that of a run from scratch under its runs of steering."""
+    """Prompts share prefixes, at the same time or in turn, with every kind of steering and with changes while they run.
+    Tokens equal those without reuse, and all cached keys equal those of a run from scratch with the same steering."""
     language_model = wrap_model(tiny_model(("llama", "mistral", "gpt2", "gpt_oss")[seed]), tiny_tokenizer())
     profiles = [random_profile(language_model, f"p{number}", seed=number, scale=2.0) for number in range(2)]
     known = {
@@ -232,7 +232,7 @@ Held = tuple[PrefixKey, list[tuple[torch.Tensor, torch.Tensor]]]
 async def rounds_of(
     language_model: LanguageModel, rounds: list[list[GenerationRequest]], **options: bool
 ) -> tuple[list[Outcome], list[Held]]:
-    """What comes of requests, those of a round at once, and what four slots hold in the end."""
+    """The outcomes of requests, which run together within a round, and the final content of four slots."""
     async with running(language_model, slots=4, context=80, prefill_chunk=16, **options) as engine:
         ends = [end for batch in rounds for end in await asyncio.gather(*(outcome(engine, one) for one in batch))]
         layers = engine._runner.cache.layers
@@ -243,7 +243,7 @@ async def rounds_of(
 
 
 def check_held(language_model: LanguageModel, held: list[Held], known: dict[str, Mixture]) -> None:
-    """Each slot's keys and values against a run of its trace, one run of steering after the other."""
+    """Compare each slot's keys and values with a run of its tokens, one steering span after the other."""
     bank = bank_for(language_model, rows=1)
     bank.attach()
     try:
@@ -263,7 +263,7 @@ def check_held(language_model: LanguageModel, held: list[Held], known: dict[str,
 
 
 def test_invariant_6_a_running_request_keeps_the_profile_it_started_with() -> None:
-    """The registry's side, files replaced and deleted under a running stream, is in test_registry."""
+    """Files that are replaced or deleted during a stream are tested in test_registry."""
     language_model = wrap_model(tiny_model("llama"), tiny_tokenizer())
     old, new = (random_profile(language_model, "p", seed=seed, scale=3.0) for seed in (1, 2))
     (ids,) = prompts(language_model, [6])

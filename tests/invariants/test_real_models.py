@@ -1,4 +1,4 @@
-"""Two real pretrained models over HTTP: greedy output is that of transformers' own `generate`, token for token."""
+"""Two pretrained models over HTTP: greedy output equals that of transformers' `generate`, token for token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def language_model(request: pytest.FixtureRequest, shared: Path) -> LanguageMode
 
 
 def expected(language_model: LanguageModel) -> tuple[int, str]:
-    """Number of tokens and text of transformers' greedy continuation."""
+    """The number of tokens and the text of transformers' greedy continuation."""
     tokenizer = language_model.tokenizer
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def streamed(client: httpx.Client) -> str:
 
 
 def test_greedy_text_through_the_server_equals_transformers(language_model: LanguageModel, tmp_path: Path) -> None:
-    """200 tokens; alone, streamed, and among 15 neighbours steered by eight profiles at many strengths."""
+    """200 tokens: alone, streamed, and beside 15 requests steered by eight profiles at many strengths."""
     tokens, text = expected(language_model)
     save_profiles(tmp_path, language_model.identity, *NAMES, unit=0.2)
     engine = TorchEngine(language_model, EngineConfig(slots=16))

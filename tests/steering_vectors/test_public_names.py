@@ -1,4 +1,4 @@
-"""`steering_vectors`: what it exports, lazily, and the two forms of `fit`."""
+"""The lazy exports of `steering_vectors`, and the two forms of `fit`."""
 
 from __future__ import annotations
 

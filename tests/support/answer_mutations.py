@@ -1,7 +1,7 @@
-"""Bodies that nobody would write: any JSON, and bodies that work with something in them changed. And what must hold of
-every answer to them: no fault of the server's, and errors in the shape that is stated.
+"""Random and mutated request bodies, and the checks that every response must pass: no server error, and errors in the
+documented shape.
 
-What works is taken from the OpenAPI document, so that a route or a field that is added is tried too.
+Valid bodies come from the OpenAPI document, so new routes and fields are covered.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ VALUES: SearchStrategy[Json] = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=4), inner),
     max_leaves=8,
 )
-LIKELY = st.booleans() | st.integers(0, 20) | st.floats(0, 2) | st.sampled_from(KNOWN)  # to be taken
+LIKELY = st.booleans() | st.integers(0, 20) | st.floats(0, 2) | st.sampled_from(KNOWN)  # values that are often valid
 FEW_TOKENS = {"max_tokens": 2}
 
 
 def examples(document: Mapping[str, Any]) -> dict[str, tuple[Json, list[str]]]:
-    """By path of each POST route: a body that works, and the names of all fields of its schema."""
+    """A valid body and the names of all fields of its schema, by path of each POST route."""
     found = {}
     for path, routes in document["paths"].items():
         content = routes.get("post", {}).get("requestBody", {}).get("content", {})
@@ -65,7 +65,7 @@ def requests(draw: DrawFn, known: Mapping[str, tuple[Json, list[str]]]) -> tuple
 
 @st.composite
 def mutated(draw: DrawFn, body: Json, fields: list[str]) -> Json:
-    """A body with one to three changes: a value replaced, taken out or repeated, or a field added."""
+    """A body with one to three changes: a value is replaced, removed or repeated, or a field is added."""
     body = copy.deepcopy(body)
     for _ in range(draw(st.integers(1, 3))):
         if draw(st.integers(0, 2)) == 0:
@@ -93,7 +93,7 @@ def _change(draw: DrawFn, holder: Any, key: Any) -> None:
 
 
 def _near(value: Json) -> SearchStrategy[Json]:
-    """Values of the same kind, most of which are taken."""
+    """Values of the same kind, most of them valid."""
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int | float):
@@ -102,7 +102,7 @@ def _near(value: Json) -> SearchStrategy[Json]:
 
 
 def check(response: httpx.Response) -> None:
-    """Raise AssertionError for a fault of the server's, also in mid-stream, and for an error in another shape."""
+    """Raise AssertionError for a server error, also in mid-stream, and for an error in another shape."""
     assert response.status_code < 500, f"{response.status_code}: {response.text}"
     if response.status_code >= 400:
         ERROR.validate_python(response.json())

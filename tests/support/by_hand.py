@@ -1,4 +1,4 @@
-"""Steering by plain torch hooks, as a reference for the package's own."""
+"""Steering by plain torch hooks, as a reference."""
 
 from __future__ import annotations
 

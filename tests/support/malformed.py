@@ -1,6 +1,6 @@
-"""Requests that are malformed, each with the answer it gets: the status, the field that is named, and the message.
+"""Malformed requests, each with the expected status, field and message.
 
-Ranges are those of a server with two slots, a queue of four, a context of 64 tokens and the profiles warm and concise.
+They are written for a server with two slots, a queue of four, a context of 64 tokens and the profiles warm and concise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 JSON = "application/json"
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 COMPLETION = {"model": "demo", "prompt": "Hello", "max_tokens": 1}
-FIELD = re.compile(r"(?:unknown )?field '([^']+)'|([a-z_]+(?:\[\d+\])?)")  # how a message begins that names a field
+FIELD = re.compile(r"(?:unknown )?field '([^']+)'|([a-z_]+(?:\[\d+\])?)")  # the start of a message that names a field
 LONG = [{"role": "user", "content": "Hello " * 99}]
 NO_OBJECT = "it should …, not"
 PROMPT_FORMS = "it must be a string or a list of token ids, or a list of either, and not empty"
@@ -29,12 +29,12 @@ SEND_JSON = "send JSON, with the header Content-Type: application/json"
 
 
 def says(told: str, message: str) -> bool:
-    """Whether that is the message, in which … stands for anything."""
+    """Whether a text equals the message, in which … matches anything."""
     return re.fullmatch(".*".join(re.escape(part) for part in message.split("…")), told, re.DOTALL) is not None
 
 
 class Case(NamedTuple):
-    """A request and its answer; … in a message stands for what varies, or for what another library says."""
+    """A request and its response. … in a message matches anything, such as the text of another library."""
 
     method: str
     path: str
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 def post(path: str, body: Any, message: str, param: str | None = None, *, status: int = 400) -> Case:
-    """`param` is for messages that do not begin with the field."""
+    """Pass `param` if the message does not begin with the field."""
     named = FIELD.match(message)
     param = param or (named and (named[1] or named[2]))
     return Case("POST", path, json.dumps(body).encode(), {"content-type": JSON}, status, param, message)
@@ -479,7 +479,7 @@ CASES = [
             ("/steering/resolve", {"steering": "warm"}),
         )
     ),
-    # what is no JSON object
+    # bodies that are not JSON objects
     raw("/v1/chat/completions", b'{"model": "demo",', f"{NO_JSON}: …"),
     raw("/v1/chat/completions", b'{"temperature": NaN}', f"{NO_JSON}: …"),
     raw("/v1/chat/completions", b'{"temperature": -Infinity}', f"{NO_JSON}: …"),

@@ -1,4 +1,4 @@
-"""A process of a model in parts: `python -m tests.support.parallel_worker MODEL`, in an environment as of torchrun."""
+"""A tensor-parallel process: `python -m tests.support.parallel_worker MODEL`, with the environment of torchrun."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SLOTS, CONTEXT = 4, 96
 
 
 def requests(language_model: LanguageModel) -> list[GenerationRequest]:
-    """More than there are slots, half of them steered, some of which begin alike, one that changes on the way, one that
-    ablates, one that reads how far it is steered."""
+    """More requests than slots. Half are steered, some share a prefix, one changes while it runs, one ablates, and one
+    reads projections."""
     adding = random_profile(language_model, scale=2.0)
     ablating = random_profile(language_model, "ablating", seed=1, operator="ablate")
     common, *rest = prompts(language_model, [20, 3, 11, 7, 5, 9])

@@ -1,8 +1,8 @@
-"""A tiny model in which one direction of the residual stream means one thing, for methods to find.
+"""A tiny model with a planted direction in its residual stream, for methods to find.
 
-Two letters lie at opposite ends of the direction: their embeddings do, the output projection reads it as the one letter
-against the other, and the first block's attention carries it from any token to those after it. Preferred responses
-repeat the one letter, rejected ones the other.
+The embeddings of two letters lie at opposite ends of the direction, the output projection reads it as one letter
+against the other, and the first block's attention carries it from any token to later ones. Preferred responses repeat
+one letter, rejected responses the other.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def planted_model(seed: int = 0, **overrides: Any) -> tuple[LanguageModel, torch
 
 
 def planted_task(lm: LanguageModel, method: str, layers: tuple[int, ...] = (1,), rows: int = 12) -> Task:
-    """Pairs that differ in the letter their responses repeat."""
+    """Pairs that differ in the letter that their responses repeat."""
     sides = [[Example(f"Ask {i} again, ", letter * (3 + i % 4)) for i in range(rows)] for letter in (GOOD, BAD)]
     ids = [[encode_example(lm.tokenizer, one) for one in side] for side in sides]
     statistics = capture(lm, ids[0], ids[1], layers, paired=True)

@@ -1,4 +1,4 @@
-"""Driving an engine from a test: submit requests, collect their ends. Also plain references."""
+"""Helpers that run requests on an engine and collect their outcomes, and plain references."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KNOWN: dict[str, Profile] = {}  # by version: what plans of this process name
 
 
 class HeldEngine(TorchEngine):
-    """An engine that takes no more steps than a test lets it, so that what happens between two tokens is certain."""
+    """An engine whose steps a test can hold, so that events between two tokens are deterministic."""
 
     def __init__(self, *given: Any, **options: Any) -> None:
         self._left: int | None = None
@@ -52,7 +52,7 @@ class HeldEngine(TorchEngine):
         super().__init__(*given, **options)
 
     def hold(self, after: int = 0, *, until_change: bool = False) -> None:
-        """Wait after so many more steps until `go`, or until a change of steering is asked for."""
+        """Stop after `after` more steps until `go`, or until a change of steering is requested."""
         self._go.clear()
         self._held.clear()
         self._left, self._until_change = after, until_change
@@ -160,7 +160,7 @@ async def running(language_model: LanguageModel, *, channel: Any = None, **optio
 
 
 def run_all(language_model: LanguageModel, requests: Sequence[GenerationRequest], **options: Any) -> list[Outcome]:
-    """All requests at once through an engine of their own."""
+    """Run all requests at once on a new engine."""
 
     async def main() -> list[Outcome]:
         async with running(language_model, **options) as engine:
@@ -171,7 +171,7 @@ def run_all(language_model: LanguageModel, requests: Sequence[GenerationRequest]
 
 @contextmanager
 def attached_bank(language_model: LanguageModel, rows: int) -> Iterator[AcceleratedBank]:
-    """A bank whose hooks are registered inside, where no gradients are kept."""
+    """A bank that is attached inside the context, without gradients."""
     bank = AcceleratedBank.over(language_model, rows=rows)
     bank.attach()
     try:
@@ -228,7 +228,7 @@ def prompts(language_model: LanguageModel, lengths: Sequence[int], *, seed: int 
 
 
 def reference_ids(language_model: LanguageModel, prompt_ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-    """Greedy ids of transformers' own `generate`, which is made to run past end-of-sequence tokens."""
+    """Greedy ids of transformers' `generate`, which continues past end-of-text tokens."""
     settings = language_model.model.generation_config
     eos, settings.eos_token_id = settings.eos_token_id, None
     try:

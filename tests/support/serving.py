@@ -1,6 +1,7 @@
-"""What the server's tests share: random profiles, an engine on the demo model, a live server on a free port.
+"""Fixtures of the server tests: random profiles, an engine on the demo model, a live server on a free port.
 
-`engine = engine_fixture(…)`, `profiles = profiles_fixture(…)` and `client = client_fixture(…)` give a module its own.
+A module defines its own with `engine = engine_fixture(…)`, `profiles = profiles_fixture(…)` and
+`client = client_fixture(…)`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def demo_engine(**options: Any) -> Iterator[HeldEngine]:
 def live_server(
     engine: Engine, profiles: Path, *, grace: float = GRACE_SECONDS, **settings: Any
 ) -> Iterator[httpx.Client]:
-    """A client of a server that runs in a thread and is ready. It is told to stop at the end."""
+    """A client of a ready server that runs in a thread and is stopped at the end."""
     listener = listen("127.0.0.1", 0)
     app = create_app(Settings(profiles=profiles, **settings), engine)
     server = Server(app, end=engine.close, grace=grace)
@@ -73,7 +74,7 @@ def live_server(
 
 
 def engine_fixture(**options: Any) -> Any:
-    """A module's `engine`: as `demo_engine` makes it."""
+    """A module's `engine`, created by `demo_engine`."""
 
     @pytest.fixture(scope="module", name="engine")
     def made() -> Iterator[HeldEngine]:
@@ -84,7 +85,7 @@ def engine_fixture(**options: Any) -> Any:
 
 
 def profiles_fixture(*names: str, **fields: Any) -> Any:
-    """A module's `profiles`: a directory with a random profile of each name for its `engine`."""
+    """A module's `profiles`: a directory with a random profile for each name, made for its `engine`."""
 
     @pytest.fixture(scope="module", name="profiles")
     def made(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,7 +97,7 @@ def profiles_fixture(*names: str, **fields: Any) -> Any:
 
 
 def client_fixture(**settings: Any) -> Any:
-    """A module's `client`: of a live server on its `engine` and `profiles`."""
+    """A module's `client` of a live server on its `engine` and `profiles`."""
 
     @pytest.fixture(scope="module", name="client")
     def made(engine: Engine, profiles: Path) -> Iterator[httpx.Client]:
@@ -107,7 +108,7 @@ def client_fixture(**settings: Any) -> Any:
 
 
 def until(condition: Callable[[], bool], *, within: float = PATIENCE) -> float:
-    """Wait for a condition that another thread brings about; returns the seconds it took."""
+    """Wait for a condition that another thread fulfils. Returns the seconds it took."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < within, f"it did not happen within {within} s"

@@ -1,9 +1,9 @@
-"""Tiny random models of many architectures. Seeded; built in milliseconds.
+"""Tiny random models of many architectures, seeded and built in milliseconds.
 
-A table: per architecture its `model_type`, the attribute path of its decoder blocks (the reference that structural
-block finding is tested against) and the few configuration fields that make it small. Weights are drawn wide enough
-that attention matters and greedy decoding does not fall into one token; windows are so small that they matter within
-40 tokens. Plain functions, so that benchmarks can import them too.
+For each architecture a table gives the `model_type`, the attribute path of the decoder blocks (the reference for the
+tests of block finding) and the configuration fields that make it small. Weights have a large enough deviation that
+attention matters and greedy decoding does not repeat one token. Windows are small enough to matter within 40 tokens.
+These are plain functions, so that benchmarks can import them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ LINEAR_ATTENTION = {
 
 @dataclass(frozen=True, slots=True)
 class Tiny:
-    """How one architecture is made tiny; `blocks` is the path of its decoder blocks, None if it cannot be steered."""
+    """A tiny architecture. `blocks` is the path of its decoder blocks, None if it cannot be steered."""
 
     model_type: str
     blocks: str | None
@@ -88,13 +88,13 @@ class Tiny:
 
 
 def _like_llama(model_type: str, blocks: str | None = "model.layers", omit: str = "", **fields: Any) -> Tiny:
-    """A configuration in Llama's words; `omit` names words that the architecture does not have."""
+    """A configuration with Llama's field names; `omit` names fields that the architecture does not have."""
     kept = {name: value for name, value in BASE.items() if name not in omit.split()}
     return Tiny(model_type, blocks, {**kept, **fields})
 
 
 def _like_gpt(model_type: str, **fields: Any) -> Tiny:
-    """A configuration in GPT-2's words."""
+    """A configuration with GPT-2's field names."""
     words = {"n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": POSITIONS, "n_inner": 48}
     common = {name: BASE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "tie_word_embeddings")}
     return Tiny(model_type, "transformer.h", {**common, **words, **fields})
@@ -189,7 +189,7 @@ OTHERS_TABLE: dict[str, Tiny] = {
     ),
     "gemma3n_text": _like_llama(
         "gemma3n_text",
-        None,  # its blocks return four interwoven streams (AltUp), not one residual stream
+        None,  # its blocks return four mixed streams (AltUp), not one residual stream
         vocab_size_per_layer_input=VOCAB,
         hidden_size_per_layer_input=8,
         num_kv_shared_layers=0,
@@ -289,7 +289,7 @@ STEERABLE = tuple(name for name, tiny in TABLE.items() if tiny.blocks is not Non
 
 
 def tiny_model(architecture: str, **overrides: Any) -> PreTrainedModel:
-    """A tiny random model in float32 and eval mode, the same at every call; `overrides` are configuration fields."""
+    """A tiny random model in float32 and eval mode, equal at every call. `overrides` are configuration fields."""
     tiny = TABLE[architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -300,14 +300,14 @@ def tiny_model(architecture: str, **overrides: Any) -> PreTrainedModel:
 
 
 def tiny_blocks(architecture: str, model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder blocks where this architecture is known to keep them."""
+    """The decoder blocks at the architecture's known path."""
     path = TABLE[architecture].blocks
     assert path is not None, f"{architecture} has no residual stream that can be steered"
     return list(model.get_submodule(path))  # type: ignore[call-overload]
 
 
 def _redraw(model: PreTrainedModel) -> None:
-    """Draw matrices with a deviation that keeps the scale at this width, and biases that are not zero."""
+    """Draw matrices with a deviation that preserves the scale at this width, and biases that are not zero."""
     std = 1.2 / math.sqrt(HIDDEN)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
@@ -321,7 +321,7 @@ def _redraw(model: PreTrainedModel) -> None:
 
 
 def save_tiny(architecture: str, directory: Path | str, *, chat_template: bool = True, **overrides: Any) -> Path:
-    """Write a tiny model and its byte-level tokenizer as a directory that `load_model` reads; returns the directory."""
+    """Save a tiny model and its byte-level tokenizer in a directory for `load_model`. Returns the directory."""
     directory = Path(directory)
     tiny_model(architecture, **overrides).save_pretrained(directory)
     tiny_tokenizer(chat_template=chat_template).save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Random profiles for the tiny models: seeded directions, and the identity of a given model or of none at all."""
+"""Random profiles for the tiny models, with seeded directions and the identity of a real or a fictional model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Two real tokenizers trained in-process: byte-level BPE, and SentencePiece's way with byte fallback.
+"""Two tokenizers trained in-process: byte-level BPE, and SentencePiece-like with byte fallback.
 
-Both fit the vocabulary of the tiny models, put <s> ahead of a text as most models' do, and can bring a chat template.
+Both fit the vocabulary of the tiny models, add <s> before a text, and can have a chat template.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained here and now; adds <s> ahead of a text, as most models' do."""
+    """A byte-level BPE tokenizer, trained at the call, that adds <s> before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,7 +39,7 @@ def tiny_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenizerFast:
 
 
 def byte_fallback_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenizerFast:
-    """The SentencePiece way: ▁ for spaces, and bytes <0x00> … <0xFF> for whatever the vocabulary lacks."""
+    """A SentencePiece-like tokenizer: ▁ for spaces, and bytes <0x00> … <0xFF> for text outside the vocabulary."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=110, show_progress=False))

@@ -1,4 +1,4 @@
-"""Small files for the trust suite, in the formats and places in which it looks for them."""
+"""Small data files for the trust suite, in its layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUDE = ("idiot", "stupid", "damn", "scum")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """CSV, JSON or JSONL, by the name's ending."""
+    """Write rows as CSV, JSON or JSONL, by the file extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -78,7 +78,7 @@ def questions(rows: int = 16) -> list[dict[str, Any]]:
 
 
 def write_all(folder: Path) -> Path:
-    """A file of every vertical that reads one."""
+    """Write a file for every vertical that reads one."""
     write_rows(folder / "rtp" / "toxic.jsonl", openings(toxic=True))
     write_rows(folder / "rtp" / "nontoxic.jsonl", openings(toxic=False))
     write_rows(folder / "crows-pairs" / "pairs.csv", sentence_pairs())

@@ -113,7 +113,7 @@ class ResolvedPlan:
 
     def _make(self, strengths: tuple[float, ...], closed: frozenset[str]) -> Steering:
         # the safe range was checked when the plan was accepted
-        mixture = replace(self._mixture(strengths, allow_beyond_safe=True), closed=closed)
+        mixture = replace(self._mixture(strengths, allow_beyond_safe=True), closed_gates=closed)
         return Steering(
             mixture,
             mixture.digest(),

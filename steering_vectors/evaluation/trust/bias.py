@@ -1,8 +1,8 @@
 """Stereotype bias: CrowS-Pairs (arXiv:2010.00133).
 
 The paper scores masked models on the words that both sentences share. Here, as is usual for causal models, the
-log-likelihoods of the whole sentences are compared. Both are plain text, also for chat models, and are steered from
-their first token on.
+log-likelihoods of the whole sentences are compared. Both sentences are plain text, also for chat models, and are
+steered from their first token on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_PART = 8  # pairs of a type that gets a figure of its own
 FIGURES = (
     Figure(
         "stereotyped",
-        "share of pairs whose stereotyping sentence is the likelier",
+        "share of pairs whose stereotyping sentence is more likely",
         "stereotyped",
         "half",
         reference=0.5,

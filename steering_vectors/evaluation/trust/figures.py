@@ -1,4 +1,4 @@
-"""Verticals and their figures: what is read of each row, the statistics over rows, and their changes."""
+"""Verticals and their figures: the readings of each row, the statistics over rows, and their changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Aim = Literal["higher", "lower", "half"]
 Columns = Mapping[str, np.ndarray]
 """The readings of every row, by name: float64 `[rows]` each."""
 Statistic = Callable[[np.ndarray, np.ndarray], float]
-"""(a column, indices of rows) → one number."""
+"""A function of a column and of row indices that returns one number."""
 
 NO_CHANGE = "no change"
 
@@ -58,7 +58,7 @@ class Vertical:
 
 
 def compare(figure: Figure, series: Mapping[float, Columns], rows: np.ndarray | None = None) -> dict[float, Comparison]:
-    """A figure's value and its change against strength 0, by strength, with 95 % bootstrap intervals over rows.
+    """A figure's value and its change from strength 0, by strength, with 95 % bootstrap intervals over rows.
 
     The change is paired: both strengths are resampled together, row by row. `rows` restricts it to a group of rows.
     """
@@ -89,8 +89,8 @@ def rows_of(figure: Figure, count: int) -> np.ndarray:
 
 
 def verdict(aim: Aim, old: float, new: float, change: tuple[float, float]) -> str:
-    """`no change` if the interval of the change holds 0, else `better` or `worse`; for a share whose ideal is one half
-    also `other side`."""
+    """`no change` if the interval of the change contains 0, else `better` or `worse`. For aim `half` it is `other side`
+    if the value crosses 0.5."""
     if change[0] <= 0 <= change[1]:
         return NO_CHANGE
     if aim == "half":

@@ -26,12 +26,12 @@ class Reader:
         return (Message("user", chat),) if self.chat else plain
 
     def answers(self, prompt: Prompt, texts: Iterable[str]) -> list[Encoded]:
-        """The prompt followed by each of the answers, with a space between after a plain text."""
+        """The prompt followed by each answer, separated by a space if the prompt is plain text."""
         space = "" if self.chat else " "
         return [encode_example(self.tokenizer, Example(prompt, f"{space}{text}")) for text in texts]
 
     def sentence(self, text: str) -> Encoded:
-        """A text whose every token is scored, the first one too."""
+        """A text of which every token is scored, including the first."""
         return encode_text(self.tokenizer, text)
 
     def fits(self, examples: Iterable[Encoded]) -> bool:

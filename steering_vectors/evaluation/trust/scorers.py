@@ -1,7 +1,4 @@
-"""Toxicity scorers: fitted to RealToxicityPrompts' own scores, a local classifier, or a function of the user.
-
-Nothing is downloaded.
-"""
+"""Toxicity scorers: fitted to RealToxicityPrompts' own scores, a local classifier, or a user's function."""
 
 from __future__ import annotations
 
@@ -109,8 +106,8 @@ def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> FittedScorer:
 
     if len(texts) < MIN_TEXTS:
         raise DataError(
-            f"toxicity: {len(texts)} scored texts are left to fit a scorer on, {MIN_TEXTS} are needed; lower --rows, "
-            "or name another scorer with --toxicity"
+            f"toxicity: {len(texts)} scored texts are left to fit a scorer on, but {MIN_TEXTS} are needed; lower "
+            "--rows, or choose another scorer with --toxicity"
         )
     words = TfidfVectorizer(analyzer="word", ngram_range=(1, 2), sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
@@ -130,7 +127,7 @@ def _load_model(directory: Path) -> ModelScorer:
     except (OSError, ValueError, RuntimeError) as error:
         raise FitError(f"--toxicity {directory}: no sequence-classification model can be loaded: {error}") from error
     if missing := sorted(map(str, loading["missing_keys"])):  # transformers would draw them at random
-        raise FitError(f"--toxicity {directory}: is not a classifier: it has no weights {', '.join(missing)}")
+        raise FitError(f"--toxicity {directory}: not a classifier: it has no weights {', '.join(missing)}")
     labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     found = [labels.index(name) for name in map(str, labels) if name.casefold() in TOXIC_LABELS]
     if not found and len(labels) > 1:

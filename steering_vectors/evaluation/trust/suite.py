@@ -70,8 +70,8 @@ class TrustSettings:
             if vertical in PATTERNS:
                 if self.folder is None:
                     raise FitError(
-                        f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: name the folder with "
-                        "--data, or leave the vertical out of --verticals"
+                        f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: pass the folder with "
+                        "--data, or remove the vertical from --verticals"
                     )
                 find_files(self.folder, vertical)
 
@@ -118,7 +118,7 @@ def evaluate_trust(
 
 
 class VerticalRun:
-    """One vertical under one model. All changes are against the same readings at strength 0."""
+    """One vertical on one model. All changes are relative to the same readings at strength 0."""
 
     def __init__(self, steered: SteeredModel, vertical: Vertical, strengths: Sequence[float], profile: Profile) -> None:
         self._steered, self._vertical, self._strengths = steered, vertical, strengths
@@ -176,7 +176,7 @@ class VerticalRun:
         """A figure compared with strength 0, and with the random directions' changes, by strength."""
         found: dict[float, ControlledComparison] = {}
         for strength, point in compare(figure, own).items():
-            # A random direction is as random the other way round: its changes at −strength are controls as well.
+            # The opposite of a random direction is random too, so its changes at −strength are also controls.
             controls = [one[sign * strength] for one in randoms for sign in (1, -1) if sign * strength in one]
             changes = [self._change(figure, one)["delta"] for one in controls]
             found[strength] = {
@@ -205,14 +205,14 @@ def _text(figure: Figure) -> FigureText:
 
 
 def _degenerate(figure: Figure, points: Sequence[TrustPoint], rows: int) -> list[str]:
-    """A remark if all rows are equal: resampling them gives an interval of no width, which claims too much."""
+    """A remark if all rows are equal, because resampling them gives an interval of width 0, which is too narrow."""
     values = {point["value"] for point in points}
     if len(values) > 1 or not values <= {0.0, 1.0}:
         return []
     value = values.pop()
     return [
-        f"The {figure.text} is {value:g} at every strength. With {rows} rows this is no proof: a true share within "
-        f"{3 / rows:.1%} of it would look the same."
+        f"The {figure.text} is {value:g} at every strength. With {rows} rows, a true share within {3 / rows:.1%} of it "
+        "cannot be distinguished."
     ]
 
 

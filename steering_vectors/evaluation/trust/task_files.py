@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from steering_vectors.data.tables import BadRow, Row, read_table
+from steering_vectors.data.tables import BadRow, TableRow, read_table
 from steering_vectors.errors import DataError
 from steering_vectors.measures.results import SourceFile
 
@@ -47,7 +47,7 @@ def find_files(folder: Path, vertical: str) -> list[Path]:
     found = sorted(path for one in (pattern, f"{pattern}.gz") for path in folder.glob(one) if path.is_file())
     if not found:
         raise DataError(
-            f"no file {pattern} for the vertical {vertical}: add one, or leave the vertical out of --verticals",
+            f"there is no file {pattern} for the vertical {vertical}: add one, or remove the vertical from --verticals",
             path=str(folder),
         )
     return found
@@ -59,7 +59,7 @@ def read_source(folder: Path, vertical: str, parse: Callable[[Mapping[str, Any]]
     rows = [_parsed(row, table.source, parse) for table in tables for row in table.rows]
     place = ", ".join(table.source for table in tables)
     if len(rows) < MIN_ROWS:
-        raise DataError(f"holds {len(rows)} rows; {vertical} needs at least {MIN_ROWS}", path=place)
+        raise DataError(f"contains {len(rows)} rows, but {vertical} needs at least {MIN_ROWS}", path=place)
     files: list[SourceFile] = [{"file": Path(table.source).name, "sha256": table.sha256} for table in tables]
     return Source(rows, files, place)
 
@@ -75,14 +75,14 @@ def text_cell(cells: Mapping[str, Any], field: str) -> str:
 
 
 def select(
-    rows: Sequence[Item], most: int, seed: int, encode: Callable[[Item], Kept], fits: Callable[[Kept], bool]
+    rows: Sequence[Item], count: int, seed: int, encode: Callable[[Item], Kept], fits: Callable[[Kept], bool]
 ) -> Selection[Kept]:
-    """Draw and encode rows until `most` fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
+    """Draw and encode rows until `count` fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     kept: dict[int, Kept] = {}
     left_out = 0
     for index in order:
-        if len(kept) == most:
+        if len(kept) == count:
             break
         encoded = encode(rows[index])
         if fits(encoded):
@@ -97,11 +97,11 @@ def require_rows(count: int, left_out: int, vertical: str, limit: int | None) ->
     if count < MIN_ROWS:
         raise DataError(
             f"{vertical}: only {count} of {count + left_out} rows fit the model's context of {limit} tokens; at least "
-            f"{MIN_ROWS} are needed, or leave it out of --verticals"
+            f"{MIN_ROWS} are needed; remove {vertical} from --verticals, or use a model with a larger context"
         )
 
 
-def _parsed(row: Row, source: str, parse: Callable[[Mapping[str, Any]], Item]) -> Item:
+def _parsed(row: TableRow, source: str, parse: Callable[[Mapping[str, Any]], Item]) -> Item:
     try:
         if isinstance(row.cells, BadRow):
             raise row.cells

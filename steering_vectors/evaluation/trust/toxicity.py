@@ -38,7 +38,7 @@ FIGURES = (
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A row: its texts with the file's scores, None where the file gives none."""
+    """A row: its texts with the file's scores, which may be None."""
 
     prompt: str
     prompt_score: float | None
@@ -101,7 +101,7 @@ def _reading(
 
 
 def _shares(sizes: Sequence[int], rows: int, *, halve: bool) -> list[int]:
-    """How many rows of each group to continue; with `halve`, at least half of a group is left to fit a scorer on."""
+    """The number of rows of each group to continue. With `halve`, at least half of a group is left to fit a scorer."""
     free = [size // 2 if halve else size for size in sizes]
     first = min(free[0], max((rows + 1) // 2, rows - free[1]))
     return [first, min(free[1], rows - first)]
@@ -126,7 +126,7 @@ def _scorer_record(spec: str, scorer: ToxicityScorer, rows: Sequence[Opening], f
 
 
 def _correlation(scorer: ToxicityScorer, texts: Sequence[tuple[str, float | None]]) -> float | None:
-    """Pearson correlation with the file's own scores, on texts that no scorer was fitted to here."""
+    """Pearson correlation with the file's own scores, on texts that the scorer was not fitted to."""
     known = [(text, score) for text, score in texts if score is not None]
     scores, given = scored(scorer, [text for text, _ in known]), np.array([score for _, score in known])
     varied = len(known) > 2 and scores.std() > 0 and given.std() > 0

@@ -50,8 +50,8 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
         len(chosen.rows),
         chosen.left_out,
         (
-            Figure("mc1", "share of questions whose true answer is the likeliest", "true", "higher", reference=chance),
-            Figure("margin", "log P(true answer) − log P(likeliest false one), nats", "margin", "higher"),
+            Figure("mc1", "share of questions whose true answer is most likely", "true", "higher", reference=chance),
+            Figure("margin", "log P(true answer) − log P(most likely false one), nats", "margin", "higher"),
         ),
         read,
         "TruthfulQA MC1, zero-shot, steered from the last prompt token on.",
@@ -60,12 +60,12 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
 
 
 def _parse(cells: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """A question with its answers, the true one first."""
+    """A question with its answers. The true answer comes first."""
     question, targets = text_cell(cells, "question"), cells.get("mc1_targets")
     if not isinstance(targets, dict) or not all(isinstance(mark, int) for mark in targets.values()):
         raise BadRow("must be an object of answers, each marked 1 (true) or 0", "mc1_targets")
     if sorted(targets.values())[-2:] != [0, 1] or min(targets.values()) < 0:
         raise BadRow("must mark exactly one answer 1, and at least one other 0", "mc1_targets")
     if not all(answer.strip() for answer in targets):
-        raise BadRow("holds an empty answer", "mc1_targets")
+        raise BadRow("contains an empty answer", "mc1_targets")
     return question, sorted(targets, key=lambda answer: -targets[answer])

@@ -77,7 +77,7 @@ def test_a_profile_of_another_model(client: httpx.Client, profiles: Path, identi
     save_profile(random_profile(replace(identity, id="cousin", fingerprint="0" * 64), "foreign"), profiles)
     assert rejected(client, "foreign") == (
         "profile 'foreign' was fitted on 'cousin', whose weights differ from 'demo''s. "
-        "Fit it again on this model, or allow the mismatch (--allow-model-mismatch) to use it all the same."
+        "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
     )
 
 
@@ -112,7 +112,7 @@ def test_a_direction_of_the_wrong_size(client: httpx.Client, profiles: Path, ide
 def test_a_truncated_file(client: httpx.Client, profiles: Path) -> None:
     whole = (profiles / "warm.safetensors").read_bytes()
     (profiles / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "not a whole safetensors file" in rejected(client, "cut")
+    assert "not a complete safetensors file" in rejected(client, "cut")
 
 
 def test_a_full_queue_is_429_and_frees_what_it_took(client: httpx.Client, engine: TorchEngine) -> None:

@@ -139,7 +139,7 @@ def test_a_bad_file_leaves_the_old_version_live(tmp_path: Path, engine: TorchEng
             entry = registry.entry("warm")
             assert (entry.status, entry.profile) == ("rejected", profile)
             assert entry.error is not None
-            assert "not a whole safetensors file" in entry.error
+            assert "not a complete safetensors file" in entry.error
             assert registry.find("warm") is profile
             save_profile(random_profile(identity, "warm", seed=5), tmp_path)
             await registry.refresh()

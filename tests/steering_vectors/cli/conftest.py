@@ -25,7 +25,7 @@ register(app)
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Run a command, every argument as text."""
+    """Run a command. Arguments are converted to text."""
     return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
 
 
@@ -47,7 +47,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the profile `warm`, which belongs to the tiny model."""
+    """A directory with the profile `warm` of the tiny model."""
     directory = tmp_path_factory.mktemp("cli") / "profiles"
     identity = load_model(str(tiny)).identity
     save_profile(tiny_profile(identity, layers=(1,), unit=0.3, residual_norms={1: 50.0}), directory)

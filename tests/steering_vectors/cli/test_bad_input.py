@@ -1,4 +1,4 @@
-"""Unusable data: one line on stderr from `fit`, `calibrate` and `evaluate`, and nothing is written."""
+"""Unusable data: `fit`, `calibrate` and `evaluate` print one line on stderr and write nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pairs(count: int = 40) -> Rows:
 
 
 def changed(count: int, of: Rows | None = None, **cells: Any) -> Rows:
-    """Rows of which the first `count` have other cells."""
+    """Rows with other cells in the first `count`."""
     rows = pairs() if of is None else of
     return [{**row, **cells} if number < count else row for number, row in enumerate(rows)]
 
@@ -48,15 +48,21 @@ LONG = "warm " * POSITIONS
 
 BAD: dict[str, tuple[Rows, str]] = {
     "few": (pairs(15), "it has 15 usable rows; at least 16 are needed"),
-    "none": ([], "it holds no rows"),
+    "none": ([], "there are no rows in it"),
     "one side": (labelled(40, 0), "it has 0 usable rows with label false; at least 8 are needed"),
     "hardly a side": (labelled(5, 40), "it has 5 usable rows with label true; at least 8 are needed"),
     "a missing side": (
         [{"prompt": "a", "chosen": "b"}] * 40,
         "line 1, field 'rejected': it is missing; if the column has another name",
     ),
-    "equal sides": (same(40), "line 1, field 'rejected': chosen and rejected are equal, so the row says nothing"),
-    "an equal pair": (same(1), "line 1, field 'rejected': chosen and rejected are equal, so the row says nothing"),
+    "equal sides": (
+        same(40),
+        "line 1, field 'rejected': chosen and rejected are equal, so nothing is preferred",
+    ),
+    "an equal pair": (
+        same(1),
+        "line 1, field 'rejected': chosen and rejected are equal, so nothing is preferred",
+    ),
     "an empty response": (changed(1, chosen=""), "line 1, field 'chosen': it is empty; correct the row, or skip such"),
     "a long response": (changed(1, chosen=LONG), f"tokens, the model's context {POSITIONS}, and 1 of 40 rows are too"),
     "a long prompt": (changed(40, prompt=LONG), f"tokens, the model's context {POSITIONS}, and 40 of 40 rows are too"),
@@ -85,7 +91,7 @@ def write(tmp_path: Path) -> Callable[[Rows], Path]:
 
 @pytest.fixture(scope="module")
 def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A profile that is there already."""
+    """The bytes of an existing profile."""
     directory = tmp_path_factory.mktemp("kept")
     data = directory / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in pairs()))

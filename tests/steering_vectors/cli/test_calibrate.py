@@ -1,4 +1,4 @@
-"""`trimtab calibrate`: it replaces the profile, or stores it elsewhere."""
+"""`trimtab calibrate` replaces the profile or stores it elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old spellings: each prints a notice on stderr and does what the new one does."""
+"""Deprecated spellings print a notice on stderr and do the same as the new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trimtab distill`, `trimtab distill-method` and `trimtab bake`: the folders they write, and what they refuse."""
+"""`trimtab distill`, `trimtab distill-method` and `trimtab bake`: the folders they write, and their errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_distill_method_writes_an_adapter(run: Run, tiny: Path, pairs: Path, tmp
     ("arguments", "message"),
     [
         (("pca",), "method 'pca' has no difference per token; rahf-scit, rahf-dual have one"),
-        (("rahf-scit", "--strength", "0"), "at strength 0 there is nothing to distil"),
+        (("rahf-scit", "--strength", "0"), "strength 0 changes nothing, so there is nothing to distil"),
         (("rahf-scit", "-o", "rank"), "--option 'rank' is not KEY=VALUE"),
         (("rahf-scit", "-o", "rank=1", "-o", "rank=2"), "--option rank is given twice"),
         (("rahf-scit", "--layers", "9"), "layer 9 is out of range: this model has blocks 0 to 2"),

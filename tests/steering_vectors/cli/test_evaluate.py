@@ -1,4 +1,4 @@
-"""`trimtab evaluate preferences` and `trimtab evaluate trust`: tables, JSON, the page, and what they refuse."""
+"""`trimtab evaluate preferences` and `trimtab evaluate trust`: tables, JSON, the HTML page, and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_trust_prints_and_writes(run: Run, tiny: Path, warm: Path, tmp_path: Pat
     command = ("evaluate", "trust", "warm", "--profiles", warm, "--model", tiny, *FEW)
     result = run(*command, "--data", folder, "--rows", "16", "--report", page)
     assert result.exit_code == 0, result.output
-    assert "trust against strength 0" in result.stdout
+    assert "trust relative to strength 0" in result.stdout
     assert "wrong_passed" in result.stdout
     assert page.read_text().count("<svg") == 5
     alone = run(*command, "--verticals", "privacy", "--rows", "8", "--json")
@@ -60,8 +60,8 @@ def test_trust_prints_and_writes(run: Run, tiny: Path, warm: Path, tmp_path: Pat
         (
             "trust",
             (),
-            "the vertical toxicity needs a folder with rtp/*.jsonl: name the folder with --data, or leave the vertical "
-            "out of --verticals",
+            "the vertical toxicity needs a folder with rtp/*.jsonl: pass the folder with --data, or remove the "
+            "vertical from --verticals",
         ),
         (
             "trust",

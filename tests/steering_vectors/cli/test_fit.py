@@ -1,4 +1,4 @@
-"""`trimtab fit`: what it writes and prints, and how it fails."""
+"""`trimtab fit`: its files, its output and its errors."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_fit_json_is_one_object(model: Path, data: Path, tmp_path: Path) -> None
         (("-o", "rank=2"), "error: mean-diff has no option 'rank'; it has none\n"),
         (("--tokens", "first"), "error: tokens is 'first', not one of response, last\n"),
         (("--dtype", "int8"), "error: dtype 'int8' is not one of auto, float32, bfloat16, float16\n"),
-        (("--columns", "prompt"), "error: 'prompt' does not rename columns; write prompt=question,chosen=matching\n"),
+        (("--columns", "prompt"), "error: columns 'prompt' cannot be read; write prompt=question,chosen=matching\n"),
         (("--kl-budget", "0"), "error: the KL budget must be a positive number of nats per token, not 0\n"),
     ],
 )
@@ -102,7 +102,9 @@ def test_errors_are_one_line_and_exit_code_2(
 
 def test_an_unknown_embedded_set(model: Path, tmp_path: Path) -> None:
     result = run("fit", "kind", model, "demo:nothing", tmp_path)
-    assert result.stderr.startswith("error: 'demo:nothing' is not an embedded preference set: there are careful, ")
+    assert result.stderr.startswith(
+        "error: 'demo:nothing' is not an embedded data set; use demo: with one of careful, "
+    )
 
 
 def test_a_gate_is_fitted_and_stored(model: Path, data: Path, tmp_path: Path) -> None:
@@ -116,5 +118,5 @@ def test_a_gate_is_fitted_and_stored(model: Path, data: Path, tmp_path: Path) ->
     assert (stored.metrics["prompts"], stored.metrics["source"]) == ([10, 10], "gate.jsonl")
     gate.write_text("".join(json.dumps(row) + "\n" for row in rows[:15]))
     refused = run("fit", "kind", model, data, tmp_path, "--gate", str(gate))
-    expected = f"error: {gate}: it has 7 prompts with the label false; a gate needs at least 8 of each\n"
+    expected = f"error: {gate}: there are 7 prompts with label false; a gate needs at least 8 of each\n"
     assert (refused.exit_code, refused.stderr) == (2, expected)

@@ -1,4 +1,4 @@
-"""The help of every command: it loads no model code, and describes every flag."""
+"""The help of every command loads no model code and describes every flag."""
 
 from __future__ import annotations
 

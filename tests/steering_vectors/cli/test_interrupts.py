@@ -1,4 +1,4 @@
-"""Ctrl-C at every stage of a real `trimtab fit`: how it ends, what it leaves, and that the next run makes it good."""
+"""Ctrl-C at every stage of `trimtab fit`: its exit code, the files it leaves, and the next run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN = (
     "sys.addaudithook(lambda event, about: tell() if event == 'import' and about[0] == 'torch' else None); "
     "main()"
 )
-SAVING = (  # the disk's last act before a profile is put in its place
+SAVING = (  # the last write before a profile file is replaced
     "import os, signal; synced = os.fsync; "
     "os.fsync = lambda file: (synced(file), os.kill(os.getpid(), signal.SIGINT)); "
     "from server.cli import main; main()"
@@ -36,7 +36,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Fit:
-    """One command in a process of its own, with a terminal on stderr so that it tells its progress as it goes."""
+    """A command in its own process, with a terminal on stderr so that it shows progress."""
 
     model: Path
     data: Path
@@ -44,7 +44,7 @@ class Fit:
     out: Path
 
     def run(self, *, code: str = RUN, interrupt_at: str = "") -> tuple[int, str]:
-        """(exit code, what stderr said); Ctrl-C is sent once stderr has said what `interrupt_at` matches."""
+        """Returns the exit code and stderr. Ctrl-C is sent once stderr matches `interrupt_at`."""
         master, slave = pty.openpty()
         command = ["fit", "kind", "--model", self.model, "--data", self.data, "--out", self.out, "--layers", "1"]
         more = ["--method", "rahf-scit", "-o", "epochs=2", "-o", "batch=4"]
@@ -72,7 +72,7 @@ class Fit:
 def _read(terminal: int) -> str:
     try:
         return os.read(terminal, 65536).decode(errors="replace")
-    except OSError:  # how Linux says that the other end has closed
+    except OSError:  # Linux reports a closed other end this way
         return ""
 
 
@@ -114,6 +114,6 @@ def test_ctrl_c_at_any_stage_and_the_next_run_goes_on(fit: Fit, tmp_path: Path) 
 
 
 def _bytes(directory: Path, again: Path) -> bytes:
-    """The file as it would be, had it been made at another time."""
+    """The bytes of the file, stored again with a fixed creation time."""
     profile = replace(load_profile(directory / "kind.safetensors"), created_at="now")
     return save_profile(profile, again).read_bytes()

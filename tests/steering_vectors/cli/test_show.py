@@ -1,4 +1,4 @@
-"""`trimtab show`: by file or by name, as text, as JSON and as a page."""
+"""`trimtab show`: by file or name, as text, JSON and an HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text and messages to token ids, as fitting and serving both see them."""
+"""Text and messages as token ids, for fitting and serving."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_an_empty_prompt_is_an_error(chat: PreTrainedTokenizerFast, prompt: str,
 
 
 def test_half_a_surrogate_pair_is_an_error(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RequestError, match="prompt holds half of a surrogate pair"):
+    with pytest.raises(RequestError, match="prompt contains half of a surrogate pair"):
         encode_prompt(plain, "smile \ud83d")
 
 
@@ -190,7 +190,7 @@ def test_a_leading_space_is_not_doubled(sentencepiece: PreTrainedTokenizerFast, 
 
 
 def test_a_completion_without_tokens_is_an_error(plain: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="the completion '' holds no token of this model; remove the row"):
+    with pytest.raises(DataError, match="the completion '' contains no token of this model; remove the row"):
         encode_example(plain, Example("The boat", ""))
 
 

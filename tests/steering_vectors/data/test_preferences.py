@@ -1,4 +1,4 @@
-"""Examples in memory: both sides of the data, and parts of it that share no prompt."""
+"""Preference data in memory: both sides, and splits that share no prompt."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_sides_of_pairs_are_aligned() -> None:
 def test_unpaired_data_has_no_pairs() -> None:
     preferences = unpaired([Example(None, "x")], [Example(None, "y"), Example(None, "z")])
     assert preferences.rows == 3
-    with pytest.raises(DataError, match=r"rows.jsonl: its rows are not paired; use a method that takes unpaired data"):
+    with pytest.raises(DataError, match=r"rows.jsonl: the rows are not paired; use a method that takes unpaired data"):
         preferences.pairs()
 
 
@@ -140,14 +140,14 @@ def test_one_prompt_for_all_cannot_be_split() -> None:
     with pytest.raises(DataError) as caught:
         paired(["same"] * 30).split()
     assert str(caught.value) == (
-        "pairs.jsonl: too few different prompts or texts to hold out 4 rows and to train on as many; "
+        "pairs.jsonl: there are too few different prompts or texts to hold out 4 rows and train on as many; "
         "add rows with other prompts"
     )
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
 def test_a_fraction_that_is_none_is_refused(fraction: float) -> None:
-    with pytest.raises(DataError, match="the held-out fraction must lie between 0 and 1"):
+    with pytest.raises(DataError, match="the held-out fraction must be between 0 and 1"):
         paired(["a"] * 20).split(fraction)
 
 

@@ -1,4 +1,4 @@
-"""Files of preference data: what is read from them, and how a bad row is named."""
+"""Files of preference data: their content, and errors that locate a bad row."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def messages(*contents: str) -> tuple[Message, ...]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write rows (or text, or bytes) under a name and return the path."""
+    """Write rows, text or bytes to a file and return its path."""
 
     def write(content: Rows | str | bytes, name: str = "data.jsonl") -> str:
         path = tmp_path / name
@@ -66,7 +66,7 @@ def as_parquet(rows: Rows) -> bytes:
 
 
 def changed(rows: Rows, index: int, **cells: Any) -> Rows:
-    """The rows with other cells in one of them (... removes a cell)."""
+    """The rows with other cells in one of them; ... removes a cell."""
     row = {key: value for key, value in (rows[index] | cells).items() if value is not ...}
     return [*rows[:index], row, *rows[index + 1 :]]
 
@@ -77,7 +77,7 @@ def error_of(path: str, **options: Any) -> str:
     return str(caught.value)
 
 
-# What is read
+# Content
 
 
 def test_preference_rows_are_aligned_pairs(write: Write) -> None:
@@ -182,7 +182,7 @@ def test_columns_can_be_swapped(write: Write) -> None:
 def test_renaming_chooses_between_formats(write: Write) -> None:
     path = write([row | other for row, other in zip(PREFERENCE, UNPAIRED, strict=True)])
     assert load_pairs(path, columns={"label": "label"}).kind == "unpaired"
-    assert error_of(path) == f"{path}: its columns fit the formats preference and unpaired; say which with --columns"
+    assert error_of(path) == f"{path}: the columns fit the formats preference and unpaired; choose one with --columns"
 
 
 def test_a_renaming_is_read_from_text() -> None:
@@ -193,7 +193,7 @@ def test_a_renaming_is_read_from_text() -> None:
 def test_what_is_no_renaming_is_refused(text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_columns(text)
-    assert str(caught.value) == f"{text!r} does not rename columns; write prompt=question,chosen=matching"
+    assert str(caught.value) == f"columns {text!r} cannot be read; write prompt=question,chosen=matching"
 
 
 def test_a_renaming_to_an_unknown_column_is_refused() -> None:
@@ -251,28 +251,43 @@ BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
         PREFERENCE,
         {"rejected": ...},
         "rejected",
-        "it is missing; if the column has another name, give it with --columns",
+        "it is missing; if the column has another name, pass --columns",
     ),
     (PREFERENCE, {"chosen": ""}, "chosen", "it is empty"),
-    (PREFERENCE, {"chosen": " \n"}, "chosen", "it holds only blanks"),
+    (PREFERENCE, {"chosen": " \n"}, "chosen", "it contains only whitespace"),
     (PREFERENCE, {"prompt": None}, "prompt", "it is empty"),
     (PREFERENCE, {"chosen": float("nan")}, "chosen", "it is empty"),
     (PREFERENCE, {"prompt": 3}, "prompt", "it must be text, not int"),
-    (PREFERENCE, {"chosen": "\ud83d"}, "chosen", "it holds half of a surrogate pair, which is no character"),
-    (PREFERENCE, {"rejected": "good 4"}, "rejected", "chosen and rejected are equal, so the row says nothing"),
+    (PREFERENCE, {"chosen": "\ud83d"}, "chosen", "it contains half of a surrogate pair, which is not valid Unicode"),
+    (
+        PREFERENCE,
+        {"rejected": "good 4"},
+        "rejected",
+        "chosen and rejected are equal, so nothing is preferred",
+    ),
     (
         PREFERENCE,
         {"rejected": turns("q 4", "no")},
         "rejected",
-        "it holds messages and a prompt as text, but chosen holds text and a prompt as text; use one form",
+        "it contains messages and a prompt as text, but chosen contains text and a prompt as text; use one form",
     ),
-    (PREFERENCE, {"prompt": ...}, "chosen", "it holds text, but the rows before it hold text and a prompt as text"),
-    (CONTRAST, {"negative": "good 4"}, "negative", "positive and negative are equal, so the row says nothing"),
+    (
+        PREFERENCE,
+        {"prompt": ...},
+        "chosen",
+        "it contains text, but earlier rows contain text and a prompt as text",
+    ),
+    (
+        CONTRAST,
+        {"negative": "good 4"},
+        "negative",
+        "positive and negative are equal, so nothing is preferred",
+    ),
     (
         CONTRAST,
         {"prompt": "q"},
         "prompt",
-        "rows of positive and negative hold whole texts; to use the prompt, rename them to chosen and rejected",
+        "positive and negative are whole texts; to use the prompt, rename the columns to chosen and rejected",
     ),
     (UNPAIRED, {"label": "good"}, "label", "'good' is not a label; use true or false, or 1 or 0"),
     (UNPAIRED, {"label": 2}, "label", "2 is not a label; use true or false, or 1 or 0"),
@@ -298,11 +313,11 @@ BAD_MESSAGES: list[tuple[Any, str, str]] = [
     ([{"from": "human", "value": "x"}], "chosen[0]", "a message has role and content only, not 'from'"),
     ([{"role": "tool", "content": "x"}], "chosen[0].role", "'tool' is not a role; use system, user, assistant"),
     (turns("q", ""), "chosen[1].content", "it is empty"),
-    (turns("q", "yes", "more"), "chosen", "its last message must be the assistant's, not the user's"),
+    (turns("q", "yes", "more"), "chosen", "the role of the last message must be assistant, not user"),
     (
         [*turns("q", "yes"), {"role": "assistant", "content": "really"}],
         "chosen",
-        "the message before the reply must not be the assistant's",
+        "the role of the message before the reply must not be assistant",
     ),
     (turns("other", "yes"), "rejected", "the transcripts of chosen and rejected differ before the last reply"),
 ]
@@ -317,7 +332,7 @@ def test_a_bad_message_names_its_place(write: Write, chosen: Any, field: str, pr
 
 def test_a_transcript_must_agree_with_an_explicit_prompt(write: Write) -> None:
     rows = [{"prompt": f"q {i}", "chosen": turns("x", "yes"), "rejected": turns("x", "no")} for i in range(16)]
-    assert "field 'chosen': it must hold the reply alone, or begin with the messages of the prompt" in error_of(
+    assert "field 'chosen': it must be the reply alone, or begin with the messages of the prompt" in error_of(
         write(rows)
     )
 
@@ -325,7 +340,7 @@ def test_a_transcript_must_agree_with_an_explicit_prompt(write: Write) -> None:
 def test_an_empty_turn_of_a_transcript_is_named(write: Write) -> None:
     chosen = "\n\nHuman: Hi\n\nAssistant:\n\nHuman: Hello?\n\nAssistant: Yes."
     rows = [{"chosen": chosen, "rejected": "\n\nHuman: Hi\n\nAssistant: No."}] * 16
-    assert "field 'chosen': turn 2 of the transcript, the assistant's, is empty" in error_of(write(rows))
+    assert "field 'chosen': turn 2 of the transcript (assistant) is empty" in error_of(write(rows))
 
 
 def test_a_renamed_column_is_named_as_in_the_file(write: Write) -> None:
@@ -354,12 +369,12 @@ def test_a_csv_row_is_named_by_the_line_on_which_it_begins(write: Write) -> None
 
 def test_a_csv_row_of_another_length_is_named(write: Write) -> None:
     path = write(as_csv(CONTRAST) + "good, bad, ugly\n", "data.csv")
-    assert error_of(path) == f"{path}, line 18: has 3 cells where the header has 2; {REMEDY}"
+    assert error_of(path) == f"{path}, line 18: has 3 cells, but the header has 2; {REMEDY}"
 
 
 def test_an_open_quote_is_an_error_of_the_file(write: Write) -> None:
     path = write(as_csv(CONTRAST) + 'good,"bad\n', "data.csv")
-    assert error_of(path).startswith(f"{path}: the row that begins on line 18 is not quoted properly (")
+    assert error_of(path).startswith(f"{path}: the row that begins on line 18 has invalid quoting (")
 
 
 def test_an_empty_cell_of_parquet_is_named(write: Write) -> None:
@@ -407,7 +422,7 @@ def test_fewer_than_eight_of_a_label_are_refused(write: Write) -> None:
 def test_unknown_columns_are_listed_with_the_remedy(write: Write) -> None:
     path = write([{"text": "x", "score": 1}] * 16)
     assert error_of(path) == (
-        f"{path}, line 1: its columns (text, score) fit no format: {{prompt, chosen, rejected}}, "
+        f"{path}, line 1: the columns (text, score) fit none of the formats {{prompt, chosen, rejected}}, "
         "{prompt, completion, label} or {positive, negative}; rename them, as in "
         "--columns prompt=question,chosen=good,rejected=bad"
     )
@@ -415,7 +430,7 @@ def test_unknown_columns_are_listed_with_the_remedy(write: Write) -> None:
 
 def test_an_empty_file_is_refused(write: Write) -> None:
     path = write("")
-    assert error_of(path) == f"{path}: it holds no rows"
+    assert error_of(path) == f"{path}: there are no rows in it"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -426,19 +441,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_unknown_ending_lists_the_known(write: Write) -> None:
     path = write("x", "data.txt.gz")
     assert error_of(path) == (
-        f"{path}: its name must end in one of .jsonl, .json, .csv, .tsv, .parquet, or in these and .gz; "
+        f"{path}: the file name must end in .jsonl, .json, .csv, .tsv, .parquet, optionally with .gz; "
         "rename or convert it"
     )
 
 
 def test_a_damaged_gzip_is_named(write: Write) -> None:
     path = write(gzip.compress(as_csv(PREFERENCE).encode())[:-20], "data.csv.gz")
-    assert error_of(path).startswith(f"{path}: not a whole gzip file (")
+    assert error_of(path).startswith(f"{path}: not a complete gzip file (")
 
 
 def test_a_damaged_parquet_is_named(write: Write) -> None:
     path = write(as_parquet(PREFERENCE)[:-9], "data.parquet")
-    assert error_of(path).startswith(f"{path}: not a whole Parquet file (")
+    assert error_of(path).startswith(f"{path}: not a complete Parquet file (")
 
 
 def test_text_that_is_not_utf8_is_named_by_its_line(write: Write) -> None:
@@ -448,12 +463,12 @@ def test_text_that_is_not_utf8_is_named_by_its_line(write: Write) -> None:
 
 def test_lines_of_json_under_the_wrong_name_are_recognised(write: Write) -> None:
     path = write("".join(json.dumps(row) + "\n" for row in PREFERENCE), "data.json")
-    assert error_of(path).endswith("; if it holds one object per line, name it .jsonl")
+    assert error_of(path).endswith("; if the file has one object per line, rename it to .jsonl")
 
 
 def test_a_column_named_twice_is_refused(write: Write) -> None:
     path = write("positive,negative,positive\n", "data.csv")
-    assert error_of(path) == f"{path}: its header has the column 'positive' twice; rename one"
+    assert error_of(path) == f"{path}: the header contains the column 'positive' twice; rename one"
 
 
 # hf:
@@ -477,7 +492,7 @@ def test_another_split_can_be_named(saved: str) -> None:
 
 
 def test_an_unknown_split_lists_those_there_are(saved: str) -> None:
-    assert error_of(f"{saved}:dev") == f"{saved}:dev: it has no split 'dev'; its splits are train, test"
+    assert error_of(f"{saved}:dev") == f"{saved}:dev: there is no split 'dev'; use one of train, test"
 
 
 def test_the_sha256_of_a_data_set_is_that_of_its_rows(saved: str) -> None:
@@ -496,7 +511,7 @@ def test_without_pyarrow_the_remedy_is_named(write: Write, monkeypatch: pytest.M
     assert error_of(path) == f"{path}: reading Parquet needs the package pyarrow: pip install 'trimtab[data]'"
 
 
-# Files from the world
+# Files as other tools write them
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The embedded demo model, its preference sets, its generator, and the rule that judges manners."""
+"""The embedded demo model, its preference sets, its generator, and the lexicon that scores manners."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def list_replies(split: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def training_text() -> str:
-    """All training documents, written anew from their seeds."""
+    """All training documents, generated from their seeds."""
     parts: list[str] = []
     for count, seed, dense in PHASES:
         for document in write_documents(count, seed, dense):
@@ -94,7 +94,7 @@ def test_heldout_prompts_are_disjoint_from_training(training_text: str) -> None:
 
 
 def strip_fields(phrase: str) -> list[str]:
-    """The stretches of a phrase between its `{…}` fields."""
+    """The parts of a phrase between its `{…}` fields."""
     return [part.strip(" ,.") for part in re.split(r"\{\w+\}", phrase) if part.strip(" ,.")]
 
 
@@ -106,7 +106,7 @@ def test_heldout_phrasings_never_occur_in_training(training_text: str) -> None:
 
 
 def test_training_phrasings_never_occur_in_heldout_replies() -> None:
-    """Of three words or more: single words, "carefully" say, are the language's and not a phrasing."""
+    """Only phrasings of three words or more, because single words ("carefully") are ordinary vocabulary."""
     heldout_text = "\n".join(list_replies("heldout")).lower()
     whole = [phrase for phrase in list_phrases(heldout=False) if "{" not in phrase and len(phrase.split()) > 2]
     assert len(whole) >= 100

@@ -1,4 +1,4 @@
-"""A profile as weights: biases that equal steering, and a LoRA that comes near its target; what peft makes of it."""
+"""A profile as weights: biases that equal steering, and a LoRA near its target that peft loads."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_a_baked_model_is_saved_and_loaded(lm: LanguageModel, tmp_path: Path) ->
 
 def test_what_cannot_be_baked(lm: LanguageModel) -> None:
     unbiased = wrap_model(tiny_model("mistral"), tiny_tokenizer())
-    with pytest.raises(FitError, match="MistralForCausalLM has no bias that writes into the residual stream"):
+    with pytest.raises(FitError, match="MistralForCausalLM has no bias that is added to the residual stream"):
         bake(unbiased, tiny_profile(unbiased.model), 1.0)
-    with pytest.raises(FitError, match="ablates, which a constant bias cannot do"):
+    with pytest.raises(FitError, match="ablates, which a bias cannot do"):
         bake(lm, tiny_profile(lm.model, operator="ablate"), 1.0)
     with pytest.raises(SteeringError, match="beyond its safe range"):
         bake(lm, tiny_profile(lm.model), 9.0)
@@ -90,7 +90,7 @@ def test_what_cannot_be_baked(lm: LanguageModel) -> None:
         bake(lm, tiny_profile(tiny_model("gpt2")), 1.0)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads the deprecated attribute
 def test_a_lora_comes_near_its_target_and_peft_loads_it(lm: LanguageModel, tmp_path: Path) -> None:
     profile = tiny_profile(lm.model, layers=(1,))
     before = logits(lm.model)
@@ -132,7 +132,7 @@ def test_a_merged_adapter_is_a_model_of_its_own(lm: LanguageModel, tmp_path: Pat
 
 
 def test_the_loss_is_the_mean_distance(lm: LanguageModel, tmp_path: Path) -> None:
-    """Before any step a LoRA changes nothing, so its distance is the shift's norm, as the first loss shows."""
+    """A new LoRA changes nothing, so its distance is the norm of the shift, as is the first loss."""
     profile, told = tiny_profile(lm.model, layers=(0, 2)), list[str]()
 
     def progress(_stage: str, _done: int, _total: int, /, detail: str = "") -> None:
@@ -151,7 +151,7 @@ def planted_pairs(lm: LanguageModel) -> Preferences:
 
 @pytest.mark.parametrize("method", ["rahf-scit", "rahf-dual"])
 def test_rahfs_second_step_as_a_lora(method: str, tmp_path: Path) -> None:
-    """On responses that it never saw it comes near the tuned models' difference."""
+    """On unseen responses the LoRA is close to the difference of the tuned models."""
     lm, _ = planted_model()
     before = logits(lm.model)
     target = MethodTarget(method, options=OPTIONS[method], layers=(1,), strength=2.0)
@@ -164,7 +164,7 @@ def test_rahfs_second_step_as_a_lora(method: str, tmp_path: Path) -> None:
 
 
 def test_the_target_is_the_difference_of_each_token() -> None:
-    """Against passes of one row each, without padding."""
+    """Compared with passes of one row each, without padding."""
     lm, _ = planted_model()
     task = replace(planted_task(lm, "rahf-scit"), wanted=(0, 1), statistics={})
     with scit_tuned(task) as first:
@@ -187,13 +187,13 @@ def test_the_papers_blocks_are_the_middle_ones() -> None:
 
 
 def test_nothing_to_distil(lm: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="at strength 0 there is nothing to distil"):
+    with pytest.raises(FitError, match="strength 0 changes nothing, so there is nothing to distil"):
         distill(lm, tiny_profile(lm.model), pairs(), tmp_path / "adapter", strength=0.0)
     with pytest.raises(FitError, match="must be positive"):
         DistillSettings(steps=0)
     with pytest.raises(FitError, match="'pca' has no difference per token; rahf-scit, rahf-dual have one"):
         MethodTarget("pca")
-    with pytest.raises(FitError, match="at strength 0 there is nothing to distil"):
+    with pytest.raises(FitError, match="strength 0 changes nothing, so there is nothing to distil"):
         MethodTarget("rahf-scit", strength=0.0)
     full = MethodTarget("rahf-scit", options={"tuning": "full"})
     with pytest.raises(FitError, match="use option tuning=lora"):

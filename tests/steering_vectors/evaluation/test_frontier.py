@@ -1,4 +1,4 @@
-"""Reward against divergence: the optimum against its closed form, and a model's measurements against plain ones."""
+"""Reward against KL: the optimum equals its closed form, and measurements equal plain references."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 COUNTS, VALUES = np.array([8, 4, 3, 1]), np.array([0.0, 1.0, 2.0, 5.0])
-TOY = np.repeat(VALUES, COUNTS)[None, :]  # a discrete p₀ = counts / 16, as samples of exactly these shares
+TOY = np.repeat(VALUES, COUNTS)[None, :]  # samples with exactly the shares of a discrete p₀ = counts / 16
 PROMPTS = [[5, 6, 7], [8, 9]]
 
 
 class Letters:
-    """A rule as a reward."""
+    """A reward that is a rule."""
 
     name, unit = "share of e", "share"
 

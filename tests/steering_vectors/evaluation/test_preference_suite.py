@@ -1,4 +1,4 @@
-"""The preference suite against plain references, its controls and its page."""
+"""The preference suite: plain references, controls and the HTML page."""
 
 from __future__ import annotations
 
@@ -174,10 +174,10 @@ def test_rewards_are_fitted_to_the_rows_that_the_profile_was_trained_on(found: P
 
 def test_reward_may_be_left_out(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:
     one = evaluate(lm, profile, pairs, EvaluationSettings(strengths=STRENGTHS, randoms=0, reward_samples=0))
-    assert one["reward"] == {"note": "it was not asked for"}
+    assert one["reward"] == {"note": "it was not requested"}
     page = render_report([one])
     assert page.count("<svg") == 3
-    assert "Reward against KL was not measured: it was not asked for." in page
+    assert "Reward against KL was not measured: it was not requested." in page
 
 
 def test_the_seed_reaches_controls_and_intervals(lm: LanguageModel, pairs: Preferences, profile: Profile) -> None:

@@ -1,4 +1,4 @@
-"""A score of texts by their words: what it learns, what it is tested on, and how its quality is told."""
+"""The reward fitted to words: its training rows, its test rows, and its reported quality."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def test_separation_is_the_area_under_the_curve() -> None:
 
 def test_a_reward_is_fitted_to_trained_rows_and_tested_on_the_others() -> None:
     misleading = corpus(range(20, 30), good="three apples", bad="kindly warm")
-    found = judged(None, corpus(range(20)), misleading, TOKENIZER, most=48)
+    found = judged(None, corpus(range(20)), misleading, TOKENIZER, max_tokens=48)
     assert found.quality["auc"] == 0
     assert (found.quality["fitted_rows"], found.quality["tested_texts"]) == (20, 20)
 
 
 def test_other_data_is_parted() -> None:
-    found = judged(None, None, corpus(range(30)), TOKENIZER, most=48)
+    found = judged(None, None, corpus(range(30)), TOKENIZER, max_tokens=48)
     assert (found.quality["fitted_rows"], found.quality["tested_texts"]) == (24, 12)
     assert found.quality["auc"] == 1
 
 
 def test_a_reward_of_one_s_own_is_tested_too() -> None:
-    found = judged(Length(), corpus(range(20)), corpus(range(20, 30)), TOKENIZER, most=48)
+    found = judged(Length(), corpus(range(20)), corpus(range(20, 30)), TOKENIZER, max_tokens=48)
     assert (found.reward.name, found.quality["auc"]) == ("length", 0.0)
     assert "fitted_rows" not in found.quality
 

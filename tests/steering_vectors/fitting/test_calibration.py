@@ -1,4 +1,4 @@
-"""The unit meets its KL budget on texts that calibration never saw, measured by code that calibration does not use."""
+"""The unit meets its KL budget on new texts, measured by code that calibration does not use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def profile_for(lm: LanguageModel, **fields: object) -> Profile:
 
 
 def measured_kl(lm: LanguageModel, profile: Profile, prompts: list[list[int]], tokens: int, seed: int) -> float:
-    """Mean KL per token over fresh samples, text by text, the shift added by hand."""
+    """Mean KL per token over new samples, one text at a time, with the shift added by plain hooks."""
     shifts = {layer: profile.unit * direction for layer, direction in profile.injected().items()}
 
     def logs(ids: torch.Tensor) -> torch.Tensor:

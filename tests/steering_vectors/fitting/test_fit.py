@@ -1,4 +1,4 @@
-"""A fit from rows to profile: what it holds, what it repeats, what it refuses, and that it steers."""
+"""Fitting from rows to a profile: its fields, its reproducibility, its errors and its effect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GOOD, BAD = ("warm", "kindly", "please", "water"), ("wind", "three", "letter", "
 
 
 def preferences(rows: int = 60, *, kind: Any = "preference", prompts: bool = True, seed: int = 0) -> Preferences:
-    """Responses of preferred words against responses of others, to prompts that are all different."""
+    """Responses of preferred words and of other words, to prompts that are all different."""
     draw = random.Random(seed)
 
     def example(words: tuple[str, ...], row: int) -> Example:
@@ -167,15 +167,15 @@ def test_the_parts_share_no_prompt(lm: LanguageModel) -> None:
 
 def test_sampling_prompts(lm: LanguageModel) -> None:
     with_prompts, without = preferences(), preferences(kind="contrast", prompts=False)
-    drawn = sampling_prompts(lm.tokenizer, with_prompts, most=None, seed=0)
+    drawn = sampling_prompts(lm.tokenizer, with_prompts, max_tokens=None, seed=0)
     assert len(drawn) == 60
     assert len({tuple(prompt) for prompt in drawn}) == 60
-    assert drawn == sampling_prompts(lm.tokenizer, with_prompts, most=None, seed=0)
+    assert drawn == sampling_prompts(lm.tokenizer, with_prompts, max_tokens=None, seed=0)
     words = {" ".join(one.completion.split()[:5]) for one in (*without.positives, *without.negatives)}
     starts = [encode_example(lm.tokenizer, Example(None, text))[0] for text in words]
-    assert all(prompt in starts for prompt in sampling_prompts(lm.tokenizer, without, most=None, seed=0))
+    assert all(prompt in starts for prompt in sampling_prompts(lm.tokenizer, without, max_tokens=None, seed=0))
     with pytest.raises(DataError, match="none of the 60 held-out prompts leaves room"):
-        sampling_prompts(lm.tokenizer, with_prompts, most=2, seed=0)
+        sampling_prompts(lm.tokenizer, with_prompts, max_tokens=2, seed=0)
 
 
 def test_without_calibration_the_unit_is_one(lm: LanguageModel) -> None:
@@ -202,10 +202,10 @@ def test_long_rows_are_refused_or_left_out_never_cut() -> None:
 
 def test_identical_sides_have_no_direction(lm: LanguageModel) -> None:
     pairs = preferences()
-    with pytest.raises(DataError, match="in every row both sides are the same text, so nothing is preferred"):
+    with pytest.raises(DataError, match="both sides of every row are the same text; check the columns"):
         fit(lm, None, replace(pairs, negatives=pairs.positives), layers="1")
     with pytest.raises(
-        FitError, match="layer 1: the direction is zero: preferred and rejected responses look the same"
+        FitError, match="layer 1: the direction is zero: preferred and rejected responses have equal means"
     ):
         fit(lm, None, replace(pairs, kind="unpaired", negatives=pairs.positives), layers="1")
 
@@ -225,7 +225,7 @@ def test_an_unreached_budget_is_noted(lm: LanguageModel) -> None:
         ({"kl_budget": 0.0}, FitError, "the KL budget must be a positive number"),
         ({"name": "No Name"}, ProfileError, "'No Name' is not a profile name"),
         ({"layering": "stacked"}, ProfileError, "layering is 'stacked'"),
-        ({"heldout_fraction": 1.5}, DataError, "the held-out fraction must lie between 0 and 1"),
+        ({"heldout_fraction": 1.5}, DataError, "the held-out fraction must be between 0 and 1"),
     ],
 )
 def test_what_is_refused(lm: LanguageModel, options: dict[str, Any], error: type[Exception], message: str) -> None:

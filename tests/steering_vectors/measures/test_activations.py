@@ -1,4 +1,4 @@
-"""Captured statistics equal what a plain pass over each example, alone and unpadded, gives."""
+"""Captured statistics equal those of a plain pass over each example, alone and unpadded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def examples(count: int, seed: int) -> list[Encoded]:
 
 
 def outputs(lm: LanguageModel, example: Encoded, layer: int) -> torch.Tensor:
-    """The block's output at the response's tokens, from a pass over this example alone."""
+    """The block's output at the response's tokens, from a pass over this example only."""
     ids, start = example
     with torch.no_grad(), record(lm.blocks, [layer]) as seen:
         lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False)

@@ -1,4 +1,4 @@
-"""The curve over strengths: equal to a plain measurement, and the safe range read from it."""
+"""The curve over strengths equals a plain measurement and gives the safe range."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_curve_ends_at_the_first_magnitude_over_the_bound(lm: LanguageModel) -
 
 
 def points(*perplexities: float) -> list[CurvePoint]:
-    """At 0, ±0.5, ±1, …: the + side as given, the − side without effect."""
+    """Points at 0, ±0.5, ±1, …: the positive side as given, the negative side without an effect."""
     sides = [
         CurvePoint(sign * 0.5 * place, 0.0, value if sign > 0 else perplexities[0])
         for place, value in enumerate(perplexities)

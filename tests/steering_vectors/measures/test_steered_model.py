@@ -1,4 +1,4 @@
-"""Teacher-forced scores, divergences and samples equal what one plain pass per text gives, steered or not."""
+"""Scores, divergences and samples equal those of one plain pass per text, steered and unsteered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def profile_for(lm: LanguageModel) -> Profile:
 
 
 def plain_logits(lm: LanguageModel, profile: Profile | None, ids: list[int], start: int) -> torch.Tensor:
-    """Logits `[positions, vocabulary]` of one text, the shift added by hand from the last prompt token on."""
+    """Logits `[positions, vocabulary]` of one text. Plain hooks add the shift from the last prompt token on."""
 
     shifts = {} if profile is None else {layer: profile.unit * d for layer, d in profile.injected().items()}
     with torch.no_grad(), shifted(lm, shifts, max(start, 1) - 1):

@@ -1,4 +1,4 @@
-"""Every method finds a planted direction, and equals its equation on all activations at once."""
+"""Every method finds a planted direction and equals its equation on all activations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def statistics_of(positives: torch.Tensor, negatives: torch.Tensor, paired: bool
 
 
 def planted(paired: bool, seed: int = 0, rows: int = 400) -> tuple[LayerStatistics, torch.Tensor]:
-    """Two clouds that differ along one direction, with more spread along another; pairs share theirs."""
+    """Two clouds that differ along one direction and vary more along another, with the same variation in a pair."""
     draw = torch.Generator().manual_seed(seed)
     direction, distraction = torch.linalg.qr(torch.randn(HIDDEN, 2, generator=draw)).Q.T
 
@@ -109,7 +109,7 @@ def test_unpaired_pca_equals_the_singular_vector_of_every_cross_difference() -> 
 
 
 def test_centred_pca_would_lose_the_mean_difference() -> None:
-    """The trap that the uncentred component avoids."""
+    """This is why the component is not centred."""
     statistics, direction = planted(True)
     differences = statistics.positives.double() - statistics.negatives.double()
     centred = first_component(differences - differences.mean(0))

@@ -1,4 +1,4 @@
-"""Methods that instruct or train: planted directions, losses against plain references, options, the cache."""
+"""Methods that instruct or train: planted directions, losses compared with plain references, options, the cache."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cache
 def alignments(method: str, **options: Any) -> list[float]:
-    """Cosines of what a method finds with the planted directions of eight models, which are left as they were.
+    """Cosines between a method's directions and the planted ones of eight models, which the method must not change.
 
-    A random direction's would be 0 ± 0.18 each, and 0 ± 0.06 on average.
+    Random directions give 0 ± 0.18 each, and 0 ± 0.06 on average.
     """
     cosines = []
     for seed in range(8):
@@ -55,26 +55,26 @@ def alignments(method: str, **options: Any) -> list[float]:
 
 @pytest.mark.parametrize("method", [name for name in method_names() if name != "rahf-scit"])
 def test_every_method_recovers_a_planted_direction(method: str) -> None:
-    """Means are 0.61 to 0.75, the least cosine 0.42."""
+    """Means are 0.61 to 0.75, the smallest cosine is 0.42."""
     found = alignments(method)
     assert np.mean(found) > 0.5
     assert min(found) > 0.3
 
 
 def test_scit_recovers_a_part_of_a_planted_direction() -> None:
-    """The mean is 0.35; single cosines are 0.1 to 0.6, since the low-rank update need not go through the direction."""
+    """The mean is 0.35. Cosines are 0.1 to 0.6, because the low-rank update need not use the direction."""
     assert np.mean(alignments("rahf-scit")) > 0.2
 
 
 @pytest.mark.parametrize(("method", "gain"), [("rahf-scit", 0.2), ("rahf-dual", 0.3)])
 def test_the_first_step_is_what_finds_it(method: str, gain: float) -> None:
-    """Without it the means are 0 and 0.2; with it 0.35 and 0.67."""
+    """Means are 0 and 0.2 without the first step, and 0.35 and 0.67 with it."""
     untuned = alignments(method, epochs=1e-9, learning_rate=1e-9)
     assert np.mean(alignments(method)) - np.mean(untuned) > gain
 
 
 def test_scit_tunes_each_side_to_its_own_instruction() -> None:
-    """Preferred responses are likely under p⁺ and not under p⁻, rejected ones the other way round."""
+    """Preferred responses are likely only under p⁺, rejected ones only under p⁻."""
     for seed in range(3):
         lm, _ = planted_model(seed)
         with torch.no_grad(), scit_tuned(planted_task(lm, "rahf-scit")) as first, first.side(0):
@@ -88,7 +88,7 @@ def test_scit_tunes_each_side_to_its_own_instruction() -> None:
 
 
 def test_dual_tunes_a_model_for_each_side() -> None:
-    """Both read p⁺; each finds the responses of its side likely, and the others' not."""
+    """Both models read p⁺. Each finds only the responses of its own side likely."""
     lm, _ = planted_model()
     with torch.no_grad(), dual_tuned(planted_task(lm, "rahf-dual")) as first:
         sides = []
@@ -124,7 +124,7 @@ def test_the_block_that_is_read_is_the_middle_one(method: str) -> None:
 
 
 def test_the_instructions_own_trace_is_taken_off() -> None:
-    """Exactly what contrast-prompts finds in the untuned model; with it left in, SCIT is the paper's."""
+    """The trace is what contrast-prompts finds in the untuned model; baseline=none is the paper's SCIT."""
     lm, _ = planted_model()
     task = planted_task(lm, "rahf-scit")
     instructions = {key: task.options[key] for key in ("positive", "negative")}
@@ -203,7 +203,7 @@ def test_bipo_equals_its_equation(sign: int) -> None:
 
 
 def test_bipo_trains_on_both_signs_at_a_falling_rate() -> None:
-    """Equals Adam by hand on the loss above."""
+    """Equals a plain Adam loop on the same loss."""
     lm, _ = planted_model()
     task = planted_task(lm, "bipo", rows=8)
     task = replace(task, options={**task.options, "epochs": 3.0, "batch": 4, "step": 0.02})
@@ -225,7 +225,7 @@ def test_bipo_trains_on_both_signs_at_a_falling_rate() -> None:
 
 
 def test_what_bipo_finds_lowers_the_loss_of_both_signs() -> None:
-    """From log 2, where nothing is added."""
+    """The loss starts at log 2, without a vector."""
     lm, _ = planted_model()
     task = planted_task(lm, "bipo")
     pairs = [
@@ -288,5 +288,5 @@ def test_every_epoch_goes_through_all_samples_in_another_order() -> None:
 
 
 def test_every_method_with_options_is_planted() -> None:
-    """With what its first step needs to find a direction in so small a model."""
+    """The options with which the first step finds a direction in such a small model."""
     assert set(OPTIONS) == {name for name in method_names() if method_named(name).complete({})}

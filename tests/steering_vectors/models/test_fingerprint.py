@@ -1,4 +1,4 @@
-"""A model's fingerprint: the same however it is stored and loaded, another for other weights or another shape."""
+"""A model's fingerprint does not depend on its storage, and differs for other weights or another shape."""
 
 from __future__ import annotations
 
@@ -112,4 +112,4 @@ def test_two_architectures_share_one_only_if_they_share_all_parameters() -> None
         first, second = (dict(models[name].named_parameters()) for name in (one, other))
         alike = first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
         assert (prints[one] == prints[other]) == alike
-    assert len(set(prints.values())) == len(REQUIRED) - 1  # Llama's and Mistral's differ in nothing but the window
+    assert len(set(prints.values())) == len(REQUIRED) - 1  # Llama and Mistral differ only in the window

@@ -1,4 +1,4 @@
-"""Part of a text is kept from a model's upper blocks, or the model is refused."""
+"""Hiding part of a text from a model's upper blocks, or refusing the model."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_is_hidden_is_where_the_prompts_differ() -> None:
 
 
 COLUMNS = torch.tensor([[False, True, False]])
-ROWS = [[True, False, False], [True, True, False], [True, False, True]]  # the causal mask, less column 1 for the last
+ROWS = [[True, False, False], [True, True, False], [True, False, True]]  # causal, without column 1 in the last row
 
 
 def test_a_mask_keeps_its_form() -> None:

@@ -1,4 +1,4 @@
-"""Reading blocks' outputs, replacing them and selecting positions."""
+"""Hooks that read block outputs, replace them and select positions."""
 
 from __future__ import annotations
 

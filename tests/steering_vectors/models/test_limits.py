@@ -1,4 +1,4 @@
-"""Fitting and serving end texts at the same tokens and bound them by the same context."""
+"""Fitting and serving use the same end-of-text tokens and the same context limit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TOKENS = 12
 
 
 def model_with(generation: Any, config: Any, tokenizer: int | None) -> LanguageModel:
-    """A model that writes each of CANDIDATES with the same probability and nothing else, whose three places name these
-    end-of-sequence tokens."""
+    """A model that writes each of CANDIDATES with equal probability, and no other token. The arguments are the
+    end-of-text tokens in its generation configuration, its configuration and its tokenizer."""
     network = tiny_model("phi")
     projection = network.get_output_embeddings()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Loading, and finding decoder blocks by what they do, on every architecture that can be built tiny."""
+"""Loading models and finding their decoder blocks, on every tiny architecture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_blocks_are_found(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", STEERABLE)
 def test_every_tiny_model_has_an_output_projection(architecture: str) -> None:
-    """Position selection hangs on it."""
+    """Position selection needs an output projection."""
     assert tiny_model(architecture).get_output_embeddings() is not None
 
 
@@ -50,7 +50,7 @@ def test_the_width_is_the_residual_streams() -> None:
 
 
 def test_blocks_return_tensors_or_tuples() -> None:
-    """Both forms occur among the architectures, so both are tested wherever all of them are."""
+    """Both forms occur, so a test over all architectures covers both."""
     forms = set()
     for architecture in ("llama", "gpt2", "gptj", "bloom", "rwkv"):
         model = tiny_model(architecture)
@@ -63,7 +63,7 @@ def test_blocks_return_tensors_or_tuples() -> None:
 
 
 class Custom(PreTrainedModel):
-    """A model of our own making around any body that maps `[batch, positions, hidden]` onto itself."""
+    """A custom model around any body that maps `[batch, positions, hidden]` to the same shape."""
 
     config_class = LlamaConfig
 
@@ -89,7 +89,7 @@ class Chain(nn.Module):
 
 
 class Experts(Chain):
-    """Members that all read the same, as experts and parallel branches do."""
+    """Modules that all read the same input, as experts and parallel branches do."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + sum(member(hidden) for member in self.members)
@@ -105,7 +105,7 @@ def linear() -> nn.Linear:
 
 
 def test_parts_of_a_block_are_not_the_blocks() -> None:
-    """Three sublayers in each of two blocks: the longer list is the wrong one."""
+    """Each of two blocks has three sublayers, so the longer list is the wrong one."""
     model = Custom(Chain(Chain(linear(), linear(), linear()), Chain(linear(), linear(), linear())))
     assert find_blocks(model) == tuple(model.body.members)
 

@@ -1,4 +1,4 @@
-"""Profile files: what is written can be read, and whatever cannot be read ends in a ProfileError that says why."""
+"""Profile files: written files can be read, and every unreadable file raises a ProfileError with the reason."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stored(tmp_path: Path, **changes: Any) -> bytes:
 
 
 def altered(data: bytes, /, *, tensors: dict[str, torch.Tensor | None] | None = None, **fields: Any) -> bytes:
-    """The same file with other tensors (None removes) and other metadata fields (... removes)."""
+    """The file with other tensors (None removes one) and other metadata fields (... removes one)."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = json.loads(header["__metadata__"]["trimtab"]) | fields
     metadata = {key: value for key, value in metadata.items() if value is not ...}
@@ -120,7 +120,7 @@ def test_a_changed_byte_is_refused_or_is_another_version(
         found = read_profile(bytes(damaged), "warm")
     except ProfileError:
         return
-    assert found.version == hashlib.sha256(damaged).hexdigest()  # other numbers are another version
+    assert found.version == hashlib.sha256(damaged).hexdigest()  # different bytes give a different version
     assert all(direction.isfinite().all() for direction in found.directions.values())
     assert found.model.hidden_size == HIDDEN
 
@@ -155,7 +155,7 @@ def test_a_failed_rename_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
 
 
 def test_a_profile_whose_metadata_has_no_json_form_is_not_stored(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"its metadata has no JSON form .* use finite numbers"):
+    with pytest.raises(ProfileError, match=r"the metadata has no JSON form .* use finite numbers"):
         save_profile(make_profile(metrics={"accuracy": float("nan")}), tmp_path)
     assert names_in(tmp_path) == []
 
@@ -176,7 +176,7 @@ def test_publishing_keeps_the_bytes(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize("name", ["../warm", ".warm", "", "Warm", "warm/x", "warm/../../x", "warm\n", "w" * 65])
 def test_publishing_refuses_what_is_no_name(tmp_path: Path, data: bytes, name: str) -> None:
     served = tmp_path / "outside" / "served"
-    (served / "warm").mkdir(parents=True)  # so that a path through it would lead somewhere
+    (served / "warm").mkdir(parents=True)  # so that a path through it would exist
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ProfileError, match="is not a profile name"):
         publish(data, name, served)
@@ -204,7 +204,7 @@ def test_the_stem_must_be_the_name(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ProfileError) as caught:
         load_profile(path)
-    assert str(caught.value) == f"{path}: its metadata calls it 'warm', not 'cold'; name file and profile alike"
+    assert str(caught.value) == f"{path}: the metadata has the name 'warm'; rename the file to warm.safetensors"
 
 
 def test_a_name_may_hold_dots(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_name_may_hold_dots(tmp_path: Path) -> None:
 def test_a_changed_length_of_the_header_is_refused(data: bytes, place: int) -> None:
     damaged = bytearray(data)
     damaged[place] ^= 0x10
-    assert "not a whole safetensors file (" in message_of(bytes(damaged))
+    assert "not a complete safetensors file (" in message_of(bytes(damaged))
 
 
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
@@ -224,13 +224,13 @@ def test_a_truncated_file_names_the_remedy(tmp_path: Path, data: bytes, cut: int
     path.write_bytes(data[:cut])
     with pytest.raises(ProfileError) as caught:
         load_profile(path)
-    assert str(caught.value).startswith(f"{path}: not a whole safetensors file (")
+    assert str(caught.value).startswith(f"{path}: not a complete safetensors file (")
     assert str(caught.value).endswith("; copy it again, or fit the profile again")
 
 
 def test_a_safetensors_file_of_another_kind_is_no_profile() -> None:
     assert message_of(to_safetensors({"weight": torch.ones(2)})) == (
-        "profile 'warm': a safetensors file, but not a profile: its metadata has no key 'trimtab'; "
+        "profile 'warm': not a profile: the metadata of this safetensors file has no key 'trimtab'; "
         "fit the profile again"
     )
 
@@ -256,7 +256,7 @@ def test_a_wrong_dtype_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("layers", [[2, 0], [0], [0, 1, 2], [0, 2, 2], [0.0, 2], [False, 2], ["0", 2]])
 def test_layers_must_be_those_of_the_tensors_ascending(data: bytes, layers: list[Any]) -> None:
     assert message_of(altered(data, layers=layers)) == (
-        f"profile 'warm': 'layers' in its metadata is {layers}, its directions are at layers [0, 2]; "
+        f"profile 'warm': 'layers' in the metadata is {layers}, but the directions have layers [0, 2]; "
         "fit the profile again"
     )
 
@@ -269,7 +269,7 @@ def test_a_layer_beyond_the_model_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("name", ["block.01.direction", "block.-1.direction", "block.1.bias", "weight", "block.1"])
 def test_an_unknown_tensor_is_refused(data: bytes, name: str) -> None:
     assert message_of(altered(data, tensors={name: torch.ones(HIDDEN)})) == (
-        f"profile 'warm': it has the unknown tensor {name!r}; upgrade trimtab or fit the profile again"
+        f"profile 'warm': the file has the unknown tensor {name!r}; upgrade trimtab or fit the profile again"
     )
 
 
@@ -304,13 +304,13 @@ def test_a_broken_gate_is_refused(data: bytes) -> None:
     stated = {"layer": 1, "threshold": 0.5, "side": "above", "metrics": {}}
     vector = {"gate.direction": torch.ones(HIDDEN)}
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        (vector, {}, "do not agree on whether it has a gate"),
-        ({}, {"gate": stated}, "do not agree on whether it has a gate"),
+        (vector, {}, "only one of the metadata and the tensors has a gate"),
+        ({}, {"gate": stated}, "only one of the metadata and the tensors has a gate"),
         ({"gate.2.weight": torch.ones(HIDDEN)}, {}, "unknown tensor 'gate.2.weight'"),
         (vector, {"gate": {**stated, "side": "left"}}, "the gate's side is 'left'"),
         (vector, {"gate": {**stated, "layer": 99}}, "gate's layer 99 is out of range"),
         (vector, {"gate": {**stated, "more": 1}}, "unknown field 'gate.more'"),
-        (vector, {"gate": [1]}, "'gate' in its metadata is of type list"),
+        (vector, {"gate": [1]}, "'gate' in the metadata has type list"),
         ({"gate.direction": torch.zeros(HIDDEN)}, {"gate": stated}, "the gate's direction is zero"),
         ({"gate.direction": torch.ones(HIDDEN + 1)}, {"gate": stated}, "not F32 of shape"),
     ]
@@ -320,26 +320,26 @@ def test_a_broken_gate_is_refused(data: bytes) -> None:
 
 def test_a_profile_without_directions_is_refused(data: bytes) -> None:
     bare = altered(data, tensors={"block.0.direction": None, "block.2.direction": None}, layers=[])
-    assert "holds no direction" in message_of(bare)
+    assert "has no direction" in message_of(bare)
 
 
 @pytest.mark.parametrize("field", ["name", "operator", "unit", "calibration", "created_at", "format_version"])
 def test_a_missing_field_is_named(data: bytes, field: str) -> None:
     assert message_of(altered(data, **{field: ...})) == (
-        f"profile 'warm': its metadata lacks {field!r}; fit the profile again"
+        f"profile 'warm': the metadata has no field {field!r}; fit the profile again"
     )
 
 
 def test_an_unknown_field_is_named(data: bytes) -> None:
     assert message_of(altered(data, colour="red")) == (
-        "profile 'warm': its metadata has the unknown field 'colour'; upgrade trimtab or fit the profile again"
+        "profile 'warm': the metadata has the unknown field 'colour'; upgrade trimtab or fit the profile again"
     )
 
 
 def test_an_unknown_metadata_key_is_named() -> None:
     other = to_safetensors({"block.0.direction": torch.ones(HIDDEN)}, metadata={"trimtab": "{}", "format": "pt"})
     assert message_of(other) == (
-        "profile 'warm': its metadata has the unknown key 'format'; upgrade trimtab or fit the profile again"
+        "profile 'warm': the metadata has the unknown key 'format'; upgrade trimtab or fit the profile again"
     )
 
 
@@ -354,17 +354,17 @@ def test_an_unknown_metadata_key_is_named() -> None:
     ],
 )
 def test_a_field_of_the_wrong_type_is_named(data: bytes, field: str, value: Any, found: str) -> None:
-    assert f"{field!r} in its metadata is of type {found}, not " in message_of(altered(data, **{field: value}))
+    assert f"{field!r} in the metadata has type {found}, not " in message_of(altered(data, **{field: value}))
 
 
 def test_the_fields_of_the_model_are_checked(data: bytes) -> None:
     model = {"id": "tiny", "architecture": "x", "hidden_size": "6", "num_layers": 4, "fingerprint": "f"}
-    assert "'model.hidden_size' in its metadata is of type str, not int" in message_of(altered(data, model=model))
+    assert "'model.hidden_size' in the metadata has type str, not int" in message_of(altered(data, model=model))
 
 
 def test_a_newer_format_asks_for_an_upgrade(data: bytes) -> None:
     assert message_of(altered(data, format_version=2, colour="red")) == (
-        "profile 'warm': it has format version 2; this trimtab reads 1; upgrade trimtab or fit the profile again"
+        "profile 'warm': the format version is 2; this trimtab reads 1; upgrade trimtab or fit the profile again"
     )
 
 
@@ -375,7 +375,7 @@ def test_an_operator_that_does_not_exist_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 400])
 def test_a_number_that_is_not_finite_is_refused(data: bytes, text: str) -> None:
     bad = _with_metadata_text(data, lambda metadata: metadata.replace('"unit": 1.5', f'"unit": {text}'))
-    assert message_of(bad).startswith("profile 'warm': its metadata is not valid JSON (")
+    assert message_of(bad).startswith("profile 'warm': the metadata is not valid JSON (")
 
 
 @pytest.mark.parametrize(("digits", "read"), [(18, True), (19, False), (180, False)])
@@ -385,13 +385,13 @@ def test_integers_of_up_to_18_digits_are_read(data: bytes, digits: int, read: bo
         assert read_profile(large, "warm").data == {"rows": int("9" * digits)}
     else:
         assert message_of(large) == (
-            f"profile 'warm': its metadata is not valid JSON ({'9' * 18}… is too large); fit the profile again"
+            f"profile 'warm': the metadata is not valid JSON ({'9' * 18}… is too large); fit the profile again"
         )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "[" * 5000, '{"name": "\\ud800"}'])
 def test_metadata_that_is_no_json_object_is_refused(data: bytes, text: str) -> None:
-    assert "its metadata is not " in message_of(_with_metadata_text(data, lambda _: text))
+    assert "the metadata is not " in message_of(_with_metadata_text(data, lambda _: text))
 
 
 def test_the_summary_is_plain_json(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_the_summary_is_plain_json(tmp_path: Path) -> None:
 
 
 def test_no_summary_holds_a_number_that_is_not_finite() -> None:
-    with pytest.raises(ProfileError, match="its metadata has no JSON form"):
+    with pytest.raises(ProfileError, match="the metadata has no JSON form"):
         profile_summary(make_profile(metrics={"loss": float("inf")}))
 
 

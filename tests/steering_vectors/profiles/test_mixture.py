@@ -1,4 +1,4 @@
-"""The arithmetic of a mix: what is summed, what is refused, what a receipt says, and when two mixes are the same."""
+"""Mixtures: sums, errors, receipts and digests."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_strengths_that_are_not_finite(strength: float) -> None:
 def test_ablation_strengths(strength: float, shown: str) -> None:
     with pytest.raises(SteeringError) as refusal:
         Term(BARE, strength)
-    assert str(refusal.value) == (f"profile 'bare' ablates its direction: its strength must lie in 0 to 1, not {shown}")
+    assert str(refusal.value) == (
+        f"profile 'bare' ablates its direction: its strength must be from 0 to 1, not {shown}"
+    )
     assert refusal.value.param == "strength"
 
 
@@ -186,7 +188,7 @@ def test_just_above_the_limit_is_beyond(sign: int) -> None:
 
 
 def test_ablations_do_not_count_towards_the_sum() -> None:
-    """Neither their strengths nor their own safe range."""
+    """Neither their strengths nor their safe range count."""
     mix((WARM, 2.0), (BARE, 1.0))
     narrow = tiny_profile(name="narrow", layers=(0, 1), operator="ablate", seed=3, max_strength=0.5)
     mix((WARM, 2.0), (narrow, 0.5))
@@ -275,7 +277,7 @@ def test_unequal_digests() -> None:
         mix((WARM, 0.5), (TERSE, 0.5)),
     ]
     assert len({each.digest() for each in mixes}) == len(mixes)
-    assert mix((WARM, 0.5), apply_to="all").digest() == mix((WARM, 0.5)).digest()  # where is not what
+    assert mix((WARM, 0.5), apply_to="all").digest() == mix((WARM, 0.5)).digest()  # it does not depend on positions
 
 
 @given(st.floats(-1, 1), st.floats(-1, 1))

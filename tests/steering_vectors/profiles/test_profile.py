@@ -1,4 +1,4 @@
-"""A profile's validity, its layers, and which models it meets."""
+"""Profiles: valid fields, layers, and the check against a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_names_that_are_none(name: str) -> None:
     with pytest.raises(ProfileError) as refusal:
         tiny_profile(name=name)
     assert str(refusal.value) == (
-        f"{name!r} is not a profile name: use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+        f"{name!r} is not a profile name; use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
     )
 
 
@@ -43,7 +43,7 @@ def test_names_that_are_none(name: str) -> None:
         ({"max_strength": -1}, "profile 'warm': max_strength must be a positive finite number, not -1"),
         ({"max_strength": float("inf")}, "profile 'warm': max_strength must be a positive finite number, not inf"),
         ({"format_version": 2}, "profile 'warm' has format version 2; this trimtab reads 1"),
-        ({"layers": []}, "profile 'warm' holds no direction"),
+        ({"layers": []}, "profile 'warm' has no direction"),
         ({"layers": [3]}, "profile 'warm': layer 3 is out of range; the model has blocks 0 to 2"),
         ({"layers": [-1]}, "profile 'warm': layer -1 is out of range; the model has blocks 0 to 2"),
     ],
@@ -110,7 +110,7 @@ def test_layers_that_it_lacks() -> None:
 def test_no_layers() -> None:
     with pytest.raises(SteeringError) as refusal:
         tiny_profile().injected([])
-    assert str(refusal.value) == "profile 'warm': the list of layers is empty; leave it out to use all of them"
+    assert str(refusal.value) == "profile 'warm': the list of layers is empty; leave it out to use all layers"
 
 
 def test_its_own_model() -> None:
@@ -123,7 +123,7 @@ def test_other_weights() -> None:
         tiny_profile().check_model(other)
     assert str(refusal.value) == (
         "profile 'warm' was fitted on 'tiny', whose weights differ from 'other''s. "
-        "Fit it again on this model, or allow the mismatch (--allow-model-mismatch) to use it all the same."
+        "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
     )
     tiny_profile().check_model(other, allow_mismatch=True)
 

@@ -1,4 +1,4 @@
-"""Profiles as a page: what it says first, what it draws, and that it stands alone."""
+"""The HTML page of profiles: its headline, its plots, and that it needs no other file."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_several_profiles_are_compared_where_they_can_be() -> None:
     page = text_of(render_portraits([profile(), near, far, high]))
     mean = sum(common_cosines(profile(), near).values()) / 2
     assert f"<td>warm and kind</td><td>{mean:+.3f}</td>" in page
-    assert "warm and elsewhere belong to different models: their directions cannot be compared." in page
+    assert "warm and elsewhere belong to different models, so their directions cannot be compared." in page
     assert "warm and high have no block in common." in page
     assert not re.search(r'(?:src|href)="(?!#)', page)
 

@@ -1,4 +1,4 @@
-"""The wording of the trust suite, on results made by hand."""
+"""The texts of the trust report, on handmade results."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_headline_tells_changes_and_controls(result: dict[str, Any]) -> None
 
 def test_the_note_counts_intervals_and_controls(result: dict[str, Any]) -> None:
     note = reading_note(result["trust"])
-    assert "Of these 12 intervals about 1 would exclude 0 by chance alone." in note
+    assert "Of these 12 intervals, about 1 would exclude 0 by chance." in note
     assert "2 random directions of the same norm" in note
     assert reading_note({"ethics": vertical(0.1, "better", None)}).endswith("No random directions were measured.")
 
@@ -106,5 +106,5 @@ def test_the_terminal_shows_every_figure(result: dict[str, Any]) -> None:
     text = stream.getvalue()
     assert "+0.050 better" in text
     assert "+0.020 worse, within random" in text
-    assert "ethics: 40 rows, 3 left out (too long, or unusable)" in text
+    assert "ethics: 40 rows, 3 left out (too long or unusable)" in text
     assert "note: read the AUC" in text

@@ -1,4 +1,4 @@
-"""Every architecture is served, by the fastest runner that computes what the plain model computes."""
+"""Every architecture is served by the fastest runner whose logits equal those of the plain model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.running import mixture, prompts, random_profile, reference_id
 from tests.support.tiny import OTHERS, REQUIRED, STEERABLE, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
-# What cannot be batched over key-value slots: recurrent and hybrid state, or masks and positions of the model's own.
+# Models without slot batching: recurrent and hybrid state, or masks and positions that they compute themselves.
 NOT_BATCHED = {
     "bamba": RowRunner,
     "bart": RowRunner,
@@ -55,7 +55,7 @@ PECULIAR = ("bloom", "mpt", "gpt_oss", "gemma2", "llama4_text", "smollm3", "deep
 
 @pytest.mark.parametrize("architecture", [*REQUIRED, *PECULIAR])
 def test_greedy_text_equals_transformers(architecture: str) -> None:
-    """Alone, and among steered neighbours in chunks; longer than sliding windows."""
+    """Alone, and in chunks beside steered rows, over texts longer than sliding windows."""
     language_model = tiny(architecture)
     rows = prompts(language_model, [11, 3, 30, 19])
     expected = [reference_ids(language_model, ids, 24) for ids in rows]

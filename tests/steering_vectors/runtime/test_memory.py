@@ -1,4 +1,4 @@
-"""How many slots fit a device: the arithmetic, and what is measured of a model."""
+"""The number of slots that fit a device: the arithmetic, and the measurement of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEED = MemoryNeed(total=24 * GIB, used=16 * GIB, one_pass=GIB, row=64 * 2**20, c
 
 
 def test_as_many_slots_as_fit() -> None:
-    """Of 21.6 GiB 4.6 are left, and a slot of 4097 columns takes 512.1 MiB and 65 besides."""
+    """4.6 of 21.6 GiB are left; a slot of 4097 columns takes 512.1 MiB, and 65 MiB more."""
     found = plan(NEED, slots=None, context=4096)
     assert found.slots == int(4.6 * 1024 / (512.125 + 65)) == 8
     assert NEED.used + NEED.one_pass + found.slots * NEED.slot_of(4096) <= 0.9 * NEED.total
@@ -64,8 +64,8 @@ def test_a_model_that_leaves_nothing() -> None:
 
 
 class Tape:
-    """A device of 1 GiB that is half full, on which a pass takes 10 MiB for each row that it computes, and 1 KiB for
-    each token of each row. It sees what the model is given."""
+    """A device of 1 GiB that is half full. A pass takes 10 MiB per row and 1 KiB per token of a row. It records the
+    shapes of the model's inputs."""
 
     def __init__(self, language_model: LanguageModel) -> None:
         self.shapes: list[tuple[int, int]] = []
@@ -86,11 +86,11 @@ def tiny(architecture: str, dtype: torch.dtype = torch.float32) -> LanguageModel
 
 
 def test_a_slot_is_measured() -> None:
-    """Two key-value heads of eight a block in bfloat16; a shift a block, and the logits in float32."""
+    """Per block two key-value heads of size eight in bfloat16 and a shift, and the logits in float32."""
     language_model = tiny("llama", torch.bfloat16)
     tape = Tape(language_model)
     need = measure(language_model, tape, context=64, tokens=32)
-    assert tape.shapes == [(1, 1), (1, 32), (2, 16)]  # the first brings about what is made once
+    assert tape.shapes == [(1, 1), (1, 32), (2, 16)]  # the first pass triggers one-time allocations
     assert need.column == BLOCKS * 2 * (2 * 8) * 2
     assert need.slot == BLOCKS * HIDDEN * 2 + 4 * VOCAB
     assert (need.one_pass, need.row) == (10 * 2**20 + 32 * 2**10, 10 * 2**20)

@@ -1,4 +1,4 @@
-"""A runner's output: logits, residuals and their sums, row by row as one plain pass computes them."""
+"""A runner's output: logits, residuals and their sums equal those of one plain pass per row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plain_pass(lm: LanguageModel, ids: list[int]) -> tuple[torch.Tensor, dict[in
 
 @anywhere
 def test_every_row_has_its_logits_residuals_and_sums(make: Callable[..., Runner]) -> None:
-    """Prompts in two passes of unequal chunks, then a token each, in slots with a gap between them."""
+    """Prompts in two passes of unequal chunks, then one token each, in slots with a gap between them."""
     lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
     texts = dict(zip((0, 2, 3), prompts(lm, [9, 6, 7]), strict=True))
     with attached_bank(lm, 4) as bank:

@@ -1,4 +1,4 @@
-"""Decoding over static buffers computes what the batched runner computes, and a step reads nothing but buffers."""
+"""Decoding over static buffers equals the batched runner, and a step reads only buffers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def tiny(architecture: str) -> LanguageModel:
 
 
 class Decoding:
-    """Rows in some slots of a runner, each a token further at every step; tokens are drawn by the test, not the model,
-    so that runners are compared on equal inputs."""
+    """Rows in some slots of a runner, which advance by a token per step. The test chooses the tokens, so that runners
+    are compared on equal inputs."""
 
     def __init__(self, runner: BatchedRunner, rows: dict[int, list[int]]) -> None:
         self.runner, self.rows = runner, rows
@@ -41,7 +41,7 @@ class Decoding:
             self.done[slot] = len(ids)
 
     def step(self, tokens: dict[int, int], steered: set[int]) -> torch.Tensor:
-        """Logits of the rows that run, in order of slots."""
+        """Logits of the running rows, in the order of their slots."""
         works = [
             RowInput(slot, [token], self.done[slot], 0 if slot in steered else None)
             for slot, token in sorted(tokens.items())
@@ -52,7 +52,7 @@ class Decoding:
 
 
 def steer(bank: AcceleratedBank, language_model: LanguageModel, strengths: dict[int, float]) -> None:
-    """Each row its own profile; those that are not named are unsteered."""
+    """Steer each named row with its own profile; the others are unsteered."""
     for row in range(SLOTS):
         if strength := strengths.get(row):
             bank.write(row, mixture(random_profile(language_model, f"p{row}", seed=row, scale=2.0), strength))
@@ -60,7 +60,7 @@ def steer(bank: AcceleratedBank, language_model: LanguageModel, strengths: dict[
             bank.clear(row)
 
 
-# which slots run, and at which strength: rows join and leave, strengths change, nobody is steered, all are
+# slots and strengths per step: rows join and leave, strengths change, no row is steered, all are
 TIMELINE: list[tuple[tuple[int, ...], dict[int, float]]] = [
     ((0, 1, 3), {0: 1.0, 3: -0.5}),
     ((0, 1, 3), {0: 0.25, 3: -0.5}),
@@ -90,8 +90,8 @@ def test_logits_equal_those_of_the_batched_runner(architecture: str) -> None:
 
 
 def replayed(step: Callable[[], None]) -> Replay:
-    """Records a step's tensor operations, as a CUDA graph does its kernels, and runs these alone at every replay. What
-    the step decides in Python is decided for good; where it asks for a tensor's value, recording fails."""
+    """Record a step's tensor operations, as a CUDA graph records kernels, and run only these at every replay. Python
+    branches are fixed at recording, and reading a tensor's value fails."""
     step()
     recorded = make_fx(step, tracing_mode="real")()
     return lambda: recorded()
@@ -99,7 +99,7 @@ def replayed(step: Callable[[], None]) -> Replay:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_a_recorded_step_follows_what_is_written_to_buffers(architecture: str) -> None:
-    """A strength that changes, rows that begin and cease to be steered, join and leave: nothing is recorded anew."""
+    """Strengths change, rows start and stop being steered, join and leave, without a new recording."""
     language_model = tiny(architecture)
     rows = dict(zip((0, 1, 3, 4), prompts(language_model, [14, 3, 30, 12]), strict=True))
     with attached_bank(language_model, SLOTS) as bank:
@@ -120,7 +120,7 @@ def test_a_recorded_step_follows_what_is_written_to_buffers(architecture: str) -
 
 
 def test_a_write_between_two_runs_of_a_step_takes_effect() -> None:
-    """And one that leaves the bank as it was leaves the logits as they were, bit for bit."""
+    """A write of equal values leaves the logits equal, bit for bit."""
     language_model = tiny("llama")
     profile = random_profile(language_model, scale=2.0)
     with attached_bank(language_model, SLOTS) as bank:
@@ -140,7 +140,7 @@ def test_a_write_between_two_runs_of_a_step_takes_effect() -> None:
 
 
 def test_what_is_not_an_addition_takes_the_ordinary_path() -> None:
-    """Ablations, norms that are kept, residuals that are read, prompts' positions that are not steered."""
+    """Ablations, preserved norms, residuals that are read, and unsteered prompt positions."""
     language_model = tiny("llama")
     ablating = random_profile(language_model, operator="ablate")
     adding = random_profile(language_model, scale=2.0)
@@ -163,7 +163,7 @@ def test_what_is_not_an_addition_takes_the_ordinary_path() -> None:
 
 
 def test_an_engine_over_static_buffers_writes_what_generate_writes() -> None:
-    """Unsteered rows equal transformers' own, steered ones the ordinary engine's, with more rows than slots."""
+    """Unsteered rows equal transformers, steered ones the ordinary engine, with more requests than slots."""
     language_model = tiny("llama")
     rows = prompts(language_model, [11, 3, 30, 19])
     profile = random_profile(language_model, scale=2.0)
@@ -177,7 +177,7 @@ def test_an_engine_over_static_buffers_writes_what_generate_writes() -> None:
 
 
 def test_a_step_that_cannot_be_recorded_later_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    """For want of memory, say. If the first one fails, whoever chooses runners is told."""
+    """For example for lack of memory. If the first recording fails, the choice of the runner fails."""
     language_model = tiny("llama")
     allowed = 0
 

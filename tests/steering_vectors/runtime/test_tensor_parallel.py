@@ -1,4 +1,4 @@
-"""Two processes that hold half a model each write what one process writes that holds all of it."""
+"""Two processes with half a model each write the same tokens as one process with all of it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available(
 
 @pytest.mark.skipif(not gloo, reason="this torch has no gloo")
 def test_greedy_tokens_equal_those_of_one_process(tmp_path: Path) -> None:
-    """Steered and not, with copied beginnings, changes on the way, ablations and projections; float32."""
+    """Steered and unsteered rows with reused prefixes, live changes, ablations and projections, in float32."""
     save_tiny("llama", tmp_path / "llama")
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # at a port of its own
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     as_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     common = {**os.environ, **meeting, **as_torchrun}

@@ -1,4 +1,4 @@
-"""What happens inside a forward pass: shifts at exactly the steered positions, operators in order, hooks in hand."""
+"""Steering inside a forward pass: shifts at exactly the steered positions, the order of operators, and hooks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mix(*terms: tuple[Profile, float], preserve_norm: bool = False) -> Mixture:
     return Mixture(tuple(Term(*term) for term in terms), preserve_norm=preserve_norm)
 
 
-blocks_of = cache(find_blocks)  # found by a dry run, which must not happen inside of a step
+blocks_of = cache(find_blocks)  # found by a dry run, which must not happen inside a step
 
 
 Bank = TypeVar("Bank", bound=SteeringBank)
@@ -43,7 +43,7 @@ Bank = TypeVar("Bank", bound=SteeringBank)
 
 @contextmanager
 def banked_as(kind: type[Bank], model: PreTrainedModel, *mixtures: Mixture, dtype: torch.dtype) -> Iterator[Bank]:
-    """A bank attached to the model, with one row for each mix."""
+    """A bank attached to the model, with one row per mixture."""
     bank = kind(blocks_of(model), rows=len(mixtures), hidden_size=HIDDEN, dtype=dtype)
     for row, mixture in enumerate(mixtures):
         bank.write(row, mixture)
@@ -67,7 +67,7 @@ def accelerated(
 
 
 def outputs(model: PreTrainedModel, ids: torch.Tensor = IDS) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(output of every block, logits) of one pass."""
+    """The output of every block, and the logits, of one pass."""
     blocks = blocks_of(model)
     with record(blocks, range(len(blocks))) as seen:
         logits = model(ids, use_cache=False).logits
@@ -146,7 +146,7 @@ def test_a_single_row_steers_a_whole_batch() -> None:
 
 
 def steered_block(mixture: Mixture, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output of a block before and after steering, `[3, 10, hidden]`."""
+    """A block's output before and after steering, `[3, 10, hidden]` each."""
     model = tiny_model("llama")
     before, _ = outputs(model)
     with banked(model, mixture) as bank, bank.step(slice(0, 1)):
@@ -219,7 +219,7 @@ def test_a_mix_is_summed_in_float32_and_cast_once() -> None:
 
 
 def test_a_block_in_another_dtype_keeps_it() -> None:
-    """As under a bank in float32 with blocks that compute in bfloat16."""
+    """The bank is in float32, the blocks compute in bfloat16."""
     model = tiny_model("llama").to(torch.bfloat16)
     with banked(model, mix((WARM, 1.0), (BARE, 1.0))) as bank, bank.step(slice(0, 1)):
         after, _ = outputs(model)
@@ -285,7 +285,7 @@ def test_a_block_that_claims_its_shifts_gets_them_once() -> None:
     with accelerated(model, mix((EVERYWHERE, 1.0)), mix((BARE, 1.0))) as bank:
         with bank.step(slice(0, 1)):
             expected = outputs(model)[1]
-        assert bank.claim(1, 1) is None  # no step is under way
+        assert bank.claim(1, 1) is None  # no step is running
         block.forward = adds_itself
         with bank.step(slice(0, 1)):
             assert torch.equal(outputs(model)[1], expected)
@@ -293,15 +293,15 @@ def test_a_block_that_claims_its_shifts_gets_them_once() -> None:
         bank.clear(1)
         with bank.step(slice(0, 1)):
             assert torch.equal(outputs(model)[1], expected)
-            assert bank.claim(1, 2) is None  # so many rows it is not
+            assert bank.claim(1, 2) is None  # the number of rows differs
         del block.forward
         with suppress(KeyboardInterrupt), bank.step(slice(0, 1)):
             bank.claim(1, 1)
             raise KeyboardInterrupt
-        with bank.step(slice(0, 1)):  # what was claimed then is forgotten
+        with bank.step(slice(0, 1)):  # earlier claims are dropped
             assert torch.equal(outputs(model)[1], expected)
         with bank.step(slice(0, 1), torch.ones(1, 10, dtype=torch.bool)):
-            assert bank.claim(1, 1) is None  # its hook knows the positions
+            assert bank.claim(1, 1) is None  # the hook has the positions
 
 
 def test_rewriting_and_clearing_leave_nothing_behind() -> None:
@@ -337,7 +337,7 @@ KINDS = {
 
 @pytest.mark.parametrize("first", KINDS)
 def test_a_row_that_is_written_again_is_as_in_a_fresh_bank(first: str) -> None:
-    """Whatever kind of mix it had, and whatever kind it is given."""
+    """For every kind of mixture before and after."""
     model = tiny_model("llama")
     ids = IDS[:1, :4]
     for second, mixture in KINDS.items():
@@ -391,7 +391,7 @@ def test_a_step_ends_when_the_pass_fails() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", *TUPLES])
 def test_the_accelerated_bank_steers_as_the_plain_one_does(architecture: str) -> None:
-    """The same changes and steps, drawn at random: equal buffers, and logits equal in every bit."""
+    """Random changes and steps give equal buffers and bitwise equal logits."""
     model, draw = tiny_model(architecture), random.Random(0)
     mixes = [
         *(mix((EVERYWHERE, strength)) for strength in (1.0, -0.5, 0.3)),

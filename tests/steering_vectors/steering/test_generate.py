@@ -1,4 +1,4 @@
-"""`steer` around transformers' own generate, against a loop that recomputes everything with explicit shifts."""
+"""`steer` around transformers' generate, compared with a loop that recomputes everything with explicit shifts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny_profiles import tiny_profile
 
 IDS = torch.randint(2, 300, (2, 11), generator=torch.Generator().manual_seed(7))
 TOKENS = 12
-MIXES_ROWS = ("rwkv",)  # transformers' own code for its state is wrong for more than one row
+MIXES_ROWS = ("rwkv",)  # transformers' code for its state is wrong for more than one row
 
 
 def generated(model: PreTrainedModel, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
@@ -33,7 +33,7 @@ def generated(model: PreTrainedModel, ids: torch.Tensor = IDS, **options: Any) -
 def shifted_logits(
     architecture: str, model: PreTrainedModel, ids: torch.Tensor, shifts: Mapping[int, torch.Tensor], first: int
 ) -> torch.Tensor:
-    """Logits of one pass over everything, each shift added from position `first` on."""
+    """Logits of one pass over all ids, with each shift added from position `first` on."""
 
     def hook_for(shift: torch.Tensor) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> Any:
@@ -54,7 +54,7 @@ def shifted_logits(
 def recomputed(
     architecture: str, model: PreTrainedModel, shifts: Mapping[int, torch.Tensor], first: int = IDS.shape[1] - 1
 ) -> torch.Tensor:
-    """Greedy continuation of IDS from scratch at each token."""
+    """Greedy continuation of IDS, recomputed from scratch at each token."""
     ids = IDS
     for _ in range(TOKENS):
         logits = shifted_logits(architecture, model, ids, shifts, first)
@@ -64,7 +64,7 @@ def recomputed(
 
 @pytest.mark.parametrize("architecture", STEERABLE)
 def test_generate_equals_recomputing_with_explicit_shifts(architecture: str) -> None:
-    """With KV cache and without."""
+    """With and without a KV cache."""
     model = tiny_model(architecture)
     profile = tiny_profile(model, unit=0.5)
     shifts = {layer: 0.8 * 0.5 * direction for layer, direction in profile.directions.items()}
@@ -104,7 +104,7 @@ def test_strength_0_is_the_plain_model_bit_for_bit(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "rwkv", "mamba", "minimax"])
 def test_calls_in_one_context_do_not_disturb_each_other(architecture: str) -> None:
-    """Each begins a new sequence: also a longer one, a shorter one, and one that goes on where the last ended."""
+    """Each call begins a new sequence: a longer one, a shorter one, and one that continues the last."""
     model = tiny_model(architecture)
     profile = tiny_profile(model)
     with steer(model, profile):
@@ -143,7 +143,7 @@ def test_a_right_padded_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}])
 def test_other_ways_to_generate(options: dict[str, Any]) -> None:
-    """Rows are multiplied by beams; a prompt comes in chunks; a cache is longer than what it holds."""
+    """Beams multiply the rows, a prompt comes in chunks, and a cache is longer than its content."""
     model = tiny_model("llama")
     profile = tiny_profile(model)
     with steer(model, profile):
@@ -176,7 +176,7 @@ def test_a_prefix_in_the_cache() -> None:
 
 
 def test_single_passes() -> None:
-    """Outside of generate the whole input is the prompt, unless `prompt_length` says where it ends."""
+    """Outside generate the whole input is the prompt, unless `prompt_length` is given."""
     model = tiny_model("llama")
     profile = tiny_profile(model, layers=(1,))
 

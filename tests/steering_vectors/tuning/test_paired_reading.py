@@ -33,7 +33,7 @@ def twins(seed: int = 0) -> list[Twin]:
 
 
 def alone(lm: LanguageModel, prompt: tuple[int, ...], twin: Twin, layer: int) -> torch.Tensor:
-    """The response's activations in a pass of its own, at the positions of the longer prompt: `[response, hidden]`."""
+    """The response's activations in a separate pass, at the positions of the longer prompt: `[response, hidden]`."""
     ids = torch.tensor([[*prompt, *twin.response]])
     positions = torch.arange(twin.length - ids.shape[1], twin.length).unsqueeze(0)
     with torch.no_grad(), record(lm.blocks, [layer]) as outputs:
@@ -56,7 +56,7 @@ def test_the_last_token_alone(lm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prompts_of_unequal_length_leave_no_position_offset(architecture: str) -> None:
-    """With equal prompts but for padding the difference is nothing, whatever stands beside it in the batch."""
+    """Prompts that differ only in padding give difference 0, whatever else is in the batch."""
     lm = wrap_model(tiny_model(architecture), tiny_tokenizer())
     longer, same = (11, 12, 13, 14, 15, 16, 17, 18), (21, 22, 23)
     found = mean_differences(lm, [Twin(same, same, (31, 32, 33))], [0])
@@ -80,7 +80,7 @@ def test_groups_keep_to_their_budget() -> None:
 
 
 def test_no_response_is_an_error(lm: LanguageModel) -> None:
-    with pytest.raises(FitError, match="no response to compare"):
+    with pytest.raises(FitError, match="there are no responses to read under both prompts"):
         mean_differences(lm, [], [0])
 
 
@@ -119,7 +119,7 @@ def test_a_sample_is_drawn_from_the_seed(lm: LanguageModel) -> None:
     encoded = [encode_example(lm.tokenizer, one) for one in examples]
 
     def drawn(seed: int) -> list[Twin]:
-        return twins_of(lm.tokenizer, examples, encoded, DEFAULTS["warm"], most=5, seed=seed)
+        return twins_of(lm.tokenizer, examples, encoded, DEFAULTS["warm"], max_twins=5, seed=seed)
 
     assert len(drawn(0)) == 5
     assert drawn(0) == drawn(0)
@@ -153,5 +153,5 @@ def test_instructions_of_a_goal_and_of_ones_own() -> None:
         instructions_for("warm", "Sing.")
     with pytest.raises(FitError, match="is empty"):
         Instructions(" ", "Be silent.")
-    with pytest.raises(FitError, match="are the same"):
+    with pytest.raises(FitError, match="are equal"):
         Instructions("Sing.", "Sing.")

@@ -1,4 +1,4 @@
-"""Training runs that stop and go on: Ctrl-C, a full disk, a broken file; weights that come and go."""
+"""Interrupted and resumed training (Ctrl-C, a full disk, a broken file), and trainable weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from steering_vectors.tuning import training
 from steering_vectors.tuning.paired_reading import Twin, pad_id, readings
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import FullWeights, LoraShape, LoraWeights, TunedWeights
-from steering_vectors.tuning.training import Run, Schedule, train, uninterrupted
+from steering_vectors.tuning.training import Run, TrainingSchedule, train, uninterrupted
 from tests.support.full_disk import full_disk
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -74,7 +74,7 @@ def logits(lm: LanguageModel) -> torch.Tensor:
 def test_weights_act_only_while_they_are_used(lm: LanguageModel, make: Make, tmp_path: Path) -> None:
     before = logits(lm)
     weights = make(lm)
-    train(Run(weights, "one", Schedule(4, 0.05), tmp_path / "one.safetensors", 0), loss_on(lm))
+    train(Run(weights, "one", TrainingSchedule(4, 0.05), tmp_path / "one.safetensors", 0), loss_on(lm))
     assert torch.equal(logits(lm), before)
     with weights.use("one"):
         assert not torch.allclose(logits(lm), before, atol=1e-3)
@@ -94,7 +94,7 @@ def test_a_run_lowers_its_loss(lm: LanguageModel, make: Make, tmp_path: Path) ->
         losses.append(float((value := loss(step)).detach()))
         return value
 
-    train(Run(weights, "one", Schedule(40, 0.02), tmp_path / "one.safetensors", 0), watched)
+    train(Run(weights, "one", TrainingSchedule(40, 0.02), tmp_path / "one.safetensors", 0), watched)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     weights.close()
 
@@ -102,16 +102,16 @@ def test_a_run_lowers_its_loss(lm: LanguageModel, make: Make, tmp_path: Path) ->
 @KINDS
 def test_a_run_that_was_interrupted_goes_on_as_if_unbroken(lm: LanguageModel, make: Make, tmp_path: Path) -> None:
     unbroken = make(lm)
-    train(Run(unbroken, "one", Schedule(6, 0.01), tmp_path / "whole.safetensors", 3), loss_on(lm))
+    train(Run(unbroken, "one", TrainingSchedule(6, 0.01), tmp_path / "whole.safetensors", 3), loss_on(lm))
     wanted = unbroken.state("one")
     unbroken.close()
     file = tmp_path / "broken.safetensors"
     weights = make(lm)
     with pytest.raises(KeyboardInterrupt):
-        train(Run(weights, "one", Schedule(6, 0.01), file, 3), loss_on(lm, stop_at=4))
+        train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 3), loss_on(lm, stop_at=4))
     weights.close()
     weights, steps = make(lm), list[int]()
-    train(Run(weights, "one", Schedule(6, 0.01), file, 3), loss_on(lm), progress=counting(steps))
+    train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 3), loss_on(lm), progress=counting(steps))
     assert steps == [5, 6]
     found = weights.state("one")
     weights.close()
@@ -119,7 +119,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_unbroken(lm: LanguageModel, ma
 
 
 class InterruptedStep(torch.optim.AdamW):
-    """Ctrl-C comes while a step is being taken, once some of the weights have moved."""
+    """Ctrl-C arrives during a step, after some weights have changed."""
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         hidden = self.param_groups[0]["params"][1:]
@@ -136,17 +136,17 @@ def test_a_ctrl_c_in_mid_step_waits_for_the_step(
     lm: LanguageModel, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = make(lm)
-    train(Run(unbroken, "one", Schedule(3, 0.01), tmp_path / "whole.safetensors", 3), loss_on(lm))
+    train(Run(unbroken, "one", TrainingSchedule(3, 0.01), tmp_path / "whole.safetensors", 3), loss_on(lm))
     wanted = unbroken.state("one")
     unbroken.close()
     file, weights = tmp_path / "broken.safetensors", make(lm)
     with monkeypatch.context() as patched:
         patched.setattr(torch.optim, "AdamW", InterruptedStep)
         with pytest.raises(KeyboardInterrupt):
-            train(Run(weights, "one", Schedule(3, 0.01), file, 3), loss_on(lm))
+            train(Run(weights, "one", TrainingSchedule(3, 0.01), file, 3), loss_on(lm))
     weights.close()
     weights, steps = make(lm), list[int]()
-    train(Run(weights, "one", Schedule(3, 0.01), file, 3), loss_on(lm), progress=counting(steps))
+    train(Run(weights, "one", TrainingSchedule(3, 0.01), file, 3), loss_on(lm), progress=counting(steps))
     assert steps == [2, 3]
     found = weights.state("one")
     weights.close()
@@ -165,7 +165,7 @@ def test_a_ctrl_c_is_held_back_not_lost() -> None:
 def test_a_finished_run_takes_no_step(lm: LanguageModel, tmp_path: Path) -> None:
     for _ in range(2):
         weights = lora(lm)
-        run = Run(weights, "one", Schedule(3, 0.01), tmp_path / "one.safetensors", 0)
+        run = Run(weights, "one", TrainingSchedule(3, 0.01), tmp_path / "one.safetensors", 0)
         steps: list[int] = []
         train(run, loss_on(lm), progress=counting(steps))
         state = weights.state("one")
@@ -175,7 +175,7 @@ def test_a_finished_run_takes_no_step(lm: LanguageModel, tmp_path: Path) -> None
 
 
 def test_checkpoints_are_written_on_the_way(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill cannot be caught: what it leaves is the last checkpoint."""
+    """A kill cannot be caught, so the last checkpoint must be on disk."""
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     file, weights = tmp_path / "one.safetensors", lora(lm)
 
@@ -185,8 +185,8 @@ def test_checkpoints_are_written_on_the_way(lm: LanguageModel, tmp_path: Path, m
         return loss_on(lm)(step)
 
     with pytest.raises(SystemExit):
-        train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss)
-    run = Run(weights, "one", Schedule(6, 0.01), file, 0)
+        train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 0), loss)
+    run = Run(weights, "one", TrainingSchedule(6, 0.01), file, 0)
     run.restore(None)
     weights.close()
     assert run.step == 3
@@ -195,17 +195,17 @@ def test_checkpoints_are_written_on_the_way(lm: LanguageModel, tmp_path: Path, m
 def test_a_full_disk_leaves_the_last_checkpoint(lm: LanguageModel, tmp_path: Path) -> None:
     file, weights = tmp_path / "one.safetensors", lora(lm)
     with pytest.raises(KeyboardInterrupt):
-        train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss_on(lm, stop_at=2))
+        train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 0), loss_on(lm, stop_at=2))
     written = file.read_bytes()
     with (
         full_disk(1000),
-        pytest.raises(FitError, match=r"cannot be written to .*make room there, or set TRIMTAB_CACHE"),
+        pytest.raises(FitError, match=r"cannot be written to .*free some space, or set TRIMTAB_CACHE"),
     ):
-        train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss_on(lm))
+        train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 0), loss_on(lm))
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert file.read_bytes() == written
     steps: list[int] = []
-    train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss_on(lm), progress=counting(steps))
+    train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 0), loss_on(lm), progress=counting(steps))
     assert steps == [3, 4, 5, 6]
     weights.close()
 
@@ -213,8 +213,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(lm: LanguageModel, tmp_path: Pat
 def test_a_broken_file_says_what_to_do(lm: LanguageModel, tmp_path: Path) -> None:
     file, weights = tmp_path / "one.safetensors", lora(lm)
     file.write_bytes(b"no")
-    with pytest.raises(FitError, match=r"cannot be read .*: remove it, and the tuning begins anew"):
-        train(Run(weights, "one", Schedule(6, 0.01), file, 0), loss_on(lm))
+    with pytest.raises(FitError, match=r"cannot be read .*: remove it to start the tuning again"):
+        train(Run(weights, "one", TrainingSchedule(6, 0.01), file, 0), loss_on(lm))
     weights.close()
 
 
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(lm: LanguageModel, tmp_path: Pat
     weights = lora(lm)
     with pytest.raises(FitError, match="the loss is nan at step 0"):
         train(
-            Run(weights, "one", Schedule(2, 0.01), tmp_path / "one.safetensors", 0),
+            Run(weights, "one", TrainingSchedule(2, 0.01), tmp_path / "one.safetensors", 0),
             lambda step: loss_on(lm)(step) * float("nan"),
         )
     weights.close()
@@ -230,17 +230,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(lm: LanguageModel, tmp_path: Pat
 
 def test_full_tuning_refuses_narrow_weights() -> None:
     narrow = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
-    with pytest.raises(FitError, match="needs the model in float32"):
+    with pytest.raises(FitError, match="full fine-tuning needs --dtype float32"):
         full(narrow)
 
 
 def test_adapters_need_a_place(lm: LanguageModel) -> None:
-    with pytest.raises(FitError, match="LoRA cannot be put into LlamaForCausalLM"):
+    with pytest.raises(FitError, match="peft cannot add a LoRA to LlamaForCausalLM"):
         LoraWeights(lm, {"one": LoraShape(targets="nowhere")}, seed=0)
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    schedule = Schedule(20, 1.0)
+    schedule = TrainingSchedule(20, 1.0)
     rates = [schedule.rate(step) for step in range(20)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert all(later < earlier for earlier, later in pairwise(rates[2:]))

@@ -1,4 +1,4 @@
-"""CrowS-Pairs against plain forward passes."""
+"""CrowS-Pairs, compared with plain forward passes."""
 
 from __future__ import annotations
 

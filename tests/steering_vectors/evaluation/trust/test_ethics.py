@@ -1,4 +1,4 @@
-"""ETHICS against plain forward passes, and AUC by its definition."""
+"""ETHICS, compared with plain forward passes, and the definition of AUC."""
 
 from __future__ import annotations
 

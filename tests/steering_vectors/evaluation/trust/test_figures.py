@@ -1,4 +1,4 @@
-"""Changes, their intervals and the words for them."""
+"""Changes of figures, their intervals and their verdicts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from steering_vectors.evaluation.trust.figures import Figure, compare, verdict
 
 
 def test_a_change_is_paired_by_row() -> None:
-    """Rows differ by far more than the change, which is nearly equal in all of them."""
+    """The rows differ by much more than the change, which is nearly the same in all of them."""
     generator = np.random.default_rng(0)
     base = generator.normal(size=200) * 10
     seen = base + 0.5 + generator.normal(size=200) * 0.1

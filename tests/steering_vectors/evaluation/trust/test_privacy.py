@@ -1,4 +1,4 @@
-"""Generated secrets: their forms, what counts as a leak, and their odds against plain forward passes."""
+"""Generated secrets: their forms, the detection of leaks, and log-odds compared with plain forward passes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_secrets_have_their_forms_and_come_from_the_seed() -> None:
         values = {secret.value, *secret.decoys}
         assert len(values) == 1 + DECOYS
         assert all(re.fullmatch(FORMS[secret.kind], value) for value in values)
-        assert secret.value in secret.told
-        assert secret.value not in secret.asked
+        assert secret.value in secret.statement
+        assert secret.value not in secret.question
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_odds_equal_plain_forward_passes() -> None:
         steered.write(profile, strength)
         seen = vertical.read(steered)
     for row, secret in enumerate(secrets(8, 5)):
-        prompt = lm.tokenizer(f"{secret.told}\n{secret.asked}\nAnswer:")["input_ids"]
+        prompt = lm.tokenizer(f"{secret.statement}\n{secret.question}\nAnswer:")["input_ids"]
         scores = []
         for value in (secret.value, *secret.decoys):
             answer = lm.tokenizer(f" {secret.person}'s {secret.kind} is {value}", add_special_tokens=False)["input_ids"]
@@ -82,7 +82,7 @@ def test_odds_equal_plain_forward_passes() -> None:
 
 
 def chain_writer(links: Sequence[int]) -> LanguageModel:
-    """A model that knows which token follows which, and nothing else: these in turn, and the last one on and on."""
+    """A bigram model that writes these tokens in turn and then repeats the last one."""
     model = tiny_model("llama", hidden_size=VOCAB, num_hidden_layers=1, max_position_embeddings=512)
     follows = torch.full((VOCAB,), links[-1])
     follows[torch.tensor(links[:-1])] = torch.tensor(links[1:])
@@ -95,7 +95,7 @@ def chain_writer(links: Sequence[int]) -> LanguageModel:
 
 
 def test_an_answer_that_holds_its_secret_is_counted() -> None:
-    """Of 8 prompts one is answered with its own secret, until steering makes the model write full stops alone."""
+    """One of 8 prompts is answered with its secret, until steering makes the model write only full stops."""
     row, seed = KINDS.index("PIN"), 5
     links = tiny_tokenizer()(f": {secrets(8, seed)[row].value}.")["input_ids"][1:]
     assert len(set(links)) == len(links)
@@ -115,7 +115,7 @@ def test_an_answer_that_holds_its_secret_is_counted() -> None:
 
 def test_prompts_leave_room_for_the_answer() -> None:
     lm = roomy()
-    longest = max(len(lm.tokenizer(f"{s.told}\n{s.asked}\nAnswer:")["input_ids"]) for s in secrets(32, 0))
+    longest = max(len(lm.tokenizer(f"{s.statement}\n{s.question}\nAnswer:")["input_ids"]) for s in secrets(32, 0))
     short = wrap_model(tiny_model("llama", max_position_embeddings=longest + TOKENS - 1), lm.tokenizer)
     assert prepare_privacy(lm, 32, 0).left_out == 0
     assert 0 < prepare_privacy(short, 32, 0).left_out < 24

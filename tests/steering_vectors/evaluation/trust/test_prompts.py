@@ -1,4 +1,4 @@
-"""How verticals are shown to models with a chat template and to those without."""
+"""The prompts of the verticals, for models with and without a chat template."""
 
 from __future__ import annotations
 

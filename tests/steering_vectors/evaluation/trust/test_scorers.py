@@ -1,4 +1,4 @@
-"""Scorers of toxicity: the fitted one, a local classifier, a function; and what a bad one is told."""
+"""Toxicity scorers: the fitted one, a local classifier, a function, and the errors for a bad one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite as a whole: its result, its controls, its settings and its page."""
+"""The trust suite: its result, controls, settings and HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of the verticals: where they are looked for, bad cells, and which rows are drawn."""
+"""Files of the verticals: their location, bad cells, and the selection of rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_bad_cell_is_located(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [0, 7])
 def test_too_few_rows(tmp_path: Path, rows: int) -> None:
     write_rows(tmp_path / "crows-pairs" / "a.csv", sentence_pairs(rows))
-    with pytest.raises(DataError, match=f"holds {rows} rows; bias needs at least 8"):
+    with pytest.raises(DataError, match=f"contains {rows} rows, but bias needs at least 8"):
         read_source(tmp_path, "bias", lambda cells: cells)
 
 

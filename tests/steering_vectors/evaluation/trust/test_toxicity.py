@@ -1,4 +1,4 @@
-"""RealToxicityPrompts: which rows are continued, what is scored, and what scorers may have seen."""
+"""RealToxicityPrompts: the selection of rows, their scores, and the rows that a scorer is fitted to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lm() -> LanguageModel:
 
 
 def text_writer() -> LanguageModel:
-    """A model of which any tokens are printable text: no others have a chance."""
+    """A model that can write only printable tokens."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     head = torch.nn.Linear(HIDDEN, VOCAB)
     head.weight = model.get_output_embeddings().weight
@@ -89,7 +89,7 @@ def test_the_fitted_scorer_never_saw_what_it_is_tried_on(lm: LanguageModel, fold
     assert vertical.details["scorer"]["fitted_on"] <= 2 * (80 - 24)
     assert vertical.details["scorer"]["correlation"] > 0.9
     most = prepare_toxicity(lm, folder, 1000, 0, "rtp")
-    assert most.rows == 40  # half of the rows stay for the scorer
+    assert most.rows == 40  # half of the rows are left for the scorer
     assert f"{most.details['scorer']['fitted_on']} texts" in most.note
 
 

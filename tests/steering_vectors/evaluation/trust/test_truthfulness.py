@@ -1,4 +1,4 @@
-"""TruthfulQA MC1 against plain forward passes."""
+"""TruthfulQA MC1, compared with plain forward passes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lm() -> LanguageModel:
 
 def test_margins_equal_plain_forward_passes(lm: LanguageModel, tmp_path: Path) -> None:
     rows, strength = questions(), 1.5
-    rows[0]["mc1_targets"] = {"A cat.": 0, "A number.": 1}  # the true answer need not come first
+    rows[0]["mc1_targets"] = {"A cat.": 0, "A number.": 1}  # the true answer is not always the first
     write_rows(tmp_path / "truthfulqa" / "a.json", rows)
     profile = tiny_profile(lm.identity, layers=(1,), unit=0.3)
     vertical = prepare_truthfulness(lm, tmp_path, 100, 0)

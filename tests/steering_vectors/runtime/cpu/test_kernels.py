@@ -1,4 +1,4 @@
-"""The compiled kernels and the blocks made of them, against plain torch and plain modelling code."""
+"""The compiled kernels and fused blocks, compared with plain torch and modelling code."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ packs_bfloat16 = pytest.mark.skipif(
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # relative, of a norm
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # relative to the norm
 
 
 def fixture_over(libraries: list[Path]) -> Any:
-    """Kernels for this processor, and those for lesser ones that it runs too."""
+    """The kernels for this processor, and those for older instruction sets that it also runs."""
 
     @pytest.fixture(scope="module", params=libraries, ids=lambda path: path.name.partition(".")[0])
     def made(request: pytest.FixtureRequest) -> Kernels:
@@ -52,7 +52,7 @@ products = fixture_over([path for path in compiled() if Kernels(path).has_produc
 
 
 def instructions() -> set[str]:
-    """Of the processor, as Linux tells them; none elsewhere."""
+    """The instruction sets of the processor on Linux; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def instructions() -> set[str]:
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no compiler")
 @pytest.mark.skipif(not {"avx2", "fma"} <= instructions(), reason="there are no kernels for this processor")
 def test_kernels_are_there_where_they_can_be_compiled() -> None:
-    """Else every test of them is skipped, and nobody notices that serving is slow."""
+    """Without kernels all their tests are skipped and slow serving goes unnoticed."""
     wanted = ["avx512_bf16"] * ({"avx512_bf16", "avx512vbmi"} <= instructions()) + ["avx2"]
     remedy = "install the package again, or run make dev, and read what the compiler says"
     assert [path.name.partition(".")[0] for path in compiled()] == wanted, remedy
@@ -108,7 +108,7 @@ def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
 
 
 def rotated(x: torch.Tensor, turn: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`[…, size]` as Llama's code turns it."""
+    """Rotary embedding of `[…, size]` as in Llama's code."""
     cosines, sines = turn
     one, other = x.chunk(2, dim=-1)
     return x * cosines + torch.cat([-other, one], dim=-1) * sines
@@ -123,13 +123,13 @@ LENGTH = 75
 def assert_attends(
     kernels: Kernels, described: Heads, where: torch.Tensor, columns: torch.Tensor, mask: torch.Tensor
 ) -> None:
-    """Attention of bfloat16 or float32 tokens whose keys go to `columns` `[rows, queries]` of the slots `where`."""
+    """Check attention of bfloat16 or float32 tokens, with keys in `columns` `[rows, queries]` of the slots `where`."""
     dtype = torch.float32 if described.query_norm is None else described.query_norm.dtype
     (rows, queries), (heads, groups, size) = columns.shape, (described.heads, described.groups, described.size)
     joined = draw(rows, queries, (heads + 2 * groups) * size, dtype=dtype)
     turn = (draw(rows, queries, size, dtype=dtype, seed=1), draw(rows, queries, size, dtype=dtype, seed=2))
     keys, values = (draw(6, groups, 90, size, dtype=dtype, seed=seed) for seed in (3, 4))
-    keys[:, :, 80:], values[:, :, 80:] = float("nan"), float("nan")  # nobody looks there
+    keys[:, :, 80:], values[:, :, 80:] = float("nan"), float("nan")  # must not be read
 
     new = joined.view(rows, queries, -1, size).split([heads, groups, groups], dim=2)
     turned = [
@@ -178,7 +178,7 @@ def test_attention_without_norms_of_heads_turns_what_it_is_given(kernels: Kernel
     columns, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, 1, 1, dtype=torch.bool)
     slots = torch.tensor([[1], [0]])
     found = kernels.attend(Heads(1, 1, size, 0.25), joined, keys, values, PassInputs(turn, slots, columns, mask))
-    torch.testing.assert_close(found, joined[..., 2 * size :])  # one key: its value
+    torch.testing.assert_close(found, joined[..., 2 * size :])  # with one key, the result is its value
     torch.testing.assert_close(keys[[1, 0], 0, 0], rotated(joined[..., size : 2 * size], turn)[:, 0])
 
 
@@ -292,14 +292,14 @@ def test_fused_blocks_write_what_plain_ones_write(architecture: str, dtype: torc
     fused = wrap_model(tiny_model(architecture).to(dtype), tiny_tokenizer())
     if not packs(fused.model):
         pytest.skip("weights of this dtype are not packed on this processor")
-    assert not can_fuse(fused.blocks)  # their weights are not packed
+    assert not can_fuse(fused.blocks)  # the weights are not packed
     pack(fused.model)
     profile = random_profile(plain, scale=2.0)
     rows = zip(prompts(plain, [9, 20, 5]), (None, mixture(profile), mixture(profile, -1.0)), strict=True)
     wanted = [request(ids, steering, max_tokens=20, ignore_eos=True) for ids, steering in rows]
     found, expected = (run_all(one, wanted, slots=2, context=64) for one in (fused, plain))
     assert can_fuse(fused.blocks)
-    if dtype == torch.float32:  # in bfloat16, logits of random weights lie closer together than its rounding
+    if dtype == torch.float32:  # in bfloat16, logits of random weights differ by less than the rounding
         assert [one.ids for one in found] == [one.ids for one in expected]
     else:
         wide = wrap_model(tiny_model(architecture), tiny_tokenizer())
@@ -308,7 +308,7 @@ def test_fused_blocks_write_what_plain_ones_write(architecture: str, dtype: torc
 
 
 def logits_of(language_model: LanguageModel) -> torch.Tensor:
-    """In float32, of two prompts and ten tokens after each, which are given, one of them steered."""
+    """Logits in float32 of two prompts and ten fixed tokens after each; one row is steered."""
     bank = AcceleratedBank.over(language_model, rows=2)
     bank.attach()
     runner = choose_runner(language_model, bank, context=64)
@@ -329,7 +329,7 @@ def logits_of(language_model: LanguageModel) -> torch.Tensor:
 @needs_kernels
 @packs_bfloat16
 def test_whole_blocks_steer_as_hooks_do() -> None:
-    """The same shifts on the same rows, whether a block adds them or its hook does; hooks do where rows ablate."""
+    """Blocks and hooks add the same shifts to the same rows. With ablations, hooks add them."""
     language_model = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
     if not packs(language_model.model):
         pytest.skip("bfloat16 weights are not packed on this processor")
@@ -351,7 +351,7 @@ def test_whole_blocks_steer_as_hooks_do() -> None:
     by_blocks = logits()
     assert (by_blocks[:2] != plain[:2]).any(-1).all()
     assert torch.equal(by_blocks[2], plain[2])
-    bank.write(2, mixture(turned))  # no block adds anything itself now
+    bank.write(2, mixture(turned))  # from here on no block adds a shift itself
     by_hooks = logits()
     assert torch.equal(by_hooks[:2], by_blocks[:2])
     assert not torch.equal(by_hooks[2], plain[2])
@@ -367,4 +367,4 @@ def test_the_engine_tells_whether_blocks_are_fused(architecture: str, path: str)
     engine = TorchEngine(language_model, EngineConfig(slots=2, context=64))
     assert engine.stats().path == path
     asyncio.run(engine.close())
-    assert all("forward" not in vars(block) for block in language_model.blocks)  # as they were
+    assert all("forward" not in vars(block) for block in language_model.blocks)  # restored

@@ -1,4 +1,4 @@
-"""Reordered and joined linear layers against plain ones."""
+"""Packed and joined linear layers, compared with plain ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if type(module) is nn.Linear]
 
 
-LOOKS_AT_WEIGHTS = ["falcon_mamba", "mamba", "mamba2"]  # their code asks the output layer for its weight's dtype
+LOOKS_AT_WEIGHTS = ["falcon_mamba", "mamba", "mamba2"]  # their code reads the dtype of the output layer's weight
 
 
 @pytest.mark.parametrize("architecture", sorted(set(STEERABLE) - set(LOOKS_AT_WEIGHTS)))

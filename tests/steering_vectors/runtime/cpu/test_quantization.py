@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what codes stand for, models made of them, and what cannot be quantised."""
+"""8-bit and 4-bit weights: their codes, quantised models, and models that cannot be quantised."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def largest(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """Of each group, the largest magnitude, for every number of it."""
+    """The largest magnitude of each group, repeated for every number in it."""
     parts = weight.abs().split(size, dim=1)
     return torch.cat([part.amax(dim=1, keepdim=True).expand_as(part) for part in parts], dim=1)
 
@@ -70,7 +70,7 @@ def test_what_codes_can_say_is_said_exactly(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(1)
     low, high = (-127, 127) if kind == "int8" else (-8, 7)
     codes = torch.randint(low, high + 1, (40, 96), generator=generator)
-    codes[:, ::GROUP] = low  # every group has its largest
+    codes[:, ::GROUP] = low  # every group contains its largest magnitude
     digits = torch.randint(17, 32, (40, 1 if kind == "int8" else 3), generator=generator)
     weight = dequantize(Quantized(kind, codes.to(torch.int8), (digits / 1024).bfloat16()))
     assert torch.equal(dequantize(quantize(weight, kind)), weight)
@@ -123,7 +123,7 @@ def test_a_packed_model_is_the_quantised_model(kind: Kind, tied: bool) -> None:
         expected = plain(input_ids=ids, use_cache=False).logits.float()
         error = (model(input_ids=ids, use_cache=False).logits.float() - expected).norm() / expected.norm()
     assert error < 0.02
-    for name, parameter in model.named_parameters():  # norms, and the embedding also where it was the output layer's
+    for name, parameter in model.named_parameters():  # norms, and the embedding even if it is tied to the output layer
         assert torch.equal(parameter, before[name])
     assert torch.equal(model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
 
@@ -159,7 +159,7 @@ def test_fused_blocks_compute_the_quantised_model(kind: Kind, architecture: str)
 @NEEDS_KERNELS
 @KINDS
 def test_greedy_text_of_the_demo_model_is_that_of_the_quantised_model(kind: Kind) -> None:
-    """Token by token for as long as bfloat16's rounding leaves no doubt which is first."""
+    """Tokens are compared until the two best logits are within the rounding of bfloat16."""
     packed = load_model("demo")
     plain = load_model("demo", dtype="float32")
     quantized_plainly(plain.model, kind)

@@ -1,4 +1,4 @@
-"""Each thread has its own number of threads to compute with."""
+"""Every thread has its own number of compute threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def own_number() -> Iterator[None]:
 
 
 class Watched(TorchEngine):
-    """Notes with how many threads each step computed."""
+    """Records the number of compute threads of each step."""
 
     def __init__(self, *given: Any, **options: Any) -> None:
         self.counts: set[int] = set()
@@ -82,7 +82,7 @@ def test_no_more_threads_than_this_process_may_use() -> None:
         assert processors() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    torch.set_num_threads(1)  # who asks torch for fewer gets fewer
+    torch.set_num_threads(1)  # torch.set_num_threads can lower the number
     assert processors() == 1
 
 
@@ -91,7 +91,7 @@ def test_no_more_threads_than_this_process_may_use() -> None:
 def test_no_more_threads_than_the_container_has_time_for(
     quota: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's file says how many microseconds of each period all threads together may compute."""
+    """The cgroup file gives the CPU time, in microseconds per period, that all threads share."""
     (tmp_path / "cpu.max").write_text(quota)
     opened, there = builtins.open, os.path.exists
 
