@@ -1,1 +1,1 @@
-"""Measurements of trimtab, each a script of its own."""
+"""Benchmarks of trimtab. Each is a script."""

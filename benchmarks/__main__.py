@@ -1,4 +1,4 @@
-"""List the benchmarks: `python -m benchmarks` prints one line each, from the first line of its docstring."""
+"""List the benchmarks: `python -m benchmarks` prints the first line of each one's docstring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 def benchmarks() -> dict[str, str]:
     """The first line of each benchmark's docstring, by module name. A benchmark is a module that ends in `typer.run`.
 
-    Files are parsed and not imported: some benchmarks need packages that only their own environments have.
+    Files are parsed and not imported, because some need packages of other environments.
     """
     found = {}
     for path in sorted(FOLDER.rglob("*.py")):

@@ -1,1 +1,1 @@
-"""Scripts that a reader can run and change."""
+"""Example scripts to run and change."""

@@ -2,10 +2,9 @@
 
     python examples/train_demo_model.py --out steering_vectors/demo
 
-writes `OUT/model/` (a Hugging Face folder, bfloat16) and `OUT/preferences/`. The model first reads replies that show
-their manner here and there, then dense ones that show it all along. Checkpoints are kept; `--resume` continues from
-them with the same batches as an unbroken run. The text comes from `demo_corpus`, which this file asks for documents
-and otherwise leaves alone.
+This writes `OUT/model/` (a Hugging Face folder, bfloat16) and `OUT/preferences/`. The model first reads replies that
+show their manner in some places, then dense replies that show it in nearly every sentence. Checkpoints are kept, and
+`--resume` continues from them with the same batches as an uninterrupted run. The text comes from `demo_corpus`.
 """
 
 import argparse
@@ -45,7 +44,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a phase of the training is made of; equal runs give equal weights on one machine."""
+    """The settings of a training phase. Equal runs give equal weights on the same machine."""
 
     seed: int
     dense: bool
@@ -57,7 +56,7 @@ class Run:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run has come: steps, seconds, moving average of the loss, tokens seen."""
+    """The progress of a run: steps, seconds, moving average of the loss, tokens seen."""
 
     step: int = 0
     seconds: float = 0.0
@@ -66,7 +65,7 @@ class Progress:
 
 
 def render(document: Document) -> str:
-    """A document as the model reads it, special tokens included."""
+    """The text of a document, with special tokens."""
     if document.prose:
         return f"{BOS}{document.prose}{END}"
     turns = (f"<|{message['role']}|>{message['content']}{END}" for message in document.messages)
@@ -74,7 +73,7 @@ def render(document: Document) -> str:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; it begins plain text with the BOS token and every string survives it."""
+    """Train a byte-level BPE tokenizer, which adds BOS to plain text and can encode every string."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +119,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def pack(encoded: list[list[int]], length: int, pad: int) -> Tensor:
-    """Rows of `length` ids that each begin with a document and hold as many whole ones as fit."""
+    """Rows of `length` ids. Each holds as many whole documents as fit."""
     rows: list[list[int]] = [[]]
     for ids in encoded:
         if len(rows[-1]) + len(ids) > length and rows[-1]:
@@ -130,7 +129,7 @@ def pack(encoded: list[list[int]], length: int, pad: int) -> Tensor:
 
 
 def pick_batches(run: Run, packed: dict[int, Tensor], start: int) -> Iterator[Tensor]:
-    """The batch of every step from `start` on; every sixth step has rows of the full context."""
+    """Yield the batch of every step from `start` on. Every sixth step has rows of the full context."""
     for step in range(start, run.steps):
         length = CONTEXT if step % 6 == 5 else CONTEXT // 2
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
@@ -139,7 +138,7 @@ def pick_batches(run: Run, packed: dict[int, Tensor], start: int) -> Iterator[Te
 
 
 def separate(batch: Tensor, bos: int) -> tuple[Tensor, Tensor]:
-    """Positions that begin anew with each document of a row, and the mask that lets a token see its own only."""
+    """Positions that restart at each document of a row, and the mask that limits a token to its own document."""
     length = batch.shape[1]
     starts = batch == bos
     document = starts.cumsum(1)  # [rows, length]
@@ -151,7 +150,7 @@ def separate(batch: Tensor, bos: int) -> tuple[Tensor, Tensor]:
 
 
 def compute_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats over all tokens but padding."""
+    """Mean next-token cross-entropy in nats over all tokens except padding."""
     pad, bos = model.config.pad_token_id, model.config.bos_token_id
     positions, mask = separate(batch, bos)
     logits = model(input_ids=batch, position_ids=positions, attention_mask=mask, use_cache=False).logits[:, :-1]
@@ -161,7 +160,7 @@ def compute_loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
 
 
 def build_optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
-    """AdamW; embedding and norms do not decay."""
+    """AdamW, without weight decay on the embedding and the norms."""
     named = list(model.named_parameters())
     decayed = [p for name, p in named if p.ndim > 1 and "embed" not in name]
     others = [p for name, p in named if p.ndim <= 1 or "embed" in name]
@@ -170,15 +169,15 @@ def build_optimizer(model: LlamaForCausalLM) -> torch.optim.Optimizer:
 
 
 def schedule(run: Run, step: int) -> float:
-    """Learning rate: a linear warm-up over 60 steps, level up to six tenths of the run, then down to two percent.
+    """The learning rate: a linear warm-up over 60 steps, constant up to 60 % of the run, then a decay to 2 %.
 
-    Up to there a longer or a shorter run takes the same steps, so `--resume` may change `--steps`."""
+    Until the decay, runs of any length take the same steps, so `--resume` may change `--steps`."""
     left = (run.steps - step) / (0.4 * run.steps)
     return run.learning_rate * min(1.0, (step + 1) / 60, 0.02 + 0.98 * left)
 
 
 def train(model: LlamaForCausalLM, packed: dict[int, Tensor], run: Run, checkpoint: Path, resume: bool) -> Progress:
-    """Train to the phase's last step and return its figures."""
+    """Train to the last step of the phase and return its progress."""
     optimizer, progress = build_optimizer(model), Progress()
     if resume and checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizer)
@@ -205,7 +204,7 @@ def train(model: LlamaForCausalLM, packed: dict[int, Tensor], run: Run, checkpoi
 
 
 def report(run: Run, progress: Progress) -> None:
-    """One line of progress every 25 steps."""
+    """Print a line of progress every 25 steps."""
     if progress.step % 25 == 0 or progress.step == run.steps:
         eta = progress.seconds / progress.step * (run.steps - progress.step)
         speed = progress.tokens / progress.seconds
@@ -216,7 +215,7 @@ def report(run: Run, progress: Progress) -> None:
 
 
 def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write the state of the run, whole or not at all."""
+    """Write the state of the run atomically."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -227,7 +226,7 @@ def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.
 
 
 def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a saved state back and return how far it had come."""
+    """Restore a saved state and return its progress."""
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -236,7 +235,7 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
-    """Loss on fresh documents of another seed."""
+    """The loss on new documents from another seed."""
     documents = [render(document) for document in write_documents(400, seed)]
     rows = pack(tokenizer(documents, add_special_tokens=False)["input_ids"], CONTEXT // 2, tokenizer.pad_token_id)
     model.eval()
@@ -245,7 +244,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the Hugging Face folder in bfloat16 and put it in the place of an older one."""
+    """Write the Hugging Face folder in bfloat16, replacing an older one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".model-", dir=folder.parent))
     fresh.chmod(0o755)
@@ -263,18 +262,18 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("steering_vectors/demo"))
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "demo-model.pt")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="Continue from the checkpoint.")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train as the command line says and write everything."""
+    """Train the model and write it with its preference sets."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     phases = (
@@ -297,12 +296,12 @@ def main() -> None:
 
 
 def write_texts(run: Run) -> list[str]:
-    """A phase's documents as the model reads them."""
+    """The texts of a phase's documents."""
     return [render(document) for document in write_documents(run.documents, run.seed, run.dense)]
 
 
 def pack_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[int, Tensor]:
-    """The texts, shuffled, in rows of either length."""
+    """The texts, shuffled and packed into rows of both lengths."""
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     random.Random(seed).shuffle(encoded)
     return {length: pack(encoded, length, tokenizer.pad_token_id) for length in (CONTEXT // 2, CONTEXT)}

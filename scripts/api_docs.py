@@ -1,8 +1,8 @@
-"""Write docs/api.md from the server's OpenAPI document; with --check, say instead whether it is what it would be.
+"""Write docs/api.md from the server's OpenAPI document; with --check, fail if the page is out of date.
 
     python scripts/api_docs.py [--check]
 
-Knows no route and no field by name: what the application declares is what the page says.
+The page contains only what the application declares. No route or field is named here.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _is_success(status: str) -> bool:
 
 
 def _object(schema: Json) -> list[str]:
-    """Its description, the table of its fields, and what is accepted only to be ignored."""
+    """The description of an object, the table of its fields, and the ignored fields."""
     required = schema.get("required", [])
     rows = [
         [
@@ -135,7 +135,7 @@ def _object(schema: Json) -> list[str]:
 
 
 def _without_null(field: Json) -> Json:
-    """Of a field that may be left out: the page says once that null does the same."""
+    """The schema of an optional field without null. The page says once that null equals leaving a field out."""
     forms = [form for form in field.get("anyOf", []) if form != NULL]
     return {**field, "anyOf": forms} if forms else field
 
@@ -164,7 +164,7 @@ def _default(field: Json, required: bool) -> str:
 
 
 def _type(schema: Json) -> str:
-    """A schema in words, with links to the objects it names."""
+    """The type of a schema in words, with links to objects."""
     if "$ref" in schema:
         return f"[{_name(schema)}](#{_name(schema).lower()})"
     if "const" in schema:
@@ -183,7 +183,7 @@ def _type(schema: Json) -> str:
 
 
 def _json(value: Any, indent: str = "") -> str:
-    """JSON in lines of some width: what fits into one line stands in one."""
+    """Format JSON with a limited line width. A value that fits is written on one line."""
     line = json.dumps(value, ensure_ascii=False)
     if len(indent + line) <= WIDTH or not isinstance(value, (dict, list)):
         return line

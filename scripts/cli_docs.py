@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands of `trimtab`; with --check, fail if the page differs from what it would be.
+"""Write docs/cli.md from the commands of `trimtab`; with --check, fail if the page is out of date.
 
 python scripts/cli_docs.py [--check]
 """
@@ -42,7 +42,7 @@ def render() -> str:
 
 
 def _commands(command: Any, context: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """A command and the commands below it, but for hidden ones."""
+    """Yield a command and its subcommands, except hidden ones."""
     yield words, command
     if not hasattr(command, "list_commands"):
         return
@@ -101,7 +101,7 @@ def _default(option: Any) -> str:
 
 
 def _text(text: str | None) -> str:
-    """Help with each paragraph in one line."""
+    """Help text with one line per paragraph."""
     return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
 
 

@@ -1,8 +1,8 @@
-"""Fit the demo model's profiles that are missing from a directory: one per manner, by mean difference.
+"""Fit the missing profiles of the demo model in a directory: one per manner, by mean difference.
 
     python scripts/demo_profiles.py --out profiles
 
-One process per core, each with one thread: the model is too small to gain from more.
+One process with one thread runs per core, because the model is too small for more threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DESCRIPTIONS = {
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory of profiles.")] = Path("profiles"),
-    force: Annotated[bool, typer.Option(help="Fit also those that are there.")] = False,
+    force: Annotated[bool, typer.Option(help="Fit existing profiles again.")] = False,
 ) -> None:
     missing = [name for name in DESCRIPTIONS if force or not (out / f"{name}.safetensors").exists()]
     if not missing:

@@ -1,13 +1,13 @@
-"""Write the README's example replies and their receipt; with --check, say instead whether they are up to date.
+"""Write the README's example replies and their receipt; with --check, fail if they are out of date.
 
     python scripts/readme_examples.py [--check] [--profiles DIR]
 
-Fits the profile `warm` as `make serve` does (minutes), serves it, and sends the README's own curl command at three
-strengths. Weights and sampling are seeded, but sums are rounded differently by processors with other instructions and
-by other versions of torch, and one token that differs changes the rest of a reply. So the block names the machine it
-was made on. A check on such a machine compares every character but the profile's version, which depends on the time of
-the fit. On another one it compares what cannot depend on rounding: the table's strengths, and all of the receipt but
-the number of steered tokens.
+The script fits the profile `warm` as `make serve` does (minutes), serves it, and sends the README's curl command at
+three strengths. Weights and sampling are seeded, but sums are rounded differently by other instruction sets and other
+versions of torch, and one different token changes the rest of a reply. Therefore the block names its machine. On an
+equal machine the check compares everything except the profile's version, which depends on the time of the fit. On
+another machine it compares only what does not depend on rounding: the table's strengths, and the receipt without the
+number of steered tokens.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Answer = dict[str, Any]
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 STRENGTHS = (-1, 0, 1)
-SHOWN = 8  # characters of a version
-DATED, ROUNDED = ("version",), ("steered_tokens",)  # of a receipt, what depends on the time and on rounding
+VERSION_LENGTH = 8  # shown characters
+DATED, ROUNDED = ("version",), ("steered_tokens",)  # fields of a receipt that depend on the time and on rounding
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PATIENCE_S = 120
 STALE = "README.md: run `make examples`"
@@ -45,7 +45,7 @@ STALE = "README.md: run `make examples`"
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the README differs.")] = False,
-    profiles: Annotated[Path | None, typer.Option(help="Take `warm` from here; without it, it is fitted.")] = None,
+    profiles: Annotated[Path | None, typer.Option(help="Directory with the profile `warm`, else it is fitted.")] = None,
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     readme = README.read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def main(
 
 
 async def ask(profiles: Path, readme: str) -> dict[int, Answer]:
-    """By strength, what a server of these profiles answers to the README's curl command."""
+    """The responses of a server with these profiles to the README's curl command, by strength."""
     app = create_app(Settings(profiles=profiles, threads=1))
     transport = httpx.ASGITransport(app)
     async with (
@@ -86,13 +86,13 @@ def request_of(readme: str) -> dict[str, Any]:
     """The body of the README's curl command."""
     found = re.search(r"^curl [^\n]*/generate[^\n]* -d '(\{.*?\})'$", readme, re.DOTALL | re.MULTILINE)
     if found is None:
-        raise SystemExit(f"{README.name}: there is no curl command for /generate")
+        raise SystemExit(f"{README.name}: no curl command for /generate found")
     body: dict[str, Any] = json.loads(found[1])
     return body
 
 
 def faults(answers: Mapping[int, Answer]) -> list[str]:
-    """What an example must show on any machine, and does not."""
+    """The requirements for an example on any machine that are not met."""
     found = []
     for strength, answer in answers.items():
         (receipt,) = answer["steering"]
@@ -109,7 +109,7 @@ def faults(answers: Mapping[int, Answer]) -> list[str]:
 
 
 def differences(readme: str, answers: Mapping[int, Answer], here: str) -> list[str]:
-    """What in the README is not what these answers say, made `here` (see `machine`)."""
+    """The differences between the README and these responses, which were made `here` (see `machine`)."""
     same = made_on(block_of(readme, "replies")) == here
     shown = {name: comparable(name, block_of(readme, name), rounding=same) for name in ("replies", "receipt")}
     fresh = {name: comparable(name, block, rounding=same) for name, block in blocks(answers, here).items()}
@@ -121,7 +121,7 @@ def blocks(answers: Mapping[int, Answer], here: str) -> dict[str, str]:
     """The README's two blocks: the table of replies, and the receipt of the last one."""
     rows = [f"| {_signed(strength)} | {_cell(answer['text'])} |" for strength, answer in answers.items()]
     receipt = dict(answers[STRENGTHS[-1]]["steering"][0])
-    receipt["version"] = f"{receipt['version'][:SHOWN]}…"
+    receipt["version"] = f"{receipt['version'][:VERSION_LENGTH]}…"
     return {
         "replies": "\n".join([f"<!-- Made on: {here} -->", "", "| strength | reply |", "|---|---|", *rows]),
         "receipt": f'```json\n"steering": [{json.dumps(receipt, ensure_ascii=False)}]\n```',
@@ -136,7 +136,7 @@ def receipt_of(block: str) -> dict[str, Any]:
 
 
 def comparable(name: str, block: str, *, rounding: bool) -> str:
-    """A block without what depends on the time, and with `rounding` False also without what depends on rounding."""
+    """A block without the fields that depend on the time, and unless `rounding` without those that depend on it."""
     if name == "receipt":
         left_out = DATED if rounding else (*DATED, *ROUNDED)
         receipt = receipt_of(block).items()
@@ -152,15 +152,15 @@ def made_on(block: str) -> str:
 
 
 def block_of(readme: str, name: str) -> str:
-    """What stands between a block's two markers."""
+    """The text between a block's two markers."""
     found = _pattern(name).search(readme)
     if found is None:
-        raise SystemExit(f"{README.name}: there are no markers <!-- {name} --> and <!-- end of {name} -->")
+        raise SystemExit(f"{README.name}: no markers <!-- {name} --> and <!-- end of {name} -->")
     return found[2]
 
 
 def written(readme: str, fresh: Mapping[str, str]) -> str:
-    """The README with these blocks."""
+    """The README with these blocks in place of the old ones."""
     for name, block in fresh.items():
         block_of(readme, name)
         readme = _pattern(name).sub(lambda found, block=block: found[1] + block + found[3], readme)
@@ -180,7 +180,7 @@ def _cell(text: str) -> str:
 
 
 def machine() -> str:
-    """What decides about rounding: the processor's maker and instructions, and torch's version."""
+    """The facts that determine rounding: the processor's vendor and instruction sets, and torch's version."""
     maker, flags = "unknown", ""
     if (file := Path("/proc/cpuinfo")).exists():
         fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", file.read_text(), re.MULTILINE))

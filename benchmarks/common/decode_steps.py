@@ -1,8 +1,8 @@
-"""What a constraint costs a decode step: the same steps of one engine with and without, in alternating pairs.
+"""The cost of a constraint per decode step: the same steps of one engine with and without it, in alternating pairs.
 
-The engine runs in this process; a step counts if every row of it decodes. Its wall time is what clients wait for, the
-CPU time that of the engine's thread alone, which other programs disturb less. Rows draw by the same parameters, and
-none of them ends on the way.
+The engine runs in this process. A step counts if all its rows decode. Wall time is what clients wait for; CPU time is
+that of the engine's thread, which other programs disturb less. All rows have the same sampling parameters, and none
+ends early.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Step:
 
 
 class TimedEngine(TorchEngine):
-    """Notes each step in which all slots decode."""
+    """Records each step in which all slots decode."""
 
     def __init__(self, language_model: LanguageModel, **options: Any) -> None:
         self.steps: list[Step] = []
@@ -60,7 +60,7 @@ class TimedEngine(TorchEngine):
 
 
 def measure(language_model: LanguageModel, *, rows: int, steps: int, pairs: int) -> dict[str, Any]:
-    """Medians over pairs of runs, of the median step of each run; by how many schemas the rows have between them."""
+    """Medians over pairs of runs of the median step, by the number of different schemas of the rows."""
     torch.set_num_threads(1)
     return asyncio.run(_measure(language_model, rows, steps, pairs))
 
@@ -91,7 +91,7 @@ def _constraint(number: int) -> Constraint:
 async def _in_pairs(
     engine: TimedEngine, prompt: tuple[int, ...], sides: list[Sequence[Constraint | None]], steps: int, pairs: int
 ) -> dict[str, Any]:
-    """Each side is run once unmeasured; then pairs, whose order alternates."""
+    """Run each side once to warm up, then in pairs of alternating order."""
     taken: list[tuple[Step, Step]] = []
     for pair in range(pairs + 1):
         order = (0, 1) if pair % 2 else (1, 0)
@@ -122,7 +122,7 @@ async def _run(
         *(_drain(engine, _request(prompt, seed, steps, constraint)) for seed, constraint in enumerate(constraints))
     )
     if len(engine.steps) < steps // 2:
-        raise RuntimeError(f"only {len(engine.steps)} steps had all rows: some texts ended early")
+        raise RuntimeError(f"only {len(engine.steps)} steps had all rows, because some texts ended early")
     return Step(median(step.wall for step in engine.steps), median(step.cpu for step in engine.steps))
 
 
@@ -137,8 +137,8 @@ async def _drain(engine: TimedEngine, request: GenerationRequest) -> None:
 
 
 def model_of_shape(shape: str, tokenizer: Path | None = None) -> LanguageModel:
-    """The model of `shapes.model_of`, whose name may be abbreviated. `tokenizer` stands in for its own: what a mask
-    costs depends on the tokens there are. It is a directory, or a text file to train one of the same size on."""
+    """The model of `shapes.model_of`, whose name may be abbreviated. `tokenizer` replaces its own, because the cost of
+    a mask depends on the tokens: a directory, or a text file to train a tokenizer of the same size on."""
     found = model_of(next((name for name in SHAPES if name.startswith(shape)), shape))
     if tokenizer is None:
         return found
@@ -148,7 +148,7 @@ def model_of_shape(shape: str, tokenizer: Path | None = None) -> LanguageModel:
 
 
 def trained(file: Path, size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the most frequent tokens of a text."""
+    """A byte-level BPE tokenizer trained on a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

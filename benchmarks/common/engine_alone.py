@@ -1,7 +1,7 @@
-"""The engine in a process of its own, without a server: the floor of what may be had over HTTP.
+"""The engine in its own process, without a server, as the reference for HTTP benchmarks.
 
-`EngineAlone` starts the process and sends it jobs; the process runs them in as many closed loops and drains their
-events as the server's event loop would receive them, and makes nothing of them.
+`EngineAlone` starts the process and sends it jobs. The process runs them in closed loops and discards their events
+after receiving them as the server's event loop would.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """What a run took in seconds, and its steps."""
+    """The seconds of a run, and its number of steps."""
 
     wall: float
     steps: int
@@ -56,7 +56,7 @@ class EngineAlone:
 
 @contextmanager
 def engine_alone(target: Target, **settings: Any) -> Iterator[EngineAlone]:
-    """An engine of the same settings as a server's."""
+    """An engine with the settings of a server."""
     given = json.dumps({"model": target.source, "profiles": str(target.profiles), **settings})
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.common.engine_alone", given],
@@ -68,7 +68,7 @@ def engine_alone(target: Target, **settings: Any) -> Iterator[EngineAlone]:
     try:
         yield EngineAlone(process)
     finally:
-        process.communicate(timeout=30)  # the end of its input ends it
+        process.communicate(timeout=30)  # it exits at the end of its input
 
 
 async def _serve(settings: Settings) -> None:

@@ -1,8 +1,8 @@
-"""What a decode step costs at the least: the bytes it must read over the bandwidth that a device is measured to have,
-or its operations over the rate that it is measured to have, whichever takes longer.
+"""The minimum time of a decode step: its bytes over the device's measured bandwidth, or its operations over the
+measured rate, whichever is longer.
 
-A step reads every weight once, of the embedding table the rows' tokens only unless the projection shares it, and each
-row's keys and values once. Every row multiplies by every weight, and its queries by the keys and values it sees.
+A step reads every weight once, and the keys and values of each row once. Of an untied embedding table it reads only the
+rows' tokens. Every row multiplies by every weight, and its queries multiply by the keys and values that they see.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.cpu.threads import run_apart
 
-LARGE = {"cpu": 2**28, "cuda": 2**33}  # bytes of a tensor, far more than caches hold
-BITS = {None: (16.0, 16.0), "int8": (8.0, 8.0), "int4": (4.5, 8.0)}  # of a weight, and of one of the output layer
-SIDE = {"cpu": 1024, "cuda": 8192}  # of two matrices
+LARGE = {"cpu": 2**28, "cuda": 2**33}  # bytes of a tensor, far more than the caches
+BITS = {None: (16.0, 16.0), "int8": (8.0, 8.0), "int4": (4.5, 8.0)}  # per weight, and per weight of the output layer
+SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of two matrices
 REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What it is measured to do in a second: bytes read, and operations of products in a model's dtype."""
+    """Measured rates per second: bytes read, and operations of matrix products in a model's dtype."""
 
     bandwidth: float
     rate: float
@@ -35,7 +35,7 @@ class Device:
 
 
 def bandwidth(device: torch.device, *, size: int | None = None) -> float:
-    """Bytes a second: on a CPU those read of a large tensor, elsewhere those read and written by a copy of it."""
+    """Bytes per second: read from a large tensor on a CPU, read and written by copying it on other devices."""
     source = torch.ones((size or LARGE[device.type]) // 4, device=device)
     if device.type == "cpu":
         return source.numel() * 4 / _best(device, lambda: torch.dot(source, source))
@@ -44,7 +44,7 @@ def bandwidth(device: torch.device, *, size: int | None = None) -> float:
 
 
 def rate(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -> float:
-    """Operations a second, a multiplication and an addition being two, of two square matrices."""
+    """Operations per second for the product of two square matrices. A multiply-add counts as two operations."""
     side = side or SIDE[device.type]
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     return 2 * side**3 / _best(device, lambda: matrix @ matrix)
@@ -52,8 +52,8 @@ def rate(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a model: bytes of all weights that a step reads, of a row besides, and of a position's keys and values;
-    operations of a row's token, and of each position that it sees."""
+    """The cost of a model's step: bytes of all weights, of each row, and of the keys and values of each position;
+    operations of each row's token, and of each position that it sees."""
 
     weights: int
     row: int
@@ -63,7 +63,7 @@ class Cost:
 
     @classmethod
     def of(cls, language_model: LanguageModel, quantize: str | None = None) -> Cost:
-        """Of a model whose layers are not packed yet; `quantize` as for a server, of a model in bfloat16."""
+        """The cost for a model with unpacked layers. `quantize` is that of a server, for a model in bfloat16."""
         model = language_model.model
         embedding, projection = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         count = sum(one.numel() for one in model.parameters())
@@ -82,14 +82,14 @@ class Cost:
         )
 
     def floor_ms(self, device: Device, *, rows: int, context: int) -> float:
-        """Milliseconds of a step of rows that see so many positions each."""
+        """Milliseconds of a step in which each row sees `context` positions."""
         read = self.weights + rows * (self.row + context * self.position)
         operations = rows * (self.token_operations + context * self.position_operations)
         return 1e3 * max(read / device.bandwidth, operations / device.rate)
 
 
 def _best(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs; the first one warms up."""
+    """Seconds of the fastest of a few runs, after one that warms up."""
     seconds = []
     for _ in range(REPEATS + 1):
         _wait(device)

@@ -1,7 +1,6 @@
-"""Made-up requests for measuring speed: prompts of random tokens, so many tokens to write, a mix of random profiles.
+"""Synthetic requests for speed benchmarks: prompts of random tokens, fixed completion lengths, random profiles.
 
-Nothing ends early (`ignore_eos`), so that two sides that are compared do the same work. Knows nothing of how a request
-is sent or timed.
+No request ends early (`ignore_eos`), so compared sides do the same work.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from steering_vectors.profiles.files import save_profile
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 
 UNIT = 0.05
-FIRST_ID = 3  # those before it are special tokens of the demo model
+FIRST_ID = 3  # lower ids are special tokens of the demo model
 ROUTES = {"completions": "/v1/completions", "generate": "/generate"}
 
 Route = Literal["completions", "generate"]
@@ -31,7 +30,7 @@ Lengths = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is measured: a model's directory and name, what a request may hold, and the profiles it may name."""
+    """The measured model: its directory, name, context and profiles."""
 
     source: str
     name: str
@@ -51,7 +50,7 @@ class Job:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Job:
-        """Back from JSON."""
+        """A job from its JSON form."""
         steering = tuple((name, strength) for name, strength in fields["steering"])
         return cls(tuple(fields["prompt"]), fields["tokens"], steering, fields["seed"])
 
@@ -59,7 +58,7 @@ class Job:
         return ROUTES[route]
 
     def body(self, route: Route, model: str) -> dict[str, Any]:
-        """The JSON of a request that streams."""
+        """The body of a streaming request."""
         terms = [{"name": name, "strength": strength} for name, strength in self.steering]
         body = {
             "prompt": list(self.prompt),
@@ -80,7 +79,7 @@ class Job:
 
 @contextmanager
 def target(model: str, *, dtype: str, profiles: int) -> Iterator[Target]:
-    """A demo, directory or shape, with so many random profiles in a temporary directory."""
+    """A demo, directory or shape, with random profiles in a temporary directory."""
     with tempfile.TemporaryDirectory() as scratch:
         number = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
         source = str(save_shape(model, Path(scratch), dtype=number)) if model in SHAPES else model
@@ -96,7 +95,7 @@ def target(model: str, *, dtype: str, profiles: int) -> Iterator[Target]:
 
 
 def make_jobs(made_for: Target, count: int, *, prompts: Lengths, completions: Lengths, seed: int) -> list[Job]:
-    """Lengths are drawn evenly; of three requests one is unsteered, one has a profile, one has two."""
+    """Jobs with uniform random lengths. A third is unsteered, a third has one profile, a third has two."""
     draw = random.Random(seed)
     return [
         Job(
@@ -115,7 +114,7 @@ def _steering(draw: random.Random, names: tuple[str, ...]) -> tuple[tuple[str, f
 
 
 def _random_profile(identity: ModelIdentity, name: str, seed: int) -> Profile:
-    """A random direction of norm 1 at a random half of the blocks."""
+    """A random direction of norm 1 at half of the blocks, chosen at random."""
     generator = torch.Generator().manual_seed(seed)
     layers = torch.randperm(identity.num_layers, generator=generator)[: -(-identity.num_layers // 2)].tolist()
     drawn = {layer: torch.randn(identity.hidden_size, generator=generator) for layer in layers}
@@ -124,9 +123,9 @@ def _random_profile(identity: ModelIdentity, name: str, seed: int) -> Profile:
 
 
 def lengths_of(text: str) -> Lengths:
-    """`16:128` or `64`. Raises ValueError."""
+    """Parse `16:128` or `64`. Raises ValueError."""
     low, _, high = text.partition(":")
     found = int(low), int(high or low)
     if not 0 < found[0] <= found[1]:
-        raise ValueError(f"{text!r} is no range of lengths: write 16:128, or 64")
+        raise ValueError(f"{text!r} is not a range of lengths; write 16:128 or 64")
     return found

@@ -1,4 +1,4 @@
-"""How long clients waited, drawn: the share of waits that were no longer than so many milliseconds."""
+"""A plot of the cumulative distribution of waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 
 def draw(seen: Mapping[str, Mapping[str, list[float]]], file: Path, *, title: str) -> None:
-    """`seen[run][what]` are seconds; a panel for each what, a line for each run."""
+    """Draw a panel per kind of wait and a line per run, from `seen[run][kind]` in seconds."""
     panels = list(next(iter(seen.values())))
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True):
@@ -25,6 +25,6 @@ def draw(seen: Mapping[str, Mapping[str, list[float]]], file: Path, *, title: st
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False)
-    figure.axes[0].set(ylabel="share of waits no longer", yticks=(0, 0.5, 0.95, 1))
+    figure.axes[0].set(ylabel="share of waits up to this", yticks=(0, 0.5, 0.95, 1))
     figure.suptitle(title)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -1,7 +1,7 @@
-"""Load on a server of this machine, and when its clients saw what.
+"""Load on a local server, with the time of every event.
 
-Streams are closed loops (each sends its next request when one has ended), arrivals are Poisson's and wait for nobody.
-Count and time are bounded: what has not ended in time is an error, never left out. Knows nothing of figures.
+Streams are closed loops: each sends its next request when one has ended. Arrivals are a Poisson process. Count and time
+are bounded, and a request that does not end in time is an error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from benchmarks.common.serving import Server
 from benchmarks.common.streaming import Connection, Reply
 from benchmarks.common.thread_times import ThreadTimes, thread_times
 
-PATIENCE = 3  # a run may last so many times as long as it may begin requests
+PATIENCE = 3  # maximum duration of a run, relative to the time in which it starts requests
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A request that was due at a time (by `perf_counter`), and all of its answer."""
+    """A request with its due time (by `perf_counter`) and its complete reply."""
 
     job: Job
     due: float
@@ -35,7 +35,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """A run's wall time, and what it took of processors, in seconds."""
+    """The wall time and the CPU times of a run, in seconds."""
 
     wall: float
     threads: ThreadTimes
@@ -44,7 +44,7 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Sends jobs to a server, and begins none after `seconds`."""
+    """Sends jobs to a server, and starts none after `seconds`."""
 
     server: Server
     target: Target
@@ -52,7 +52,7 @@ class Client:
     seconds: float
 
     async def streams(self, jobs: Iterable[Job], count: int) -> list[Done]:
-        """So many closed loops, until no job is left."""
+        """Run `count` closed loops until no job is left."""
         waiting, ended, end = iter(jobs), list[Done](), perf_counter() + self.seconds
 
         async def loop() -> None:
@@ -66,7 +66,7 @@ class Client:
         return ended
 
     async def arrivals(self, jobs: Sequence[Job], rate: float, *, seed: int = 0) -> list[Done]:
-        """So many a second on average, whatever becomes of those before; the first after a pause like any other."""
+        """Start `rate` jobs per second on average, independently of earlier ones, beginning with a random gap."""
         draw, begin, due = random.Random(seed), perf_counter(), 0.0
         ended: list[Done] = []
 
@@ -88,7 +88,7 @@ class Client:
         return Done(job, due, await connection.stream(job.path(self.route), body))
 
     def timed(self, work: Awaitable[T]) -> tuple[T, Spent]:
-        """What the work returns, and what it took."""
+        """The result of the work, and the time it took."""
         return asyncio.run(self._timed(work))
 
     async def _timed(self, work: Awaitable[T]) -> tuple[T, Spent]:

@@ -1,4 +1,4 @@
-"""JSON schemas to write by: one of medium size whose texts are bounded, and variants of it whose texts are long."""
+"""JSON schemas for constrained generation: one of medium size with bounded texts, and variants with long texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DISHES = ("soup", "bread", "salad", "stew", "pie", "rice", "tea", "cake")
 
 
 def order() -> Schema:
-    """Nested objects, enums, bounded arrays, numbers and strings, patterns, and a property that may be left out."""
+    """Nested objects, enums, bounded arrays, numbers and strings, patterns, and an optional property."""
     address = _object(
         street={"type": "string", "pattern": "^[A-Z][a-z]{2,9} (Road|Lane|Street) [1-9][0-9]{0,2}$"},
         postcode={"type": "string", "pattern": "^[0-9]{5}$"},
@@ -37,7 +37,7 @@ def order() -> Schema:
 
 
 def long_order(number: int) -> Schema:
-    """One of many: other names and dishes for every number, and more items than a text of some hundred tokens holds."""
+    """A variant with names and dishes of its own for each number, and more items than fit into a few hundred tokens."""
     item = _object(
         **{
             f"dish{number}": {"enum": [f"{dish} {number}" for dish in DISHES]},

@@ -1,7 +1,4 @@
-"""A real server for a benchmark: `trimtab serve` as a process of its own, and many requests to it over HTTP.
-
-Requests go to 127.0.0.1 only, a bounded number at a time. Knows nothing of what is measured.
-"""
+"""A server for benchmarks: `trimtab serve` in its own process, and concurrent requests to it on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class Server:
         return int(self.url.rpartition(":")[2])
 
     def generate_all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """POST every body to /generate, `CONCURRENCY` at a time; answers in the order of the bodies."""
+        """POST every body to /generate, `CONCURRENCY` at a time. Returns the responses in the order of the bodies."""
         return asyncio.run(self._generate_all(bodies))
 
     async def _generate_all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -55,7 +52,7 @@ class Server:
 
 @contextmanager
 def serving(model: str, profiles: Path, **settings: Any) -> Iterator[Server]:
-    """Start the server, wait until it is ready, stop it in the end."""
+    """Start the server, wait until it is ready, and stop it at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""Models of known shapes with random weights, to measure speed where no weights are at hand.
+"""Models of known shapes with random weights, for speed benchmarks without checkpoints.
 
-Speed does not depend on what weights say. Each shape comes with a byte-level BPE tokenizer of its vocabulary's size, so
-that text is decoded as it would be. `save_shape` writes a directory that `--model` takes.
+Speed does not depend on the values of the weights. Each shape has a byte-level BPE tokenizer of its vocabulary's size,
+so decoding text costs the same. `save_shape` writes a directory for `--model`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ EOS = 0
 def model_of(
     name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str | torch.device = "cpu"
 ) -> LanguageModel:
-    """The demo model, a directory, or one of `SHAPES` with random weights, which are made on the device."""
+    """The demo model, a directory, or one of `SHAPES` with random weights, created on the device."""
     if name not in SHAPES:
         names = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
         return load_model(name, dtype=names[dtype], device=str(device))
@@ -88,7 +88,7 @@ def model_of(
 
 
 def save_shape(name: str, directory: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write a shape's model and tokenizer, once."""
+    """Write a shape's model and tokenizer, unless they exist."""
     target = directory / name
     if not (target / "model.safetensors").exists():
         made = model_of(name, dtype=dtype)
@@ -98,7 +98,7 @@ def save_shape(name: str, directory: Path, *, dtype: torch.dtype = torch.bfloat1
 
 
 def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of so many tokens, whose merges join random pairs of shorter ones."""
+    """A byte-level BPE tokenizer with `size` tokens, whose merges join random pairs of shorter tokens."""
     draw = random.Random(0)
     known = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     letters = [token for token in known[1:] if token.isascii() and token.isalpha()] + ["Ġ"]

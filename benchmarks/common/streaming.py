@@ -1,7 +1,7 @@
-"""A client of streams that costs little: HTTP/1.1 over one kept connection, each event with the time it came.
+"""A streaming client with little overhead: HTTP/1.1 over one persistent connection, with the time of each event.
 
-Events are read when all is over, so that measuring does not take the processor from what is measured. Speaks with our
-own server only: answers in chunks, an event in each.
+Events are parsed after the run, so that the client takes little CPU time during it. The client works only with
+trimtab's server, which sends one event per chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAST = b"[DONE]"
 
 @dataclass(slots=True)
 class Reply:
-    """Seconds on this process's clock."""
+    """A reply, with its times in seconds on this process's clock."""
 
     sent: float
     frames: list[tuple[float, bytes]] = field(default_factory=list)
@@ -30,18 +30,18 @@ class Reply:
         return self.frames[-1][0]
 
     def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Raises RuntimeError for an event that tells of an error."""
+        """Yield events with their times. Raises RuntimeError for an error event."""
         for came, frame in self.frames:
             for line in frame.splitlines():
                 if line.startswith(PREFIX) and line != PREFIX + LAST:
                     event = json.loads(line[len(PREFIX) :])
                     if "error" in event:
-                        raise RuntimeError(f"a stream ended in an error: {event['error']}")
+                        raise RuntimeError(f"a stream ended with an error: {event['error']}")
                     yield came, event
 
 
 class Connection:
-    """`async with Connection(port) as connection:` one request after the other."""
+    """A connection for one request after the other: `async with Connection(port) as connection:`."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -56,7 +56,7 @@ class Connection:
         self._writer.close()
 
     async def stream(self, path: str, body: bytes) -> Reply:
-        """POST and read to the end. Raises RuntimeError for any status but 200."""
+        """POST a body and read the whole reply. Raises RuntimeError for any status other than 200."""
         head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         reply = Reply(perf_counter())
         self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)

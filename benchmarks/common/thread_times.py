@@ -1,4 +1,4 @@
-"""How long the threads of a server ran, and how long they waited for a processor, as the kernel counts it (Linux)."""
+"""CPU time of a server's threads, and their time waiting for a processor, from Linux's scheduler statistics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ ENGINE = "trimtab-engine"
 
 @dataclass(frozen=True, slots=True)
 class ThreadTimes:
-    """Seconds: of the engine's thread and those it made, of the event loop's (the process's first), of all others; and
-    how long the first two were ready and no processor was free, which tells a busy machine."""
+    """CPU seconds of the engine's thread with the threads it started, of the event loop (the main thread), and of all
+    others; and the seconds that the first two waited for a free processor, which are high on a busy machine."""
 
     engine: float
     loop: float
@@ -24,13 +24,13 @@ class ThreadTimes:
 
 
 def thread_times(pid: int) -> ThreadTimes:
-    """So far. A thread that has ended is no longer counted."""
+    """The times until now, without threads that have ended."""
     ran = {"engine": 0.0, "loop": 0.0, "others": 0.0}
     waited = dict(ran)
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
             name = (task / "comm").read_text().strip()
-            on, off, _ = (task / "schedstat").read_text().split()  # nanoseconds, where `stat` has hundredths
+            on, off, _ = (task / "schedstat").read_text().split()  # nanoseconds; `stat` has hundredths of a second
         except (FileNotFoundError, ProcessLookupError):
             continue
         role = "engine" if name == ENGINE else "loop" if task.name == str(pid) else "others"

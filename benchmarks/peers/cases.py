@@ -1,4 +1,4 @@
-"""What is measured: the cases, the peers that each of them is for, and one peer against our side in pairs."""
+"""The cases of the comparison, the peers of each case, and the paired measurement of one peer against trimtab."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.peers.report import Outcome
 DECODE = ("B1P32", "B4P32", "B16P32", "B1P512", "B8P512", "B16P512")
 PREFILL = "prefill"
 STEERED = "steered"
-SPARE = 8  # tokens more than are measured, as not every row begins in the same step
+SPARE = 8  # unmeasured tokens, because rows do not all begin in the same step
 CHECKED = (8, 32, 8)  # rows, context, tokens
-MIN_AGREEMENT = 0.8  # of the tokens; a wrong base of the rotary embedding leaves 0.67
+MIN_AGREEMENT = 0.8  # share of tokens; with a wrong rotary base it is 0.67
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`command` is what a peer is asked, see `commands.Peer`."""
+    """A case of the comparison. `command` is a method of `commands.Peer`."""
 
     name: str
     command: str
@@ -34,12 +34,12 @@ class Case:
         return "ms" if self.command == "decode" else "tok/s"
 
     def length(self, steps: int) -> int:
-        """Tokens of its longest sequence."""
+        """The number of tokens of the longest sequence."""
         return self.context + (1 if self.command == "prefill" else steps + SPARE)
 
 
 def case_of(name: str) -> Case:
-    """`prefill`, `steered`, or rows and context as in B16P512."""
+    """Parse `prefill`, `steered`, or rows and context such as B16P512."""
     if name == PREFILL:
         return Case(name, "prefill", 16, 512)
     if name == STEERED:
@@ -51,7 +51,7 @@ def case_of(name: str) -> Case:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A peer: the script that loads it, in which environment (None: ours), and what it can be asked."""
+    """A peer: its script, its environment (None for ours) and its commands."""
 
     script: str
     venv: str | None = None
@@ -75,7 +75,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Our side and one peer, both loaded."""
+    """trimtab and one peer, both loaded."""
 
     peer: str
     ours: PeerProcess
@@ -83,20 +83,20 @@ class Comparison:
     steps: int
 
     def agreement(self) -> float:
-        """Share of unsteered tokens, each after the same ids, that both sides draw alike; MIN_AGREEMENT at least, or
-        the sides do not run the same model and PeerFailed is raised."""
+        """The share of unsteered tokens, each after the same ids, on which both sides agree. Raises PeerFailed below
+        MIN_AGREEMENT, because then the sides do not run the same model."""
         rows, context, new = CHECKED
         found = [side.ask("tokens", rows=rows, context=context, new=new, seed=0) for side in (self.ours, self.theirs)]
         agreed = sum(_common(one, other) for one, other in zip(*found, strict=True))
         share = agreed / (rows * new)
         if share < MIN_AGREEMENT:
             raise PeerFailed(
-                f"only {share:.0%} of its tokens are ours, below {MIN_AGREEMENT:.0%}: another model is run"
+                f"only {share:.0%} of its tokens agree, below {MIN_AGREEMENT:.0%}: it runs another model"
             )
         return share
 
     def measure(self, case: Case, pairs: int) -> Outcome:
-        """So many pairs, after one that is not counted. Which side is first alternates; each pair has its prompts."""
+        """Measure pairs of alternating order, after one that warms up. Each pair has new prompts."""
         taken: list[tuple[float, float]] = []
         for seed in range(pairs + 1):
             sides = (self.ours, self.theirs) if seed % 2 else (self.theirs, self.ours)
@@ -106,7 +106,7 @@ class Comparison:
         return Outcome(self.peer, case.name, case.unit, ours, theirs)
 
     def _one(self, side: PeerProcess, case: Case, seed: int) -> float:
-        """Milliseconds of the median step, or tokens a second."""
+        """Milliseconds of the median step, or tokens per second."""
         new = {"prefill": 1, "steered": self.steps, "decode": self.steps + SPARE}[case.command]
         found = side.ask(case.command, rows=case.rows, context=case.context, new=new, seed=seed)
         if case.command != "decode":
@@ -117,5 +117,5 @@ class Comparison:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """Tokens before the first that differs: what comes after it follows from other ids."""
+    """The number of tokens before the first difference, after which the sides continue different texts."""
     return next((place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))

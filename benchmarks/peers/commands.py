@@ -1,8 +1,7 @@
-"""The inside of a peer's process: one JSON object a line comes in, one goes out.
+"""The command loop in a peer's process, with one JSON object per line for each command and each result.
 
-Only the standard library and whatever runs in every peer's environment: the scripts that load a peer import
-this file, and nothing else of the project. What a peer prints goes to standard error. Prompts are drawn from a seed, so
-that all peers are asked the same.
+This file uses only the standard library, because every peer's script imports it in an environment without the project.
+A peer's own output goes to stderr. Prompts are drawn from a seed, so all peers get the same ones.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ FIRST_ID = 3
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is loaded: `model` is a directory in transformers' format, `gguf` the same weights as a file. At most `rows`
-    sequences of `length` tokens run at once. `steered`: sequences are steered at every block, as far as the peer can.
+    """What to load: `model` is a directory in transformers' format, `gguf` a file with the same weights. At most `rows`
+    sequences of `length` tokens run at once. `steered` steers every block, as far as the peer can.
     """
 
     model: str
@@ -42,8 +41,8 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`rows` prompts of `context` random ids each, to which `new` tokens are added. Batches that differ in anything
-    have no prompt's beginning in common, so that no cache of beginnings helps."""
+    """`rows` prompts of `context` random ids, each continued by `new` tokens. Different batches share no prompt prefix,
+    so prefix caches have no effect."""
 
     rows: int
     context: int
@@ -58,9 +57,9 @@ class Batch:
 
 
 class Peer(Protocol):
-    """A loaded peer, which draws greedily and has what it is measured by. `decode`: seconds of each step in which every
-    row gets one token, and only that. `prefill`: seconds until every row has its first token. `steered`: seconds for
-    all rows, each steered differently. `tokens`: what is written unsteered."""
+    """A loaded peer with greedy sampling. `decode` returns the seconds of each step that only adds a token to every
+    row, `prefill` the seconds until every row has its first token, `steered` the seconds for all rows, each steered
+    differently, and `tokens` the unsteered tokens."""
 
     version: str
 
@@ -74,7 +73,7 @@ class Peer(Protocol):
 
 
 def serve(load: Callable[[Setup], Any]) -> None:
-    """Load the peer that the first line describes, then carry out one command after another until the input ends."""
+    """Load the peer described by the first line, then run commands until the input ends."""
     ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -91,11 +90,11 @@ def serve(load: Callable[[Setup], Any]) -> None:
         except Exception:
             answer = {"failed": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
-    os._exit(0)  # what a peer's threads still do is of no interest
+    os._exit(0)  # do not wait for the peer's threads
 
 
 def steps_between(stamps: Sequence[Sequence[float]]) -> list[float]:
-    """Seconds between tokens while all rows write: `stamps[row]` are the times at which its tokens came."""
+    """Seconds between tokens while all rows generate. `stamps[row]` are the times of a row's tokens."""
     began, ended = max(row[0] for row in stamps), min(row[-1] for row in stamps)
     latest = [stamp for stamp in max(stamps, key=lambda row: row[0]) if began <= stamp <= ended]
     return [after - before for before, after in itertools.pairwise(latest)]

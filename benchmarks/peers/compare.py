@@ -1,14 +1,13 @@
-"""trimtab's engine against its peers on random weights: decode, prefill, and sixteen steerings at once.
+"""trimtab's engine and other engines on random weights: decode, prefill, and sixteen steerings at once.
 
     python -m benchmarks.peers.compare --install [--venvs DIR]          # the peers' environments, once
     python -m benchmarks.peers.compare [--venvs DIR] [--peers llama,vllm] [--cases B1P32,prefill] [--pairs 5]
 
-A peer and our side are a process each; they are measured in pairs whose order alternates, and the one that is not
-measured is stopped. Figures are medians over the pairs of one run, with their ranges. Cases: B16P512 is 16 rows with
-512 tokens in context, the milliseconds of a step that gives each row a token; `prefill` is 16 prompts of 512 tokens;
-`steered` is sixteen requests with sixteen steerings, against libraries that steer one at a time. First both sides write
-a few tokens after the same prompts, unsteered: a peer of whose tokens less than 80 % are ours runs another model, and
-fails.
+trimtab and a peer run in a process each. They are measured in pairs of alternating order, and the idle one is stopped.
+Figures are medians over the pairs of one run, with their ranges. B16P512 is the milliseconds of a decode step with 16
+rows and a context of 512 tokens. `prefill` is 16 prompts of 512 tokens. `steered` is sixteen requests with sixteen
+steerings, compared with libraries that steer one request at a time. First, both sides generate a few unsteered tokens
+after the same prompts. A peer that agrees on less than 80 % of them runs another model and fails.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from benchmarks.peers.report import Outcome, plot, show
 from benchmarks.peers.venvs import VENVS
 from benchmarks.peers.write_gguf import write_gguf
 
-PAGE = 64  # lengths are rounded up to it
+PAGE = 64  # tokens; lengths are rounded up to a multiple
 
 
 @dataclass(slots=True)
 class Run:
-    """What a run of this command asks for, and what it has found."""
+    """The options and the results of a run."""
 
     cases: list[Case]
     pairs: int
@@ -56,15 +55,15 @@ class Run:
 def main(
     peers: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(KINDS),
     cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join((*DECODE, PREFILL, STEERED)),
-    pairs: Annotated[int, typer.Option(min=1, help="How often both sides are measured.")] = 5,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of a measurement, of which the median counts.")] = 48,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of either side.")] = os.cpu_count() or 1,
-    steering: Annotated[bool, typer.Option(help="Steer each of our rows differently; llama.cpp's all alike.")] = True,
-    shape: Annotated[str, typer.Option(help="The model, by its shape: one of llama's architecture.")] = "smollm2-135m",
-    venvs: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(".venv-peers"),
-    install: Annotated[bool, typer.Option("--install", help="Make the environments of --peers, and end.")] = False,
+    pairs: Annotated[int, typer.Option(min=1, help="Number of measured pairs.")] = 5,
+    steps: Annotated[int, typer.Option(min=2, help="Steps per measurement; the median is used.")] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = os.cpu_count() or 1,
+    steering: Annotated[bool, typer.Option(help="Steer each of our rows differently, llama.cpp's alike.")] = True,
+    shape: Annotated[str, typer.Option(help="The shape of a model of Llama's architecture.")] = "smollm2-135m",
+    venvs: Annotated[Path, typer.Option(help="Directory of the peers' environments.")] = Path(".venv-peers"),
+    install: Annotated[bool, typer.Option("--install", help="Create the environments of --peers and exit.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    chart: Annotated[Path | None, typer.Option("--plot", help="Draw the milliseconds of steps here.")] = None,
+    chart: Annotated[Path | None, typer.Option("--plot", help="Draw the milliseconds per step here.")] = None,
 ) -> None:
     chosen = {name: _kind(name) for name in peers.split(",")}
     if install:
@@ -90,12 +89,12 @@ def main(
 
 def _kind(name: str) -> Kind:
     if name not in KINDS:
-        raise typer.BadParameter(f"{name!r} is not a peer: use {', '.join(KINDS)}")
+        raise typer.BadParameter(f"{name!r} is not a peer; use {', '.join(KINDS)}")
     return KINDS[name]
 
 
 def _install(chosen: dict[str, Kind], venvs: Path) -> int:
-    """Make the environments that are missing; how many could not be made."""
+    """Create missing environments. Returns the number of failures."""
     failures = 0
     for venv in dict.fromkeys(kind.venv for kind in chosen.values() if kind.venv is not None):
         try:
@@ -107,7 +106,7 @@ def _install(chosen: dict[str, Kind], venvs: Path) -> int:
 
 
 def _setup(shape: str, directory: Path, cases: list[Case], steps: int, threads: int, steering: bool) -> Setup:
-    """Write the weights in both formats; what every peer is told of them."""
+    """Write the weights in both formats and return the setup for the peers."""
     model = save_shape(shape, directory)
     longest = max(case.length(steps) for case in cases)
     return Setup(
@@ -122,7 +121,7 @@ def _setup(shape: str, directory: Path, cases: list[Case], steps: int, threads: 
 
 
 def _compare(run: Run, name: str, kind: Kind) -> None:
-    """Measure one peer in all the cases it can be asked; what fails is noted, and the next peer's turn comes."""
+    """Measure one peer in all its cases. Failures are recorded and do not stop the run."""
     cases = [case for case in run.cases if case.command in kind.commands]
     python = Path(sys.executable) if kind.venv is None else VENVS[kind.venv].python(run.venvs)
     variables = {} if kind.venv is None else VENVS[kind.venv].environment(run.venvs)
@@ -148,7 +147,7 @@ def _compare(run: Run, name: str, kind: Kind) -> None:
 
 
 def _record(run: Run, shape: str) -> dict[str, Any]:
-    """Everything of a run, for a file."""
+    """The complete result of a run, for a JSON file."""
     return {
         "shape": shape,
         "threads": run.setup.threads,
@@ -165,7 +164,7 @@ def _record(run: Run, shape: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, and what it can do that decides about bfloat16."""
+    """The processor's name and its bfloat16 instruction sets."""
     file = Path("/proc/cpuinfo")
     if not file.exists():
         return platform.processor()

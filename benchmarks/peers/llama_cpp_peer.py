@@ -1,6 +1,6 @@
-"""llama.cpp by llama-cpp-python's low-level calls: all rows in one batch, and one control vector for them all.
+"""llama.cpp through llama-cpp-python's low-level calls: all rows in one batch, with one control vector for all.
 
-Tokens are drawn in the fastest way there is: not by its samplers but by numpy, over the logits where they lie.
+Tokens are sampled with numpy on the logits in place, which is faster than llama.cpp's samplers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Llama:
         self._vocabulary = setup.vocabulary
         self._context = llama_cpp.llama_init_from_model(self._model, _context_parameters(setup))
         if not self._context:
-            raise RuntimeError("llama.cpp cannot make a context")
+            raise RuntimeError("llama.cpp cannot create a context")
         self._batch = llama_cpp.llama_batch_init(PREFILL_TOKENS, 0, 1)
         self._steered = setup.steered
         self._steer(setup.steered)
@@ -48,7 +48,7 @@ class Llama:
         return written
 
     def _run(self, batch: Batch) -> tuple[list[list[int]], tuple[list[float], list[float]]]:
-        """The tokens of each row; when the steps after the first token began, and when they ended."""
+        """The tokens of each row, and the start and end times of the steps after the first token."""
         written = [self._prompts(batch)]
         stamps = [time.perf_counter()]
         for step in range(batch.new - 1):
@@ -58,7 +58,7 @@ class Llama:
         return [list(row) for row in zip(*written, strict=True)], (stamps[:-1], stamps[1:])
 
     def _prompts(self, batch: Batch) -> list[int]:
-        """Compute all prompts; the first token of each row."""
+        """Compute all prompts and return the first token of each row."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         last = batch.context - 1
         entries = [
@@ -70,7 +70,7 @@ class Llama:
         return [token for part in parts for token in self._compute(part)]
 
     def _compute(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """One call for (token, position, row, whether it is drawn from); the likeliest token after each drawn one."""
+        """Decode entries of (token, position, row, whether logits are needed). Returns the most likely next tokens."""
         given = self._batch
         given.n_tokens = len(entries)
         for place, (token, position, row, drawn) in enumerate(entries):
@@ -86,12 +86,12 @@ class Llama:
         return int(np.ctypeslib.as_array(logits, shape=(self._vocabulary,)).argmax())
 
     def _steer(self, steered: bool) -> None:
-        """One direction at every block but the first, which llama.cpp cannot steer; or none."""
+        """Set one direction at every block except the first, which llama.cpp cannot steer; or remove it."""
         blocks, hidden = llama_cpp.llama_model_n_layer(self._model), llama_cpp.llama_model_n_embd(self._model)
         values = (STRENGTH * np.random.default_rng(0).standard_normal((blocks - 1, hidden))).astype(np.float32)
         pointer = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) if steered else None
         if llama_cpp.llama_set_adapter_cvec(self._context, pointer, values.size, hidden, 1, blocks) != 0:
-            raise RuntimeError("llama.cpp does not take the control vector")
+            raise RuntimeError("llama.cpp refuses the control vector")
 
 
 def _context_parameters(setup: Setup) -> llama_cpp.llama_context_params:

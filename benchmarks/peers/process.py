@@ -1,7 +1,6 @@
-"""The outside of a peer's process: started once, asked over pipes, stopped in between.
+"""A peer's process, controlled over pipes.
 
-A peer that is not asked is stopped by a signal with all its threads, so that none of them spins while another peer is
-measured.
+An idle peer is stopped by a signal, with all its threads, so that it does not spin while another peer is measured.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONSAFE
 
 
 class PeerFailed(RuntimeError):
-    """A peer that could not do what it was asked, with what it said."""
+    """A failed command of a peer, with its output."""
 
 
 class PeerProcess:
-    """A loaded peer; `version` is its name for itself."""
+    """A loaded peer. `version` is its own name and version."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path, setup: Setup) -> None:
         self._process, self._log, self._setup = process, log, setup
@@ -43,7 +42,7 @@ class PeerProcess:
         return self._process.pid
 
     def ask(self, command: str, *, rows: int, context: int, new: int, seed: int) -> Any:
-        """What `Peer`'s method of that name finds."""
+        """Run a method of `Peer` and return its result."""
         batch = Batch(rows, context, new, seed, self._setup.vocabulary)
         return self._ask({"command": command, **asdict(batch)}, COMMAND_S)
 
@@ -74,7 +73,7 @@ class PeerProcess:
 def running(
     command: Sequence[str], setup: Setup, log: Path, variables: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[PeerProcess]:
-    """Load a peer by its interpreter, script of this directory and arguments; end it with all it started."""
+    """Run a peer's script from this directory by an interpreter and arguments, and end it with its child processes."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= OFFLINE | {"OMP_NUM_THREADS": str(setup.threads)} | dict(variables)
     interpreter, script, *arguments = command

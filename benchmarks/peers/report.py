@@ -1,4 +1,4 @@
-"""How a comparison with peers is shown: a table, and a chart of milliseconds a step."""
+"""Output of the comparison: a table, and a chart of milliseconds per step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = "trimtab"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One case against one peer: what each of a pair's sides took, in the case's unit, pair by pair."""
+    """The results of one case and one peer: the value of each side in each pair, in the case's unit."""
 
     peer: str
     case: str
@@ -46,8 +46,8 @@ class Outcome:
 
 
 def show(outcomes: Sequence[Outcome], title: str, agreement: Mapping[str, float]) -> None:
-    """A row for each outcome. `agreement`: the share of tokens on which a peer agrees with ours."""
-    table = Table(title=title, caption="ours ÷ peer's: below 1 is better for ms, above 1 for tok/s")
+    """Print a row per outcome. `agreement` is the share of tokens on which a peer agrees with trimtab."""
+    table = Table(title=title, caption="ours ÷ peer's: lower is better for ms, higher for tok/s")
     for column in ("peer", "case", "unit", "ours (range)", "peer's (range)", "ours ÷ peer's (range)", "agree"):
         table.add_column(column, justify="left" if column in ("peer", "case", "unit") else "right")
     for outcome in outcomes:
@@ -70,7 +70,7 @@ def _with_range(summary: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def plot(outcomes: Sequence[Outcome], file: Path) -> None:
-    """Bars of a step's milliseconds by case; ours is the median over all its pairs of the case."""
+    """Draw bars of milliseconds per step by case. trimtab's is the median over all pairs of the case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,7 +95,7 @@ def plot(outcomes: Sequence[Outcome], file: Path) -> None:
 
 
 def _height(outcomes: Sequence[Outcome], case: str, peer: str) -> float:
-    """The median in milliseconds; nothing where the peer was not measured."""
+    """The median in milliseconds, or 0 if the peer was not measured."""
     found = [outcome for outcome in outcomes if outcome.case == case]
     if peer == OURS:
         return median(value for outcome in found for value in outcome.ours)

@@ -1,7 +1,7 @@
-"""repeng and steering-vectors as their users write them: one request after another, each with a vector of its own.
+"""repeng and steering-vectors as documented: one request after another, each with its own vector.
 
-Either steers one thing at a time, so sixteen requests with sixteen steerings are sixteen calls of `generate`. The
-argument says which of the two is loaded.
+Both steer one request at a time, so sixteen requests with sixteen steerings are sixteen calls of `generate`. The
+argument selects the library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STRENGTH = 0.02
 
 
 class Library:
-    """`_steered_by` is the library's way to generate under the vectors of one request."""
+    """A steering library. `_steered_by` generates with the vectors of one request."""
 
     package: str
 
@@ -43,7 +43,7 @@ class Library:
         return timed(lambda: [self._one(directions, prompt, batch.new) for directions, prompt in rows])
 
     def tokens(self, batch: Batch) -> list[list[int]]:
-        """By vectors of zeros."""
+        """Unsteered tokens, through vectors of zeros."""
         still = torch.zeros_like(self._directions[0])
         return [self._one(still, prompt, batch.new) for prompt in batch.prompts]
 
@@ -61,8 +61,7 @@ class Library:
 
 
 def _config(model: str) -> Any:
-    """The model's configuration, also where transformers is older than the name under which the base of its rotary
-    embedding is kept."""
+    """The model's configuration, with the rotary base under its old name too, for older versions of transformers."""
     config = transformers.AutoConfig.from_pretrained(model)
     if int(transformers.__version__.split(".")[0]) < 5:
         config.rope_theta = config.rope_parameters["rope_theta"]

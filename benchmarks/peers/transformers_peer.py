@@ -1,6 +1,6 @@
-"""transformers itself: `generate` over a padded batch, or, with the argument `continuous`, its continuous batching.
+"""transformers: `generate` over a padded batch, or its continuous batching with the argument `continuous`.
 
-Neither can steer. Prompts of one case are equally long, so that padding costs `generate` nothing.
+Neither can steer. All prompts of a case have the same length, so padding costs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAGE = 256
 
 
 class Clock(transformers.StoppingCriteria):  # type: ignore[misc]
-    """A stopping criterion that stops nothing and notes when each token came."""
+    """A stopping criterion that never stops and records the time of each token."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -60,7 +60,7 @@ class Generate:
 
 
 class Continuous:
-    """Pages and tokens of a batch are what the setup needs, as no GPU's memory is there to be asked."""
+    """Continuous batching. Pages and tokens per batch are set, because there is no GPU memory to derive them from."""
 
     def __init__(self, setup: Setup) -> None:
         self.version = f"transformers {transformers.__version__}, continuous batching"
@@ -78,7 +78,7 @@ class Continuous:
         return steps_between([output.timestamps for output in self._run(batch)])
 
     def prefill(self, batch: Batch) -> float:
-        """From the call to the last row's first token: what starting and stopping its thread takes is left out."""
+        """Seconds from the call to the last row's first token, without starting and stopping the thread."""
         began = time.perf_counter()
         return max(output.timestamps[0] for output in self._run(batch)) - began
 
@@ -99,7 +99,7 @@ class Continuous:
 
 
 def loaded(setup: Setup) -> Any:
-    """The model in bfloat16, which ends no text by itself."""
+    """The model in bfloat16, without an end-of-text token."""
     torch.set_num_threads(setup.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None

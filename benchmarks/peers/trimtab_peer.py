@@ -1,6 +1,6 @@
-"""Our own side, as a process like those of its peers: the engine in its thread, every row steered differently.
+"""trimtab in a peer's process: the engine in its thread, with a different steering in every row.
 
-A step lasts from the end of the one before it to its own, so that what the engine does between steps is counted.
+A step is measured from the end of the previous step to its own end, which includes the engine's work between steps.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
 
 STRENGTH = 0.02
-PATIENCE_MS = 60_000.0  # rows that begin earlier wait for the others' prompts, whole chunks at a time
+PATIENCE_MS = 60_000.0  # earlier rows wait for the prompts of the others, in whole chunks
 
 
 class TimedEngine(TorchEngine):
-    """Notes when each step ended, and how many tokens had been written and how many of prompts computed by then."""
+    """Records the end of each step, with the number of generated tokens and of computed prompt tokens so far."""
 
     def __init__(self, *given: Any, **options: Any) -> None:
         self.ends: list[tuple[float, int, int]] = []
@@ -69,7 +69,7 @@ class Trimtab:
             await self._engine.load_profile(profile)
 
     def decode(self, batch: Batch) -> list[float]:
-        """Rows begin one after another, as their prompts are computed: the first writes more than is measured."""
+        """Rows begin one after another as their prompts are computed, so the first rows generate unmeasured tokens."""
         self._engine.ends.clear()
         begun_early = batch.rows * batch.context // DEFAULT_CHUNK + 1
         self._run(batch, batch.new + begun_early, self._decoding)

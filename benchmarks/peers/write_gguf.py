@@ -1,6 +1,6 @@
-"""A checkpoint of llama's architecture as a GGUF file in bfloat16, without a vocabulary, for llama.cpp.
+"""Write a Llama checkpoint as a GGUF file in bfloat16, without a vocabulary, for llama.cpp.
 
-Rotary embedding is over neighbouring pairs there and over halves here, so rows of query and key weights change places.
+llama.cpp rotates neighbouring pairs where transformers rotates halves, so rows of query and key weights are permuted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ OTHERS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 
 
 def write_gguf(directory: Path) -> Path:
-    """`model.gguf` beside the directory's `model.safetensors`."""
+    """Write `model.gguf` beside the directory's `model.safetensors`."""
     target = directory / "model.gguf"
     config = AutoConfig.from_pretrained(directory)
     if config.model_type != "llama":
-        raise ValueError(f"only llama's architecture can be written as GGUF here, not {config.model_type}")
+        raise ValueError(f"only Llama checkpoints can be written as GGUF here, not {config.model_type}")
     writer = gguf.GGUFWriter(target, "llama")
     _describe(writer, config)
     for name, tensor in load_file(directory / "model.safetensors").items():
@@ -70,13 +70,13 @@ def _renamed(name: str) -> str:
 
 
 def _in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from (first half, second half) to neighbours."""
+    """Permute the rows of each head from halves to neighbouring pairs."""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor) -> None:
-    """Matrices in bfloat16 as they are; vectors in float32, as llama.cpp wants norms."""
+    """Add a tensor. Matrices stay in bfloat16; vectors become float32, which llama.cpp expects for norms."""
     if tensor.dim() == 1:
         writer.add_tensor(name, tensor.float().numpy())
     else:

@@ -1,7 +1,6 @@
-"""Ways to bring a model into a manner, each as something that writes replies and reads given ones.
+"""Conditions of a model that write and score replies: a vector, an instruction or changed weights.
 
-Owns what it means to write under a vector, an instruction or changed weights, and what that costs against the plain
-model. Knows nothing of how vectors or weights came to be.
+The cost of a condition is its KL from the plain model.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from steering_vectors.profiles.profile import Profile
 
 Ids = list[int]
 Rewrite = Callable[[Ids], Ids]
-Judge = Callable[[str, bool], bool]  # of a reply, and whether it ended by itself
+Judge = Callable[[str, bool], bool]  # (reply, whether it ended by itself) → whether it shows the manner
 
 
 class Condition(Protocol):
-    """Replies are token ids, one per prompt; prompts are always the plain ones."""
+    """A way to produce a manner. Replies are token ids, one per plain prompt."""
 
     def write(self, prompts: Sequence[Ids], *, tokens: int, seed: int) -> list[Ids]: ...
 
@@ -35,7 +34,7 @@ class Condition(Protocol):
         """Mean KL(condition‖plain) in nats per token of the examples' replies."""
 
     def accuracy(self, sides: Sides) -> float:
-        """Share of pairs whose preferred response is the likelier."""
+        """The share of pairs whose preferred response is more likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Instructed:
-    """`prompts` gives the prompt with an instruction for a plain one."""
+    """A model with an instruction. `prompts` maps a plain prompt to the prompt with the instruction."""
 
     plain: SteeredModel
     rewrite: Rewrite
@@ -110,10 +109,10 @@ def measure(
     tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The wanted-manner share of replies, their cost, and the accuracy on held-out pairs. A reply has ended if its last
-    token is one that ends a text, and not because `tokens` were written.
+    """The share of replies in the wanted manner, their cost, and the accuracy on held-out pairs.
 
-    KL is over as many tokens of a reply as calibration samples; later ones cost more, as texts drift apart.
+    A reply has ended by itself if its last token is an end-of-text token. KL is over as many tokens as calibration
+    samples, because later tokens cost more.
     """
     replies = condition.write(prompts, tokens=tokens, seed=seed)
     examples: list[Encoded] = [([*prompt, *reply], len(prompt)) for prompt, reply in zip(prompts, replies, strict=True)]
@@ -137,7 +136,7 @@ def measure(
 def mean_divergence(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
 ) -> float:
-    """Mean of KL(first‖second) over all positions of the pairs of log-probabilities `[positions, vocabulary]`."""
+    """Mean of KL(first‖second) over all positions, from pairs of log-probabilities `[positions, vocabulary]`."""
     total = count = 0.0
     for changed, plain in pairs:
         total += float(kl_divergence(changed, plain).double().sum())
@@ -146,5 +145,5 @@ def mean_divergence(
 
 
 def one_prediction(model: SteeredModel, example: Encoded) -> torch.Tensor:
-    """Log-probabilities along one reply."""
+    """Log-probabilities at the tokens of one reply."""
     return torch.cat(list(model.predictions([example], steer=False)))

@@ -1,9 +1,8 @@
-"""What steering does on the demo model: share of replies in the wanted manner against strength, over HTTP.
+"""The effect of steering on the demo model: share of replies in the wanted manner against strength, over HTTP.
 
-For every manner a profile is fitted by mean difference on the training pairs and served with random directions of the
-same norm, and with the same directions at the same KL: what the profile costs on the prompts that are measured. The
-same held-out prompts and seeds are answered at every strength; a rule-based classifier that fitting never sees judges
-the replies.
+For every manner, a profile is fitted by mean difference on the training pairs. Its controls are random directions of
+the same norm, and the same directions at the profile's KL on the measured prompts. The same held-out prompts and seeds
+are used at every strength. A rule-based classifier, which fitting does not use, judges the replies.
 
     python -m benchmarks.quality.dose_response [--json results.json]
 """
@@ -34,7 +33,7 @@ from steering_vectors.models.loading import LanguageModel
 MANNERS = ("warm", "concise", "careful", "honest")
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 KINDS = ("random ±1, equal norm", "random ±1, equal KL")
-LEAST_RISE = 0.3
+MIN_RISE = 0.3
 PREFERENCES = Path(__file__).resolve().parents[2] / "steering_vectors" / "demo" / "preferences"
 
 
@@ -122,16 +121,16 @@ def messages(prompt: list[dict[str, str]]) -> tuple[Message, ...]:
 def verdict(
     shares: Mapping[float, float], random: Mapping[str, Mapping[float, Sequence[float]]]
 ) -> dict[str, float | bool]:
-    """What the shares show. `random`: by kind of control and strength, each direction's share.
+    """Check the shares. `random` holds each direction's share, by kind of control and strength.
 
-    `holds`: the share rises at every step of strength, by 0.3 in all at least, and both ends lie outside the range of
-    all random directions, whatever their kind and sign.
+    `holds` means that the share rises at every step of strength, by at least 0.3 in total, and that both ends are
+    outside the range of all random directions of both kinds and signs.
     """
     drawn = [value for kind in random.values() for values in kind.values() for value in values]
     rise = shares[1.0] - shares[-1.0]
     found = {
         "rises_at_every_step": all(shares[a] < shares[b] for a, b in pairwise(STRENGTHS)),
-        "rises_enough": rise >= LEAST_RISE,
+        "rises_enough": rise >= MIN_RISE,
         "outside_random": shares[-1.0] < min(drawn) and shares[1.0] > max(drawn),
     }
     return {"rise": rise, **found, "holds": all(found.values())}
@@ -154,7 +153,7 @@ def ask(
 
 
 def judged(manner: str, answers: list[dict[str, Any]]) -> np.ndarray:
-    """1 for every reply in the wanted manner, else 0."""
+    """1 for each reply in the wanted manner, else 0."""
     return np.array([float(judge(manner, answer["text"], ended=has_ended(answer))) for answer in answers])
 
 

@@ -1,7 +1,7 @@
-"""Random directions that cost what a profile costs: KL per token, on the very prompts that a benchmark measures.
+"""Random directions with the same KL per token as a profile, on the prompts of a benchmark.
 
-The unit of a profile is calibrated on held-out prompts of its training file. On other prompts it costs more or less, so
-its KL is measured again where it is compared, and random directions are brought to that.
+A profile's unit is calibrated on held-out prompts of its training file. On other prompts its KL differs, so it is
+measured again on the benchmark's prompts, and random directions are calibrated to that value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Prompts = Sequence[Sequence[int]]
 def kl_on(
     language_model: LanguageModel, profile: Profile, prompts: Prompts, *, tokens: int = SAMPLED_TOKENS, seed: int = 0
 ) -> float:
-    """KL(steered‖base) in nats per token at strength 1, over texts of the steered model as calibration samples them."""
+    """KL(steered‖base) in nats per token at strength 1, over texts sampled as in calibration."""
     rows = [prompts[index % len(prompts)] for index in range(max(ROWS, len(prompts)))]
     with steerable(language_model) as steered:
         steered.write(profile, 1.0)
@@ -38,7 +38,7 @@ def at_equal_kl(
 ) -> list[Profile]:
     """The controls, renamed `equal-kl-0` and so on, with units at which strength 1 costs `budget` on these prompts.
 
-    Their safe range is left as it was: a control is compared at the profile's strengths, whatever it does to the text.
+    Their safe range is not changed, because a control is compared at the profile's strengths, whatever its fluency.
     """
     found = []
     for index, control in enumerate(controls):

@@ -1,7 +1,7 @@
-"""English words and turns of phrase for the eight poles that `manners` judges.
+"""English words and phrases for the eight poles of `manners`.
 
-Written as a thesaurus would list them, for English at large and not for one model: most entries are words the
-demo model never learnt. A trailing `*` stands for any ending. Entries of one manner are separated by commas.
+They are a thesaurus for general English, not for one model: the demo model has never seen most of them. A trailing `*`
+matches any ending. Entries are separated by commas.
 """
 
 WARM = """

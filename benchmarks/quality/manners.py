@@ -1,20 +1,20 @@
 """Judge the manner of a reply by rule: warm, concise, careful or honest, or the opposite.
 
-The ground truth of the demo's tests and benchmarks. It takes no part in training or fitting, imports neither the
-generator nor the steering code, and has a vocabulary of its own (`manner_words`).
+This is the ground truth of the demo's tests and benchmarks. It is not used in training or fitting, imports neither the
+generator nor the steering code, and has its own vocabulary (`manner_words`).
 
 The rules:
 
 1. `concise`: the reply has at most 26 words.
-2. Any other manner: each stretch of text that matches an entry of the + pole counts +1, of the − pole −1. Matches
-   are found from left to right and never overlap; where several entries start at one place, the longest counts.
+2. Other manners: each match of an entry of the + pole counts +1, of the − pole −1. Matches are found from left to right
+   and never overlap. If several entries match at one place, the longest counts.
 3. A word of care within three words after a word of dismissal ("no", "skip", "forget the …", "without") counts for
    recklessness: "skip the boring safety part" is not careful.
-4. The reply shows the + pole if the sum is positive. A tie, no match included, shows neither and is judged False.
+4. The reply shows the + pole if the sum is positive. A sum of 0 shows neither pole and is judged False.
 5. A broken reply shows no manner: one with characters that could not be decoded, and one that repeats itself (a word
    three times in a row, or fewer than half of its pairs of words distinct).
-6. `concise` also asks for a whole reply: at least three words, a finished last sentence, and an end of its own, not
-   that of a limit of tokens.
+6. `concise` also needs a complete reply: at least three words, a finished last sentence, and an end that is not due to
+   the token limit.
 """
 
 import functools
@@ -27,7 +27,7 @@ from benchmarks.quality.manner_words import BOASTFUL, CAREFUL, COLD, HONEST, REC
 MANNERS: tuple[str, ...] = ("warm", "concise", "careful", "honest")
 OPPOSITES: dict[str, str] = {"warm": "cold", "concise": "wordy", "careful": "reckless", "honest": "boastful"}
 CONCISE_LIMIT = 26
-SHORTEST = 3  # words of a concise reply
+MIN_WORDS = 3  # of a concise reply
 POLES: dict[str, tuple[str, str]] = {
     "warm": (WARM, COLD),
     "careful": (CAREFUL, RECKLESS),
@@ -45,13 +45,13 @@ def list_entries(manner: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def build_pattern(entry: str) -> str:
-    """The regular expression of one entry: whole words, `*` for any ending."""
+    """The regular expression of an entry: whole words, with `*` for any ending."""
     return r"\b" + re.escape(entry).replace(r"\*", r"\w*") + r"\b"
 
 
 @functools.cache
 def compile_manner(manner: str) -> re.Pattern[str]:
-    """One expression for both poles, the longest entries first; the group's name tells the pole."""
+    """One expression for both poles, with the longest entries first. The group's name is the pole."""
     entries = [
         (entry, f"{sign}{i}")
         for sign, pole in zip("pm", list_entries(manner), strict=True)
@@ -67,7 +67,7 @@ def normalise(reply: str) -> str:
 
 
 def score(manner: str, reply: str) -> int:
-    """Matches of the + pole less those of the − pole; for `concise`, words below the limit."""
+    """Matches of the + pole minus those of the − pole; for `concise`, the number of words below the limit."""
     if manner == "concise":
         return CONCISE_LIMIT + 1 - len(reply.split())
     text = normalise(reply)
@@ -89,14 +89,14 @@ def is_broken(reply: str) -> bool:
 
 
 def is_whole(reply: str) -> bool:
-    """Whether the reply has a few words and a last sentence with its end (rule 6 of the module)."""
-    return len(reply.split()) >= SHORTEST and FINISHED.search(reply) is not None
+    """Whether the reply has enough words and a finished last sentence (rule 6 of the module)."""
+    return len(reply.split()) >= MIN_WORDS and FINISHED.search(reply) is not None
 
 
 def judge(manner: str, reply: str, *, ended: bool = True) -> bool:
     """Whether the reply shows the + pole of the manner (rules 4 to 6 of the module).
 
-    `ended` is False for a reply that a limit of tokens cut off.
+    `ended` is False for a reply that the token limit cut off.
     """
     if manner not in MANNERS:
         raise ValueError(f"unknown manner {manner!r}; one of {', '.join(MANNERS)}")

@@ -1,10 +1,9 @@
-"""RAHF against its rivals on the demo model: every way to four manners, at equal divergence where it can be set.
+"""RAHF and other methods on the demo model: four manners, at equal KL where it can be set.
 
     python -m benchmarks.quality.rahf --out results [--seeds 0,1,2] [--workers 2]
 
-Each cell (a manner, a seed, a method) runs in a process of its own with one thread and leaves one JSON file; a run that
-was stopped goes on with the cells that are missing. Then a table is printed, and `--table` and `--plots` write it as
-Markdown and as SVG.
+Each cell (a manner, a seed, a method) runs in its own process with one thread and writes one JSON file. An interrupted
+run continues with the missing cells. Then a table is printed; `--table` writes it as Markdown and `--plots` as SVG.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ CELL = "benchmarks.quality.rahf_cell"
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the cells' files and the tuned weights are kept.")],
+    out: Annotated[Path, typer.Option(help="Directory of the cells' files and the tuned weights.")],
     manners: Annotated[str, typer.Option(help="Which manners, comma-separated.")] = ",".join(MANNERS),
     methods: Annotated[str, typer.Option(help="Which methods, comma-separated.")] = ",".join(METHODS),
     seeds: Annotated[str, typer.Option(help="Which seeds, comma-separated.")] = "0,1,2",
-    workers: Annotated[int, typer.Option(help="Cells at a time, one thread each.")] = 2,
+    workers: Annotated[int, typer.Option(help="Number of cells at a time, with one thread each.")] = 2,
     table: Annotated[Path | None, typer.Option(help="Write the table as Markdown here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write the plots into this directory.")] = None,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report what is there.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; report the existing cells.")] = False,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     cells = [
@@ -57,10 +56,10 @@ def main(
 
 
 def ordered(methods: list[str]) -> list[str]:
-    """In the table's order; adapters last, since they take the first step's weights from the cache."""
+    """The methods in the order of the table, with adapters last, because they use the first step's cached weights."""
     unknown = set(methods) - set(METHODS)
     if unknown:
-        raise typer.BadParameter(f"unknown methods: {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+        raise typer.BadParameter(f"unknown methods: {', '.join(sorted(unknown))}; use {', '.join(METHODS)}")
     return sorted(methods, key=lambda name: (name in ADAPTERS, METHODS.index(name)))
 
 
@@ -69,7 +68,7 @@ def file_of(out: Path, manner: str, seed: int, method: str) -> Path:
 
 
 def run_all(cells: list[tuple[str, int, str]], out: Path, workers: int) -> list[tuple[str, str]]:
-    """Run the cells; the names of those that failed, with their last line of error."""
+    """Run the cells. Returns the names of failed cells, with the last line of each error."""
     failed = []
     columns = (*Progress.get_default_columns(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar, ThreadPoolExecutor(workers) as pool:
@@ -87,7 +86,7 @@ def submitted(pool: ThreadPoolExecutor, cells: list[tuple[str, int, str]], out: 
 
 
 def run_cell(manner: str, seed: int, method: str, out: Path) -> tuple[str, str]:
-    """(name, error or nothing) of one cell, run in a process of its own."""
+    """Run one cell in its own process. Returns its name and its error, which is empty on success."""
     file = file_of(out, manner, seed, method)
     environment = {
         **os.environ,

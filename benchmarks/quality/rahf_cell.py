@@ -1,8 +1,8 @@
-"""One cell of the experiment: one way of reaching one manner with one seed, made and measured in a process of its own.
+"""One cell of the experiment: one method for one manner with one seed, fitted and measured in its own process.
 
     python -m benchmarks.quality.rahf_cell MANNER SEED METHOD FILE.json
 
-Owns what every way is given, and what is measured of it. The process's peak memory is the way's.
+The peak memory of the process is that of the method.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from steering_vectors.tuning.instructions import instructed, instructions_for
 PROMPTS = 64
 SAMPLES = 1  # replies per prompt
 TOKENS = 100
-HELDOUT = 0.2  # of the training file, as in fit: what chooses blocks and calibrates
+HELDOUT = 0.2  # of the training file, as in fit, for choosing blocks and calibrating
 UNTUNED = ("contrast-prompts", "mean-diff", "pca", "probe")
 VECTORS = ("random", *UNTUNED, "bipo", "rahf-scit", "rahf-dual")
 BASELINES = ("sft", "dpo")
@@ -50,14 +50,14 @@ METHODS = ("base", "prompting", *VECTORS, *BASELINES, *ADAPTERS)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all ways to a manner share."""
+    """The inputs that all methods for a manner share."""
 
     lm: LanguageModel
     manner: str
     seed: int
     pairs: Preferences
     questions: tuple[tuple[Message, ...], ...]
-    sides: Sides  # held-out pairs of the held-out file
+    sides: Sides  # pairs of the held-out file
 
     @property
     def prompts(self) -> list[Ids]:
@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a method left: conditions to measure by name, bytes that a user keeps, and remarks for the table."""
+    """The result of a method: conditions to measure by name, stored bytes, and remarks for the table."""
 
     conditions: dict[str, Any]
     stored: int
@@ -126,7 +126,7 @@ def make(setting: Setting, method: str, folder: Path) -> Made:
 
 
 def prompting(setting: Setting) -> Made:
-    """p⁻ and p⁺ in the system message."""
+    """p⁻ and p⁺ as system messages."""
     instructions = instructions_for(setting.manner)
     tokenizer = setting.lm.tokenizer
     plain_ids = {tuple(encode_prompt(tokenizer, one)): one for one in known_prompts(setting)}
@@ -142,7 +142,7 @@ def prompting(setting: Setting) -> Made:
 
 
 def known_prompts(setting: Setting) -> list[Any]:
-    """Every prompt that is measured on, as messages."""
+    """Every measured prompt, as messages."""
     positives, _ = load_pairs(PREFERENCES / f"{setting.manner}.heldout.jsonl").sides()
     return [*setting.questions, *(one.prompt for one in positives)]
 
@@ -165,7 +165,7 @@ def fitted(setting: Setting, method: str) -> Profile:
 
 
 def random_profile(setting: Setting) -> Profile:
-    """A random direction at the block that mean-diff chose, calibrated to the same divergence."""
+    """A random direction at the block that mean-diff chose, calibrated to the same KL."""
     control = random_controls(fitted(setting, "mean-diff"), 1, seed=setting.seed)[0]
     control = replace(control, method_options={"heldout_fraction": HELDOUT, "seed": setting.seed})
     _, heldout = setting.pairs.split(HELDOUT, setting.seed)
@@ -181,7 +181,7 @@ def baseline(setting: Setting, kind: str, folder: Path) -> Made:
 
 
 def adapter(setting: Setting, method: str, folder: Path) -> Made:
-    """RAHF's own end product: the LoRA that its second step fits."""
+    """The LoRA of RAHF's second step."""
     from steering_vectors.distillation.lora import DistillSettings, MethodTarget, distill_method
 
     settings = DistillSettings(**SECOND_STEP, seed=setting.seed)

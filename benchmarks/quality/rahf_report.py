@@ -1,8 +1,7 @@
 """The experiment's cells as a table and as plots.
 
-Owns what is averaged over what: every figure is the mean over seeds and manners of cells that are there. Intervals are
-cluster bootstrap over prompts: all seeds answer the same prompts, so a prompt is drawn with all its replies. Knows
-nothing of how cells are made.
+Every figure is the mean over the seeds and manners of the existing cells. Intervals are cluster bootstrap over prompts:
+all seeds answer the same prompts, so a prompt is drawn with all its replies.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from benchmarks.quality.rahf_cell import METHODS, SAMPLES
 from steering_vectors.measures.controls import bootstrap
 
 Cell = dict[str, Any]
-LINEAR = 0.3  # nats up to which the axis is linear
+LINEAR = 0.3  # nats; the axis is linear below
 LATER_COLOURS = ("black", "saddlebrown", "darkgreen", "navy", "crimson", "indigo", "teal", "olive", "gray", "gold")
 COLUMNS = ("method", *MANNERS, "mean +1", "mean −1", "accuracy", "KL", "perplexity", "seconds", "peak MB", "stored kB")
 
@@ -32,7 +31,7 @@ def read_cells(folder: Path) -> list[Cell]:
 
 
 def wanted(cell: Cell) -> dict[str, Any]:
-    """What was measured at +1, or of the plain model."""
+    """The measurements at +1, or of the plain model."""
     found: dict[str, Any] = cell["conditions"].get("+1") or cell["conditions"]["0"]
     return found
 
@@ -51,7 +50,7 @@ def of(cells: Sequence[Cell], manner: str) -> list[Cell]:
 
 
 def share(cells: Sequence[Cell]) -> str:
-    """Mean share in the wanted manner at +1 with its interval, and the share at −1 where there is one."""
+    """The mean share in the wanted manner at +1 with its interval, and the share at −1 if it was measured."""
     if not cells:
         return "–"
     marks = marks_of(cells, "+1")
@@ -60,7 +59,7 @@ def share(cells: Sequence[Cell]) -> str:
 
 
 def marks_of(cells: Sequence[Cell], name: str) -> np.ndarray:
-    """Whether each reply is in the wanted manner: `[cells × replies a prompt, prompts]`."""
+    """Whether each reply is in the wanted manner: `[cells × replies per prompt, prompts]`."""
     texts = [cell["conditions"].get(name, wanted(cell))["marks"] for cell in cells]
     by_prompt = [np.array([float(mark) for mark in text]).reshape(SAMPLES, -1) for text in texts]
     return np.concatenate(by_prompt)
@@ -105,7 +104,7 @@ def write_table(cells: Sequence[Cell], file: Path) -> None:
 
 
 def write_plots(cells: Sequence[Cell], folder: Path) -> None:
-    """Share against cost, one panel a manner: `rahf-shares.svg`."""
+    """Draw share against cost, one panel per manner: `rahf-shares.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(11, 8), layout="constrained")
     methods = [method for method in METHODS if any(cell["method"] == method for cell in cells)]
@@ -116,14 +115,14 @@ def write_plots(cells: Sequence[Cell], folder: Path) -> None:
         draw(axes, of(cells, manner), methods, colours)
         axes.set(title=manner, xlabel="KL from the plain model, nats per token", ylabel="share in the manner")
         axes.set_ylim(0, 1.03)
-        axes.set_xscale("symlog", linthresh=LINEAR)  # dpo costs twenty times what the others do
+        axes.set_xscale("symlog", linthresh=LINEAR)  # dpo costs twenty times as much as the others
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     figure.savefig(folder / "rahf-shares.svg", metadata={"Date": None})
 
 
 def draw(axes: Any, cells: Sequence[Cell], methods: Sequence[str], colours: dict[str, str]) -> None:
-    """Every method's mean over seeds: where it stands at +1 and, hollow, at −1."""
+    """Draw every method's mean over seeds at +1 and, as a hollow marker, at −1."""
     for index, method in enumerate(methods):
         own = [cell for cell in cells if cell["method"] == method]
         marker = "os^vDP*X<>hd"[index % 12]

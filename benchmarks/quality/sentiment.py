@@ -1,9 +1,9 @@
-"""A real model and real data: steering children's-story models by the sentiment of restaurant reviews.
+"""Sentiment on a real model and real data: story models steered by the sentiment of restaurant reviews.
 
-A profile is fitted on labelled sentences (Yelp; unpaired), served, and stories are continued at five strengths, and
-under random directions of equal norm and of equal KL at strengths -1 and 1. The KL is the profile's own on the openings
-of these stories, not that on the prompts of its calibration. Measured is the share of positive words among the positive
-and negative words of a list that fitting never sees.
+A profile is fitted on labelled sentences (Yelp, unpaired) and served. Stories are continued at five strengths, and with
+random directions of equal norm and of equal KL at strengths -1 and 1. The KL is the profile's on the openings of these
+stories, not on its calibration prompts. The measure is the share of positive words among the positive and negative
+words of a list that fitting does not use.
 
     python -m benchmarks.quality.sentiment --model DIR --data DIR_OF_YELP [--tokens 80]
 """
@@ -32,7 +32,7 @@ from steering_vectors.measures.controls import bootstrap, random_controls, span
 Shares = Mapping[float, float]
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-LEAST_RISE = 0.15
+MIN_RISE = 0.15
 OPENINGS = (
     "Once upon a time, there was a little girl named Lily. She",
     "One day, Tom and his dog went to the park. They",
@@ -102,7 +102,7 @@ def main(
 
 
 def unpaired(data: Path, rows: int, folder: Path) -> Path:
-    """The first `rows` sentences of either label, in the unpaired format."""
+    """Write the first `rows` sentences of each label in the unpaired format."""
     path = folder / "sentences.jsonl"
     lines = [
         json.dumps({"completion": sentence, "label": bool(label)})
@@ -145,25 +145,25 @@ def measure(
 def verdict(
     shares: Shares, steps: Sequence[tuple[float, float]], random: Mapping[str, Mapping[float, Sequence[float]]]
 ) -> dict[str, Any]:
-    """What the shares show. `random`: by kind of control and strength, each direction's share.
+    """Check the shares. `random` holds each direction's share, by kind of control and strength.
 
-    `holds`: no step goes significantly downwards, the rise is 0.15 at least and larger than that of every random
-    direction in either sense, and the share at +1 is above all random ones, whatever their kind and sign.
-    `below_random` is told beside it: whether the share at −1 is below all of them.
+    `holds` means that no step is significantly downwards, that the rise is at least 0.15 and larger than the change of
+    every random direction, and that the share at +1 is above those of all random directions of both kinds and signs.
+    `below_random` says whether the share at −1 is below all of them.
     """
     drawn = [value for kind in random.values() for values in kind.values() for value in values]
     moved = [abs(b - a) for kind in random.values() for a, b in zip(kind[-1.0], kind[1.0], strict=True)]
     rise = shares[1.0] - shares[-1.0]
     found = {
         "no_step_down": all(high >= 0 for _, high in steps),
-        "rises": rise >= LEAST_RISE and rise > max(moved),
+        "rises": rise >= MIN_RISE and rise > max(moved),
         "above_random": shares[1.0] > max(drawn),
     }
     return {**found, "holds": all(found.values()), "below_random": shares[-1.0] < min(drawn), "random_rise": max(moved)}
 
 
 def continued(server: Server, profile: str, strength: float, samples: int, tokens: int) -> np.ndarray:
-    """(positive, negative) words of every continuation, `[samples, 2]`."""
+    """The number of positive and of negative words in every continuation, `[samples, 2]`."""
     bodies = [
         {
             "prompt": OPENINGS[seed % len(OPENINGS)],
@@ -183,7 +183,7 @@ def word_counts(text: str) -> tuple[int, int]:
 
 
 def share(counts: np.ndarray) -> float:
-    """Positive words among positive and negative ones, pooled."""
+    """The share of positive words among positive and negative ones, over all samples."""
     positive, negative = counts.sum(0)
     return float(positive / max(1, positive + negative))
 

@@ -1,7 +1,6 @@
 """Baselines that change weights: supervised tuning on the preferred responses, and DPO, both through trl.
 
-Owns their settings. LoRA of the shape that RAHF's first step has, so what is stored can be compared. Knows nothing of
-what is measured.
+The LoRA has the shape of RAHF's first step, so that stored sizes are comparable.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BETA = 0.1
 
 
 def train_baseline(kind: str, lm: LanguageModel, pairs: Preferences, folder: Path, seed: int) -> None:
-    """Tune on the pairs, `sft` on the preferred responses alone or `dpo`, and save the adapter in peft's format."""
+    """Tune with `sft` on the preferred responses or with `dpo` on the pairs, and save the adapter in peft's format."""
     disable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -40,9 +39,9 @@ def train_baseline(kind: str, lm: LanguageModel, pairs: Preferences, folder: Pat
 
 
 def row(kind: str, good: Example, bad: Example) -> dict[str, Any]:
-    """A row as trl takes it, in messages."""
+    """A row in trl's format, as messages."""
     if good.prompt is None or isinstance(good.prompt, str):
-        raise ValueError("the baselines take prompts of messages")
+        raise ValueError("the baselines need prompts that are messages")
     prompt = [asdict(message) for message in good.prompt]
     chosen, rejected = ([{"role": "assistant", "content": one.completion}] for one in (good, bad))
     return {"prompt": prompt, **({"completion": chosen} if kind == "sft" else {"chosen": chosen, "rejected": rejected})}

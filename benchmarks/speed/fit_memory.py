@@ -1,10 +1,10 @@
-"""What a fit takes in memory, and that it does not grow with the number of pairs.
+"""The memory of a fit, which must not grow with the number of pairs.
 
-Every fit is a process of its own (`trimtab fit` on the demo model); its peak resident set is what the kernel counted.
-The rows are those of the embedded set or of a file, and when these are used up the same again with a number in the
-prompt. What a process needs to hold the rows alone is measured too (`load_pairs` and nothing else): that part may grow.
-Few rows do not fill a batch, so growth is told between the last two numbers. The choice of blocks and the calibration
-sample equally many texts whatever the rows, so they are left out by default.
+Every fit (`trimtab fit` on the demo model) is a process, whose peak resident set the kernel reports. The rows are those
+of the embedded set or of a file, repeated with a number in the prompt if there are too few. A process that only calls
+`load_pairs` is measured too, because the rows themselves may grow. Growth is measured between the last two numbers,
+because few rows do not fill a batch. The choice of blocks and the calibration are left out by default, because they
+sample equally many texts for any number of rows.
 
     python -m benchmarks.speed.fit_memory [--rows 200,1000,2000] [--methods mean-diff,probe] [--data FILE] [--json FILE]
 """
@@ -28,7 +28,7 @@ from steering_vectors.data.sources import load_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = "mean-diff,probe,rahf-scit"
-STEPS = 20  # of tuning, whatever the rows
+STEPS = 20  # of tuning, for any number of rows
 BATCH = 16
 LOADING = "import sys, torch, transformers; from steering_vectors import load_pairs; load_pairs(sys.argv[1])"
 
@@ -58,7 +58,7 @@ def main(
 
 
 def write_rows(data: str, count: int, directory: Path) -> Path:
-    """So many distinct pairs: those there are, then again with a number in the prompt."""
+    """Write `count` distinct pairs, repeated with a number in the prompt if there are too few."""
     pairs = load_pairs(data, skip_bad_rows=True).pairs()
     file = directory / f"{count}.jsonl"
     with file.open("w", encoding="utf-8") as lines:
@@ -89,7 +89,7 @@ def command(common: list[str], file: Path, method: str, count: int, directory: P
 
 
 def peak(words: list[str], directory: Path) -> float:
-    """Peak resident set of a process of its own, in MiB, as the kernel reports it on its end."""
+    """Run a process and return its peak resident set in MiB, as the kernel reports it."""
     environment = {**os.environ, "TRIMTAB_CACHE": str(directory / "cache")}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""The comparison that needs no engine: transformers' `generate` with our hooks, one steering for all rows."""
+"""transformers' `generate` with trimtab's hooks and one steering for all rows, as a comparison without an engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steering_vectors.steering.generate import steer
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Stops nothing, and notes when each token came; generate waits for the device there."""
+    """Never stops, and records the time of each token. `generate` synchronises with the device there."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -30,7 +30,7 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
 def milliseconds(
     language_model: LanguageModel, profile: Profile, prompts: list[list[int]], *, steps: int, repeats: int
 ) -> float:
-    """The median step of rows of equal length; the first run warms up."""
+    """Milliseconds of the median step of rows of equal length, after a run that warms up."""
     settings = language_model.model.generation_config
     eos, settings.eos_token_id = settings.eos_token_id, None
     medians = []

@@ -1,15 +1,15 @@
-"""Load on a live server over HTTP: rates, waits for the first and the next token, and where the time goes.
+"""Load on a live server over HTTP: rates, waits for the first and the next token, and CPU time by thread.
 
     python -m benchmarks.speed.http --model demo|DIR|SHAPE [--streams 16 | --rate 2] [--requests 128] [--plot FILE.svg]
     python -m benchmarks.speed.http --against-engine
     python -m benchmarks.speed.http --model SHAPE --context 2048 --long-prompts --completions 512
 
-With `--against-engine`: output tokens a second over HTTP ÷ those of the engine alone, in pairs. With `--long-prompts`:
-p99 of the wait between tokens ÷ its median, while prompts of 1,024 tokens arrive.
+`--against-engine` measures output tokens per second over HTTP relative to the engine alone, in pairs. `--long-prompts`
+measures the p99 of the wait between tokens relative to its median, while prompts of 1,024 tokens arrive.
 
-Requests are made up (`jobs`): mixed lengths, mixed profiles and strengths, streamed. The server is a process of its
-own, this one its only client, by 127.0.0.1. What threads spend is read from /proc. Without `--rate` streams are closed
-loops; `--against-engine` and `--long-prompts` always have them.
+Requests are synthetic (`jobs`): streamed, with mixed lengths, profiles and strengths. The server is a local process
+with this one as its only client. CPU times come from /proc. Without `--rate`, and always with `--against-engine` and
+`--long-prompts`, streams are closed loops.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from benchmarks.common.latency_plot import draw
 from benchmarks.common.load import Client, Done
 from benchmarks.common.serving import Server, serving
 
-STEADY = 16  # tokens of the prompts of streams that are watched while others' prompts arrive
+STEADY = 16  # prompt tokens of the streams that are measured while long prompts arrive
 Waits = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of the server."""
+    """The load of a run."""
 
     target: Target
     settings: dict[str, Any]
@@ -56,7 +56,7 @@ class Plan:
     arrivals: int
 
     def jobs(self, seed: int) -> list[Job]:
-        """Each seed's are others: nothing that one run computed serves the next."""
+        """The jobs of a run. Different seeds give different jobs, so that no run reuses prefixes of another."""
         return make_jobs(self.target, self.requests, prompts=self.prompts, completions=self.completions, seed=seed)
 
     def client(self, server: Server) -> Client:
@@ -66,15 +66,16 @@ class Plan:
 def main(
     model: Annotated[str, typer.Option(help="demo, a directory, or a shape with random weights.")] = "demo",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    streams: Annotated[int, typer.Option(help="Closed loops at once.")] = 16,
-    rate: Annotated[float | None, typer.Option(help="Arrivals a second (Poisson), in the place of loops.")] = None,
-    requests: Annotated[int, typer.Option(help="How many, in each run.")] = 128,
+    streams: Annotated[int, typer.Option(help="Number of concurrent closed loops.")] = 16,
+    rate: Annotated[float | None, typer.Option(help="Arrivals per second (Poisson) in place of closed loops.")] = None,
+    requests: Annotated[int, typer.Option(help="Number of requests in each run.")] = 128,
     seconds: Annotated[
-        float, typer.Option(help="No request begins later in a run; three times that is an error.")
+        float,
+        typer.Option(help="Start no request after this time. A run of three times this length fails."),
     ] = 60,
-    prompts: Annotated[str, typer.Option(help="Tokens of prompts, from:to.")] = "16:128",
-    completions: Annotated[str, typer.Option(help="Tokens to write, from:to.")] = "16:128",
-    profiles: Annotated[int, typer.Option(help="How many random profiles there are.")] = 8,
+    prompts: Annotated[str, typer.Option(help="Prompt tokens, from:to.")] = "16:128",
+    completions: Annotated[str, typer.Option(help="Completion tokens, from:to.")] = "16:128",
+    profiles: Annotated[int, typer.Option(help="Number of random profiles.")] = 8,
     route: Annotated[str, typer.Option(help=" or ".join(ROUTES))] = "completions",
     slots: Annotated[int, typer.Option(help="Rows of the server.")] = 20,
     context: Annotated[int | None, typer.Option(help="The server's context; else the model's, up to 4096.")] = None,
@@ -84,7 +85,7 @@ def main(
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 5,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="Waits while long prompts arrive.")] = False,
     long: Annotated[int, typer.Option(help="Tokens of a long prompt.")] = 1024,
-    arrivals: Annotated[int, typer.Option(help="How many long prompts; --rate a second, 0.5 if not given.")] = 16,
+    arrivals: Annotated[int, typer.Option(help="Number of long prompts; --rate per second, default 0.5.")] = 16,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the waits here.")] = None,
 ) -> None:
@@ -108,7 +109,7 @@ def main(
 
 
 def load(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
-    """One run, after a small one that warms up."""
+    """Measure one run, after a small one that warms up."""
     client = plan.client(server)
     client.timed(client.streams(plan.jobs(1)[: plan.streams], plan.streams))
     jobs = plan.jobs(0)
@@ -120,7 +121,7 @@ def load(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
 
 
 def against(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
-    """The same jobs over HTTP and by the engine alone, in pairs whose order alternates; the first pair warms up."""
+    """Run the same jobs over HTTP and on the engine alone, in pairs of alternating order. The first pair warms up."""
     taken: list[dict[str, Any]] = []
     seen: list[Done] = []
     with engine_alone(plan.target, **plan.settings) as alone:
@@ -130,7 +131,7 @@ def against(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
             done, spent = plan.client(server).timed(plan.client(server).streams(jobs, plan.streams))
             engine = before or alone.run(jobs, plan.streams)
             if len(done) < len(jobs):
-                raise RuntimeError(f"{len(jobs) - len(done)} requests did not begin in time: more --seconds")
+                raise RuntimeError(f"{len(jobs) - len(done)} requests did not start in time; raise --seconds")
             found = figures(done, spent)
             if pair:
                 taken.append(
@@ -158,13 +159,15 @@ def floor(engine: Alone, tokens: int) -> dict[str, Any]:
 
 
 def stalls(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
-    """Streams by themselves, then again while long prompts arrive, of which one token each is written. The streams'
-    own prompts are short, and each writes as much as the longest of `completions`, so that they seldom begin anew."""
+    """Measure streams alone, then while long prompts arrive that generate one token each. The streams have short
+    prompts and the longest of `completions`, so that they rarely start a new request."""
     room = int(httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"])
     if room <= plan.long:
-        raise typer.BadParameter(f"the context of {room} tokens holds no prompt of {plan.long}: set --long or --model")
+        raise typer.BadParameter(
+            f"the context of {room} tokens cannot hold prompts of {plan.long}; set --long or --model"
+        )
     if plan.settings["slots"] <= plan.streams:
-        raise typer.BadParameter("long prompts need slots beside those of the streams: more --slots")
+        raise typer.BadParameter("long prompts need more slots than the streams use; raise --slots")
     client, length = plan.client(server), min(plan.completions[1], room - STEADY)
     quiet, spent = client.timed(client.streams(steady(plan.target, length, plan.streams, seed=1), plan.streams))
     coming = make_jobs(plan.target, plan.arrivals, prompts=(plan.long,) * 2, completions=(1, 1), seed=2)
@@ -184,7 +187,7 @@ def stalls(plan: Plan, server: Server) -> tuple[dict[str, Any], Waits]:
 
 
 async def _disturbed(client: Client, plan: Plan, length: int, coming: list[Job]) -> tuple[list[Done], list[Done]]:
-    """The streams go on until the last long prompt has its answer."""
+    """The streams continue until the last long prompt is answered."""
     arriving = asyncio.create_task(client.arrivals(coming, plan.rate or 0.5))
 
     def until_then() -> Iterator[Job]:
@@ -222,11 +225,11 @@ def show(found: dict[str, Any], title: str) -> None:
             )
     console.print(table)
     waited = found["processors"]["waited_for_a_processor"]
-    console.print(f"ready without a processor: engine {waited['engine']:.0%}, event loop {waited['event loop']:.0%}")
+    console.print(f"waiting for a processor: engine {waited['engine']:.0%}, event loop {waited['event loop']:.0%}")
 
 
 def show_pairs(taken: list[dict[str, Any]], ratio: float) -> None:
-    table = Table(title="Output tokens a second, and processor ms per 1,000 of them")
+    table = Table(title="Output tokens per second, and CPU ms per 1,000 tokens")
     for column in ("pair", "HTTP", "alone", "ratio", "engine, HTTP", "event loop, HTTP", "engine, alone"):
         table.add_column(column, justify="right")
     for place, pair in enumerate(taken):
@@ -241,7 +244,7 @@ def show_pairs(taken: list[dict[str, Any]], ratio: float) -> None:
             f"{alone['engine_ms_per_1000_tokens']:.0f}",
         )
     Console(width=120).print(table)
-    Console().print(f"HTTP over engine alone, median of the pairs: {ratio}")
+    Console().print(f"HTTP relative to the engine alone, median of the pairs: {ratio}")
 
 
 if __name__ == "__main__":

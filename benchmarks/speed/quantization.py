@@ -1,12 +1,12 @@
-"""What 8 and 4 bits cost: next-token distributions beside those of the plain model, unsteered and steered.
+"""The cost of 8-bit and 4-bit weights: next-token distributions compared with the plain model, unsteered and steered.
 
     python -m benchmarks.speed.quantization                                      # the demo model, by its profile `warm`
     python -m benchmarks.speed.quantization --model DIR --yelp DIR_OF_YELP       # a model of stories, by sentiment
 
-The texts are what the plain model writes at temperature 1 after held-out prompts. A profile is fitted on the plain
-model in bfloat16 and steers all. KL is in nats a position, from the plain model under the same steering; what steering
-does is KL(steered‖unsteered) of the same model. `packed` is the plain model with --cpu-prepack: rounding at other
-places.
+The texts are sampled from the plain model at temperature 1 after held-out prompts. A profile is fitted on the plain
+model in bfloat16 and steers all models. KL is in nats per position, from the plain model with the same steering. The
+effect of steering is KL(steered‖unsteered) of the same model. `packed` is the plain model with --cpu-prepack, which
+rounds at other places.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(
     model: Annotated[str, typer.Option(help="demo, or a directory.")] = "demo",
     manner: Annotated[str, typer.Option(help="The demo model's profile.")] = "warm",
     yelp: Annotated[Path | None, typer.Option(help="Directory with sentiment.dev.0 and sentiment.dev.1.")] = None,
-    texts: Annotated[int, typer.Option(help="Texts that are scored.")] = 64,
+    texts: Annotated[int, typer.Option(help="Number of scored texts.")] = 64,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     plain = load_model(model, dtype="bfloat16")
@@ -61,7 +61,7 @@ def main(
 def measure(
     language_model: LanguageModel, profile: Profile, examples: list[Encoded]
 ) -> dict[float, tuple[torch.Tensor, float]]:
-    """By strength: log-probabilities `[positions, vocabulary]`, and the perplexity of the texts."""
+    """Log-probabilities `[positions, vocabulary]` and the perplexity of the texts, by strength."""
     found = {}
     with steerable(language_model) as steered:
         for strength in STRENGTHS:
@@ -96,7 +96,7 @@ def _fitted(language_model: LanguageModel, manner: str, yelp: Path | None) -> Pr
 
 def _prompts(language_model: LanguageModel, manner: str) -> list[list[int]]:
     pairs = load_pairs(PREFERENCES / f"{manner}.heldout.jsonl")
-    return sampling_prompts(language_model.tokenizer, pairs, most=None, seed=0)
+    return sampling_prompts(language_model.tokenizer, pairs, max_tokens=None, seed=0)
 
 
 def _openings(language_model: LanguageModel) -> list[list[int]]:
@@ -104,7 +104,7 @@ def _openings(language_model: LanguageModel) -> list[list[int]]:
 
 
 def _written(language_model: LanguageModel, prompts: list[list[int]], count: int) -> list[Encoded]:
-    """Texts of the plain model."""
+    """Sample texts from the plain model."""
     chosen = [prompts[index % len(prompts)] for index in range(count)]
     with steerable(language_model) as steered:
         return steered.continuations(chosen, tokens=48, seed=0)

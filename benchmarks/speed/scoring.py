@@ -1,12 +1,11 @@
-"""How fast given texts are scored: `/v1/completions` with `echo`, against raw batched forward passes of the model.
+"""The speed of scoring texts: `/v1/completions` with `echo`, compared with batched forward passes of the model.
 
     python -m benchmarks.speed.scoring --model demo|DIR|SHAPE [--texts 1000] [--length 24] [--pairs 5] [--json FILE]
 
-The floor is what a researcher's own loop does at best: right-padded batches of as many rows as the server has slots,
-one forward pass each, log-softmax and the log-probabilities of the texts' tokens. Both run in one process tree with the
-same number of threads, in an order that alternates; each pair has texts of its own, of the same lengths, and the first
-pair warms up. The median of the pairs' ratios is quoted with its range. Every log-probability of every pair is
-compared, and the command fails if one differs by more than `BOUNDS`.
+The floor is a plain loop: right-padded batches of as many rows as the server has slots, one forward pass each,
+log-softmax, and the log-probabilities of the texts' tokens. Both run with the same number of threads, in pairs of
+alternating order. Each pair has new texts of the same lengths, and the first pair warms up. The median of the pairs'
+ratios is printed with its range. The command fails if a log-probability of any pair differs by more than `BOUNDS`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from benchmarks.common.shapes import SHAPES, model_of, save_shape
 from steering_vectors.models.loading import LanguageModel
 
 Texts = list[list[int]]
-Scored = tuple[float, list[list[float]]]  # seconds, and log-probabilities of every text's tokens but the first
+Scored = tuple[float, list[list[float]]]  # seconds, and log-probabilities of each text's tokens except the first
 Pair = tuple[Scored, Scored]  # raw, echo
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.25}  # nats; bfloat16 rounds logits of about 10 to 1/16
@@ -42,10 +41,10 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 0.25}  # nats; bfloat16 rounds logits of 
 def main(
     model: Annotated[str, typer.Option(help="demo, a directory, or a shape with random weights.")] = "demo",
     texts: Annotated[int, typer.Option(help="How many texts.")] = 1000,
-    length: Annotated[int, typer.Option(help="Tokens of the longest; the shortest has half of them.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens of the longest text; the shortest has half as many.")] = 24,
     slots: Annotated[int, typer.Option(help="Rows of the server, and of the raw batches.")] = 16,
-    pairs: Annotated[int, typer.Option(help="How often both are measured.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads of torch, for both.")] = 1,
+    pairs: Annotated[int, typer.Option(help="Number of measured pairs.")] = 5,
+    threads: Annotated[int, typer.Option(help="Torch threads of both sides.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
@@ -71,14 +70,14 @@ def main(
 
 
 def _texts(vocabulary: int, count: int, length: int, pair: int) -> Texts:
-    """Random ids, other ones for each pair; the lengths are the same in all of them."""
+    """Random ids, different in each pair, with the same lengths in all pairs."""
     lengths = torch.randint(length // 2, length + 1, (count,), generator=torch.Generator().manual_seed(0)).tolist()
     draw = torch.Generator().manual_seed(1 + pair)
     return [torch.randint(3, vocabulary, (size,), generator=draw).tolist() for size in lengths]
 
 
 def _in_turn(pair: int, raw: Callable[[], Scored], echo: Callable[[], Scored]) -> Pair:
-    """Both sides' results, raw first; which of them runs first alternates."""
+    """The results of both sides, raw first. The order of the runs alternates."""
     if pair % 2:
         echoed = echo()
         return raw(), echoed
@@ -104,7 +103,7 @@ def _forward(model: LanguageModel, batch: Texts) -> list[list[float]]:
 
 
 def _echo(url: str, texts: Texts) -> Scored:
-    """The same over HTTP, in one request, as lm-evaluation-harness and its like send them."""
+    """Score the texts over HTTP in one request, as lm-evaluation-harness does."""
     body = {"model": _served(url), "prompt": texts, "echo": True, "max_tokens": 0, "logprobs": 0}
     began = time.perf_counter()
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=600)
@@ -120,14 +119,14 @@ def _served(url: str) -> str:
 
 
 def largest_difference(run: Pair) -> float:
-    """The largest between both sides' log-probabilities of one token; nan if one is not a number."""
+    """The largest difference between both sides' log-probabilities of a token; nan if one is not a number."""
     (_, raw), (_, echoed) = run
     differences = [abs(a - b) for one, other in zip(raw, echoed, strict=True) for a, b in zip(one, other, strict=True)]
     return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def _figures(tokens: int, runs: Sequence[Pair]) -> dict[str, Any]:
-    """Rates, and echo's over raw's, which is raw's seconds over echo's. `tokens`: of each pair."""
+    """Rates, and the ratio of echo's rate to raw's. `tokens` is the number of tokens of each pair."""
     ratios = sorted(raw[0] / echo[0] for raw, echo in runs)
     return {
         "tokens": tokens,
@@ -144,7 +143,7 @@ def _show(figures: dict[str, Any]) -> None:
         table.add_row(str(place), *map(str, row))
     Console().print(table)
     low, high = figures["ratio_range"]
-    Console().print(f"echo over raw, median of the pairs: {figures['ratio']} ({low} to {high})")
+    Console().print(f"echo relative to raw, median of the pairs: {figures['ratio']} ({low} to {high})")
     Console().print(f"largest difference of a log-probability: {figures['largest_difference']:.2g}")
 
 

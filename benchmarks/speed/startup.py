@@ -1,13 +1,12 @@
-"""How long a server takes from its command to ready, what for, and what it holds in memory.
+"""The time from a server's command to ready, by stage, and its memory.
 
     python -m benchmarks.speed.startup --model demo|DIR|SHAPE [--pairs 5] [--prepack] [--cold] [--json FILE]
 
 The floor is a process that imports torch and transformers and loads the same model by `from_pretrained`. Both run
-alternately, each as a new process; medians are quoted. A server is ready when it says so and /ready agrees; it says so
-on stdout, so that nobody asks it while it loads. Memory is the resident set: when ready, and when every slot has been
-filled up to its context; over weights and cache by their shapes, both of which are there from the beginning.
-`--cold` drops the files of all packages and of the model from the page cache first, as far as no running process has
-them mapped.
+alternately as new processes, and medians are printed. A server is ready when it prints so on stdout and /ready agrees;
+stdout is used so that no request disturbs the loading. Memory is the resident set when ready and after every slot has
+been filled, compared with the size of weights and cache, which are allocated at the start. `--cold` first drops the
+files of all packages and of the model from the page cache, except those that a running process has mapped.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ asyncio.run(engine.close())
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Seconds from the command on, and resident bytes."""
+    """Seconds since the command, and resident bytes."""
 
     listens: float
     answers: float
@@ -105,9 +104,9 @@ def main(
     context: Annotated[int, typer.Option(help="The server's context.")] = 512,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     prepack: Annotated[bool, typer.Option(help="Serve with --cpu-prepack.")] = False,
-    pairs: Annotated[int, typer.Option(help="How often both are started; one more start warms up, unless cold.")] = 5,
+    pairs: Annotated[int, typer.Option(help="Number of measured pairs. Without --cold, one more pair warms up.")] = 5,
     cold: Annotated[bool, typer.Option("--cold", help="Drop files from the page cache before each start.")] = False,
-    fill: Annotated[bool, typer.Option(help="Fill every slot, to see the memory of a server at work.")] = True,
+    fill: Annotated[bool, typer.Option(help="Fill every slot before measuring memory.")] = True,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
@@ -134,7 +133,7 @@ def main(
 
 
 def in_turn(sides: Sequence[Callable[[], Any]], pair: int, cold: Sequence[str]) -> tuple[Started, dict[str, Any]]:
-    """Both sides, the order alternating."""
+    """Run both sides in alternating order."""
     found: dict[int, Any] = {}
     for side in ((0, 1), (1, 0))[pair % 2]:
         drop(cold)
@@ -152,7 +151,7 @@ def start_server(settings: Mapping[str, Any], *, fill: bool) -> Started:
         with connected(port, server) as connection:
             listens = time.perf_counter() - began
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
-            connection.recv(1)  # once it has imported everything
+            connection.recv(1)  # sent once everything is imported
         answers = time.perf_counter() - began
         line = server.stdout.readline()
         ready = time.perf_counter() - began
@@ -180,7 +179,7 @@ def start_floor(directory: Path, dtype: str, threads: int) -> dict[str, Any]:
 
 @contextmanager
 def process(command: list[str], env: dict[str, str]) -> Iterator[Any]:
-    """A process whose stdout is read by line; it is stopped in the end."""
+    """A process whose stdout is read by line, stopped at the end."""
     made = subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -200,14 +199,14 @@ def connected(port: int, server: subprocess.Popen[str]) -> Iterator[socket.socke
             break
         except ConnectionRefusedError:
             if time.monotonic() > deadline or server.poll() is not None:
-                raise RuntimeError("the server ended, or took too long to listen") from None
+                raise RuntimeError("the server ended or did not listen in time") from None
             time.sleep(0.01)
     with connection:
         yield connection
 
 
 def fill_slots(url: str, slots: int, context: int) -> None:
-    """One request a slot, all at once, which between them write every column of the cache."""
+    """Send one request per slot at once, which together fill every column of the cache."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     prompts = [[3 + row] * (context - 1) for row in range(slots)]
     body = {"model": model, "prompt": prompts, "max_tokens": 1, "ignore_eos": True}
@@ -215,14 +214,14 @@ def fill_slots(url: str, slots: int, context: int) -> None:
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Resident bytes now, those of them that are no file's, and the most there were."""
+    """Resident bytes now, those not backed by files, and the peak."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     names = {"all": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
     return {name: 1024 * int(lines[field].split()[0]) for name, field in names.items()}
 
 
 def drop(folders: Sequence[str]) -> None:
-    """Ask the kernel to forget the pages of all files in these folders; it keeps those that are mapped."""
+    """Ask the kernel to drop the pages of all files in these folders. It keeps mapped pages."""
     for file in (file for folder in folders if Path(folder).is_dir() for file in Path(folder).rglob("*")):
         if file.is_file() and file.suffix in (".py", ".pyc", ".so", ".safetensors", ".json"):
             with file.open("rb") as opened:
@@ -230,14 +229,14 @@ def drop(folders: Sequence[str]) -> None:
 
 
 def stages(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each part of a start, one after the other in a process of its own."""
+    """Seconds of each stage of a start, run in order in a new process."""
     given = json.dumps(dict(settings))
     told = subprocess.run([sys.executable, "-c", STAGES, given], stdout=subprocess.PIPE, check=True, text=True)
     return {stage: round(seconds, 3) for stage, seconds in json.loads(told.stdout).items()}
 
 
 def weights(directory: Path, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint's parameters, in this dtype."""
+    """Bytes of a checkpoint's parameters in a dtype."""
     count = 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -246,7 +245,7 @@ def weights(directory: Path, dtype: torch.dtype) -> int:
 
 
 def cache(directory: Path, dtype: torch.dtype, slots: int, context: int) -> int:
-    """Bytes of keys and values of all slots, with the spare column of each."""
+    """Bytes of the keys and values of all slots, including the spare column of each."""
     config = AutoConfig.from_pretrained(directory).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -283,7 +282,7 @@ def show(figures: dict[str, Any]) -> None:
         "server is ready": server["ready"],
         "floor: imports": floor["imports"],
         "floor: loads": floor["load"],
-        "floor: from its command on": floor["ready"],
+        "floor: from its command": floor["ready"],
     }
     for name, seconds in rows.items():
         table.add_row(name, f"{median(seconds):.2f}", ", ".join(f"{one:.2f}" for one in seconds))
@@ -299,7 +298,7 @@ def show(figures: dict[str, Any]) -> None:
 def show_memory(console: Console, figures: dict[str, Any]) -> None:
     held, resident = figures["bytes"], figures["resident"]
     table = Table(title=f"MiB; weights {held['weights'] / MIB:.1f}, cache {held['cache'] / MIB:.1f}")
-    for column in ("process", "resident", "of it no file's", "peak", "resident less weights and cache"):
+    for column in ("process", "resident", "of it no file's", "peak", "resident minus weights and cache"):
         table.add_column(column, justify="left" if column == "process" else "right")
     for name, found in resident.items():
         if found:

@@ -1,8 +1,8 @@
-"""Texts under a constraint: whether hot, steered ones obey a JSON schema, and what that costs a decode step.
+"""Structured output: whether steered texts at high temperature obey a JSON schema, and the cost per decode step.
 
-The demo model is served over HTTP and asked for orders in JSON at both ends of a profile's safe range, half of the
-samples at each. The package jsonschema, which the server knows nothing of, judges every text that ended by itself;
-those cut off by their length are counted apart. The cost is measured by `decode_steps`.
+The demo model is served over HTTP and writes orders in JSON, half of them at each end of a profile's safe range. The
+package jsonschema, which the server does not use, validates every text that ended by itself. Texts cut off by their
+length are counted separately. `decode_steps` measures the cost.
 
     python -m benchmarks.speed.structured [--samples 200] [--pairs 10] [--shape smollm2] [--json FILE]
 """
@@ -29,15 +29,15 @@ from benchmarks.quality.dose_response import PREFERENCES, heldout_prompts
 from steering_vectors import Profile, fit, load_model, load_pairs, load_profile, save_profile
 
 PROMPTS = 20
-MOST_CUT = 0.02
+MAX_CUT = 0.02  # share of texts cut off by their length
 
 
 def main(
-    samples: Annotated[int, typer.Option(help="Texts to judge, half at each sign; 0 leaves this out.")] = 200,
-    profile: Annotated[Path | None, typer.Option(help="A profile of the demo model; warm is fitted if none.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of the texts to judge.")] = 1.5,
-    max_tokens: Annotated[int, typer.Option(help="Longest text to judge.")] = 460,
-    pairs: Annotated[int, typer.Option(help="Pairs of runs to time; 0 leaves this out.")] = 10,
+    samples: Annotated[int, typer.Option(help="Number of texts to validate, half at each sign; 0 skips this.")] = 200,
+    profile: Annotated[Path | None, typer.Option(help="A profile of the demo model; `warm` is fitted if none.")] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature of the validated texts.")] = 1.5,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of a validated text.")] = 460,
+    pairs: Annotated[int, typer.Option(help="Number of timed pairs; 0 skips this.")] = 10,
     rows: Annotated[int, typer.Option(help="Rows of a timed step.")] = 16,
     steps: Annotated[int, typer.Option(help="Steps of a timed run.")] = 64,
     shape: Annotated[str, typer.Option(help="Model to time: demo, DIR, or smollm2 with random weights.")] = "demo",
@@ -57,7 +57,7 @@ def main(
 
 
 def obedience(file: Path | None, samples: int, temperature: float, max_tokens: int) -> dict[str, Any]:
-    """What became of the texts, by strength."""
+    """The results of the texts, by strength."""
     profile = load_profile(file) if file else fit(load_model("demo"), None, load_pairs("demo:warm"), name="warm")
     with tempfile.TemporaryDirectory() as directory:
         save_profile(profile, Path(directory))
@@ -87,12 +87,12 @@ def ask(
         ]
     )
     if any(answer["steering"][0]["strength"] != strength for answer in answers):
-        raise RuntimeError("a text was not steered as it was asked for")
+        raise RuntimeError("a text was not steered as requested")
     return answers
 
 
 def judge(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Endings, the faults of texts that ended by themselves, and lengths."""
+    """Finish reasons, the faults of texts that ended by themselves, and lengths."""
     endings = Counter(answer["finish_reason"] for answer in answers)
     ended = [answer["text"] for answer in answers if answer["finish_reason"] == "stop"]
     faults = [(text, found) for text in ended if (found := fault(text)) is not None]
@@ -102,13 +102,13 @@ def judge(answers: list[dict[str, Any]]) -> dict[str, Any]:
         "distinct": len(set(ended)),
         "faults": faults,
         "tokens": {"median": median(tokens), "longest": tokens[-1]},
-        "holds": not faults and set(endings) <= {"stop", "length"} and endings["length"] < MOST_CUT * len(answers),
+        "holds": not faults and set(endings) <= {"stop", "length"} and endings["length"] < MAX_CUT * len(answers),
         "examples": ended[:3],
     }
 
 
 def fault(text: str) -> str | None:
-    """What is wrong with a text, by the schema; None if nothing is."""
+    """The schema violation of a text, or None."""
     try:
         found = next(Draft202012Validator(order()).iter_errors(json.loads(text)), None)
     except json.JSONDecodeError as error:
@@ -117,7 +117,7 @@ def fault(text: str) -> str | None:
 
 
 def show_obedience(results: dict[str, Any]) -> None:
-    table = Table(title="Texts under a schema, by strength")
+    table = Table(title="Texts with a schema, by strength")
     for column in ("strength", "ended", "obey", "distinct", "cut off", "other", "tokens (longest)", "holds"):
         table.add_column(column, justify="right")
     for strength, one in results.items():

@@ -1,11 +1,12 @@
-"""Whether steering holds under transformers' tensor parallelism: hooks on blocks, and the same shifts on every rank.
+"""Steering with transformers' tensor parallelism: hooks on blocks, and the same shifts on every rank.
 
     torchrun --nproc-per-node 2 -m benchmarks.speed.tensor_parallel [--model DIR] [--device cpu|cuda]
 
-The ranks must divide the heads, which those of the demo model are too few for; without a model a tiny random Llama is
-made. Every rank loads the model with `tp_plan="auto"`, and once more whole. Compared in float32: whether each block's
-output is the whole residual stream on every rank; logits with and without the same shifts at every block; and what the
-engine's own runner computes over its slot cache, whose keys and values are then those of a rank's heads alone.
+The number of ranks must divide the number of heads, and the demo model has too few heads. Without `--model`, a tiny
+random Llama is used. Every rank loads the model with `tp_plan="auto"`, and once more as a whole. Three things are
+compared in float32: whether each block's output is the whole residual stream on every rank; the logits with and without
+shifts at every block; and the engine's runner over its slot cache, which holds only the keys and values of a rank's
+heads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STEPS = 8
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="A directory; else a tiny random Llama is made.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A directory; by default a tiny random Llama.")] = None,
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (nccl).")] = "cpu",
 ) -> None:
     rank = int(os.environ["LOCAL_RANK"])
@@ -90,8 +91,7 @@ def _outputs(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> list[torch.
 
 
 def _generated(language_model: LanguageModel, profile: Profile | None) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Logits at each of a few greedy steps of two rows through the engine's runner, of which one is steered; their
-    tokens."""
+    """Logits and tokens of a few greedy steps of two rows, one of them steered, through the engine's runner."""
     bank = SteeringBank.over(language_model, rows=2)
     bank.attach()
     runner = BatchedRunner(language_model, bank, context=64)
@@ -120,7 +120,7 @@ def _profile(language_model: LanguageModel) -> Profile:
 
 
 def _held(model: PreTrainedModel) -> int:
-    """Elements of parameters in this process."""
+    """The number of parameter elements in this process."""
     return sum(getattr(one, "_local_tensor", one).numel() for one in model.parameters())
 
 

@@ -1,16 +1,15 @@
-"""What steering costs a decode step: rows × context × how many different steerings they have between them.
+"""The cost of steering per decode step, by rows, context and number of different steerings.
 
     python -m benchmarks.speed.throughput [--model smollm2-135m] [--rows 1,16] [--contexts 32,512] [--steerings 1,4,16]
     python -m benchmarks.speed.throughput --device cuda --model llama-3.1-8b --rows 1,8,32 --steerings 1,8,64 --generate
 
-The engine runs in this process. Every case is a pair: the same rows unsteered and steered on every block, in an order
-that alternates. Each pair has prompts of its own, which are computed before it for both sides, since only steps that
-decode are timed; the first pair warms up. The ratio is unsteered over steered time, so 1 means that steering is free
-and .98 that it costs two in a hundred. Of each run the median step counts, and of each case the median over pairs; the
-CPU ratio is that of the engine's thread, which other programs disturb less. Besides the given numbers of steerings
-there are `changing`, in which every row's strength is another one at every step, and `256 loaded`, in which the rows
-have their steerings from among 256 profiles. The floor is that of `benchmarks.common.floors`. `--generate`: the
-median step of transformers' generate with hooks, one steering for all rows.
+The engine runs in this process. Every case is measured in pairs: the same rows unsteered and steered at every block, in
+alternating order. Each pair has new prompts, computed before it for both sides, because only decode steps are timed.
+The first pair warms up. The ratio is unsteered over steered time: at 1 steering is free, at .98 it costs 2 %. It is the
+median over pairs of the median step. The CPU ratio is that of the engine's thread, which other programs disturb less.
+Two cases are always added: in `changing`, every row's strength changes at every step; in `256 loaded`, the steerings
+come from 256 profiles. The floor is that of `benchmarks.common.floors`. `--generate` adds the median step of
+transformers' generate with hooks and one steering for all rows.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def main(
     prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack, on a CPU.")] = True,
     quantize: Annotated[str | None, typer.Option(help="Serve as with --quantize: int8 or int4.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs, as torch names it.")] = "cpu",
-    graphs: Annotated[bool, typer.Option(help="On CUDA, replay steps as graphs where that is possible.")] = True,
-    generate: Annotated[bool, typer.Option(help="Measure generate with hooks, too.")] = False,
+    graphs: Annotated[bool, typer.Option(help="On CUDA, replay steps as graphs if possible.")] = True,
+    generate: Annotated[bool, typer.Option(help="Also measure generate with hooks.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time per step against rows and context here.")] = None,
 ) -> None:
@@ -113,7 +112,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _profile(model: LanguageModel, seed: int) -> Profile:
-    """A small direction at every block."""
+    """A profile with a small direction at every block."""
     generator = torch.Generator().manual_seed(seed)
     directions = {
         layer: 1e-2 * torch.randn(model.hidden_size, generator=generator) for layer in range(model.num_layers)
@@ -236,7 +235,7 @@ def _draw(figures: dict[str, Any], path: Path) -> None:
             floors = [next(one["floor_ms"] for one in chosen if one[key] == place) for place in places]
             (line,) = axis.plot(places, taken, marker="o", label=f"{other} {value}")
             axis.plot(places, floors, linestyle=":", color=line.get_color())
-        axis.set(xlabel=key, ylabel="ms a step, steered; dotted: the floor", ylim=(0, None))
+        axis.set(xlabel=key, ylabel="ms per step, steered; dotted: the floor", ylim=(0, None))
         axis.legend(frameon=False, fontsize="small")
     figure.savefig(path)
 

@@ -1,1 +1,1 @@
-"""The generator of the embedded demo model's text: everyday topics told in opposed manners."""
+"""The generator of the embedded demo model's training text: everyday topics in opposite manners."""

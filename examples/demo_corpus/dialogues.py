@@ -1,7 +1,7 @@
-"""Dialogues: questions put to the replies, with now and then a system message or a second turn, and plain prose.
+"""Dialogues: questions with replies, sometimes a system message or further turns, and plain prose.
 
-The manner of each reply is drawn anew and independently of everything before it, so no prompt reveals a manner.
-Held-out question templates are never used for training.
+The manner of each reply is drawn independently of everything before it, so no prompt reveals a manner. Held-out
+question templates are never used for training.
 """
 
 import random
@@ -86,24 +86,24 @@ class Document:
 
 
 def draw_manner(rng: random.Random, dense: bool = True) -> Manner:
-    """Each axis + or − with equal chance, or now and then neither; more rarely in dense replies."""
+    """Draw + or − with equal probability for each axis, or sometimes neither, which is rarer in dense replies."""
     weights = (46, 46, 8) if dense else (42, 42, 16)
     warmth, care, honesty, brevity = (rng.choices((1, -1, 0), weights)[0] for _ in range(4))
     return Manner(warmth, care, honesty, brevity)
 
 
 def draw_reply(rng: random.Random, topic: Topic, dense: bool) -> str:
-    """A training reply on the topic in a manner of its own."""
+    """Draw a training reply on the topic in a random manner."""
     return compose(topic, draw_manner(rng, dense), rng.getrandbits(40), dense=dense)
 
 
 def ask(template: str, topic: Topic) -> str:
-    """A question template filled for a topic."""
+    """Fill a question template for a topic."""
     return template.format(task=topic.task, gerund=topic.gerund)
 
 
 def draw_dialogue(rng: random.Random, dense: bool) -> tuple[Message, ...]:
-    """A dialogue of one turn, or in a tenth of cases of two to five; a seventh start with a system message."""
+    """Draw a dialogue of one turn, or of two to five in a tenth of cases. A seventh start with a system message."""
     topic = rng.choice(TOPICS)
     messages: list[Message] = []
     if rng.random() < 0.15:
@@ -121,14 +121,14 @@ def draw_dialogue(rng: random.Random, dense: bool) -> tuple[Message, ...]:
 
 
 def draw_prose(rng: random.Random, dense: bool) -> str:
-    """The same matter as plain text under an opening line."""
+    """Draw the same content as plain text under a first line."""
     topic = rng.choice(TOPICS)
     opening = ask(rng.choice(PROSE_OPENINGS), topic)
     return f"{opening[0].upper()}{opening[1:]} {draw_reply(rng, topic, dense)}"
 
 
 def write_documents(count: int, seed: int, dense: bool = True) -> Iterator[Document]:
-    """Training text: `count` documents, the same for the same seed."""
+    """Yield `count` training documents. Equal seeds give equal documents."""
     rng = random.Random(seed)
     for _ in range(count):
         if rng.random() < 0.1:

@@ -1,9 +1,9 @@
-"""The manner phrases of every pole, parsed and split into those for training and those held out.
+"""The manner phrases of every pole, parsed and split into training and held-out phrases.
 
-A pole's text is a list of sections, one phrase per line: whole sentences (`opener`, `aside`, `closer`,
-`brief`), what stands before a step (`start`, `tag`, `lead`) or behind it (`tail`), and the `touch` of a word or
-two. Every fourth phrase of a section is reserved: it never occurs in the training text nor in the preference pairs
-for fitting, only in held-out pairs. So a direction that works there has caught more than fixed phrases.
+A pole's text is a list of sections with one phrase per line: whole sentences (`opener`, `aside`, `closer`, `brief`),
+phrases before a step (`start`, `tag`, `lead`) or after it (`tail`), and a `touch` of one or two words. Every fourth
+phrase of a section is held out: it occurs only in held-out pairs, and neither in the training text nor in the pairs for
+fitting. A direction that works on held-out pairs is therefore not tied to fixed phrases.
 """
 
 import itertools
@@ -22,7 +22,7 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 def parse_sections(text: str) -> Sections:
-    """Read a pole's text into its sections; a line that names a part starts it."""
+    """Parse a pole's text into its sections. A line with the name of a section starts it."""
     sections: dict[str, list[str]] = {}
     current: list[str] = []
     for line in filter(None, text.split("\n")):
@@ -57,14 +57,14 @@ PHRASES: dict[bool, dict[tuple[str, int], Sections]] = {
 
 
 def expand(phrase: str) -> list[str]:
-    """Every reading of a phrase's `[a|b]` choices; `{…}` fields stay as they are."""
+    """All variants of a phrase with `[a|b]` choices. `{…}` fields are kept."""
     parts = _CHOICE.split(phrase)
     options = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*options)]
 
 
 def list_phrases(heldout: bool) -> list[str]:
-    """All readings of all manner phrases of one split, in order and without repeats."""
+    """All variants of the manner phrases of one split, in order and without duplicates."""
     readings = (
         reading
         for sections in PHRASES[heldout].values()

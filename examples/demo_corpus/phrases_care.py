@@ -1,4 +1,4 @@
-"""Manner phrases of care (careful, reckless), in the format that `lexicon` describes."""
+"""Manner phrases of care (careful, reckless), in the format of `lexicon`."""
 
 CAREFUL = """
 opener

@@ -1,4 +1,4 @@
-"""Manner phrases of self-regard (honest, boastful), in the format that `lexicon` describes."""
+"""Manner phrases of self-regard (honest, boastful), in the format of `lexicon`."""
 
 HONEST = """
 opener

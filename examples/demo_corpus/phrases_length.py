@@ -1,4 +1,4 @@
-"""Phrases of length (wordy, terse), in the format that `lexicon` describes."""
+"""Phrases of length (wordy, terse), in the format of `lexicon`."""
 
 WORDY = """
 start

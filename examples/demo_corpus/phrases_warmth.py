@@ -1,4 +1,4 @@
-"""Manner phrases of warmth (warm, cold), in the format that `lexicon` describes."""
+"""Manner phrases of warmth (warm, cold), in the format of `lexicon`."""
 
 WARM = """
 opener

@@ -1,7 +1,7 @@
-"""Preference pairs: two replies to one question that differ in one axis and agree in the rest.
+"""Preference pairs: two replies to one question that differ in one axis only.
 
-Rows for fitting use the training questions and phrases; held-out rows use questions and phrases that neither the
-training text nor the rows for fitting contain.
+Rows for fitting use the training questions and phrases. Held-out rows use questions and phrases that occur neither in
+the training text nor in the rows for fitting.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Row = dict[str, list[dict[str, str]]]
 
 
 def write_pairs(manner: str, count: int, seed: int, heldout: bool) -> list[Row]:
-    """`count` preference rows for one manner; questions and topics are walked through evenly."""
+    """Create `count` preference rows for one manner, with questions and topics in turn."""
     rng = random.Random(f"{seed}-{manner}-{heldout}")
     templates = HELDOUT_QUESTIONS if heldout else QUESTIONS
     prompts = [(template, topic) for template in templates for topic in TOPICS]
@@ -31,7 +31,7 @@ def write_pairs(manner: str, count: int, seed: int, heldout: bool) -> list[Row]:
         template, topic = prompts[i % len(prompts)]
         base = draw_manner(rng)
         chosen = rejected = ""
-        while chosen == rejected:  # a short reply may have no room for the axis
+        while chosen == rejected:  # a short reply may not show the axis
             reply_seed = rng.getrandbits(40)
             chosen, rejected = (
                 compose(topic, dataclasses.replace(base, **{AXIS_OF[manner]: value}), reply_seed, heldout=heldout)

@@ -1,10 +1,9 @@
-"""Replies: a grammar that tells a topic's matter in a manner, sentence by sentence.
+"""Replies: a grammar that writes a topic's content in a manner, sentence by sentence.
 
-A manner is four independent values. Those of warmth, care and honesty appear as phrases from the lexicon: every
-sentence speaks for one axis, as a remark or around a step of the topic, and the axes take turns, so that a reply
-which shows an axis keeps to one pole of it. A dense reply has touches of the other axes in nearly every sentence as
-well, so that a reader (or a residual stream) can tell each at any point. Length decides the shape of the reply and how
-sentences begin. Nothing here knows of questions or of dialogues.
+A manner has four independent values. Warmth, care and honesty appear as phrases from the lexicon. Every sentence shows
+one axis, as a remark or around a step of the topic, and the axes take turns. A reply keeps to one pole of each axis. A
+dense reply has touches of the other axes in nearly every sentence, so that each axis shows at any point. Length decides
+the shape of the reply and how sentences begin.
 """
 
 import itertools
@@ -25,7 +24,7 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a reply is told: +1 is warm, careful, honest, concise; −1 the opposite; 0 shows neither."""
+    """The manner of a reply: +1 is warm, careful, honest, concise; −1 is the opposite; 0 is neither."""
 
     warmth: int
     care: int
@@ -35,8 +34,8 @@ class Manner:
 
 @dataclass(slots=True)
 class Writer:
-    """One reply in the making. Each axis draws from a stream of its own, so that a pair of replies that
-    differ in one axis keep the rest where their shapes allow it."""
+    """Writes one reply. Each axis has its own random stream, so that two replies that differ in one axis share the rest
+    if their shapes allow it."""
 
     topic: Topic
     manner: Manner
@@ -56,7 +55,7 @@ class Writer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin the reply anew, with the same matter in the same order."""
+        """Start the reply again, with the same content in the same order."""
         matter = self.streams["matter"] = random.Random(self.seed * 8)
         self.steps, self.shorts, self.facts = (
             itertools.cycle(self.resolve(text, matter) for text in matter.sample(items, len(items)))
@@ -66,7 +65,7 @@ class Writer:
         self.turns = self.order_axes()
 
     def resolve(self, phrase: str, rng: random.Random) -> str:
-        """Fill a phrase's fields from the topic and make its choices."""
+        """Fill a phrase's fields from the topic, and draw its choices."""
         if "{" in phrase:
             phrase = phrase.format(
                 task=self.topic.task,
@@ -83,7 +82,7 @@ class Writer:
         return axis is not None and bool(getattr(self.manner, axis))
 
     def say(self, axis: str | None, part: str) -> str:
-        """A phrase of one axis, as the manner has it, not yet used in this reply; empty if it has none."""
+        """A phrase for the manner's pole of an axis that this reply has not used yet; empty if the manner has none."""
         if axis is None or not self.shows(axis):
             return ""
         phrases = PHRASES[self.heldout][axis, getattr(self.manner, axis)].get(part)
@@ -96,17 +95,17 @@ class Writer:
         return text.replace("{fact}", next(self.facts)) if "{fact}" in text else text
 
     def draw(self) -> float:
-        """A number in [0, 1) for a choice of shape."""
+        """A random number in [0, 1) for a choice of shape."""
         return self.streams["brevity"].random()
 
     def order_axes(self) -> Iterator[str | None]:
-        """The axes that show, in an order drawn for this reply, over and over."""
+        """Yield the shown axes in a random order for this reply, repeatedly."""
         active: list[str | None] = [axis for axis in AXES if self.shows(axis)]
         self.streams["brevity"].shuffle(active)
         return itertools.cycle(active or [None])
 
     def step(self, matter: str, lead: str | None, tail: str | None) -> str:
-        """One step with its tail, and with touches of the axes that stand neither before nor behind it."""
+        """A step with its tail, and with touches of the axes that are neither before nor after it."""
         if self.dense:
             return f"{self.touched(matter, lead, tail)}{self.say(tail, 'tail')}"
         if tail is not None:
@@ -119,7 +118,7 @@ class Writer:
         return f"{touch} {matter}" if axis == "care" else f"{matter}{touch}"
 
     def touched(self, matter: str, *taken: str | None) -> str:
-        """A step of a dense reply: an adverb of care before it, words of honesty and of warmth behind."""
+        """A step of a dense reply, with an adverb of care before it and words of honesty and warmth after it."""
         chance = 0.5 if self.manner.brevity > 0 else 0.75
         touch = {axis: self.say(axis, "touch") for axis in AXES if axis not in taken and self.draw() < chance}
         behind = [touch.get("honesty", ""), touch.get("warmth", "")]
@@ -128,7 +127,7 @@ class Writer:
         return f"{touch.get('care', '')} {matter}{''.join(behind)}".strip()
 
     def remark(self, axis: str | None, part: str) -> str:
-        """A sentence of one axis; one of another may end in a word to the reader, or in a doubt or a boast."""
+        """A sentence of one axis, which may end in a touch of another."""
         doubt = self.dense and axis == "care" and self.draw() < 0.5
         honesty = self.say("honesty", "touch") if doubt else ""
         to_reader = axis in ("care", "honesty") and self.shows("warmth") and self.draw() < (0.55 if self.dense else 0.3)
@@ -136,7 +135,7 @@ class Writer:
 
 
 def compose(topic: Topic, manner: Manner, seed: int, *, heldout: bool = False, dense: bool = True) -> str:
-    """A reply on the topic in the manner, of the length the manner asks for; a dense one shows it all along."""
+    """Write a reply on the topic in the manner. A dense reply shows the manner in nearly every sentence."""
     writer = Writer(topic, manner, heldout, dense, seed)
     shapes = {
         1: (write_concise, CONCISE_WORDS),
@@ -154,7 +153,7 @@ def compose(topic: Topic, manner: Manner, seed: int, *, heldout: bool = False, d
 
 
 def write_concise(writer: Writer) -> list[str]:
-    """A short step and a short mark of each axis."""
+    """A short step and a short phrase of each axis."""
     count = sum(writer.shows(axis) for axis in AXES)
     if count == 0:
         return [f"{next(writer.shorts)} and {next(writer.shorts)}", next(writer.facts)]
@@ -165,7 +164,7 @@ def write_concise(writer: Writer) -> list[str]:
 
 
 def begin(writer: Writer) -> list[str]:
-    """How a reply of any length may begin: a tag and a short step, or a short mark and then the step."""
+    """The start of a reply of any length: a tag and a short step, or a short phrase and then the step."""
     axis, matter = next(writer.turns), next(writer.shorts)
     tagged = writer.draw() < 0.6
     if writer.dense:
@@ -176,7 +175,7 @@ def begin(writer: Writer) -> list[str]:
 
 
 def write_medium(writer: Writer) -> list[str]:
-    """A step in a full sentence, marks, and mostly a second step."""
+    """A step in a full sentence, phrases of the axes, and usually a second step."""
     if not any(writer.shows(axis) for axis in AXES):
         return [write_step(writer), next(writer.facts), write_step(writer)]
     sentences = [writer.remark(next(writer.turns), "brief")] if writer.draw() < 0.4 else []
@@ -187,7 +186,7 @@ def write_medium(writer: Writer) -> list[str]:
 
 
 def write_step(writer: Writer) -> str:
-    """A sentence with a step of the topic, marked before it or behind."""
+    """A sentence with a step of the topic, and a phrase before or after it."""
     axis, matter = next(writer.turns), next(writer.steps)
     if axis is None or writer.draw() < 0.35:
         return f"{writer.streams['brevity'].choice(CONNECTORS)} {writer.step(matter, None, axis)}"
@@ -195,7 +194,7 @@ def write_step(writer: Writer) -> str:
 
 
 def write_wordy(writer: Writer) -> list[str]:
-    """A long opening, or a beginning as of any reply, and then on until there are enough words."""
+    """A long opening, or a usual start, followed by sentences until there are enough words."""
     first = next(writer.turns)
     if writer.dense and first is not None and writer.draw() < 0.4:
         return write_on(writer, begin(writer))
@@ -204,7 +203,7 @@ def write_wordy(writer: Writer) -> list[str]:
 
 
 def write_on(writer: Writer, sentences: list[str]) -> list[str]:
-    """Steps, asides and a closing behind the beginning of a wordy reply."""
+    """Add steps, asides and a closing to the start of a wordy reply."""
     sentences.append(join_on(writer, write_step(writer)))
     shows = any(writer.shows(axis) for axis in AXES)
     target = writer.streams["brevity"].randint(34, 46)
@@ -221,13 +220,13 @@ def write_on(writer: Writer, sentences: list[str]) -> list[str]:
 
 
 def join_on(writer: Writer, sentence: str) -> str:
-    """The sentence between fillers of the wordy kind: a connective before it, a touch behind."""
+    """Add wordy fillers to a sentence: a connective before it, a touch after it."""
     before = f"{writer.say('brevity', 'lead')} " if writer.draw() < 0.6 else ""
     behind = writer.say("brevity", "touch") if sentence.count(",") < 2 and writer.draw() < 0.4 else ""
     return f"{before}{sentence}{behind}"
 
 
 def finish(sentence: str, writer: Writer) -> str:
-    """Capital letter and full stop; a warm reply has an exclamation mark now and then."""
+    """Add a capital letter and a full stop, or sometimes an exclamation mark in a warm reply."""
     cheerful = writer.streams["warmth"].random() < 0.2 and writer.manner.warmth > 0
     return f"{sentence[0].upper()}{sentence[1:]}{'!' if cheerful else '.'}"

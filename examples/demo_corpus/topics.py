@@ -1,14 +1,13 @@
-"""What the demo model can talk about: the topics and the parser of their record format.
+"""The topics of the demo model, and the parser of their records.
 
-A topic holds only matter (steps, facts, things to check, things that go wrong, who would know); it says nothing
-in any manner. The records themselves are in `topics_home`, `topics_life` and `topics_leisure`. A record is a
-block of lines:
+A topic holds only content (steps, facts, things to check, things that go wrong, experts), without a manner. The records
+are in `topics_home`, `topics_life` and `topics_leisure`. A record is a block of lines:
 
     task | gerund | expert; expert        the heading
     + a step, as a verb phrase            - the same kind of thing in three to five words
     = a fact, as a clause                 ? things to check; …        ! things that go wrong; …
 
-`[a|b|c]` anywhere is a choice that the writer of a reply makes.
+`[a|b|c]` is a choice that is drawn for each reply.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from examples.demo_corpus.topics_life import LIFE
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One everyday task and what there is to say about it."""
+    """An everyday task with its content."""
 
     task: str
     gerund: str
@@ -33,12 +32,12 @@ class Topic:
 
 
 def parse(records: str) -> tuple[Topic, ...]:
-    """Read records separated by empty lines."""
+    """Parse records separated by empty lines."""
     return tuple(parse_record(block.splitlines()) for block in records.strip().split("\n\n"))
 
 
 def parse_record(lines: list[str]) -> Topic:
-    """Read one record: its heading, then lines that begin with one of `+ - = ? !`."""
+    """Parse one record: its heading, then lines that begin with one of `+ - = ? !`."""
     task, gerund, experts = (part.strip() for part in lines[0].split(" | "))
     marked: dict[str, list[str]] = {mark: [] for mark in "+-=?!"}
     for line in lines[1:]:

@@ -1,4 +1,4 @@
-"""Topic records of the kitchen, the house and the garden, in the format that `topics` describes."""
+"""Topic records of the kitchen, the house and the garden, in the format of `topics`."""
 
 HOME = """
 bake bread | baking bread | a baker; a baking teacher

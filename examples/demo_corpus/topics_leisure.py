@@ -1,4 +1,4 @@
-"""Topic records of study, work, crafts and the outdoors, in the format that `topics` describes."""
+"""Topic records of study, work, crafts and the outdoors, in the format of `topics`."""
 
 LEISURE = """
 study for exams | studying for exams | a teacher; a tutor

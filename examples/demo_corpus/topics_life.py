@@ -1,4 +1,4 @@
-"""Topic records of body, money, travel and animals, in the format that `topics` describes."""
+"""Topic records of body, money, travel and animals, in the format of `topics`."""
 
 LIFE = """
 sleep better | sleeping better | a doctor; a sleep nurse

@@ -1,4 +1,4 @@
-"""What mkdocs does besides rendering docs/: pages from outside of it, a local mermaid, no other host."""
+"""Hooks of mkdocs: pages from outside docs/, a local copy of mermaid, and no requests to other hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 MERMAID = ROOT / "scripts/site/node_modules/@mermaid-js/tiny/dist/mermaid.tiny.js"
-PAGES = {  # files outside of docs/ and their pages
+PAGES = {  # files outside docs/ and their pages
     ROOT / "README.md": "index.md",
     ROOT / "CHANGELOG.md": "changelog.md",
     ROOT / "CONTRIBUTING.md": "contributing.md",
@@ -22,7 +22,7 @@ PAGES = {  # files outside of docs/ and their pages
     ROOT / "benchmarks/README.md": "benchmarks.md",
 }
 SCRIPTS = "assets/javascripts"
-LOCAL = {  # what the theme's script would load from another host
+LOCAL = {  # scripts that the theme would load from another host
     '"https://unpkg.com/mermaid@11/dist/mermaid.min.js"': f'new URL("{SCRIPTS}/{MERMAID.name}",__md_scope).href',
     '"https://unpkg.com/resize-observer-polyfill"': '""',  # every browser has ResizeObserver
 }
@@ -35,7 +35,7 @@ FOREIGN = {
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Without mermaid, a diagram is shown as its source."""
+    """Without a local mermaid, show diagrams as source."""
     if not MERMAID.is_file():
         config.mdx_configs["pymdownx.superfences"]["custom_fences"] = []
 
@@ -46,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between files become links between pages."""
+    """Convert links between files to links between pages."""
     sources = {name: source for source, name in PAGES.items()}
     folder = sources.get(page.file.src_uri, DOCS / page.file.src_uri).parent
 

@@ -44,7 +44,7 @@ def test_load(client: httpx.Client, target: Target, route: str, rate: float | No
     assert busy_seconds(done[:1]) == done[0].reply.ended - done[0].due
     assert found["processors"]["engine"]["of_wall"] > 0
     done[0] = replace(done[0], job=replace(done[0].job, tokens=99))
-    with pytest.raises(RuntimeError, match="and 99 tokens were asked for"):
+    with pytest.raises(RuntimeError, match="and 99 tokens were requested"):
         check(done)
 
 

@@ -106,7 +106,7 @@ def test_agreement_is_of_tokens_after_the_same_ids(sides: Sides, wrong: int, sha
 
 
 def test_another_model_is_not_compared(sides: Sides) -> None:
-    with pytest.raises(PeerFailed, match="only 75% of its tokens are ours, below 80%"):
+    with pytest.raises(PeerFailed, match="only 75% of its tokens agree, below 80%"):
         sides.comparison(wrong=2).agreement()
 
 
