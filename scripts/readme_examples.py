@@ -92,7 +92,7 @@ def request_of(readme: str) -> dict[str, Any]:
 
 
 def faults(answers: Mapping[int, Answer]) -> list[str]:
-    """The requirements for an example on any machine that are not met."""
+    """The requirements, on any machine, that an example does not meet."""
     found = []
     for strength, answer in answers.items():
         (receipt,) = answer["steering"]

@@ -90,9 +90,7 @@ class Comparison:
         agreed = sum(_common(one, other) for one, other in zip(*found, strict=True))
         share = agreed / (rows * new)
         if share < MIN_AGREEMENT:
-            raise PeerFailed(
-                f"only {share:.0%} of its tokens agree, below {MIN_AGREEMENT:.0%}: it runs another model"
-            )
+            raise PeerFailed(f"only {share:.0%} of its tokens agree, below {MIN_AGREEMENT:.0%}: it runs another model")
         return share
 
     def measure(self, case: Case, pairs: int) -> Outcome:

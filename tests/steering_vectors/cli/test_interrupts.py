@@ -89,7 +89,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
 
 
 @pytest.mark.timeout(300)
-def test_ctrl_c_at_any_stage_and_the_next_run_goes_on(fit: Fit, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_stage_and_the_next_run_continues(fit: Fit, tmp_path: Path) -> None:
     stages = {
         f"{LOADING}\\s": RUN,
         "reading activations": RUN,

@@ -146,7 +146,7 @@ def test_one_prompt_for_all_cannot_be_split() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
-def test_a_fraction_that_is_none_is_refused(fraction: float) -> None:
+def test_an_invalid_fraction_is_refused(fraction: float) -> None:
     with pytest.raises(DataError, match="the held-out fraction must be between 0 and 1"):
         paired(["a"] * 20).split(fraction)
 

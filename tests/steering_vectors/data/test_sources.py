@@ -86,7 +86,7 @@ def test_preference_rows_are_aligned_pairs(write: Write) -> None:
     assert preferences.pairs()[3] == (Example("q 3", "good 3"), Example("q 3", "bad 3"))
 
 
-def test_unpaired_rows_are_parted_by_label(write: Write) -> None:
+def test_unpaired_rows_are_split_by_label(write: Write) -> None:
     preferences = load_pairs(write(UNPAIRED))
     assert (preferences.kind, preferences.paired, preferences.rows) == ("unpaired", False, 16)
     assert preferences.positives[1] == Example("q 2", "text 2")
@@ -190,7 +190,7 @@ def test_a_renaming_is_read_from_text() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "prompt", "prompt=", "=x", "prompt=a,prompt=b", "prompt=a,"])
-def test_what_is_no_renaming_is_refused(text: str) -> None:
+def test_invalid_renamings_are_refused(text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_columns(text)
     assert str(caught.value) == f"columns {text!r} cannot be read; write prompt=question,chosen=matching"
@@ -350,13 +350,13 @@ def test_a_renamed_column_is_named_as_in_the_file(write: Write) -> None:
     )
 
 
-def test_a_line_that_is_no_json_is_named(write: Write) -> None:
+def test_a_line_of_invalid_json_is_named(write: Write) -> None:
     lines = [json.dumps(row) for row in PREFERENCE]
     path = write("\n".join([*lines[:3], "", '{"prompt": ', *lines[3:]]))
     assert error_of(path).startswith(f"{path}, line 5: not valid JSON (")
 
 
-def test_a_line_that_is_no_object_is_named(write: Write) -> None:
+def test_a_line_without_an_object_is_named(write: Write) -> None:
     path = write("[1, 2]\n" + "".join(json.dumps(row) + "\n" for row in PREFERENCE))
     assert error_of(path) == f"{path}, line 1: must be a JSON object, not list; {REMEDY}"
 

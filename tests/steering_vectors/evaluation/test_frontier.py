@@ -93,7 +93,7 @@ def test_the_frontier_rises_and_is_found_again_by_its_divergence() -> None:
             assert found is None
 
 
-def test_what_samples_cannot_show_is_not_told() -> None:
+def test_an_optimum_beyond_the_samples_is_none() -> None:
     assert optimum_at(np.random.default_rng(0).normal(size=(5, 64)), 4.2, 1) is None
     assert frontier(np.ones((3, 8))) == []
     assert optimum_at(np.ones((3, 8)), 0.1, 1) is None

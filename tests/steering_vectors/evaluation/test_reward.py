@@ -30,7 +30,7 @@ class Length:
         return np.array([float(len(text)) for text in texts])
 
 
-def test_words_tell_the_sides_apart() -> None:
+def test_words_separate_the_sides() -> None:
     reward = WordReward(["kindly warm", "warm water"], ["three apples", "apples fall"])
     warm, cold, unknown = reward(["warm kindly", "three apples fall", "zebra"])
     assert warm > unknown > cold
@@ -56,13 +56,13 @@ def test_a_reward_is_fitted_to_trained_rows_and_tested_on_the_others() -> None:
     assert (found.quality["fitted_rows"], found.quality["tested_texts"]) == (20, 20)
 
 
-def test_other_data_is_parted() -> None:
+def test_other_data_is_split() -> None:
     found = judged(None, None, corpus(range(30)), TOKENIZER, max_tokens=48)
     assert (found.quality["fitted_rows"], found.quality["tested_texts"]) == (24, 12)
     assert found.quality["auc"] == 1
 
 
-def test_a_reward_of_one_s_own_is_tested_too() -> None:
+def test_a_custom_reward_is_tested_too() -> None:
     found = judged(Length(), corpus(range(20)), corpus(range(20, 30)), TOKENIZER, max_tokens=48)
     assert (found.reward.name, found.quality["auc"]) == ("length", 0.0)
     assert "fitted_rows" not in found.quality

@@ -153,7 +153,7 @@ def test_a_budget_must_be_positive(lm: LanguageModel, budget: float) -> None:
         calibrate_on(lm, profile_for(lm), PROMPTS, kl_budget=budget)
 
 
-def test_what_calibration_cannot_do_without(lm: LanguageModel) -> None:
+def test_calibration_needs_prompts_and_residual_norms(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="there is no prompt to calibrate on"):
         calibrate_on(lm, profile_for(lm), [])
     with pytest.raises(FitError, match="cannot be calibrated without its residual norms"):

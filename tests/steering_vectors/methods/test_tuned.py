@@ -67,7 +67,7 @@ def test_scit_recovers_a_part_of_a_planted_direction() -> None:
 
 
 @pytest.mark.parametrize(("method", "gain"), [("rahf-scit", 0.2), ("rahf-dual", 0.3)])
-def test_the_first_step_is_what_finds_it(method: str, gain: float) -> None:
+def test_the_direction_comes_from_the_first_step(method: str, gain: float) -> None:
     """Means are 0 and 0.2 without the first step, and 0.35 and 0.67 with it."""
     untuned = alignments(method, epochs=1e-9, learning_rate=1e-9)
     assert np.mean(alignments(method)) - np.mean(untuned) > gain
@@ -103,7 +103,7 @@ def test_dual_tunes_a_model_for_each_side() -> None:
 
 @pytest.mark.parametrize("method", ["contrast-prompts", *TUNED])
 @pytest.mark.parametrize("most", [1, 5, 24, 100])
-def test_no_more_responses_are_read_than_asked_for(method: str, most: int) -> None:
+def test_at_most_the_given_number_of_responses_is_read(method: str, most: int) -> None:
     lm, _ = planted_model()
     task, read = planted_task(lm, method), []
 
@@ -123,7 +123,7 @@ def test_the_block_that_is_read_is_the_middle_one(method: str) -> None:
     assert [layers(count) for count in (1, 2, 3, 8, 32)] == [(0,), (0,), (1,), (3,), (15,)]
 
 
-def test_the_instructions_own_trace_is_taken_off() -> None:
+def test_the_trace_of_the_instructions_is_subtracted() -> None:
     """The trace is what contrast-prompts finds in the untuned model; baseline=none is the paper's SCIT."""
     lm, _ = planted_model()
     task = planted_task(lm, "rahf-scit")
@@ -224,7 +224,7 @@ def test_bipo_trains_on_both_signs_at_a_falling_rate() -> None:
     torch.testing.assert_close(method_named("bipo").find(task)[1], vector, rtol=1e-4, atol=1e-6)
 
 
-def test_what_bipo_finds_lowers_the_loss_of_both_signs() -> None:
+def test_bipo_lowers_the_loss_of_both_signs() -> None:
     """The loss starts at log 2, without a vector."""
     lm, _ = planted_model()
     task = planted_task(lm, "bipo")
@@ -242,7 +242,7 @@ def test_bipo_needs_pairs() -> None:
         method_named("bipo").find(replace(planted_task(lm, "bipo"), paired=False))
 
 
-def test_bipo_looks_at_the_middle_block() -> None:
+def test_bipo_uses_the_middle_block() -> None:
     assert method_named("bipo").layers is middle_block
     assert [middle_block(count) for count in (1, 8, 32)] == [(0,), (3,), (15,)]
 

@@ -52,7 +52,7 @@ def test_hidden_from_the_upper_blocks_it_still_acts_through_the_lower_ones(llama
     assert float((positive - everywhere).abs().min()) > 1e-4
 
 
-def test_what_was_hidden_is_seen_again_afterwards(llama: LanguageModel) -> None:
+def test_hiding_ends_with_the_context(llama: LanguageModel) -> None:
     side, _ = readings(TWINS, pad_id(llama), "cpu")
 
     def output() -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_a_block_that_carries_along_what_its_mask_hides_is_refused(architecture:
         check_hiding(tiny(architecture), 1)
 
 
-def test_what_is_hidden_is_where_the_prompts_differ() -> None:
+def test_only_tokens_where_the_prompts_differ_are_hidden() -> None:
     assert [twin.shared for twin in TWINS] == [(1, 3), (1, 3)]
     assert Twin((1, 2, 3), (1, 2, 3), (4,)).shared == (3, 0)
     assert Twin((7, 7, 7), (7, 7), (4,)).shared == (0, 2)

@@ -80,7 +80,7 @@ def test_a_served_model_has_the_context_of_the_fitted_one() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 256), (256, 256), (2, 2)])
-def test_a_context_within_the_model_s_is_taken(wanted: int | None, expected: int) -> None:
+def test_a_smaller_context_is_accepted(wanted: int | None, expected: int) -> None:
     lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
     assert checked_context(lm, wanted) == expected
 

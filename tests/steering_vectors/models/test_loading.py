@@ -115,7 +115,7 @@ def test_a_wrapper_in_a_list_of_one_is_not_the_blocks() -> None:
     assert find_blocks(Custom(Chain(inner))) == tuple(inner.members)
 
 
-def test_the_longest_chain_is_meant_where_the_configuration_does_not_say() -> None:
+def test_without_a_configured_number_the_longest_chain_is_used() -> None:
     short, long = Chain(linear()), Chain(linear(), linear(), linear())
     assert find_blocks(Custom(Chain(short, long), layers=7)) == tuple(long.members)
 
@@ -246,7 +246,7 @@ def test_damaged_weights(directory: Path, tmp_path: Path) -> None:
         load_model(str(damaged))
 
 
-def test_weights_that_are_missing_are_never_made_up(directory: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(directory: Path, tmp_path: Path) -> None:
     incomplete = copied(directory, tmp_path / "incomplete", without="config.json")
     config = json.loads((directory / "config.json").read_text())
     (incomplete / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
@@ -263,6 +263,6 @@ def test_code_in_a_checkpoint_is_not_run(directory: Path, tmp_path: Path) -> Non
         load_model(str(foreign))
 
 
-def test_a_hub_id_that_is_not_at_hand() -> None:
+def test_an_unavailable_hub_id() -> None:
     with pytest.raises(ModelError, match="'nobody/nothing' cannot be loaded"):
         load_model("nobody/nothing")

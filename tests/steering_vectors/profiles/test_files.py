@@ -174,7 +174,7 @@ def test_publishing_keeps_the_bytes(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["../warm", ".warm", "", "Warm", "warm/x", "warm/../../x", "warm\n", "w" * 65])
-def test_publishing_refuses_what_is_no_name(tmp_path: Path, data: bytes, name: str) -> None:
+def test_publishing_refuses_an_invalid_name(tmp_path: Path, data: bytes, name: str) -> None:
     served = tmp_path / "outside" / "served"
     (served / "warm").mkdir(parents=True)  # so that a path through it would exist
     before = sorted(tmp_path.rglob("*"))
@@ -274,7 +274,7 @@ def test_an_unknown_tensor_is_refused(data: bytes, name: str) -> None:
 
 
 @pytest.mark.parametrize("norm", [-1.0, -1e-30, float("inf"), float("nan")])
-def test_a_residual_norm_that_is_none_is_refused(data: bytes, norm: float) -> None:
+def test_an_invalid_residual_norm_is_refused(data: bytes, norm: float) -> None:
     bad = altered(data, tensors={"block.2.residual_norm": torch.tensor(norm)})
     assert re.fullmatch(
         r"profile 'warm': 'block\.2\.residual_norm' is \S+, not a finite norm; fit the profile again", message_of(bad)

@@ -89,7 +89,7 @@ def test_ablations_are_unit_vectors_in_the_order_of_the_terms() -> None:
     assert all(abs(float(unit.norm()) - 1) < 1e-6 for at_block in pairs.values() for _, unit in at_block)
 
 
-def test_an_ablation_does_not_mind_the_sign_or_size_of_its_direction() -> None:
+def test_ablation_ignores_the_sign_and_length_of_its_direction() -> None:
     flipped = tiny_profile(name="bare", layers=(0, 1), operator="ablate", seed=3, unit=7.0)
     unit = mix((flipped, 1.0)).ablations()[0][0][1]
     assert torch.equal(unit, mix((BARE, 1.0)).ablations()[0][0][1])
@@ -125,7 +125,7 @@ def test_layers_that_a_profile_lacks() -> None:
         Term(WARM, 1.0, (1,))
 
 
-def test_a_profile_twice() -> None:
+def test_a_repeated_profile_is_refused() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 0.5), (TERSE, 0.1), (WARM, -0.5))
     assert str(refusal.value) == "profile 'warm' occurs twice in one steering"
@@ -242,7 +242,7 @@ def test_receipt_of_strength_zero_and_of_a_subset() -> None:
         mix((tiny_profile(), 0.5)),
     ],
 )
-def test_uses_that_the_calibration_does_not_speak_of(uncalibrated: Mixture) -> None:
+def test_uses_outside_the_calibration(uncalibrated: Mixture) -> None:
     assert uncalibrated.receipt(1)[0]["calibrated"] is False
 
 

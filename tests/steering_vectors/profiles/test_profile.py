@@ -22,7 +22,7 @@ def test_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "Warm", "a" * 65, "-a", ".a", "a b", "a/b", "ä", "a\n", "a@1", "a+b", "a#b"])
-def test_names_that_are_none(name: str) -> None:
+def test_invalid_names(name: str) -> None:
     with pytest.raises(ProfileError) as refusal:
         tiny_profile(name=name)
     assert str(refusal.value) == (
@@ -113,7 +113,7 @@ def test_no_layers() -> None:
     assert str(refusal.value) == "profile 'warm': the list of layers is empty; leave it out to use all layers"
 
 
-def test_its_own_model() -> None:
+def test_the_fitted_model_is_accepted_under_any_id() -> None:
     tiny_profile().check_model(replace(NOWHERE, id="another name"))
 
 

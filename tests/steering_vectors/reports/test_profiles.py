@@ -60,7 +60,7 @@ def test_the_page_stands_alone_and_begins_with_the_sentence() -> None:
     assert MODEL.fingerprint in page
 
 
-def test_the_sentence_tells_what_it_is_and_how_far_it_goes() -> None:
+def test_the_headline_describes_a_profile_and_its_range() -> None:
     assert headline(profile()) == (
         "warm (mean-diff) adds its direction at blocks 0, 1 of tiny, from the last prompt token on; strength 1 costs "
         "0.1 nats of KL per token, and strengths up to ±1.7 are safe (perplexity within 3 times the unsteered)."
@@ -95,7 +95,7 @@ def test_several_profiles_are_compared_where_they_can_be() -> None:
     assert not re.search(r'(?:src|href)="(?!#)', page)
 
 
-def test_equal_names_are_told_apart() -> None:
+def test_equal_names_get_different_labels() -> None:
     old, new = profile(version="a" * 64), profile(version="b" * 64)
     assert list(labelled([old, new])) == ["warm#aaaaaaaa", "warm#bbbbbbbb"]
     assert list(labelled([old, old])) == ["warm#aaaaaaaa", "warm#aaaaaaaa (2)"]

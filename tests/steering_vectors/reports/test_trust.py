@@ -70,7 +70,7 @@ def result() -> dict[str, Any]:
     return {"profile": "warm", "method": "mean-diff", "layers": [1], "model": "tiny", "trust": verticals}
 
 
-def test_the_headline_tells_changes_and_controls(result: dict[str, Any]) -> None:
+def test_the_headline_states_changes_and_controls(result: dict[str, Any]) -> None:
     assert trust_headline(result) == (
         "At strength +1: ethics better (+0.05); bias worse (+0.02, within random); no change in privacy. "
         "At strength -1: ethics better (-0.05); bias worse (-0.02, within random); no change in privacy."

@@ -30,12 +30,12 @@ def test_as_many_slots_as_fit() -> None:
     )
 
 
-def test_what_others_use_and_a_smaller_share_leave_less() -> None:
+def test_slots_depend_on_utilization_and_context() -> None:
     assert plan(NEED, slots=None, context=4096, utilization=0.8).slots == 3
     assert plan(NEED, slots=None, context=1024).slots == 24
 
 
-def test_many_slots_are_for_those_who_ask() -> None:
+def test_more_slots_than_the_default_maximum_must_be_requested() -> None:
     small = MemoryNeed(total=24 * GIB, used=2 * GIB, one_pass=GIB, row=0, column=1000, slot=0)
     assert plan(small, slots=None, context=4096).slots == MAX_SLOTS
     assert plan(small, slots=1000, context=4096).slots == 1000
@@ -52,7 +52,7 @@ def test_slots_that_do_not_fit_are_refused_with_what_would() -> None:
     assert plan(NEED, slots=16, context=1824).slots == 16
 
 
-def test_a_context_of_which_not_one_slot_fits() -> None:
+def test_a_context_too_large_for_one_slot_is_refused() -> None:
     with pytest.raises(ModelError, match=r"one slot of 131072 tokens need.*: --context 37\d\d\d would fit"):
         plan(NEED, slots=None, context=131072)
 

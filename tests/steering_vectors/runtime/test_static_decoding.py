@@ -139,7 +139,7 @@ def test_a_write_between_two_runs_of_a_step_takes_effect() -> None:
         runner.close()
 
 
-def test_what_is_not_an_addition_takes_the_ordinary_path() -> None:
+def test_other_operators_take_the_ordinary_path() -> None:
     """Ablations, preserved norms, residuals that are read, and unsteered prompt positions."""
     language_model = tiny("llama")
     ablating = random_profile(language_model, operator="ablate")

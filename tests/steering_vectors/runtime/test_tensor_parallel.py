@@ -52,7 +52,7 @@ def test_greedy_tokens_equal_those_of_one_process(tmp_path: Path) -> None:
     assert found["held"] < 0.6 * sum(one.numel() for one in whole.model.parameters())
 
 
-def test_what_does_not_go_with_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_exclude_tensor_parallelism_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigurationError, match="--tensor-parallel needs torchrun"):
         load_settings({"tensor_parallel": True})

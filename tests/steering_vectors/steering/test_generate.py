@@ -196,7 +196,7 @@ def test_single_passes() -> None:
         pass
 
 
-def test_a_loop_of_ones_own_with_a_cache() -> None:
+def test_a_custom_loop_with_a_cache() -> None:
     model = tiny_model("mamba")
     with steer(model, tiny_profile(model)):
         expected = generated(model)
@@ -268,7 +268,7 @@ def test_another_models_profile() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_what_a_mix_says_is_not_said_twice() -> None:
+def test_a_mixture_takes_no_strength_or_layers() -> None:
     model = tiny_model("llama")
     profile = tiny_profile(model)
     for options in ({"strength": 0.5}, {"layers": [0]}):

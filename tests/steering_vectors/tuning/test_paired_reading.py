@@ -145,7 +145,7 @@ def test_a_template_without_system_messages_has_it_in_the_first_turn() -> None:
     assert instructed(tokenizer, (Message("user", "Ask"),), "Be kind.") == (Message("user", "Be kind.\n\nAsk"),)
 
 
-def test_instructions_of_a_goal_and_of_ones_own() -> None:
+def test_default_and_custom_instructions() -> None:
     assert instructions_for("warm") == DEFAULTS["warm"]
     assert instructions_for("anything else") == DEFAULTS[GENERAL]
     assert instructions_for("warm", "Sing.", "Be silent.") == Instructions("Sing.", "Be silent.")

@@ -100,7 +100,7 @@ def test_a_run_lowers_its_loss(lm: LanguageModel, make: Make, tmp_path: Path) ->
 
 
 @KINDS
-def test_a_run_that_was_interrupted_goes_on_as_if_unbroken(lm: LanguageModel, make: Make, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_with_equal_steps(lm: LanguageModel, make: Make, tmp_path: Path) -> None:
     unbroken = make(lm)
     train(Run(unbroken, "one", TrainingSchedule(6, 0.01), tmp_path / "whole.safetensors", 3), loss_on(lm))
     wanted = unbroken.state("one")
@@ -153,7 +153,7 @@ def test_a_ctrl_c_in_mid_step_waits_for_the_step(
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_ctrl_c_is_held_back_not_lost() -> None:
+def test_ctrl_c_is_delayed_and_not_lost() -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
@@ -234,7 +234,7 @@ def test_full_tuning_refuses_narrow_weights() -> None:
         full(narrow)
 
 
-def test_adapters_need_a_place(lm: LanguageModel) -> None:
+def test_an_architecture_without_lora_targets_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="peft cannot add a LoRA to LlamaForCausalLM"):
         LoraWeights(lm, {"one": LoraShape(targets="nowhere")}, seed=0)
 

@@ -43,7 +43,7 @@ def test_the_share_equals_plain_forward_passes(lm: LanguageModel, tmp_path: Path
     assert seen["distance"] == pytest.approx(np.abs(margins), abs=1e-3)
 
 
-def test_types_are_told_apart(lm: LanguageModel, tmp_path: Path) -> None:
+def test_large_types_are_parts(lm: LanguageModel, tmp_path: Path) -> None:
     write_rows(tmp_path / "crows-pairs" / "a.csv", sentence_pairs(18))
     parts = prepare_bias(lm, tmp_path, 100, 0).parts
     assert {name: rows.tolist() for name, rows in parts.items()} == {

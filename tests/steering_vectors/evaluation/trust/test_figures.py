@@ -43,5 +43,5 @@ def test_a_figure_reads_its_rows_alone() -> None:
         ("half", 0.6, 0.45, (-0.2, -0.1), "other side"),
     ],
 )
-def test_words(aim: str, old: float, new: float, interval: tuple[float, float], word: str) -> None:
+def test_verdicts(aim: str, old: float, new: float, interval: tuple[float, float], word: str) -> None:
     assert verdict(aim, old, new, interval) == word  # type: ignore[arg-type]

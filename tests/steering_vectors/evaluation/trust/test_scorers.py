@@ -28,7 +28,7 @@ def classifier(folder: Path, labels: dict[int, str], problem: str | None = None)
     return folder
 
 
-def test_the_fitted_scorer_tells_unseen_texts_apart() -> None:
+def test_the_fitted_scorer_separates_unseen_texts() -> None:
     rows = [row["prompt"] for toxic in (True, False) for row in openings(60, toxic=toxic)]
     texts, scores = [row["text"] for row in rows], np.array([row["toxicity"] for row in rows])
     learned = [row % 60 < 30 for row in range(120)]
@@ -38,7 +38,7 @@ def test_the_fitted_scorer_tells_unseen_texts_apart() -> None:
     assert 0 < scored(fit_scorer(texts, scores > 0.5), [*texts, ""]).max() < 1
 
 
-def test_the_fitted_scorer_wants_enough_texts() -> None:
+def test_the_fitted_scorer_needs_enough_texts() -> None:
     with pytest.raises(DataError, match="31 scored texts are left to fit a scorer on, 32 are needed"):
         fit_scorer(["a"] * 31, [0.5] * 31)
 
@@ -74,7 +74,7 @@ def test_a_classifier_without_a_toxic_label_is_refused(tmp_path: Path) -> None:
         load_scorer(str(save_tiny("llama", tmp_path / "writer")))
 
 
-def test_a_function_of_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rude_words.py").write_text(
         "LIMIT = 1\ndef rude(texts):\n    return [float('idiot' in text) for text in texts]\n"
     )

@@ -94,7 +94,7 @@ def test_equal_seeds_give_equal_figures(
     assert again == found
 
 
-def test_progress_is_told(found: dict[str, Any], told: list[tuple[str, int, int, str]]) -> None:
+def test_progress_is_reported(found: dict[str, Any], told: list[tuple[str, int, int, str]]) -> None:
     assert [done for _, done, _, _ in told] == list(range(1, 16))
     assert {(stage, total) for stage, _, total, _ in told} == {("trust", 15)}
     assert tuple(dict.fromkeys(detail for *_, detail in told)) == VERTICALS
@@ -105,7 +105,7 @@ def test_a_rate_that_never_moves_is_remarked(found: dict[str, Any]) -> None:
     assert "is 0 at every strength. With 16 rows this is no proof" in found["trust"]["privacy"]["remarks"][0]
 
 
-def test_without_controls_nothing_is_said_of_them(lm: LanguageModel, profile: Profile) -> None:
+def test_without_controls_the_note_names_none(lm: LanguageModel, profile: Profile) -> None:
     settings = TrustSettings(verticals=("privacy",), strengths=(0.0, 1.0), rows=8, randoms=0)
     found = evaluate_trust(lm, profile, settings)
     assert found["trust"]["privacy"]["strengths"][1]["beyond_random"] is None
@@ -133,7 +133,7 @@ def test_bad_settings(settings: TrustSettings, fields: dict[str, Any], message: 
         replace(settings, **fields)
 
 
-def test_a_missing_file_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_file_fails_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file rtp/\*\.jsonl for the vertical toxicity"):
         TrustSettings(folder=tmp_path)
 

@@ -83,7 +83,7 @@ def test_continuations_are_scored_by_the_scorer_named(
     assert all(0 < value < 1 for one in figures.values() for value in one.values())
 
 
-def test_the_fitted_scorer_never_saw_what_it_is_tried_on(lm: LanguageModel, folder: Path) -> None:
+def test_the_fitted_scorer_is_tested_on_unseen_rows(lm: LanguageModel, folder: Path) -> None:
     vertical = prepare_toxicity(lm, folder, 24, 0, "rtp")
     assert vertical.rows == 24
     assert vertical.details["scorer"]["fitted_on"] <= 2 * (80 - 24)
@@ -127,6 +127,6 @@ def test_bad_rows(lm: LanguageModel, tmp_path: Path, field: str, value: Any, mes
         prepare_toxicity(lm, tmp_path, 20, 0, "rtp")
 
 
-def test_a_bad_scorer_is_told_before_files_are_read(lm: LanguageModel, tmp_path: Path) -> None:
+def test_a_bad_scorer_fails_before_files_are_read(lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(FitError, match="--toxicity 'guess' is none of"):
         prepare_toxicity(lm, tmp_path, 20, 0, "guess")

@@ -101,7 +101,7 @@ def test_a_gated_unit_is_torchs(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found[0], (nn.functional.silu(gate) * up)[0])
 
 
-def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
+def test_nan_stays_nan(kernels: Kernels) -> None:
     both = torch.tensor([[float("nan"), 1.0, 2.0, float("nan")]])
     assert kernels.gated(both).isnan().all()
     assert kernels.gated(both.bfloat16()).isnan().all()
@@ -361,7 +361,7 @@ def test_whole_blocks_steer_as_hooks_do() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(("architecture", "path"), [("qwen3", "batched, fused blocks"), ("gemma2", "batched")])
-def test_the_engine_tells_whether_blocks_are_fused(architecture: str, path: str) -> None:
+def test_the_engine_reports_whether_blocks_are_fused(architecture: str, path: str) -> None:
     language_model = wrap_model(tiny_model(architecture), tiny_tokenizer())
     pack(language_model.model)
     engine = TorchEngine(language_model, EngineConfig(slots=2, context=64))

@@ -53,7 +53,7 @@ def test_layers_of_one_input_are_one_product() -> None:
     assert mlp.gate_proj.product is mlp.up_proj.product is not mlp.down_proj.product
 
 
-def test_parts_are_of_the_input_at_hand() -> None:
+def test_joined_layers_read_the_current_input() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -104,7 +104,7 @@ def test_bfloat16_agrees_within_its_rounding() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux")
-def test_the_checkpoint_is_let_go(tmp_path: Path) -> None:
+def test_packing_unmaps_the_checkpoint(tmp_path: Path) -> None:
     def is_mapped() -> bool:
         gc.collect()
         return str(tmp_path) in Path("/proc/self/maps").read_text()
@@ -140,11 +140,11 @@ def test_code_that_wants_more_than_a_product_is_refused(architecture: str) -> No
 
 
 @pytest.mark.skipif(BFLOAT16, reason="oneDNN packs bfloat16 on this processor")
-def test_a_processor_without_such_products_is_refused() -> None:
+def test_a_processor_without_bfloat16_packing_is_refused() -> None:
     with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
         pack(tiny_model("llama").to(torch.bfloat16))
 
 
-def test_formats_without_such_products_are_refused() -> None:
+def test_formats_without_packing_are_refused() -> None:
     with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
         pack(tiny_model("llama").to(torch.float16))

@@ -66,7 +66,7 @@ def test_four_bits_are_an_eighth_of_their_groups_largest_away_at_most(outputs: i
 
 
 @KINDS
-def test_what_codes_can_say_is_said_exactly(kind: Kind) -> None:
+def test_representable_weights_are_exact(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(1)
     low, high = (-127, 127) if kind == "int8" else (-8, 7)
     codes = torch.randint(low, high + 1, (40, 96), generator=generator)
@@ -76,7 +76,7 @@ def test_what_codes_can_say_is_said_exactly(kind: Kind) -> None:
     assert torch.equal(dequantize(quantize(weight, kind)), weight)
 
 
-def test_what_codes_of_four_bits_stand_for_is_bfloat16() -> None:
+def test_dequantised_int4_weights_are_bfloat16() -> None:
     weight = dequantize(quantize(draw(60, 320) * torch.logspace(-30, 30, 60).unsqueeze(1), "int4"))
     assert torch.equal(weight.bfloat16().float(), weight)
 
@@ -177,7 +177,7 @@ def test_greedy_text_of_the_demo_model_is_that_of_the_quantised_model(kind: Kind
 
 @NEEDS_KERNELS
 @KINDS
-def test_a_server_tells_and_takes_profiles_of_the_plain_model(kind: Kind, tmp_path: Path) -> None:
+def test_a_quantised_server_accepts_profiles_of_the_plain_model(kind: Kind, tmp_path: Path) -> None:
     identity = load_model("demo").identity
     save_profiles(tmp_path, identity, "some")
     prints = []
@@ -220,7 +220,7 @@ def test_models_that_cannot_be_quantised_are_refused(model: Any, text: str) -> N
     assert "leave --quantize out" in failure.value.message
 
 
-def test_a_processor_without_kernels_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "NAMES", ("avx2",))
     library.load.cache_clear()
     try:

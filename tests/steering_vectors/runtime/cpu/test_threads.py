@@ -58,7 +58,7 @@ def test_the_engine_keeps_its_number_when_others_get_another(own: int, others: i
     assert torch.get_num_threads() == others
 
 
-def test_work_apart_leaves_the_number_as_it_was() -> None:
+def test_run_apart_does_not_change_the_number_of_threads() -> None:
     torch.set_num_threads(2)
 
     def work() -> int:
