@@ -225,7 +225,7 @@ def faults_of(file: str, found: Verdicts, limits: dict[str, Any], reasons: dict[
 def as_entry(key: Key) -> str:
     """A survivor as it is written in the list, but for the reason."""
     plain = (not re.search(r"['\n]", text) for text in key)
-    quoted = (f"'{text}'" if simple else json.dumps(text, ensure_ascii=False) for text, simple in zip(key, plain))
+    quoted = (f"'{text}'" if simple else json.dumps(text, ensure_ascii=False) for text, simple in zip(key, plain, strict=True))
     file, function, before, after = quoted
     return f'[[survivor]]\nfile = {file}\nfunction = {function}\nchanges = [[{before}, {after}]]\nreason = ""\n'
 
