@@ -66,7 +66,9 @@ class Verdicts:
 
 
 def main(
-    paths: Annotated[list[str] | None, typer.Argument(help="Files or folders; all that are configured if none.")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Files or folders; all that are configured if none.")
+    ] = None,
     sample: Annotated[int, typer.Option(min=0, help="Mutants per file, drawn over its functions; 0 is all.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     survivors: Annotated[bool, typer.Option("--survivors", help="Test again only what survived last time.")] = False,
@@ -201,7 +203,9 @@ def changed_lines(file: str, name: str) -> tuple[str, str]:
 
 def report(results: dict[str, Verdicts], limits: dict[str, Any], reasons: dict[Key, str]) -> int:
     """Print the table and what is wrong; the exit status."""
-    print(f"{'file':58} {'mutants':>7} {'tested':>6} {'killed':>6} {'timeout':>7} {'survived':>8} {'no tests':>8}  score")
+    print(
+        f"{'file':58} {'mutants':>7} {'tested':>6} {'killed':>6} {'timeout':>7} {'survived':>8} {'no tests':>8}  score"
+    )
     for file, found in results.items():
         count = Counter("killed" if status in KILLED[2:] else status for status in found.status.values())
         numbers = f"{found.total:7} {len(found.status):6} {count['killed']:6} {count['timeout']:7}"
@@ -225,7 +229,9 @@ def faults_of(file: str, found: Verdicts, limits: dict[str, Any], reasons: dict[
 def as_entry(key: Key) -> str:
     """A survivor as it is written in the list, but for the reason."""
     plain = (not re.search(r"['\n]", text) for text in key)
-    quoted = (f"'{text}'" if simple else json.dumps(text, ensure_ascii=False) for text, simple in zip(key, plain, strict=True))
+    quoted = (
+        f"'{text}'" if simple else json.dumps(text, ensure_ascii=False) for text, simple in zip(key, plain, strict=True)
+    )
     file, function, before, after = quoted
     return f'[[survivor]]\nfile = {file}\nfunction = {function}\nchanges = [[{before}, {after}]]\nreason = ""\n'
 

@@ -23,13 +23,13 @@ class Choice:
 
     id: str
     request: GenerationRequest
+    names: Mapping[str, str]  # of profiles, by version
 
     def by_profile(self, projections: Sequence[Sequence[float]]) -> dict[str, list[float]]:
         """The columns of `[tokens][profiles]`, by the profiles' names."""
-        names = {term.version: term.profile for term in self.request.plan.terms}
         columns = zip(*projections, strict=True) if projections else [()] * len(self.request.projections)
         pairs = zip(self.request.projections, columns, strict=True)
-        return {names[version]: list(column) for version, column in pairs}
+        return {self.names[version]: list(column) for version, column in pairs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class Generations:
 
     def __init__(self, requests: Sequence[GenerationRequest], stream: EventStream, fields: Mapping[str, str]) -> None:
         self.n = requests[0].n
-        self.choices = [Choice(name, request) for request in requests for name in request.ids]
+        names = {term.version: term.profile for request in requests for term in request.plan.terms}
+        self.choices = [Choice(name, request, names) for request in requests for name in request.ids]
         self._places = {choice.id: place for place, choice in enumerate(self.choices)}
         self._stream = stream
         self._fields = fields

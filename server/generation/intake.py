@@ -85,7 +85,8 @@ class Intake:
             self._check_capabilities(ask, constraint)
             prompts = await self._encoded(ask)
             plans = self._plans(ask)  # after the encoding: a profile may have been replaced meanwhile
-            requests = [_request(ask, plan, constraint, *prompt) for prompt in prompts for plan in plans]
+            projected = _projected(ask, plans)
+            requests = [_request(ask, plan, constraint, projected, *prompt) for prompt in prompts for plan in plans]
             return Generations(requests, await self.engine.submit(requests), fields)
 
     def _check_count(self, ask: Ask) -> None:
@@ -99,8 +100,9 @@ class Intake:
             )
 
     def _check_capabilities(self, ask: Ask, constraint: Constraint | None) -> None:
-        for plan in self._plans(ask):
-            draft = _request(ask, plan, constraint, (), 0 if ask.completions is None else 1)
+        plans = self._plans(ask)
+        for plan in plans:
+            draft = _request(ask, plan, constraint, _projected(ask, plans), (), 0 if ask.completions is None else 1)
             check_capabilities(self.engine.info, capabilities_needed(draft))
 
     def _plans(self, ask: Ask) -> list[SteeringPlan]:
@@ -140,8 +142,13 @@ def _field_names(ask: Ask) -> dict[str, str]:
     return {**prompt, "constraint": constraint, "prompt_logprobs": scored, "scored_suffix": scored}
 
 
+def _projected(ask: Ask, plans: Sequence[SteeringPlan]) -> tuple[str, ...]:
+    """The versions whose projections are reported: those of all plans, so that variants can be compared."""
+    return tuple(dict.fromkeys(version for plan in plans for version in plan.versions)) if ask.projections else ()
+
+
 def _request(
-    ask: Ask, plan: SteeringPlan, constraint: Constraint | None, prompt: Ids, scored: int
+    ask: Ask, plan: SteeringPlan, constraint: Constraint | None, projected: tuple[str, ...], prompt: Ids, scored: int
 ) -> GenerationRequest:
     prefix = "gen" if ask.completions is None else "score"
     return GenerationRequest(
@@ -154,7 +161,7 @@ def _request(
         ask.prompt_logprobs,
         scored,
         ask.divergence,
-        plan.versions if ask.projections else (),
+        projected,
     )
 
 

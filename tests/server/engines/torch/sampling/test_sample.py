@@ -203,12 +203,12 @@ def test_equal_logits_at_the_border_are_kept_from_the_lowest_id_on() -> None:
         assert np.flatnonzero(probabilities(logits, wish)[0]).tolist() == list(range(kept))
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("allow_sync", [True, False])
 @pytest.mark.parametrize("wish", [SamplingParameters(top_k=1), SamplingParameters(top_p=0.3)], ids=label)
-def test_of_two_equal_maxima_the_lower_is_kept(wish: SamplingParameters, waits: bool) -> None:
+def test_of_two_equal_maxima_the_lower_is_kept(wish: SamplingParameters, allow_sync: bool) -> None:
     logits = torch.full((1, 10), -9.0)
     logits[0, [4, 7]] = 2.0
-    assert probability_mass(logits, [wish], waits=waits)[0].nonzero().flatten().tolist() == [4]
+    assert probability_mass(logits, [wish], allow_sync=allow_sync)[0].nonzero().flatten().tolist() == [4]
 
 
 @pytest.mark.parametrize("wish", SHAPES, ids=label)
