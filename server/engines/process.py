@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engines.errors import Conflict, Unavailable
-from server.engines.mailbox import Mailbox, Receiver
+from server.engines.mailbox import Mailbox, Receiver, call_in
 from server.engines.protocol import (
     Engine,
     EngineInfo,
@@ -293,8 +293,7 @@ class ProcessEngine:
                     if name in self._mailboxes:
                         self._send("cancel", name)
 
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(cancel)
+        call_in(self._loop, cancel)
 
 
 class _Child:

@@ -17,7 +17,7 @@ import torch
 
 from server.engines.config import DEFAULT_CONFIG, DEFAULT_SLOTS, EngineConfig
 from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
-from server.engines.mailbox import Mailbox, Receiver
+from server.engines.mailbox import Mailbox, Receiver, call_in
 from server.engines.protocol import (
     ALL_CAPABILITIES,
     Constraint,
@@ -348,8 +348,7 @@ def _settle(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
         outcome: tuple[Any, Exception | None] = (work(), None)
     except Exception as error:
         outcome = (None, error)
-    with suppress(RuntimeError):  # the loop is closed
-        waiting.get_loop().call_soon_threadsafe(_resolve, waiting, *outcome)
+    call_in(waiting.get_loop(), _resolve, waiting, *outcome)
 
 
 def _resolve(waiting: asyncio.Future[Any], value: Any, error: Exception | None) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -345,11 +346,12 @@ def test_profiles_must_fit_the_model(one: Served) -> None:
 
 @pytest.mark.parametrize("way", ["aclose", "drop", "cancel the task"])
 def test_leaving_a_stream_cancels_what_has_not_finished(one: Served, way: str) -> None:
-    async def main() -> int:
+    async def main() -> tuple[int, int]:
         engine = one.engine
         await idle(one)
-        before = engine.stats().finished.get("cancelled", 0)
-        asked = replace(request(PROMPT, **ENDLESS), ids=(f"{way}-1", f"{way}-2"))
+        before = engine.stats().finished
+        # twice as many as run at once: whatever a slow machine has finished by then, some have not
+        asked = replace(request(PROMPT, **ENDLESS), ids=tuple(f"{way}-{place}" for place in range(8)))
         if way == "cancel the task":
             task = asyncio.create_task(collect(one, asked))
             while not engine.stats().running:
@@ -364,9 +366,12 @@ def test_leaving_a_stream_cancels_what_has_not_finished(one: Served, way: str) -
             del stream
             gc.collect()
         await idle(one)
-        return engine.stats().finished.get("cancelled", 0) - before
+        after = engine.stats().finished
+        return sum(after.values()) - sum(before.values()), after["cancelled"] - before.get("cancelled", 0)
 
-    assert one.run(main()) == 2
+    ended, cancelled = one.run(main())
+    assert ended == 8
+    assert cancelled >= 4
 
 
 def test_a_submit_that_is_cancelled_runs_nothing(one: Served) -> None:
@@ -393,10 +398,11 @@ def test_a_submit_that_is_cancelled_runs_nothing(one: Served) -> None:
 def test_a_changed_plan_holds_from_the_acknowledged_token_on(one: Served, warm: Profile, change: Any) -> None:
     """A change at token k gives what a plan with this schedule from k on gives from the beginning."""
     before, after = plan(warm, 0.5), plan(warm, change)
-    asked = request(PROMPT, before, max_tokens=60, **FREE)
+    length = 190
 
-    async def main() -> tuple[list[int], Any, Finished]:
+    async def once() -> tuple[list[int], Any, Finished]:
         ids: list[int] = []
+        asked = request(PROMPT, before, max_tokens=length, **FREE)
         changed = None
         async for event in await submit(one.engine, asked):
             if isinstance(event, Finished):
@@ -407,12 +413,19 @@ def test_a_changed_plan_holds_from_the_acknowledged_token_on(one: Served, warm: 
                 changed = await one.engine.set_steering(asked.ids[0], after)
         raise AssertionError
 
+    async def main() -> tuple[list[int], Any, Finished]:
+        await load(one.engine, after.versions)
+        for _ in range(9):  # a slow machine may ask for the change when the text is at its end
+            with suppress(Conflict):
+                return await once()
+        raise AssertionError("each text had ended when the change came")
+
     ids, changed, end = one.run(main())
     first = changed.from_token
-    assert 3 <= first < 60
+    assert 3 <= first < length
     assert changed.position == len(PROMPT) + first - 1
-    strengths = [(0, 0.5), *((first + token, after.terms[0].at(token)) for token in range(60 - first))]
-    planned = one.run(outcome(one.engine, request(PROMPT, plan(warm, steps(*strengths)), max_tokens=60, **FREE)))
+    strengths = [(0, 0.5), *((first + token, after.terms[0].at(token)) for token in range(length - first))]
+    planned = one.run(outcome(one.engine, request(PROMPT, plan(warm, steps(*strengths)), max_tokens=length, **FREE)))
     assert tuple(ids) == planned.ids
     assert [segment.from_token for segment in end.segments] == [0, first]
     assert end.segments[1].terms[0].schedule == (change if isinstance(change, StrengthSchedule) else None)
@@ -560,7 +573,7 @@ def test_a_version_stays_until_the_last_one_lets_go(one: Served, language_model:
         await engine.load_profile(profile)
         await engine.unload_profile(profile.version)
         assert (await engine.explain(asked)).terms
-        running = request(PROMPT, asked, **ENDLESS)
+        running = replace(request(PROMPT, asked, **ENDLESS), ids=tuple(f"holds-{place}" for place in range(8)))
         stream = await engine.submit([running])
         await anext(stream)
         await engine.unload_profile(profile.version)
