@@ -35,7 +35,6 @@ SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
 app = typer.Typer(
     name="trimtab",
-    help="Steer a language model while it writes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

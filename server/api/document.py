@@ -47,10 +47,7 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
             "profile 'kind' is not served; served are: concise, warm", param="steering", code="profile_not_found"
         ),
     ),
-    409: (
-        "The generation has already ended.",
-        error_object("the generation has ended", status=409, code="conflict"),
-    ),
+    409: ("The generation has already ended.", error_object("the generation has ended", status=409, code="conflict")),
     429: (
         "The queue is full: retry after the seconds in the header `retry-after`.",
         error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
@@ -60,6 +57,7 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         error_object("the model is being loaded: try again in a moment", status=503, code="loading"),
     ),
 }
+GENERATING = (400, 404, 429, 503)  # the errors of routes that run generations
 OTHER_ERRORS: Responses = {
     "default": {
         "description": "Any other error: 401 without a required key, 413 for a body that is too large, 500 for a "

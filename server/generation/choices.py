@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from server.engines.protocol import (
-    Delta,
-    Event,
-    EventStream,
-    Finished,
-    GenerationRequest,
-    PromptLogprobs,
-    TokenLogprob,
-)
+from server.engines.protocol import Delta, Event, EventStream, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generation.client_errors import raise_failure
 
 

@@ -23,7 +23,7 @@ FIELDS: Mapping[str, str] = {
 }
 REMEDIES: Mapping[str, str] = {"too_few_slots": "start the server with --slots 2 or more"}
 REWORDED: Mapping[str, tuple[str, str]] = {
-    "strength_out_of_range": ("set allow_beyond_safe", "set steering.allow_beyond_safe"),
+    "strength_out_of_range": ("set allow_beyond_safe", "set steering.allow_beyond_safe")
 }
 
 

@@ -14,12 +14,10 @@ Key = tuple[str, str]
 Point = tuple[int, Segment]  # a token of the completion from which strengths held, and the segment it lies in
 
 FinishReason = Annotated[
-    Literal["stop", "length"],
-    about("`stop`: an end-of-sequence token or a stop condition; `length`: the token limit."),
+    Literal["stop", "length"], about("`stop`: an end-of-sequence token or a stop condition; `length`: the token limit.")
 ]
 StopReason = Annotated[
-    str | int | None,
-    about("The matched stop string or stop token id; null for an end-of-sequence token or `length`."),
+    str | int | None, about("The matched stop string or stop token id; null for an end-of-sequence token or `length`.")
 ]
 Projections = Annotated[
     dict[str, list[float]],
@@ -32,8 +30,7 @@ class GateReceipt(TypedDict):
 
     opened: Annotated[bool, about("Whether the profile was applied.")]
     similarity: Annotated[
-        float | None,
-        about("Similarity of the prompt to the gate's condition; null for a prompt too short."),
+        float | None, about("Similarity of the prompt to the gate's condition; null for a prompt too short.")
     ]
 
 

@@ -8,14 +8,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.api.fields.body import Body, Examples, OrElse
-from server.engines.protocol import (
-    MAX_SCHEDULE_TOKEN,
-    ApplyTo,
-    Interpolation,
-    PlanTerm,
-    SteeringPlan,
-    StrengthSchedule,
-)
+from server.engines.protocol import MAX_SCHEDULE_TOKEN, ApplyTo, Interpolation, PlanTerm, SteeringPlan, StrengthSchedule
 from server.generation.steering_grammar import EXAMPLE, parse_steering
 from steering_vectors.errors import SteeringError
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from server.api.dependencies import IntakeDep, refuse_steering_header
-from server.api.document import declare
+from server.api.document import GENERATING, declare
 from server.api.fields.body import Examples
 from server.api.fields.steering import Steering
 from server.api.native.generate import (
@@ -24,7 +24,6 @@ from server.api.native.generate import (
     TextBody,
     answer_of,
     delta_event,
-    first_event,
     last_event,
 )
 from server.engines.protocol import Delta, Finished
@@ -107,10 +106,7 @@ router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Dep
     responses=declare(
         CompareAnswer,
         EXAMPLE_COMPARISON,
-        400,
-        404,
-        429,
-        503,
+        *GENERATING,
         stream=CompareDelta | CompareEnd,
         events=[EXAMPLE_VARIANT_DELTA, EXAMPLE_VARIANT_END],
     ),
@@ -143,7 +139,7 @@ def _delta(index: int, choice: Choice, event: Delta) -> CompareDelta:
 async def _events(generations: Generations) -> AsyncIterator[CompareDelta | CompareEnd]:
     choices = generations.choices
     for index, choice in enumerate(choices):
-        yield cast(CompareDelta, {**first_event(choice), "variant": index})
+        yield {"id": choice.id, "delta": "", "variant": index}  # at once, for the ids
     async for index, event in generations.events():
         if isinstance(event, Finished):
             yield {**last_event(choices[index], event), "variant": index}

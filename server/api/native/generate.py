@@ -11,7 +11,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from server.api.dependencies import IntakeDep, SteeringHeader
-from server.api.document import declare
+from server.api.document import GENERATING, declare
 from server.api.fields.body import Examples, NoOps
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import OnePromptBody, ProjectionsBody
@@ -143,10 +143,7 @@ router = APIRouter(tags=["native"], route_class=StrictRoute)
     responses=declare(
         GenerateAnswer,
         EXAMPLE_ANSWER,
-        400,
-        404,
-        429,
-        503,
+        *GENERATING,
         stream=GenerateDelta | GenerateEnd,
         events=[EXAMPLE_DELTA, EXAMPLE_END],
     ),
@@ -171,11 +168,6 @@ def answer_of(choice: Choice, result: Result) -> GenerateAnswer:
     return answer
 
 
-def first_event(choice: Choice) -> GenerateDelta:
-    """It has no text and is sent at once, for its id."""
-    return {"id": choice.id, "delta": ""}
-
-
 def delta_event(choice: Choice, event: Delta) -> GenerateDelta:
     delta: GenerateDelta = {"id": choice.id, "delta": event.text}
     if event.projections:
@@ -195,7 +187,7 @@ def last_event(choice: Choice, finished: Finished) -> GenerateEnd:
 
 async def _events(generations: Generations) -> AsyncIterator[GenerateDelta | GenerateEnd]:
     (choice,) = generations.choices
-    yield first_event(choice)
+    yield {"id": choice.id, "delta": ""}  # at once, for the id
     async for _, event in generations.events():
         if isinstance(event, Finished):
             yield last_event(choice, event)

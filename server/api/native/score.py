@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from server.api.dependencies import IntakeDep, ServiceDep, SteeringHeader
-from server.api.document import declare
+from server.api.document import GENERATING, declare
 from server.api.fields.body import Examples
 from server.api.fields.prompts import OnePrompt, OnePromptBody
 from server.api.fields.steering import Steering
@@ -100,9 +100,7 @@ class ScoreBody(OnePromptBody):
 router = APIRouter(tags=["native"], route_class=StrictRoute)
 
 
-@router.post(
-    "/score", summary="Score given completions", responses=declare(ScoreAnswer, EXAMPLE_SCORES, 400, 404, 429, 503)
-)
+@router.post("/score", summary="Score given completions", responses=declare(ScoreAnswer, EXAMPLE_SCORES, *GENERATING))
 async def score(
     body: ScoreBody, request: Request, service: ServiceDep, intake: IntakeDep, steering: SteeringHeader = None
 ) -> Response:

@@ -125,10 +125,7 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = Field(None, ge=1, description="A newer name of `max_tokens`.")
     logprobs: bool = Field(False, description="Report the log-probability of each token.")
     top_logprobs: int = Field(
-        0,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="With `logprobs`: number of most likely tokens to list at each position.",
+        0, ge=0, le=MAX_LOGPROBS, description="With `logprobs`: number of most likely tokens to list at each position."
     )
 
     @property
@@ -158,8 +155,7 @@ class CompletionBody(OpenAIBody):
 
     prompt: ManyPrompts = Field(description="One or more prompts, each a text or token ids.")
     echo: bool = Field(
-        False,
-        description="Begin the text with the prompt, and report its log-probabilities. Steers the whole prompt.",
+        False, description="Begin the text with the prompt, and report its log-probabilities. Steers the whole prompt."
     )
     logprobs: Logprobs | None = Field(
         None, description="Report the log-probability of each token, and list this many of the most likely ones."

@@ -229,20 +229,21 @@ class AnswerWriter(ABC, Generic[Whole, Part]):
 
     async def chunks(self, *, include_usage: bool) -> AsyncIterator[Part]:
         """The chunks of all choices as they come; the last one has the receipts, and the usage if it is included."""
+        choices = self.generations.choices
         ends: dict[int, Finished] = {}
-        for index in range(len(self.generations.choices)):
-            yield self.opening(index)
+        for index, choice in enumerate(choices):
+            yield self.opening({"index": index, "finish_reason": None, "generation_id": choice.id})
         async for index, event in self.generations.events():
             if isinstance(event, Finished):
                 ends[index] = event
-                chunk = self.closing(index, event)
-                if len(ends) == len(self.generations.choices) and not include_usage:
+                chunk = self.closing(self._last(index, event), event)
+                if len(ends) == len(choices) and not include_usage:
                     chunk["steering"] = receipt(list(ends.values()))
                 yield chunk
-            elif (piece := self.piece(index, event)) is not None:
+            elif (piece := self.piece(self._next(index, event), event)) is not None:
                 yield piece
         if include_usage:
-            finished = [ends[index] for index in range(len(self.generations.choices))]
+            finished = [ends[index] for index in range(len(choices))]
             chunk = self.empty()
             chunk["usage"] = usage(finished, self.generations.n)
             chunk["steering"] = receipt(finished)
@@ -252,28 +253,21 @@ class AnswerWriter(ABC, Generic[Whole, Part]):
     def whole(self, results: Sequence[Result]) -> Whole: ...
 
     @abstractmethod
-    def opening(self, index: int) -> Part:
-        """The first chunk of a choice."""
+    def opening(self, choice: ChunkChoice) -> Part: ...
 
     @abstractmethod
-    def piece(self, index: int, event: Delta | PromptLogprobs) -> Part | None:
-        """The chunk of an event; None if it has nothing to send yet."""
+    def piece(self, choice: ChunkChoice, event: Delta | PromptLogprobs) -> Part | None:
+        """None if the event has nothing to send yet."""
 
     @abstractmethod
-    def closing(self, index: int, finished: Finished) -> Part:
-        """The last chunk of a choice."""
+    def closing(self, choice: ChunkChoice, finished: Finished) -> Part: ...
 
     @abstractmethod
     def empty(self) -> Part:
         """A chunk without choices, for the usage."""
 
     def _head(self) -> Chunk:
-        return {
-            "id": self.id,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
+        return {"id": self.id, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint}
 
     def _tail(self, results: Sequence[Result]) -> OpenAITail:
         finished = [result.finished for result in results]
@@ -291,9 +285,6 @@ class AnswerWriter(ABC, Generic[Whole, Part]):
         if made.request.projections:
             choice["projections"] = made.by_profile(result.projections)
         return choice
-
-    def _first(self, index: int) -> ChunkChoice:
-        return {"index": index, "finish_reason": None, "generation_id": self.generations.choices[index].id}
 
     def _next(self, index: int, event: Delta | PromptLogprobs) -> ChunkChoice:
         choice: ChunkChoice = {"index": index, "finish_reason": None}
@@ -318,17 +309,17 @@ class ChatWriter(AnswerWriter[ChatCompletion, ChatChunk]):
         choices = [self._reply(index, result) for index, result in enumerate(results)]
         return {**self._head(), "object": "chat.completion", "choices": choices, **self._tail(results)}
 
-    def opening(self, index: int) -> ChatChunk:
-        return self._chunk({**self._first(index), "delta": {"role": "assistant", "content": ""}, "logprobs": None})
+    def opening(self, choice: ChunkChoice) -> ChatChunk:
+        return self._chunk({**choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None})
 
-    def piece(self, index: int, event: Delta | PromptLogprobs) -> ChatChunk | None:
+    def piece(self, choice: ChunkChoice, event: Delta | PromptLogprobs) -> ChatChunk | None:
         if isinstance(event, PromptLogprobs) or not has_content(event):
             return None
-        logprobs = self._logprobs(index, event.logprobs)
-        return self._chunk({**self._next(index, event), "delta": {"content": event.text}, "logprobs": logprobs})
+        logprobs = self._logprobs(choice["index"], event.logprobs)
+        return self._chunk({**choice, "delta": {"content": event.text}, "logprobs": logprobs})
 
-    def closing(self, index: int, finished: Finished) -> ChatChunk:
-        return self._chunk({**self._last(index, finished), "delta": {}, "logprobs": None})
+    def closing(self, choice: ChunkChoice, finished: Finished) -> ChatChunk:
+        return self._chunk({**choice, "delta": {}, "logprobs": None})
 
     def empty(self) -> ChatChunk:
         return self._chunk()
@@ -362,11 +353,13 @@ class CompletionWriter(AnswerWriter[Completion, CompletionChunk]):
         choices = [self._continuation(index, result) for index, result in enumerate(results)]
         return {**self._head(), "object": "text_completion", "choices": choices, **self._tail(results)}
 
-    def opening(self, index: int) -> CompletionChunk:
+    def opening(self, choice: ChunkChoice) -> CompletionChunk:
+        index = choice["index"]
         text = self._prompt(index) if self.generations.choices[index].request.prompt_logprobs is None else ""
-        return self._chunk({**self._first(index), "text": text, "logprobs": None})
+        return self._chunk({**choice, "text": text, "logprobs": None})
 
-    def piece(self, index: int, event: Delta | PromptLogprobs) -> CompletionChunk | None:
+    def piece(self, choice: ChunkChoice, event: Delta | PromptLogprobs) -> CompletionChunk | None:
+        index = choice["index"]
         request = self.generations.choices[index].request
         logprobs = None
         if isinstance(event, PromptLogprobs):
@@ -377,11 +370,11 @@ class CompletionWriter(AnswerWriter[Completion, CompletionChunk]):
                 logprobs = self._pieces(index).of(event.logprobs)
         else:
             return None
-        return self._chunk({**self._next(index, event), "text": text, "logprobs": logprobs})
+        return self._chunk({**choice, "text": text, "logprobs": logprobs})
 
-    def closing(self, index: int, finished: Finished) -> CompletionChunk:
-        logprobs = self._pieces(index).of(finished.ending) if finished.ending else None
-        return self._chunk({**self._last(index, finished), "text": "", "logprobs": logprobs})
+    def closing(self, choice: ChunkChoice, finished: Finished) -> CompletionChunk:
+        logprobs = self._pieces(choice["index"]).of(finished.ending) if finished.ending else None
+        return self._chunk({**choice, "text": "", "logprobs": logprobs})
 
     def empty(self) -> CompletionChunk:
         return self._chunk()

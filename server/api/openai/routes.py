@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.dependencies import EngineDep, IntakeDep, ModelNameDep, RegistryDep, ServiceDep, SteeringHeader
-from server.api.document import declare
+from server.api.document import GENERATING, declare
 from server.api.openai.requests import ChatBody, CompletionBody, OpenAIBody
 from server.api.openai.responses import (
     EXAMPLE_ALIAS,
@@ -43,7 +43,7 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
     "/chat/completions",
     summary="Reply in a conversation",
     responses=declare(
-        ChatCompletion, EXAMPLE_CHAT, 400, 404, 429, 503, stream=ChatChunk, events=[EXAMPLE_CHAT_CHUNK], ends_in=DONE
+        ChatCompletion, EXAMPLE_CHAT, *GENERATING, stream=ChatChunk, events=[EXAMPLE_CHAT_CHUNK], ends_in=DONE
     ),
 )
 async def chat_completions(
@@ -62,10 +62,7 @@ async def chat_completions(
     responses=declare(
         Completion,
         EXAMPLE_COMPLETION,
-        400,
-        404,
-        429,
-        503,
+        *GENERATING,
         stream=CompletionChunk,
         events=[EXAMPLE_COMPLETION_CHUNK],
         ends_in=DONE,
@@ -125,13 +122,7 @@ async def model(
 
 def _alias(base: ModelEntry, profile: Profile) -> ModelEntry:
     name = base["id"]
-    return {
-        **base,
-        "id": f"{name}:{profile.name}",
-        "parent": name,
-        "profile": profile.name,
-        "version": profile.version,
-    }
+    return {**base, "id": f"{name}:{profile.name}", "parent": name, "profile": profile.name, "version": profile.version}
 
 
 async def _respond(writer: AnswerWriter[Whole, Part], body: OpenAIBody, request: Request) -> Response:
