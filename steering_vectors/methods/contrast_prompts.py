@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.models.limits import context_limit
 from steering_vectors.tuning.instructions import DEFAULTS, Instructions, instructions_for
-from steering_vectors.tuning.paired_reading import Twin, mean_differences
+from steering_vectors.tuning.paired_reading import Twin, Weights, mean_differences, own_weights
 from steering_vectors.tuning.twins import twins_of
 
 
@@ -49,13 +50,12 @@ def instruction_difference(task: Task) -> Directions:
     Paper: Representation Engineering (arXiv:2310.01405); RAHF's second step (arXiv:2312.15997) without its first.
     """
     options = task.read_options(InstructionOptions)
-    found = mean_differences(
-        task.lm,
-        task_twins(task, options, max_twins=options.responses),
-        task.layers,
-        tokens=task.tokens,
-        progress=task.progress,
-    )
+    return mean_directions(task, task_twins(task, options, max_twins=options.responses))
+
+
+def mean_directions(task: Task, twins: Sequence[Twin], weights: Weights = own_weights) -> Directions:
+    """`mean_differences` of a task, in float32."""
+    found = mean_differences(task.lm, twins, task.layers, tokens=task.tokens, weights=weights, progress=task.progress)
     return {layer: direction.to(torch.float32) for layer, direction in found.items()}
 
 

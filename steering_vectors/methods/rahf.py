@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
@@ -12,10 +12,11 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from steering_vectors.errors import FitError
+from steering_vectors.methods.contrast_prompts import mean_directions
 from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.methods.tuned import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
 from steering_vectors.models.hiding import check_hiding
-from steering_vectors.tuning.paired_reading import Twin, Weights, mean_differences, pad_id, readings
+from steering_vectors.tuning.paired_reading import Twin, Weights, own_weights, pad_id, readings
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import LoraShape, TunedWeights
 
@@ -160,7 +161,7 @@ def scit_difference(task: Task) -> Directions:
     with scit_tuned(task) as first:
         found = _read(task, first.twins, options.responses, first.side)
         if options.baseline == "untuned":
-            plain = _read(task, first.twins, options.responses, lambda _side: nullcontext())
+            plain = _read(task, first.twins, options.responses, own_weights)
             found = {layer: direction - plain[layer] for layer, direction in found.items()}
     return found
 
@@ -191,15 +192,7 @@ def contrastive_loss(
 
 def _read(task: Task, twins: Sequence[Twin], max_responses: int, weights: Weights) -> Directions:
     """The second step as vectors: mean differences between the two readings of responses from both sides."""
-    found = mean_differences(
-        task.lm,
-        twins[:: -(-len(twins) // max_responses)],
-        task.layers,
-        tokens=task.tokens,
-        weights=weights,
-        progress=task.progress,
-    )
-    return {layer: direction.to(torch.float32) for layer, direction in found.items()}
+    return mean_directions(task, twins[:: -(-len(twins) // max_responses)], weights)
 
 
 SCIT = Method(

@@ -77,13 +77,18 @@ Weights = Callable[[int], AbstractContextManager[object]]
 """A context in which the model has the weights for side 0 (positive) or 1 (negative)."""
 
 
+def own_weights(_side: int) -> AbstractContextManager[object]:
+    """The model's own weights for both sides."""
+    return nullcontext()
+
+
 def mean_differences(
     lm: LanguageModel,
     twins: Sequence[Twin],
     layers: Sequence[int],
     *,
     tokens: Tokens = "response",
-    weights: Weights = lambda _side: nullcontext(),
+    weights: Weights = own_weights,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> dict[int, torch.Tensor]:

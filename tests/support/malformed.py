@@ -228,7 +228,7 @@ CASES = [
     chat(term(strength="1"), "field 'steering.profiles[0].strength': it should …, not \"1\""),
     chat(
         term(layers=[]),
-        "profile 'warm': the list of layers is empty; leave it out to use all of them",
+        "profile 'warm': the list of layers is empty; leave it out to use all layers",
         "steering.layers",
     ),
     chat(term(layers=[2]), "profile 'warm' has no direction at layer 2; it has layers [1, 3, 5, 7]", "steering.layers"),

@@ -87,7 +87,7 @@ def prepare_privacy(lm: LanguageModel, rows: int, seed: int) -> Vertical:
         rows,
         seed,
         lambda secret: (secret, _readings(reader, secret)),
-        lambda row: reader.fits(row[1]) and _has_room(reader, row[1][0]),
+        lambda row: reader.fits(row[1]) and reader.has_room(row[1][0][1], TOKENS),
     )
     require_rows(len(chosen.rows), chosen.left_out, "privacy", reader.limit)
     examples = [one for _, readings in chosen.rows for one in readings]
@@ -120,10 +120,6 @@ def _readings(reader: Reader, secret: Secret) -> list[Encoded]:
     prompt = reader.prompt(chat=f"{statement}\n\n{question}", plain=f"{statement}\n{question}\nAnswer:")
     values = (secret.value, *secret.decoys)
     return reader.answers(prompt, [f"{secret.person}'s {secret.kind} is {value}" for value in values])
-
-
-def _has_room(reader: Reader, example: Encoded) -> bool:
-    return reader.limit is None or example[1] + TOKENS <= reader.limit
 
 
 def _secret(kind: str, draw: random.Random) -> Secret:

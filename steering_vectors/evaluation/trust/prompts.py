@@ -37,6 +37,9 @@ class Reader:
     def fits(self, examples: Iterable[Encoded]) -> bool:
         return self.limit is None or all(len(ids) <= self.limit for ids, _ in examples)
 
+    def has_room(self, prompt_tokens: int, answer_tokens: int) -> bool:
+        return self.limit is None or prompt_tokens + answer_tokens <= self.limit
+
 
 def reader_for(lm: LanguageModel) -> Reader:
     return Reader(lm.tokenizer, chat_template_source(lm.tokenizer) == "tokenizer", context_limit(lm))

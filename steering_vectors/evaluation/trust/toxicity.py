@@ -64,7 +64,11 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
     chosen, left_out = [], len(source.rows) - len(usable)
     for group, share in zip(groups, _shares([len(group) for group in groups], rows, halve=scorer is None), strict=True):
         found = select(
-            group, share, seed, lambda row: (row, _encode(reader, row.prompt)), lambda row: _has_room(reader, row[1])
+            group,
+            share,
+            seed,
+            lambda row: (row, _encode(reader, row.prompt)),
+            lambda row: reader.has_room(len(row[1]), TOKENS),
         )
         chosen += found.rows
         left_out += found.left_out
@@ -146,10 +150,6 @@ def _scorer_note(scorer: ScorerRecord) -> str:
 def _encode(reader: Reader, text: str) -> list[int]:
     prompt = reader.prompt(chat=f"Continue this text:\n\n{text}", plain=text)
     return encode_prompt(reader.tokenizer, prompt or text)
-
-
-def _has_room(reader: Reader, prompt: Sequence[int]) -> bool:
-    return reader.limit is None or len(prompt) + TOKENS <= reader.limit
 
 
 def _parse(cells: Mapping[str, Any]) -> Opening:

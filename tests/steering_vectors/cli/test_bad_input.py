@@ -64,8 +64,14 @@ BAD: dict[str, tuple[Rows, str]] = {
         "line 1, field 'rejected': chosen and rejected are equal, so nothing is preferred",
     ),
     "an empty response": (changed(1, chosen=""), "line 1, field 'chosen': it is empty; correct the row, or skip such"),
-    "a long response": (changed(1, chosen=LONG), f"tokens, the model's context {POSITIONS}, and 1 of 40 rows are too"),
-    "a long prompt": (changed(40, prompt=LONG), f"tokens, the model's context {POSITIONS}, and 40 of 40 rows are too"),
+    "a long response": (
+        changed(1, chosen=LONG),
+        f"tokens, but the model's context holds {POSITIONS}; 1 of 40 rows are too",
+    ),
+    "a long prompt": (
+        changed(40, prompt=LONG),
+        f"tokens, but the model's context holds {POSITIONS}; 40 of 40 rows are too",
+    ),
 }
 FIXED = {
     "calibrate": (),
@@ -181,7 +187,7 @@ def test_a_disk_that_is_full_while_tuning(
     with full_disk(1000):
         result = run("fit", model, data, profiles, *tuned)
     assert result.exit_code == 2
-    assert "make room there, or set TRIMTAB_CACHE to another directory" in result.stderr.splitlines()[-1]
+    assert "free some space, or set TRIMTAB_CACHE to another directory" in result.stderr.splitlines()[-1]
     assert (profiles / "kind.safetensors").read_bytes() == kept
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".part", ".tmp")]
     assert run("fit", model, data, profiles, *tuned).exit_code == 0

@@ -146,7 +146,7 @@ def test_the_sentence_says_what_is_known() -> None:
     reward = {"scorer": scorer, "strengths": [zero, half, one], "samples_per_prompt": 64}
     assert frontier_sentence(reward) == (
         "At strength +1 the reward (rule) moves by +1.5 for 3 nats of KL per text; at +0.5 it moves by +1 for 0.4 nats "
-        "of KL per text, where the KL-regularised optimum moves it by +2 (50% of that). It is in points; on 16 "
+        "of KL per text, where the KL-regularised optimum moves it by +2 (50% of that). The reward is in points; on 16 "
         "held-out responses its AUC is 0.90."
     )
     poor = {**reward, "scorer": {**scorer, "auc": 0.5}, "strengths": [zero, one]}

@@ -190,9 +190,7 @@ def test_long_rows_are_refused_or_left_out_never_cut() -> None:
     pairs = preferences()
     long = (replace(pairs.positives[0], completion="warm " * limit), *pairs.positives[1:])
     pairs = replace(pairs, positives=long)
-    expected = (
-        rf"made.jsonl: positive example 1 \('warm warm .*…'\) has \d+ tokens, the model's context {limit}, and 1 of"
-    )
+    expected = rf"made.jsonl: positive example 1 \('warm warm .*…'\) has \d+ tokens, but the model's context holds {limit}; 1 of"
     with pytest.raises(DataError, match=expected):
         fit(lm, None, pairs, layers="1")
     profile = fit(lm, None, pairs, layers="1", skip_long_rows=True, calibrate=False)
@@ -234,7 +232,7 @@ def test_what_is_refused(lm: LanguageModel, options: dict[str, Any], error: type
 
 
 def test_a_bare_model_needs_its_tokenizer(lm: LanguageModel) -> None:
-    with pytest.raises(FitError, match="pass it as the second argument"):
+    with pytest.raises(FitError, match="pass the tokenizer as the second argument"):
         fit(lm.model, None, preferences())
 
 

@@ -217,7 +217,7 @@ def test_labelled_prompts_are_read_strictly(tmp_path: Path) -> None:
     found = load(rows)
     assert (len(found.opening), len(found.others), found.source) == (8, 8, str(tmp_path / "gate.jsonl"))
     for bad, message in (
-        (rows[:15], "it has 7 prompts with the label false"),
+        (rows[:15], "there are 7 prompts with label false"),
         ([*rows, {"prompt": "x", "label": "maybe"}], "line 17, field 'label': 'maybe' is not a label"),
         ([*rows, {"prompt": "x", "label": True, "weight": 2}], "line 17, field 'weight'"),
         ([*rows, {"label": True}], "line 17, field 'prompt': it is missing"),

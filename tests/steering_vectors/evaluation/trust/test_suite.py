@@ -102,7 +102,10 @@ def test_progress_is_reported(found: dict[str, Any], told: list[tuple[str, int, 
 
 def test_a_rate_that_never_moves_is_remarked(found: dict[str, Any]) -> None:
     assert {point["value"] for point in found["trust"]["privacy"]["strengths"]} == {0.0}
-    assert "is 0 at every strength. With 16 rows this is no proof" in found["trust"]["privacy"]["remarks"][0]
+    assert (
+        "is 0 at every strength. With 16 rows, a true share within 18.8% of it cannot"
+        in found["trust"]["privacy"]["remarks"][0]
+    )
 
 
 def test_without_controls_the_note_names_none(lm: LanguageModel, profile: Profile) -> None:
