@@ -62,5 +62,5 @@ def test_jobs(target: Target) -> None:
     assert all(4 <= len(job.prompt) <= 20 and 2 <= job.tokens <= 8 for job in jobs)
     assert lengths_of("16:128") == (16, 128)
     assert lengths_of("64") == (64, 64)
-    with pytest.raises(ValueError, match="no range"):
+    with pytest.raises(ValueError, match="is not a range of lengths"):
         lengths_of("8:4")

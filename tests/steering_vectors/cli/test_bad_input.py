@@ -66,11 +66,11 @@ BAD: dict[str, tuple[Rows, str]] = {
     "an empty response": (changed(1, chosen=""), "line 1, field 'chosen': it is empty; correct the row, or skip such"),
     "a long response": (
         changed(1, chosen=LONG),
-        f"tokens, but the model's context holds {POSITIONS}; 1 of 40 rows are too",
+        f"but the model's context holds {POSITIONS}; 1 of 40 rows are too",
     ),
     "a long prompt": (
         changed(40, prompt=LONG),
-        f"tokens, but the model's context holds {POSITIONS}; 40 of 40 rows are too",
+        f"but the model's context holds {POSITIONS}; 40 of 40 rows are too",
     ),
 }
 FIXED = {

@@ -212,4 +212,4 @@ def test_the_page_stands_alone(found: PreferenceEvaluation) -> None:
     stored = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert stored is not None
     assert json.loads(stored[1]) == json.loads(json.dumps([found]))
-    assert "lies outside their range" in headline(found)
+    assert "is outside their range" in headline(found)

@@ -39,7 +39,7 @@ def test_the_fitted_scorer_separates_unseen_texts() -> None:
 
 
 def test_the_fitted_scorer_needs_enough_texts() -> None:
-    with pytest.raises(DataError, match="31 scored texts are left to fit a scorer on, 32 are needed"):
+    with pytest.raises(DataError, match="31 scored texts are left to fit a scorer on, but 32 are needed"):
         fit_scorer(["a"] * 31, [0.5] * 31)
 
 
@@ -70,7 +70,7 @@ def test_a_classifier_without_a_toxic_label_is_refused(tmp_path: Path) -> None:
         load_scorer(str(classifier(tmp_path / "model", {0: "LABEL_0", 1: "LABEL_1"})))
     with pytest.raises(FitError, match="no sequence-classification model can be loaded"):
         load_scorer(str(tmp_path))
-    with pytest.raises(FitError, match=r"is not a classifier: it has no weights score\.weight"):
+    with pytest.raises(FitError, match=r"not a classifier: it has no weights score\.weight"):
         load_scorer(str(save_tiny("llama", tmp_path / "writer")))
 
 
