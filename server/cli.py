@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -57,7 +58,15 @@ def root(
 
 
 class ServeCommand(TyperCommand):
-    """`trimtab serve`, whose flags are made when it is used."""
+    """`trimtab serve`, whose flags are made when they are first used."""
+
+    @property
+    def params(self) -> list[Any]:
+        return list(serve_command().params)
+
+    @params.setter
+    def params(self, given: list[Any]) -> None:
+        """The stub has none."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         return serve_command().make_context(*args, **kwargs)
@@ -67,6 +76,7 @@ class ServeCommand(TyperCommand):
 def _serve_stub() -> None: ...
 
 
+@cache
 def serve_command() -> Any:
     """The command with one flag for each setting, grouped by the settings' panels."""
     from server.settings import Settings
