@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     model: str = _model("demo", "The model: demo, a directory or a hub id.", min_length=1)
     adapter: Path | None = _model(None, "A LoRA in peft's format, merged into the model at start.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model(
-        "auto", "The data type of the weights; auto is the checkpoint's."
+        "auto", "The data type of the weights; auto is the checkpoint's, or float32 on a CPU without bfloat16 products."
     )
     context: int | None = _model(
         None, "Maximum number of tokens of prompt and completion together; by default the model's, up to 4096.", ge=2

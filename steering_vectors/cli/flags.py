@@ -19,7 +19,10 @@ PROFILES = "Profiles"
 Model = Annotated[str, typer.Option(help="`demo`, a directory, or a Hugging Face model id.", rich_help_panel=MODEL)]
 Dtype = Annotated[
     str,
-    typer.Option(help="auto (the dtype of the checkpoint), float32, bfloat16 or float16.", rich_help_panel=MODEL),
+    typer.Option(
+        help="auto (the checkpoint's, or float32 on a CPU without bfloat16 products), float32, bfloat16 or float16.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="The device to run on: cpu, cuda, cuda:1, …", rich_help_panel=MODEL)]
 

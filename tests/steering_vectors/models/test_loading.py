@@ -200,6 +200,17 @@ def test_a_model_in_memory_is_wrapped() -> None:
     assert wrap_model(model, tiny_tokenizer()).name == "GPT2LMHeadModel"
 
 
+def test_bfloat16_is_computed_in_float32_where_a_cpu_has_no_such_products(tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    stored, found = (load_model(str(tmp_path), dtype=dtype) for dtype in ("bfloat16", "auto"))
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert found.dtype == (torch.bfloat16 if supported else torch.float32)
+    assert found.identity == stored.identity
+    pairs = zip(found.model.parameters(), stored.model.parameters(), strict=True)
+    assert all(torch.equal(one.to(torch.bfloat16), other) for one, other in pairs)
+
+
 def test_unknown_dtype(directory: Path) -> None:
     with pytest.raises(ModelError) as refusal:
         load_model(str(directory), dtype="int3")
