@@ -46,7 +46,7 @@ def test_distill_method_writes_an_adapter(run: Run, tiny: Path, pairs: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("pca",), "method 'pca' has no difference per token; rahf-scit, rahf-dual have one"),
+        (("pca",), "method 'pca' has no difference per token; use rahf-scit or rahf-dual"),
         (("rahf-scit", "--strength", "0"), "strength 0 changes nothing, so there is nothing to distil"),
         (("rahf-scit", "-o", "rank"), "--option 'rank' is not KEY=VALUE"),
         (("rahf-scit", "-o", "rank=1", "-o", "rank=2"), "--option rank is given twice"),
