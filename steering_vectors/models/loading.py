@@ -61,8 +61,9 @@ def load_model(
     """Load `demo`, a directory or a hub id; only safetensors weights, no remote code.
 
     `dtype` is auto (the checkpoint's, see `computing_dtype`), float32, bfloat16 or float16. An `adapter` is a folder in
-    peft's format, merged into the weights: the result is another model, whose profiles are its own. With `tensor_parallel` each process of
-    torch's process group holds a part of the weights, and all run the same passes. Raises ModelError with the remedy.
+    peft's format, merged into the weights: the result is another model, whose profiles are its own. With
+    `tensor_parallel` each process of torch's process group holds a part of the weights, and all run the same passes.
+    Raises ModelError with the remedy.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")

@@ -70,6 +70,7 @@ def test_the_openai_client(client: httpx.Client) -> None:
     ]
 
 
+@pytest.mark.timeout(600)  # it fits a profile on one processor
 def test_fit_and_show(tmp_path: Path) -> None:
     for command in block("bash", "trimtab fit").strip().splitlines():
         words = command.split()
@@ -83,6 +84,7 @@ def test_fit_and_show(tmp_path: Path) -> None:
     assert (tmp_path / "polite.safetensors").is_file()
 
 
+@pytest.mark.timeout(600)  # it fits a profile on one processor
 def test_the_python_interface() -> None:
     code = block("python", "steer(lm.model")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
