@@ -39,6 +39,7 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
 FILES = [path.relative_to(ROOT).as_posix() for pattern in SETTINGS["only_mutate"] for path in ROOT.glob(pattern)]
 # The tests of a folder are those of the same folder under tests/, except here.
 TESTS = {
+    "steering_vectors/steering": ["tests/steering_vectors/steering", "-k", "not architecture or llama"],
     "server/generation": ["tests/server/generation/test_steering_grammar.py"],
 }
 KILLED, ALIVE = ("killed", "timeout", "segfault", "suspicious"), ("survived", "no tests")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as to_safetensors
 
 from steering_vectors.errors import ProfileError
-from steering_vectors.profiles.files import load_profile, profile_summary, publish, read_profile, save_profile
+from steering_vectors.profiles.files import (
+    installed_version,
+    load_profile,
+    profile_summary,
+    publish,
+    read_profile,
+    save_profile,
+)
 from steering_vectors.profiles.gate import Gate
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 
@@ -138,6 +146,16 @@ def test_saving_fills_the_time_in_utc(tmp_path: Path) -> None:
 
 def test_saving_fills_the_version_of_trimtab(tmp_path: Path) -> None:
     assert load_profile(save_profile(make_profile(), tmp_path)).trimtab_version
+
+
+def test_the_version_of_trimtab_is_the_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert installed_version() == importlib.metadata.version("trimtab")
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert installed_version() == "0.0.0+unknown"
 
 
 def test_saving_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -346,6 +364,7 @@ def test_an_unknown_metadata_key_is_named() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "found"),
     [
+        ("chat_template_sha256", 3, "int"),
         ("name", 3, "int"),
         ("unit", "1", "str"),
         ("unit", True, "bool"),
@@ -355,6 +374,29 @@ def test_an_unknown_metadata_key_is_named() -> None:
 )
 def test_a_field_of_the_wrong_type_is_named(data: bytes, field: str, value: Any, found: str) -> None:
     assert f"{field!r} in the metadata has type {found}, not " in message_of(altered(data, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted"), [("name", "str"), ("unit", "int or float"), ("chat_template_sha256", "str or NoneType")]
+)
+def test_the_types_that_a_field_may_have_are_named(data: bytes, field: str, wanted: str) -> None:
+    assert message_of(altered(data, **{field: []})) == (
+        f"profile 'warm': {field!r} in the metadata has type list, not {wanted}; fit the profile again"
+    )
+
+
+@pytest.mark.parametrize(("hidden", "blocks"), [(0, 4), (HIDDEN, 0)])
+def test_a_model_without_hidden_states_or_blocks_is_refused(data: bytes, hidden: int, blocks: int) -> None:
+    model = asdict(MODEL) | {"hidden_size": hidden, "num_layers": blocks}
+    assert message_of(altered(data, model=model)) == (
+        f"profile 'warm': its model has hidden size {hidden} and {blocks} blocks; fit the profile again"
+    )
+
+
+def test_a_model_of_one_block_with_one_entry_is_read(tmp_path: Path) -> None:
+    model = replace(MODEL, hidden_size=1, num_layers=1)
+    profile = make_profile(model=model, directions={0: torch.ones(1)}, residual_norms={})
+    assert load_profile(save_profile(profile, tmp_path)).model == model
 
 
 def test_the_fields_of_the_model_are_checked(data: bytes) -> None:
@@ -375,7 +417,8 @@ def test_an_operator_that_does_not_exist_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 400])
 def test_a_number_that_is_not_finite_is_refused(data: bytes, text: str) -> None:
     bad = _with_metadata_text(data, lambda metadata: metadata.replace('"unit": 1.5', f'"unit": {text}'))
-    assert message_of(bad).startswith("profile 'warm': the metadata is not valid JSON (")
+    fault = f"{'9' * 18}… is too large" if text.isdecimal() else f"{text} is not a finite number"
+    assert message_of(bad) == f"profile 'warm': the metadata is not valid JSON ({fault}); fit the profile again"
 
 
 @pytest.mark.parametrize(("digits", "read"), [(18, True), (19, False), (180, False)])
@@ -406,7 +449,7 @@ def test_the_summary_is_plain_json(tmp_path: Path) -> None:
 
 
 def test_no_summary_holds_a_number_that_is_not_finite() -> None:
-    with pytest.raises(ProfileError, match="the metadata has no JSON form"):
+    with pytest.raises(ProfileError, match=r"^profile 'warm': the metadata has no JSON form \(.*\); use finite"):
         profile_summary(make_profile(metrics={"loss": float("inf")}))
 
 

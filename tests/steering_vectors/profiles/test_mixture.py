@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.mixture import LARGEST, Mixture, Shifts, Term
+from steering_vectors.profiles.mixture import LARGEST, MAX_LAYER_SUBSETS, Mixture, Shifts, Term, unit_shifts
 from steering_vectors.profiles.profile import Profile
 from tests.support.tiny_profiles import tiny_profile
 
@@ -59,6 +59,23 @@ def test_a_coefficient_beyond_float32_has_no_bound() -> None:
     largest = float(plain.directions[0].abs().max().maximum(plain.directions[2].abs().max()))
     assert Term(plain, -LARGEST).shift().bound == largest * LARGEST
     assert Term(plain, 2 * LARGEST).shift().bound == math.inf
+
+
+def test_unit_shifts_are_kept_for_some_subsets_of_layers() -> None:
+    profile = tiny_profile(layers=(0, 1, 2))
+    first = unit_shifts(profile, (0,))
+    assert unit_shifts(profile, (0,)) is first
+    for count in range(1, MAX_LAYER_SUBSETS):
+        unit_shifts(profile, (0,) * (count + 1))
+    assert unit_shifts(profile, (0,)) is first
+    unit_shifts(profile, None)  # one too many: all are dropped
+    assert unit_shifts(profile, (0,)) is not first
+
+
+def test_the_layers_where_a_profile_is_zero_are_known() -> None:
+    directions = {0: torch.zeros(32), 1: torch.ones(32), 2: torch.zeros(32)}
+    profile = Profile("some", WARM.model, directions, "mean-diff")
+    assert unit_shifts(profile, None).zero_layers == (0, 2)
 
 
 def test_shifts_have_a_row_for_each_layer() -> None:
@@ -129,14 +146,14 @@ def test_a_repeated_profile_is_refused() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 0.5), (TERSE, 0.1), (WARM, -0.5))
     assert str(refusal.value) == "profile 'warm' occurs twice in one steering"
-    assert refusal.value.param == "steering"
+    assert refusal.value.param == "terms"
 
 
 def test_apply_to_is_checked() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 0.5), apply_to="prompt")
     assert str(refusal.value) == "apply_to is 'prompt', not one of generated, all"
-    assert refusal.value.param == "steering.apply_to"
+    assert refusal.value.param == "apply_to"
 
 
 def test_a_gated_profile_cannot_steer_the_prompt() -> None:
@@ -144,15 +161,15 @@ def test_a_gated_profile_cannot_steer_the_prompt() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 0.5), (gated, 0.5), apply_to="all")
     assert str(refusal.value) == (
-        "profile 'gated' has a gate, which the prompt decides: it cannot steer the prompt itself; "
+        "profile 'gated' has a gate, which reads the prompt, so it cannot steer the prompt itself; "
         "leave apply_to out or set it to generated"
     )
-    assert refusal.value.param == "steering.apply_to"
+    assert refusal.value.param == "apply_to"
     assert [term.profile for term in mix((WARM, 0.5), (gated, 0.5)).gated] == [gated]
     assert mix((WARM, 0.5), (gated, 0.0), apply_to="all").gated == []
 
 
-REMEDY = "set steering.allow_beyond_safe to true to go beyond it"
+REMEDY = "set allow_beyond_safe to true to go beyond it"
 
 
 @pytest.mark.parametrize("strength", [2.5, -2.5])
@@ -168,7 +185,7 @@ def test_a_sum_beyond_the_safe_range() -> None:
     with pytest.raises(SteeringError) as refusal:
         mix((WARM, 1.5), (TERSE, -1.0))
     assert str(refusal.value) == f"the strengths of this mix add up to 2.5, beyond the safe range of 2; {REMEDY}"
-    assert (refusal.value.param, refusal.value.code) == ("steering", "strength_out_of_range")
+    assert (refusal.value.param, refusal.value.code) == ("terms", "strength_out_of_range")
 
 
 def test_the_limit_itself_is_within() -> None:

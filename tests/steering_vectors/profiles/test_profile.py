@@ -104,7 +104,7 @@ def test_layers_that_it_lacks() -> None:
     with pytest.raises(SteeringError) as refusal:
         tiny_profile(layers=(0, 2)).injected([0, 1])
     assert str(refusal.value) == "profile 'warm' has no direction at layer 1; it has layers [0, 2]"
-    assert refusal.value.param == "steering.layers"
+    assert refusal.value.param == "layers"
 
 
 def test_no_layers() -> None:
