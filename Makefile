@@ -6,11 +6,15 @@ CLIENTS := .venv-clients
 MERMAID := scripts/site
 PROFILES ?= profiles
 MINUTES ?= 60
+MODULE ?=
+SAMPLE ?= 0
+SEED ?= 0
+WORKERS ?= 1
 export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve profiles test test-fast test-clients fuzz lint format types docs docs-serve examples check-examples bench demo clean
+.PHONY: help install dev serve profiles test test-fast test-clients fuzz mutants lint format types docs docs-serve examples check-examples bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -55,6 +59,13 @@ fuzz: export HF_HUB_OFFLINE := 1
 fuzz: $(CLIENTS)/.installed  ## Send random requests to a live server for MINUTES (60)
 	$(CLIENTS)/bin/python -m tests.clients.fuzz --minutes $(MINUTES)
 
+$(VENV)/.mutants: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"
+	@touch $@
+
+mutants: $(VENV)/.mutants  ## Test the tests of MODULE with mutants, or with SAMPLE of each file (all take hours)
+	$(BIN)/python scripts/mutants.py $(MODULE) --sample $(SAMPLE) --seed $(SEED) --workers $(WORKERS)
+
 lint: $(VENV)/.dev  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,4 +104,4 @@ demo: $(VENV)/.dev  ## Train the embedded demo model again (about an hour)
 	$(BIN)/python examples/train_demo_model.py
 
 clean:  ## Remove what was installed and built
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules $(MERMAID)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node/node_modules $(MERMAID)/node_modules build dist mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from steering_vectors.models.loading import LanguageModel, load_model
 
@@ -25,6 +25,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # The same examples at every run, however busy the processors are. HYPOTHESIS_PROFILE=random draws others each time.
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
 settings.register_profile("random", derandomize=False, deadline=None, database=None)
+settings.register_profile(  # for mutation tests, which ask only whether a test fails
+    "unshrunk", derandomize=True, deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
 
 

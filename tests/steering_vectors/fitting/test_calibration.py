@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Example
-from steering_vectors.data.corpus import encode_corpus
+from steering_vectors.data.corpus import encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.errors import FitError, ProfileMismatch
+from steering_vectors.errors import DataError, FitError, ProfileMismatch
+from steering_vectors.fitting import calibration
 from steering_vectors.fitting.calibration import (
     CalibrationSettings,
+    Cost,
+    Reached,
     calibrate,
     calibrate_on,
     cost_of,
@@ -24,6 +29,8 @@ from steering_vectors.fitting.calibration import (
     trained_and_fresh,
 )
 from steering_vectors.fitting.fit import fit
+from steering_vectors.measures.curve import curve_record, measure_curve, safe_strength
+from steering_vectors.measures.propensity import propensity_report
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
@@ -80,15 +87,15 @@ def test_fresh_samples_cost_the_budget(lm: LanguageModel, layering: str) -> None
 
 
 def test_what_is_recorded(lm: LanguageModel) -> None:
-    calibration = calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
-    assert set(calibration) == {
+    recorded = calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
+    assert set(recorded) == {
         "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
         "perplexity_bound", "curve",
     }  # fmt: skip
-    assert (calibration["prompts"], calibration["texts"], calibration["seed"]) == (32, 384, 7)
-    assert 384 <= calibration["tokens"] <= 384 * 8
-    assert calibration["prompts_sha256"] == hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()
-    assert calibration["kl_per_character"] > 0
+    assert (recorded["prompts"], recorded["texts"], recorded["seed"]) == (32, 384, 7)
+    assert 384 <= recorded["tokens"] <= 384 * 8
+    assert recorded["prompts_sha256"] == hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()
+    assert recorded["kl_per_character"] > 0
 
 
 def test_the_cost_per_character(lm: LanguageModel) -> None:
@@ -173,6 +180,214 @@ def test_the_search_finds_the_root_of_any_power(power: float, root: float) -> No
     assert found.kl == pytest.approx(0.1, rel=0.03)
     assert len(calls) <= 12
     assert not found.unreached
+
+
+def searched(kl_at: Callable[[float], float], start: float, evaluations: int = 9) -> tuple[Reached, list[float]]:
+    """The result of a search for 0.1 up to 10, and the coefficients it tried."""
+    tried: list[float] = []
+
+    def noted(coefficient: float) -> float:
+        tried.append(coefficient)
+        return kl_at(coefficient)
+
+    return search(noted, 10.0, 0.1, start=start, tolerance=0.03, evaluations=evaluations), tried
+
+
+@pytest.mark.parametrize(
+    ("power", "root", "start", "tried"),
+    [
+        (2, 0.5, 2.0, [2.0, 0.5]),  # KL grows as c²
+        (2, 0.01, 2.0, [2.0, 0.2, 0.02, 0.01]),  # at most by a factor of ten
+        (2, 9.0, 0.05, [0.05, 0.5, 5.0, 9.0]),
+        (2, 9.9, 9.7, [9.7, 9.7 * 1.03]),  # at least by 3 %
+        (2, 1.0, 1.02, [1.02, 1.02 / 1.03]),
+        (4, 1.0, 2.0, [2.0, 0.5, 1.0]),  # a straight line in log-log space
+        (
+            1,
+            1.0,
+            0.25,
+            [0.25, 0.5, 0.5 * 2**0.5, 0.5 * 2**0.75, 0.5 * 2**0.875, 0.5 * 2**0.9375, 1.03 * 0.5 * 2**0.9375],
+        ),
+    ],
+)
+def test_the_steps_of_the_search(power: float, root: float, start: float, tried: list[float]) -> None:
+    found, coefficients = searched(lambda c: 0.1 * (c / root) ** power, start)
+    assert coefficients == pytest.approx(tried)
+    assert found == Reached(coefficients[-1], 0.1 * (coefficients[-1] / root) ** power)
+
+
+def test_a_bracket_is_bisected_where_a_line_would_stay_at_its_end() -> None:
+    """KL jumps: the line between the ends predicts a point close to the upper or the lower end."""
+    found, tried = searched(lambda c: 1e-12 if c < 1 else 0.11, 0.4, evaluations=3)
+    assert tried == pytest.approx([0.4, 4.0, math.sqrt(0.4 * 4.0)])
+    assert found == Reached(tried[1], 0.11)
+    found, tried = searched(lambda c: 0.09 if c < 1 else 1e12, 0.99, evaluations=3)
+    assert tried == pytest.approx([0.99, 0.99 * math.sqrt(0.1 / 0.09), 0.99 * (0.1 / 0.09) ** 0.25])
+    assert found == Reached(0.99, 0.09)
+    found, tried = searched(lambda c: 0.02 if c < 1 else 0.8, 0.9, evaluations=4)  # the line leads to the middle
+    assert tried[1] == pytest.approx(0.9 * math.sqrt(5))
+    share = math.log(5) / math.log(40)
+    assert tried[2] == pytest.approx(tried[0] * (tried[1] / tried[0]) ** share)
+    assert tried[3] == pytest.approx(tried[0] * (tried[2] / tried[0]) ** share)
+
+
+def test_a_search_that_runs_out_returns_the_closest_point() -> None:
+    found, tried = searched(lambda c: 0.05 if c < 1 else 0.19, 0.9, evaluations=2)
+    assert found == Reached(tried[1], 0.19)  # a factor of 1.9 is less than one of 2
+    found, tried = searched(lambda c: 0.06 if c < 1 else 0.19, 0.9, evaluations=2)
+    assert found == Reached(0.9, 0.06)
+    assert searched(lambda c: 0.05, 0.9, evaluations=0) == (Reached(10.0, math.inf), [])
+
+
+def test_a_search_ends_at_the_largest_coefficient() -> None:
+    found, tried = searched(lambda c: 1e-3 * c / 10, 5.0)
+    assert tried == [5.0, 10.0]
+    assert found == Reached(10.0, 1e-3, unreached=True)
+    found, tried = searched(lambda c: 0.0, 0.5)
+    assert tried == [0.5, 5.0, 10.0]
+    assert found == Reached(10.0, 0.0, unreached=True)
+    found, tried = searched(lambda c: 0.098, 10.0)
+    assert found == Reached(10.0, 0.098)  # within the tolerance
+
+
+def test_the_largest_coefficient_is_that_of_the_block_with_the_smallest_ratio(lm: LanguageModel) -> None:
+    directions = {0: torch.zeros(32), 1: torch.full((32,), 0.5), 2: torch.ones(32)}
+    profile = profile_for(lm, directions=directions, residual_norms={1: 8.0, 2: 12.0})
+    assert largest_coefficient(profile) == 12.0 / float(torch.ones(32).norm())
+    assert largest_coefficient(replace(profile, residual_norms={1: 4.0, 2: 12.0})) == 4.0 / float(directions[1].norm())
+    expected = "profile 'test' cannot be calibrated without its residual norms; fit it again"
+    for norms in ({1: 8.0}, {1: 8.0, 2: 0.0}):
+        with pytest.raises(FitError) as refusal:
+            largest_coefficient(replace(profile, residual_norms=norms))
+        assert refusal.value.message == expected
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.5, math.nan, math.inf])
+def test_a_perplexity_bound_must_be_above_1(lm: LanguageModel, bound: float) -> None:
+    expected = f"the perplexity bound must be a factor above 1, not {bound:g}"
+    with pytest.raises(FitError) as refusal:
+        CalibrationSettings(perplexity_bound=bound)
+    assert refusal.value.message == expected
+    with pytest.raises(FitError) as refusal:
+        calibrate_on(lm, profile_for(lm), PROMPTS, perplexity_bound=bound)
+    assert refusal.value.message == expected
+
+
+def test_a_budget_in_settings_must_be_positive() -> None:
+    with pytest.raises(FitError) as refusal:
+        CalibrationSettings(kl_budget=-0.5)
+    assert refusal.value.message == "the KL budget must be a positive number of nats per token, not -0.5"
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    with torch.no_grad():
+        lm.model.lm_head.weight[5] = math.inf
+    with steerable(lm) as steered, pytest.raises(FitError) as refusal:
+        cost_of(steered, profile_for(lm), [([0, 9, 10], 2)])
+    assert refusal.value.message == ("the steered model's logits are not finite: load the model with --dtype float32")
+
+
+def test_nothing_written_costs_nothing(lm: LanguageModel) -> None:
+    with steerable(lm) as steered:
+        assert cost_of(steered, profile_for(lm), [([0, 9], 2)]) == Cost(0.0, None, 0)
+
+
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small numbers of texts, so that a calibration takes a moment."""
+    for name, value in {"ROWS": 10, "ROUGH_ROWS": 4, "TEXTS": 5}.items():
+        monkeypatch.setattr(calibration, name, value)
+
+
+def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number follows from the public functions for sampling, cost, search and curve."""
+    few(monkeypatch)
+    profile, rows, calls = profile_for(lm), (PROMPTS[:4] * 3)[:10], list[tuple[str, int, int]]()
+    found = calibrate_on(
+        lm, profile, PROMPTS[:4], kl_budget=0.3, perplexity_bound=1.4, tokens=5, seed=3,
+        progress=lambda *call: calls.append(call[:3]),
+    )  # fmt: skip
+    with steerable(lm) as steered:
+
+        def texts(unit: float, prompts: list[list[int]]) -> list[Encoded]:
+            steered.write(replace(profile, unit=unit), 1.0)
+            return steered.continuations(prompts, tokens=5, seed=3)
+
+        def cost(unit: float, written: list[Encoded]) -> Cost:
+            evaluations.append(unit)
+            return cost_of(steered, replace(profile, unit=unit), written)
+
+        evaluations: list[float] = []
+        largest = largest_coefficient(profile)
+        rough = search(
+            lambda c: cost(c, texts(c, rows[:4])).per_token, largest, 0.3,
+            start=0.2 * largest, tolerance=0.15, evaluations=10,
+        )  # fmt: skip
+        unit = rough.coefficient
+        for _ in range(3):
+            before, written = unit, texts(unit, rows)
+            fine = search(
+                lambda c, written=written: cost(c, written).per_token, largest, 0.3,
+                start=before, tolerance=0.03, evaluations=6,
+            )  # fmt: skip
+            unit = fine.coefficient
+            if abs(math.log(unit / before)) <= 0.05:
+                break
+        final = cost_of(steered, replace(profile, unit=unit), written)
+        curve = measure_curve(steered, replace(profile, unit=unit), rows[:5], bound=1.4, tokens=5, seed=3)
+    assert found.unit == unit
+    assert found.calibration == {
+        "kl_budget": 0.3,
+        "kl_at_1": final.per_token,
+        "kl_per_character": final.per_character,
+        "tokens": final.tokens,
+        "prompts": 4,
+        "prompts_sha256": hashlib.sha256(json.dumps(PROMPTS[:4]).encode()).hexdigest(),
+        "unreached": False,
+        "texts": 10,
+        "seed": 3,
+        "perplexity_bound": 1.4,
+        "curve": curve_record(curve),
+    }
+    assert found.max_strength == max(0.1, safe_strength(curve, 1.4))
+    steps = [min(done, 15) for done in range(1, len(evaluations) + 1)]
+    assert [call for call in calls if call[0] == "calibrate"] == [("calibrate", done, 16) for done in [*steps, 16]]
+    assert {call[0] for call in calls} > {"calibrate"}  # the curve reports too
+
+
+def test_calibrate_uses_its_settings_and_the_rows_that_are_new(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch)
+    pairs = pairs_of(40)
+    profile = replace(fit(lm, None, pairs, layers="1", name="kind", calibrate=False), metrics={"notes": ["kept"]})
+    settings = CalibrationSettings(kl_budget=0.05, perplexity_bound=1.6, seed=5)
+    calls: list[str] = []
+    found = calibrate(lm, profile, pairs, settings, progress=lambda stage, *_: calls.append(stage))
+    _, fresh = trained_and_fresh(profile, encode_corpus(lm.tokenizer, pairs, limit=None))
+    prompts = prompts_with_room(lm, fresh.pairs, room=48, seed=5)
+    expected = calibrate_on(lm, profile, prompts, kl_budget=0.05, perplexity_bound=1.6, seed=5)
+    assert found.calibration == expected.calibration
+    assert (found.unit, found.max_strength) == (expected.unit, expected.max_strength)
+    with steerable(lm) as steered:
+        report = propensity_report(steered, expected, fresh.sides())
+    assert found.metrics == {"notes": ["kept"], "propensity": report}
+    assert "calibrate" in calls
+
+
+def test_calibrate_leaves_out_long_rows_and_takes_another_model_if_told(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch)
+    pairs = pairs_of(24)
+    profile = fit(lm, None, pairs, layers="1", name="kind", calibrate=False)
+    long = replace(pairs.positives[0], completion="warm " * 300)
+    pairs = replace(pairs, positives=(long, *pairs.positives[1:]), sha256="1" * 64)
+    with pytest.raises(DataError, match="has 308 tokens, but the model's context holds 256"):
+        calibrate(lm, profile, pairs)
+    other = replace(lm, identity=replace(lm.identity, fingerprint="0" * 64))
+    settings = CalibrationSettings(skip_long_rows=True, allow_model_mismatch=True)
+    assert calibrate(other, profile, pairs, settings).calibration["prompts"] == 23
 
 
 def pairs_of(rows: int, start: int = 0) -> Preferences:

@@ -17,9 +17,7 @@ from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sides import Sides
 from steering_vectors.data.sources import load_pairs
 from steering_vectors.errors import DataError, FitError, ProfileError
-from steering_vectors.fitting import layers as layer_choice
 from steering_vectors.fitting.fit import fit
-from steering_vectors.fitting.layers import Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.curve import CurvePoint, safe_strength
 from steering_vectors.measures.propensity import propensity, token_log_odds
@@ -28,9 +26,6 @@ from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.files import load_profile, save_profile
 from steering_vectors.profiles.profile import Profile
-from tests.support.planted import BAD as BAD_LETTER
-from tests.support.planted import GOOD as GOOD_LETTER
-from tests.support.planted import planted_model, planted_task
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -94,47 +89,6 @@ def test_auto_chooses_a_window_on_rows_of_its_own(lm: LanguageModel) -> None:
     assert profile.layers == ((0, 1) if wider else (int(best),))
     assert (profile.data["train_rows"], profile.data["choice_rows"], profile.data["heldout_rows"]) == (48, 6, 6)
     assert profile.metrics["notes"][0] == "only 60 rows: below 100 the direction and the metrics are noisy"
-
-
-@pytest.mark.parametrize(
-    ("blocks", "last"), [(1, 0), (2, 0), (3, 1), (7, 4), (8, 5), (10, 7), (20, 16), (32, 26), (80, 67)]
-)
-def test_the_last_blocks_are_no_candidates(blocks: int, last: int) -> None:
-    assert candidate_layers(blocks) == tuple(range(last + 1))
-
-
-def planted_choice(monkeypatch: pytest.MonkeyPatch, sign: int) -> LayerChoice:
-    """Of eight blocks six are candidates; block 3 has the planted direction, the others have random ones."""
-    monkeypatch.setattr(layer_choice, "READ_TEXTS", 16)
-    monkeypatch.setattr(layer_choice, "READ_TOKENS", 12)
-    lm, axis = planted_model(num_hidden_layers=8)
-    statistics = planted_task(lm, "mean-diff", candidate_layers(lm.num_layers)).statistics
-    draw = torch.Generator().manual_seed(7)
-    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in statistics}
-    directions = {layer: direction / direction.norm() for layer, direction in directions.items()} | {3: sign * axis}
-    norms = {layer: one.residual_norm for layer, one in statistics.items()}
-    profile = Profile("planted", lm.identity, directions, "made", residual_norms=norms)
-    odds = torch.zeros(lm.vocab_size)
-    for letter, value in ((GOOD_LETTER, 2.0), (BAD_LETTER, -2.0)):
-        odds[lm.tokenizer.encode(letter, add_special_tokens=False)] = value
-    prompts = [lm.tokenizer(f"Ask {row} again, ")["input_ids"] for row in range(12)]
-    with steerable(lm) as steered:
-        return choose_layers(steered, profile, Evidence(prompts, odds), kl_budget=0.1)
-
-
-def test_the_block_that_has_the_planted_direction_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A score of 1 means that it is the best block by both shifts, and that both are positive."""
-    choice = planted_choice(monkeypatch, 1)
-    assert choice.layers == (3,)
-    assert choice.scores[3,] == 1
-    assert {window for window in choice.scores if len(window) == 1} == {(layer,) for layer in range(6)}
-    assert max(score for window, score in choice.scores.items() if 3 not in window) < 0.8
-
-
-def test_a_block_that_has_the_opposite_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = planted_choice(monkeypatch, -1)
-    assert 3 not in choice.layers
-    assert choice.scores[3,] == min(score for window, score in choice.scores.items() if len(window) == 1) < 0
 
 
 def test_equal_arguments_give_bitwise_equal_profiles(lm: LanguageModel, tmp_path: Path) -> None:
@@ -234,31 +188,6 @@ def test_what_is_refused(lm: LanguageModel, options: dict[str, Any], error: type
 def test_a_bare_model_needs_its_tokenizer(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="pass the tokenizer as the second argument"):
         fit(lm.model, None, preferences())
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [("auto", None), ("3", (3,)), ("1-3", (1, 2, 3)), ("5,3, 3", (3, 5)), ("0-1,4", (0, 1, 4)), ([2, 0], (0, 2))],
-)
-def test_layers_are_read(text: str | list[int], layers: tuple[int, ...] | None) -> None:
-    assert parse_layers(text, 8) == layers
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("8", "layer 8 is out of range: this model has blocks 0 to 7"),
-        ("5-12", "layer 8 is out of range: this model has blocks 0 to 7"),
-        ("3-1", "layers '3-1': 3-1 runs downwards; write 1-3"),
-        ("", "layers '' cannot be read; write auto, 12, 10-20"),
-        ("-1", "layers '-1' cannot be read"),
-        ("middle", "layers 'middle' cannot be read"),
-        ([], "the list of layers is empty"),
-    ],
-)
-def test_layers_that_cannot_be_read(text: str | list[int], message: str) -> None:
-    with pytest.raises(FitError, match=message):
-        parse_layers(text, 8)
 
 
 def test_token_log_odds() -> None:
