@@ -147,6 +147,8 @@ def test_a_repeated_profile_is_refused() -> None:
         mix((WARM, 0.5), (TERSE, 0.1), (WARM, -0.5))
     assert str(refusal.value) == "profile 'warm' occurs twice in one steering"
     assert refusal.value.param == "terms"
+    with pytest.raises(SteeringError, match="profile 'warm' occurs twice"):
+        mix((TERSE, 0.1), (WARM, 0.5), (WARM, -0.5))
 
 
 def test_apply_to_is_checked() -> None:

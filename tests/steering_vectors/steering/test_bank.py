@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from steering_vectors.errors import SteeringError
 from steering_vectors.models.blocks import find_blocks
 from steering_vectors.models.hooks import record
+from steering_vectors.models.loading import wrap_model
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 from steering_vectors.steering.bank import SteeringBank
 from tests.support.tiny import HIDDEN, STEERABLE, tiny_model
 from tests.support.tiny_profiles import tiny_profile
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 TUPLES = ("gpt2", "gptj", "bloom", "mpt", "rwkv")
 IDS = torch.randint(2, 300, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -302,6 +304,72 @@ def test_a_block_that_claims_its_shifts_gets_them_once() -> None:
             assert torch.equal(outputs(model)[1], expected)
         with bank.step(slice(0, 1), torch.ones(1, 10, dtype=torch.bool)):
             assert bank.claim(1, 1) is None  # the hook has the positions
+
+
+def test_what_a_block_may_claim() -> None:
+    bank = AcceleratedBank([torch.nn.Identity()] * 3, rows=2, hidden_size=HIDDEN, dtype=torch.float32)
+    bank.write(0, mix((WARM, 1.0)))
+    with bank.step(slice(0, 2)):
+        claimed = bank.claim(1, 2)
+        assert claimed is not None
+        assert torch.equal(claimed, bank.shift[1].unsqueeze(1))
+        assert bank.claim(0, 2) is None  # nothing to add at this block
+    with bank.step(slice(0, 2), always=True):
+        zeros = bank.claim(0, 2)
+        assert zeros is not None
+        assert not zeros.any()
+    with bank.step(slice(0, 2)):
+        assert bank.claim(0, 2) is None
+
+
+def test_nothing_is_claimed_in_a_pass_that_steers_nothing() -> None:
+    model, found = tiny_model("llama"), list[torch.Tensor | None]()
+    block = blocks_of(model)[1]
+    plain = block.forward
+
+    def claims(*args: object, **kwargs: object) -> torch.Tensor:
+        found.append(bank.claim(1, 3))
+        hidden: torch.Tensor = plain(*args, **kwargs)
+        return hidden
+
+    with accelerated(model, Mixture()) as bank, bank.steps(model, lambda *_: None):
+        block.forward = claims
+        model(IDS)
+    assert found == [None]
+
+
+@pytest.mark.parametrize("kind", [SteeringBank, AcceleratedBank])
+def test_a_bank_over_a_model_has_its_shape_dtype_and_device(kind: type[SteeringBank]) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    lm = wrap_model(model, tiny_tokenizer())
+    bank = kind.over(lm, rows=4)
+    assert (bank.shift.shape, bank.shift.dtype) == ((3, 4, HIDDEN), torch.bfloat16)
+    bank.write(2, mix((WARM, 1.0)))
+    bank.attach()
+    before, _ = outputs(model)
+    with bank.step(slice(2, 3)):
+        after, _ = outputs(model)
+    bank.detach()
+    assert torch.equal(after[1], before[1] + bank.shift[1, 2])
+    assert kind.over(replace(lm, model=model.to("meta")), rows=1).shift.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", [SteeringBank, AcceleratedBank])
+def test_a_watcher_is_called_before_each_change(kind: type[SteeringBank]) -> None:
+    bank = empty_bank(2, torch.float32, kind)
+    calls: list[tuple[int, Mixture | None, float]] = []
+    bank.watch(lambda row, mixture: calls.append((row, mixture, float(bank.shift[:, row].abs().sum()))))
+    mixes = [mix((EVERYWHERE, strength)) for strength in (1.0, 0.5)]
+    sizes = [0.0]
+    for mixture in mixes:
+        bank.write(1, mixture)
+        sizes.append(float(bank.shift[:, 1].abs().sum()))
+    bank.clear(1)
+    assert [(row, mixture) for row, mixture, _ in calls] == [(1, mixes[0]), (1, mixes[1]), (1, None)]
+    assert [size for *_, size in calls] == sizes
+    with pytest.raises(SteeringError):
+        bank.write(1, Mixture((Term(WARM, 1e39),), allow_beyond_safe=True))
+    assert len(calls) == 3  # nothing changed
 
 
 def test_rewriting_and_clearing_leave_nothing_behind() -> None:
