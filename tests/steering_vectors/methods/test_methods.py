@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from steering_vectors.measures.activations import LayerStatistics, capture
 from steering_vectors.methods import Method, Task, method_named, method_names, register
 from steering_vectors.methods.pca import first_component, principal_difference
 from steering_vectors.methods.probe import probe_normal
+from steering_vectors.methods.registry import option, per_layer
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -155,3 +159,96 @@ def test_the_registry_lists_and_refuses() -> None:
         method_named("magic")
     with pytest.raises(ValueError, match="registered already"):
         register(Method("pca", lambda task: {}))
+
+
+def test_a_refusal_names_the_method_and_all_others() -> None:
+    with pytest.raises(FitError) as refusal:
+        method_named("magic")
+    assert refusal.value.message == f"method 'magic' is not one of {', '.join(method_names())}"
+    with pytest.raises(ValueError, match=r"^method 'pca' is registered already$"):
+        register(Method("pca", lambda task: {}))
+
+
+def test_the_layers_of_a_task_are_those_wanted_or_those_with_statistics(lm: LanguageModel) -> None:
+    statistics, _ = planted(True)
+    assert Task(lm, {2: statistics, 0: statistics}).layers == (0, 2)
+    assert Task(lm, {2: statistics}, wanted=(1, 0)).layers == (1, 0)
+
+
+def test_a_method_per_layer_reads_each_layer_and_returns_float32(lm: LanguageModel) -> None:
+    method = per_layer("own", lambda one: one.difference * 2, needs_sample=True, direction="twice", paper="none")
+    statistics = {layer: planted(True, seed=layer)[0] for layer in (2, 0)}
+    found = method.find(Task(lm, statistics))
+    assert list(found) == [0, 2]
+    for layer, direction in found.items():
+        assert torch.equal(direction, (statistics[layer].difference * 2).float())
+    assert (method.name, method.needs_sample, method.direction, method.paper) == ("own", True, "twice", "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    word: str = option("a", "A word.")
+    count: int = option(2, "A number.")
+    rate: float = option(0.5, "A rate.")
+
+
+OWN = Method("own", lambda task: {}, options=Options, direction="d", paper="p")
+
+
+def test_a_method_describes_itself_and_its_options() -> None:
+    assert OWN.describe() == {
+        "name": "own",
+        "direction": "d",
+        "paper": "p",
+        "layers": "candidates",
+        "options": [
+            {"name": "word", "type": "str", "default": "a", "help": "A word."},
+            {"name": "count", "type": "int", "default": 2, "help": "A number."},
+            {"name": "rate", "type": "float", "default": 0.5, "help": "A rate."},
+        ],
+    }
+    bare = Method("bare", lambda task: {}, layers=lambda count: (count,)).describe()
+    assert (bare["layers"], bare["options"]) == ("middle", [])
+
+
+def test_options_are_completed_and_converted() -> None:
+    assert OWN.complete({}) == {"word": "a", "count": 2, "rate": 0.5}
+    found = OWN.complete({"word": "3", "count": "3", "rate": "3"})
+    assert found == {"word": "3", "count": 3, "rate": 3.0}
+    assert [type(value) for value in found.values()] == [str, int, float]
+    assert type(OWN.complete({"rate": 3})["rate"]) is float
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": "many"}, "option count is 'many', which is not of type int"),
+        ({"count": 3.0}, "option count is 3.0, which is not of type int"),
+        ({"count": True}, "option count is True, which is not of type int"),
+        ({"word": 3}, "option word is 3, which is not of type str"),
+        ({"rate": "fast"}, "option rate is 'fast', which is not of type float"),
+        ({"colour": "red"}, "own has no option 'colour'; it has word, count, rate"),
+    ],
+)
+def test_options_that_are_refused(given: dict[str, str | int | float], message: str) -> None:
+    with pytest.raises(FitError) as refusal:
+        OWN.complete(given)
+    assert refusal.value.message == message
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("find_one", [principal_difference, probe_normal])
+def test_sides_that_are_equal_have_the_zero_direction(
+    find_one: Callable[[LayerStatistics], torch.Tensor], paired: bool
+) -> None:
+    rows = torch.ones(4, HIDDEN)
+    assert not find_one(statistics_of(rows, rows, paired)).any()
+
+
+def test_the_first_component_is_a_unit_vector_for_any_number_of_rows() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for count in (1, HIDDEN - 1, HIDDEN, HIDDEN + 1):
+        rows = torch.randn(count, HIDDEN, generator=draw).double()
+        component = first_component(rows)
+        assert float(component.norm()) == pytest.approx(1)
+        assert float((rows @ component).norm()) == pytest.approx(float(torch.linalg.svdvals(rows)[0]))

@@ -21,6 +21,8 @@ from steering_vectors.methods.rahf import DualOptions, contrastive_loss, dual_tu
 from steering_vectors.methods.tuned import TuningOptions, drawn, mean_log_likelihoods, tuned_weights
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.tuning.paired_reading import Twin, plain_twin
+from steering_vectors.tuning.trainable_weights import LoraShape
+from steering_vectors.tuning.training import TrainingSchedule
 from tests.support.planted import GOOD, OPTIONS, planted_model, planted_task
 
 TUNED = ("rahf-scit", "rahf-dual")
@@ -269,6 +271,64 @@ def test_options_are_read_and_checked() -> None:
         method_named("rahf-scit").find(replace(task, options={**task.options, "instruction": "upper"}))
     with pytest.raises(FitError, match="option batch must be positive"):
         TuningOptions(epochs=-1.0).schedule(10)
+
+
+@pytest.mark.parametrize(("field", "value"), [("beta", 0.0), ("epochs", 0.0), ("step", 0.0), ("batch", 0)])
+def test_options_of_bipo_must_be_positive(field: str, value: float) -> None:
+    task = planted_task(planted_model()[0], "bipo", rows=2)
+    with pytest.raises(FitError) as refusal:
+        method_named("bipo").find(replace(task, options={**task.options, field: value}))
+    assert refusal.value.message == "options beta, epochs, batch and step must be positive"
+
+
+def test_bipo_reports_each_step() -> None:
+    task, calls = planted_task(planted_model()[0], "bipo", rows=3), list[tuple[str, int, int]]()
+    options = {**task.options, "epochs": 0.5, "batch": 1}
+    method_named("bipo").find(replace(task, options=options, progress=lambda *call: calls.append(call[:3])))
+    assert calls == [("train block 1", 1, 2), ("train block 1", 2, 2)]
+
+
+def test_bipo_needs_no_prompt() -> None:
+    """Without one, all tokens but the first are trained on."""
+    lm, _ = planted_model()
+    task = planted_task(lm, "bipo", rows=2)
+    options = {**task.options, "epochs": 1.0}
+    sides = [[(ids, start) for ids, _ in side] for side in (task.positive_ids, task.negative_ids) for start in (0, 1)]
+    found = [
+        method_named("bipo").find(replace(task, positive_ids=sides[n], negative_ids=sides[n + 2], options=options))[1]
+        for n in (0, 1)
+    ]
+    assert torch.equal(*found)
+
+
+def test_learning_rates_and_steps() -> None:
+    assert TuningOptions(epochs=1.0).schedule(33) == TrainingSchedule(3, 1e-3)
+    assert TuningOptions(epochs=1.0, batch=1, tuning="full").schedule(33) == TrainingSchedule(33, 2e-5)
+    assert TuningOptions(epochs=1e-9, learning_rate=0.5).schedule(33) == TrainingSchedule(1, 0.5)
+    for options in (TuningOptions(batch=0), TuningOptions(epochs=-1.0)):
+        with pytest.raises(FitError) as refusal:
+            options.schedule(10)
+        assert refusal.value.message == "option batch must be positive, and epochs must not be negative"
+
+
+def test_a_lora_cannot_stand_beside_full_tuning() -> None:
+    task = planted_task(planted_model()[0], "rahf-dual")
+    options = DualOptions(**{**task.options, "tuning": "full"})
+    with (
+        pytest.raises(FitError) as refusal,
+        tuned_weights(task, options, ["good"], {"x": LoraShape(rank=1, alpha=2, targets="all-linear", last_block=1)}),
+    ):
+        pass
+    assert refusal.value.message == "a LoRA cannot be fitted to a fully tuned model; use option tuning=lora"
+
+
+def test_samples_are_drawn_from_the_seed_and_the_epoch() -> None:
+    expected = []
+    for epoch in range(3):
+        order = list(range(5))
+        random.Random(f"7-{epoch}").shuffle(order)
+        expected += order
+    assert [one for step in range(5) for one in drawn(list(range(5)), 3, step, 7)] == expected
 
 
 def test_small_data_is_gone_through_more_often() -> None:
