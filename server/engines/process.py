@@ -305,6 +305,7 @@ class _Child:
         self._happened: list[Any] = []
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, asyncio.Task[None]] = {}
+        self._ids: dict[int, list[str]] = {}  # of the streams
 
     async def run(self, reader: asyncio.StreamReader) -> None:
         """Carry out calls until the parent closes the connection."""
@@ -320,10 +321,17 @@ class _Child:
         await self._engine.close()
 
     def _drop(self, number: int) -> None:
-        """Nobody waits for a call any more: cancel it, and what it began."""
-        for known in (self._tasks, self._streams):
-            if (task := known.get(number)) is not None:
-                task.cancel()
+        """Nobody waits for a call any more: cancel it, or what it began. The last events of what it began are sent all
+        the same, since the parent learns from them that it has ended."""
+        if number in self._ids:
+            self._tasks[-number - 1] = asyncio.create_task(self._cancel(number))
+        elif (task := self._tasks.get(number)) is not None:
+            task.cancel()
+
+    async def _cancel(self, number: int) -> None:
+        for name in self._ids.get(number, ()):
+            await self._engine.cancel(name)
+        self._tasks.pop(-number - 1, None)
 
     async def _answer(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         value: Any = None
@@ -337,6 +345,7 @@ class _Child:
             error = _sendable(failure)
         if method == "submit" and error is None:
             self._happen((number, None, None))
+            self._ids[number] = [name for request in arguments[0] for name in request.ids]
             self._streams[number] = asyncio.create_task(self._forward(number, value))
         else:
             self._happen((number, value, error))
@@ -347,7 +356,7 @@ class _Child:
                 self._happen(event)
         finally:
             await stream.aclose()
-            self._streams.pop(number, None)
+            del self._streams[number], self._ids[number]
 
     def _happen(self, item: tuple[int, Any, Exception | None] | Event) -> None:
         """Send an answer or an event at the end of this turn, with all others of the turn."""

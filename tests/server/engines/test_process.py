@@ -133,6 +133,29 @@ def test_the_server_answers_while_the_child_is_started_again(tmp_path: Path) -> 
     asyncio.run(main())
 
 
+def test_a_submit_that_nobody_waits_for_is_seen_to_end() -> None:
+    """Its caller is cancelled when the child has accepted it, and the parent does not know that yet."""
+
+    async def main() -> None:
+        engine = await ProcessEngine.start(make)
+        try:
+            asked = request(PROMPT, **ENDLESS)
+            stream = await engine.submit([asked])
+            while not engine.stats().running:
+                await asyncio.sleep(0.001)
+            engine._forget(asked.ids)
+            engine._send("drop", engine._next_call - 1)
+            while engine.stats().running:
+                await asyncio.sleep(0.001)
+            assert set(engine.stats().finished) <= {"cancelled", "length"}
+            await stream.aclose()
+            assert (await outcome(engine, request(PROMPT, max_tokens=2))).end.reason in ("length", "stop")
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
 def test_a_child_ends_with_its_parent() -> None:
     async def main() -> int:
         engine = await ProcessEngine.start(make)
