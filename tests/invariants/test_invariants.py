@@ -53,8 +53,8 @@ def engine_step(language_model: LanguageModel, bank: AcceleratedBank) -> torch.T
     runner = choose_runner(language_model, bank, context=64)
     first, second = prompts(language_model, [9, 5])
     with torch.inference_mode():
-        prefill = runner.forward([RowInput(0, first, 0, 8), RowInput(1, second, 0, 4)])
-        decode = runner.forward([RowInput(0, [7], 9, 8), RowInput(1, [11], 5, 4)])
+        prefill = runner.forward([RowInput(0, first, 0, 8), RowInput(1, second, 0, 4)]).logits
+        decode = runner.forward([RowInput(0, [7], 9, 8), RowInput(1, [11], 5, 4)]).logits
     runner.close()
     return torch.cat([prefill, decode])
 
