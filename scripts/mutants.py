@@ -51,7 +51,7 @@ TESTS = {
     "server/generation": ["tests/server/generation/test_steering_grammar.py"],
 }
 KILLED, ALIVE = ("killed", "timeout", "segfault", "suspicious"), ("survived", "no tests")
-ENVIRONMENT = {
+ENVIRONMENT = {  # of the tests
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
@@ -97,7 +97,7 @@ def main(
     results: dict[str, Verdicts] = {}
     for folder in dict.fromkeys(Path(file).parent.as_posix() for file in chosen):
         files = [file for file in chosen if Path(file).parent.as_posix() == folder]
-        work = prepare(folder, keep=[] if survivors or resume else files)
+        work = prepare(folder, forget=[] if survivors or resume else files)
         with chdir(work):
             reset_config()
             names = {file: select(file, sample, random.Random(f"{seed} {file}"), survivors, resume) for file in files}
@@ -118,8 +118,11 @@ def read_list() -> tuple[dict[str, Any], dict[Key, str]]:
     return document, reasons
 
 
-def prepare(folder: str, keep: Iterable[str]) -> Path:
-    """The folder's work directory: links to the checkout, and a pyproject.toml with the folder's files and tests."""
+def prepare(folder: str, forget: Iterable[str]) -> Path:
+    """The folder's work directory: links to the checkout, and a pyproject.toml with the folder's files and tests.
+
+    The results of the files in `forget` are dropped.
+    """
     work = WORK / folder.replace("/", ".")
     work.mkdir(parents=True, exist_ok=True)
     for name in ("tests", *SETTINGS["source_paths"], *SETTINGS["also_copy"]):
@@ -134,10 +137,10 @@ def prepare(folder: str, keep: Iterable[str]) -> Path:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     text = re.sub(r"^\[tool\.mutmut\].*\n(?:(?!\[).*\n)*", "", text, flags=re.MULTILINE)
     (work / "pyproject.toml").write_text(f"{text}\n{section}\n", encoding="utf-8")
-    # mutmut never forgets a removed test or a test's old coverage by itself
+    # mutmut copies new tests over the old ones, and does not measure again which functions a changed test calls
     shutil.rmtree(work / "mutants/tests", ignore_errors=True)
     (work / "mutants/mutmut-stats.json").unlink(missing_ok=True)
-    for file in keep:
+    for file in forget:
         for suffix in ("", ".meta", ".spans"):
             (work / "mutants" / f"{file}{suffix}").unlink(missing_ok=True)
     return work
