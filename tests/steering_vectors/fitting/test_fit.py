@@ -212,7 +212,7 @@ def test_the_demo_model_is_steered_towards_its_preferences(demo: LanguageModel) 
     corpus = encode_corpus(demo.tokenizer, pairs, limit=None)
     rows = Sides(corpus.sides().positives[160:168], corpus.sides().negatives[160:168], True)
     odds = token_log_odds(corpus.sides(), demo.vocab_size)
-    prompts = sampling_prompts(demo.tokenizer, pairs, most=24, seed=1)
+    prompts = sampling_prompts(demo.tokenizer, pairs, max_tokens=24, seed=1)
 
     def rise(one: Profile, measure: Callable[[], float]) -> float:
         seen = []

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.errors import ModelError
 from steering_vectors.measures.steered_model import steerable
@@ -74,8 +75,8 @@ def test_calibration_and_serving_end_texts_at_the_same_tokens(
 def test_a_served_model_has_the_context_of_the_fitted_one() -> None:
     lm = wrap_model(tiny_model("llama", max_position_embeddings=48), tiny_tokenizer())
     assert context_limit(lm) == 48
-    engine = TorchEngine(lm, slots=2)
-    assert engine.stats().context == 48
+    engine = TorchEngine(lm, EngineConfig(slots=2))
+    assert engine.info.context == 48
     asyncio.run(engine.close())
 
 

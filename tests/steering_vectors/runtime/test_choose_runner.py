@@ -14,7 +14,7 @@ from steering_vectors.runtime.choose_runner import choose_runner, disagreement
 from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
 from steering_vectors.runtime.runner import BatchedRunner
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
-from tests.support.running import mixture, prompts, random_profile, reference_ids, request, run_all
+from tests.support.running import plan, prompts, random_profile, reference_ids, request, run_all
 from tests.support.tiny import OTHERS, REQUIRED, STEERABLE, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -61,7 +61,7 @@ def test_greedy_text_equals_transformers(architecture: str) -> None:
     expected = [reference_ids(language_model, ids, 24) for ids in rows]
     profile = random_profile(language_model, scale=2.0)
     requests = [request(ids, max_tokens=24, ignore_eos=True) for ids in rows]
-    neighbours = [request(ids, mixture(profile, (-1.0) ** i), max_tokens=30) for i, ids in enumerate(rows)]
+    neighbours = [request(ids, plan(profile, (-1.0) ** i), max_tokens=30) for i, ids in enumerate(rows)]
     alone = run_all(language_model, requests[:1], slots=1, context=96)
     together = run_all(language_model, [*neighbours, *requests], slots=8, context=96, prefill_chunk=16)
     assert alone[0].ids == expected[0]
@@ -92,7 +92,7 @@ def test_fallbacks_steer_and_equal_transformers(architecture: str) -> None:
     expected = [reference_ids(language_model, ids, 12) for ids in rows]
     profile = random_profile(language_model, scale=3.0)
     plain = [request(ids, max_tokens=12, ignore_eos=True) for ids in rows]
-    steered = [request(ids, mixture(profile), max_tokens=12, ignore_eos=True) for ids in rows]
+    steered = [request(ids, plan(profile), max_tokens=12, ignore_eos=True) for ids in rows]
     outcomes = run_all(language_model, [*plain, *steered], slots=3, context=64)
     assert [one.ids for one in outcomes[:2]] == expected
     assert [one.ids for one in outcomes[2:]] != expected

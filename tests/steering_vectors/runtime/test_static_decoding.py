@@ -16,7 +16,7 @@ from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput
 from steering_vectors.runtime.static_decoding import Replay, StaticRunner, bucket, run_as_it_is
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
-from tests.support.running import attached_bank, mixture, prompts, random_profile, reference_ids, request, run_all
+from tests.support.running import attached_bank, mixture, plan, prompts, random_profile, reference_ids, request, run_all
 from tests.support.tiny import REQUIRED, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -168,9 +168,9 @@ def test_an_engine_over_static_buffers_writes_what_generate_writes() -> None:
     rows = prompts(language_model, [11, 3, 30, 19])
     profile = random_profile(language_model, scale=2.0)
     plain = [request(ids, max_tokens=24, ignore_eos=True) for ids in rows]
-    steered = [request(ids, mixture(profile, (-1.0) ** i), max_tokens=30) for i, ids in enumerate(rows)]
+    steered = [request(ids, plan(profile, (-1.0) ** i), max_tokens=30) for i, ids in enumerate(rows)]
     options = {"slots": 5, "context": 96, "prefill_chunk": 16}
-    found = run_all(language_model, [*plain, *steered], static_decoding=True, **options)
+    found = run_all(language_model, [*plain, *steered], cuda_graphs=True, **options)
     assert [one.ids for one in found[:4]] == [reference_ids(language_model, ids, 24) for ids in rows]
     expected = run_all(language_model, steered, **options)
     assert [one.ids for one in found[4:]] == [one.ids for one in expected]

@@ -23,7 +23,7 @@ from steering_vectors.runtime.cpu.packing import pack, packs
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, quantize
 from steering_vectors.runtime.runner import RowInput
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
-from tests.support.running import mixture, prompts, random_profile, request, run_all
+from tests.support.running import mixture, plan, prompts, random_profile, request, run_all
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -295,7 +295,7 @@ def test_fused_blocks_write_what_plain_ones_write(architecture: str, dtype: torc
     assert not can_fuse(fused.blocks)  # the weights are not packed
     pack(fused.model)
     profile = random_profile(plain, scale=2.0)
-    rows = zip(prompts(plain, [9, 20, 5]), (None, mixture(profile), mixture(profile, -1.0)), strict=True)
+    rows = zip(prompts(plain, [9, 20, 5]), (None, plan(profile), plan(profile, -1.0)), strict=True)
     wanted = [request(ids, steering, max_tokens=20, ignore_eos=True) for ids, steering in rows]
     found, expected = (run_all(one, wanted, slots=2, context=64) for one in (fused, plain))
     assert can_fuse(fused.blocks)
@@ -365,6 +365,6 @@ def test_the_engine_reports_whether_blocks_are_fused(architecture: str, path: st
     language_model = wrap_model(tiny_model(architecture), tiny_tokenizer())
     pack(language_model.model)
     engine = TorchEngine(language_model, EngineConfig(slots=2, context=64))
-    assert engine.stats().path == path
+    assert engine.info.path == path
     asyncio.run(engine.close())
     assert all("forward" not in vars(block) for block in language_model.blocks)  # restored

@@ -15,7 +15,7 @@ from torch import nn
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
 from steering_vectors.runtime.cpu.packing import PackedLinear, pack, packs
-from tests.support.running import mixture, prompts, random_profile, request, run_all
+from tests.support.running import plan, prompts, random_profile, request, run_all
 from tests.support.tiny import STEERABLE, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -126,7 +126,7 @@ def test_greedy_tokens_stay_the_same(architecture: str) -> None:
     profile = random_profile(plain, scale=2.0)
 
     def texts(language_model: LanguageModel) -> list[tuple[int, ...]]:
-        rows = zip(prompts(plain, [9, 20, 5]), (None, mixture(profile), mixture(profile, -1.0)), strict=True)
+        rows = zip(prompts(plain, [9, 20, 5]), (None, plan(profile), plan(profile, -1.0)), strict=True)
         wanted = [request(ids, steering, max_tokens=20, ignore_eos=True) for ids, steering in rows]
         return [one.ids for one in run_all(language_model, wanted, slots=2, context=64)]
 
