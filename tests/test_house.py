@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("steering_vectors", "server")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

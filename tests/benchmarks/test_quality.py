@@ -25,6 +25,8 @@ from steering_vectors.profiles.profile import Profile
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 STEPS = dose_response.STRENGTHS
 PROMPTS = [[0, *range(first, first + 4)] for first in range(20, 44)]
 

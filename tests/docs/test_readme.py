@@ -21,6 +21,8 @@ from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import save_profile
 from tests.support.serving import demo_engine, live_server, random_profile
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

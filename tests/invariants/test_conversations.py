@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.serving import demo_engine, live_server, save_profiles
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     "How do I bake a loaf of bread that stays soft for days?",
     "And what about the crust, can it be made thinner?",

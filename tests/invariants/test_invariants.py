@@ -36,6 +36,8 @@ from tests.support.running import (
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["llama", "mistral", "gpt2", "falcon_alibi", "gpt_oss", "jamba"]
 
 

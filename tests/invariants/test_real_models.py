@@ -17,6 +17,8 @@ from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, load_model
 from tests.support.serving import live_server, save_profiles
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 200
 PROMPT = "Once upon a time, there was a"
 NAMES = [f"p{index}" for index in range(8)]

@@ -25,6 +25,8 @@ from steering_vectors.profiles.files import save_profile
 from tests.support.running import HeldEngine
 from tests.support.serving import demo_engine, live_server, random_profile, save_profiles, until
 
+pytestmark = pytest.mark.slow
+
 MESSAGES: list[Any] = [{"role": "user", "content": "How do I bake bread?"}]
 NAMES = [f"p{index}" for index in range(8)]
 ENDLESS = {"prompt": "Bread is", "max_tokens": 500, "ignore_eos": True}

@@ -23,6 +23,8 @@ from server.settings import (
 )
 from tests.support.malformed import says
 
+pytestmark = pytest.mark.slow
+
 
 def test_defaults() -> None:
     settings = load_settings()

@@ -22,6 +22,8 @@ from server.settings import Settings
 from tests.support.running import HeldEngine
 from tests.support.serving import client_fixture, engine_fixture, live_server, profiles_fixture, until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
 SCHEMAS = DOCUMENT["components"]["schemas"]

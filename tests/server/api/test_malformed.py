@@ -14,6 +14,8 @@ from tests.support.answer_mutations import check, examples, requests
 from tests.support.malformed import CASES, Case, says
 from tests.support.serving import client_fixture, engine_fixture, profiles_fixture
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
 
 engine = engine_fixture(slots=2, context=64, max_queue=4)

@@ -32,6 +32,8 @@ from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import load_model
 from tests.support.serving import live_server, save_profiles, until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 FIRST, SECOND = "How do I bake bread?", "And tea?"
 GREEDY = ("--temperature", "0", "--max-tokens", "24")

@@ -23,6 +23,8 @@ from steering_vectors.profiles.files import save_profile
 from tests.support.contract import make_engine, tiny_language_model
 from tests.support.running import load, outcome, plan, random_profile, request, submit
 
+pytestmark = pytest.mark.slow
+
 PROMPT = (20, 31, 42, 53, 64, 75)
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_tokens": None}
 make = partial(make_engine, EngineConfig(slots=2, context=250))

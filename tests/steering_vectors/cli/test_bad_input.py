@@ -16,6 +16,8 @@ from steering_vectors.profiles.files import load_profile
 from tests.support.full_disk import full_disk
 from tests.support.tiny import POSITIONS, save_tiny
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 app = typer.Typer()

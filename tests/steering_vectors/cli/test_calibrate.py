@@ -11,6 +11,8 @@ import pytest
 from steering_vectors.profiles.files import load_profile
 from tests.steering_vectors.cli.conftest import Run
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_profile_is_replaced(run: Run, tiny: Path, pairs: Path, warm: Path, tmp_path: Path) -> None:
     shutil.copy(warm / "warm.safetensors", tmp_path)

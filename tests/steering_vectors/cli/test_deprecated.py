@@ -12,6 +12,8 @@ from steering_vectors.models.loading import load_model
 from tests.steering_vectors.cli.conftest import Run
 from tests.support.trust_files import write_all
 
+pytestmark = pytest.mark.slow
+
 
 def notice(old: str, new: str) -> str:
     return f"notice: `{old}` is now `{new}`; the old form will be removed in the next version\n"

@@ -15,6 +15,8 @@ from steering_vectors.evaluation.trust.suite import VERTICALS as ALL_VERTICALS
 from tests.steering_vectors.cli.conftest import Run
 from tests.support.trust_files import write_all
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--strengths", "-1,0,1", "--randoms", "1")
 
 

@@ -15,6 +15,8 @@ from steering_vectors.profiles.files import load_profile
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 app = typer.Typer()
 register(app)
 

@@ -15,6 +15,8 @@ from examples.demo_corpus.lexicon import list_phrases
 from examples.demo_corpus.preferences import AXIS_OF, Row
 from examples.demo_corpus.topics import TOPICS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "steering_vectors" / "demo"
 MODEL = DEMO / "model"

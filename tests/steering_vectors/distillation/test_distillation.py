@@ -27,6 +27,8 @@ from tests.support.tiny import tiny_model
 from tests.support.tiny_profiles import tiny_profile
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(3, 12).unsqueeze(0)
 BAKED = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "phi", "granite", "starcoder2", "codegen", "smollm3")
 FAST = DistillSettings(steps=60, batch=8, learning_rate=0.02, rank=8, targets="all-linear", dropout=0.0)

@@ -25,6 +25,8 @@ from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 STRENGTHS = (-1.0, 0.0, 1.0)
 
 

@@ -38,6 +38,8 @@ from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[0, *range(first, first + 3 + first % 4)] for first in range(20, 52)]
 
 

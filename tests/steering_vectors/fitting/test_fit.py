@@ -29,6 +29,8 @@ from steering_vectors.profiles.profile import Profile
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 GOOD, BAD = ("warm", "kindly", "please", "water"), ("wind", "three", "letter", "always")
 
 

@@ -32,6 +32,8 @@ from tests.support.planted import planted_model, planted_task
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 Window = tuple[int, ...]
 
 

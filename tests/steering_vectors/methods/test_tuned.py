@@ -25,6 +25,8 @@ from steering_vectors.tuning.trainable_weights import LoraShape
 from steering_vectors.tuning.training import TrainingSchedule
 from tests.support.planted import GOOD, OPTIONS, planted_model, planted_task
 
+pytestmark = pytest.mark.slow
+
 TUNED = ("rahf-scit", "rahf-dual")
 
 

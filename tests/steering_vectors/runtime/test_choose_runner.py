@@ -18,6 +18,8 @@ from tests.support.running import plan, prompts, random_profile, reference_ids, 
 from tests.support.tiny import OTHERS, REQUIRED, STEERABLE, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # Models without slot batching: recurrent and hybrid state, or masks and positions that they compute themselves.
 NOT_BATCHED = {
     "bamba": RowRunner,

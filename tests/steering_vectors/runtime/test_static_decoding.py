@@ -20,6 +20,8 @@ from tests.support.running import attached_bank, mixture, plan, prompts, random_
 from tests.support.tiny import REQUIRED, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SLOTS, CONTEXT = 6, 200
 # masks of every kind (sliding, ALiBi, sinks, chunked), learned positions, latent attention, experts
 ARCHITECTURES = (*REQUIRED, "bloom", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3")

@@ -17,6 +17,8 @@ from tests.support.parallel_worker import CONTEXT, SLOTS, requests
 from tests.support.running import run_all
 from tests.support.tiny import save_tiny
 
+pytestmark = pytest.mark.slow
+
 gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 
 

@@ -18,6 +18,8 @@ from steering_vectors.models.loading import wrap_model
 from tests.support.tiny import STEERABLE, tiny_blocks, tiny_model, tiny_tokenizer
 from tests.support.tiny_profiles import tiny_profile
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(2, 300, (2, 11), generator=torch.Generator().manual_seed(7))
 TOKENS = 12
 MIXES_ROWS = ("rwkv",)  # transformers' code for its state is wrong for more than one row

@@ -33,6 +33,8 @@ from steering_vectors.profiles.profile import Profile
 from tests.support.running import HeldEngine, load, plan, request, steps, submit
 from tests.support.serving import client_fixture, engine_fixture, profiles_fixture, until
 
+pytestmark = pytest.mark.slow
+
 LM = load_model("demo", dtype="float32")
 PROMPT = encode_prompt(LM.tokenizer, "Bread is baked in")
 GREEDY = SamplingParameters(temperature=0, max_tokens=24, ignore_eos=True)

@@ -31,6 +31,8 @@ from tests.support.serving import demo_engine, live_server, save_profiles
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import byte_fallback_tokenizer, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 MESSAGES: list[Any] = [{"role": "user", "content": "How do I bake bread?"}]
 HOT: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 400, "temperature": 1.5}
 RECIPE: dict[str, Any] = {

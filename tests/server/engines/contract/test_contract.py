@@ -38,6 +38,8 @@ from tests.support.running import load, outcome, outcomes, plan, random_profile,
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPT = (20, 31, 42, 53, 64, 75)
 FREE: dict[str, Any] = {"ignore_eos": True, "logit_bias": {POISON: -100.0}}
 ENDLESS: dict[str, Any] = {**FREE, "max_tokens": None}

@@ -23,6 +23,8 @@ from tests.support.tiny_profiles import NOWHERE, tiny_profile
 from tests.support.tiny_tokenizers import tiny_tokenizer
 from tests.support.trust_files import write_all
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
