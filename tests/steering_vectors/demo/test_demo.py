@@ -15,7 +15,7 @@ from examples.demo_corpus.lexicon import list_phrases
 from examples.demo_corpus.preferences import AXIS_OF, Row
 from examples.demo_corpus.topics import TOPICS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the corpus takes a minute to make
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "steering_vectors" / "demo"
