@@ -17,7 +17,7 @@ MIN_CONTEXT = 2
 def eos_ids(lm: LanguageModel) -> frozenset[int]:
     """The tokens that end a text, as in transformers' `generate`: those of the generation config.
 
-    Without any there, those of the model's config; without any there either, the tokenizer's.
+    If it has none, those of the model's config; if that has none either, the tokenizer's.
     """
     generation = lm.model.generation_config
     stated = (

@@ -111,7 +111,7 @@ def plan_memory(
 ) -> MemoryPlan | None:
     """The slots that fit, by measurement.
 
-    None, with a warning, if the model does not run over the slot cache: the size of its own state is not known ahead.
+    Warns and returns None if the model does not run over the slot cache, because the size of its own state is unknown.
     Raises ModelError if too little fits, or if a `utilization` is given for such a model.
     """
     try:

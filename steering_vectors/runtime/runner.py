@@ -206,7 +206,7 @@ class BatchedRunner(Runner):
         return AttentionMetadata(slots, index, tensor(positions), tensor(columns), length), tensor(ids)
 
     def _where(self, rows: Sequence[RowInput], width: int) -> torch.Tensor | None:
-        """None, the fast case, if every position of every steered row is steered."""
+        """None if every position of every steered row is steered, which is the fast case."""
         steered = [row.steered() for row in rows]
         if all(all(flags) for flags, row in zip(steered, rows, strict=True) if row.steered_from is not None):
             return None

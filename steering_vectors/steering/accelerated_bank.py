@@ -5,8 +5,9 @@ It steers exactly as `SteeringBank` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,19 +20,13 @@ from steering_vectors.steering.bank import Hook, Rows, SteeringBank, Step
 class AcceleratedBank(SteeringBank):
     """The bank of an engine, whose rows change at every step and whose blocks may add shifts themselves."""
 
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        *,
-        rows: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(blocks, rows=rows, hidden_size=hidden_size, dtype=dtype, device=device)
-        self._largest = torch.finfo(dtype).max
-        self._always = False  # whether the current step adds at every block
-        self._claimed: int | None = None  # the layer whose block adds its shifts itself
+    _always = False  # whether the current step adds at every block
+    _claimed: int | None = None  # the layer whose block adds its shifts itself
+
+    @cached_property
+    def _largest(self) -> float:
+        """The largest number of the buffer's dtype."""
+        return torch.finfo(self._shift.dtype).max
 
     def write(self, row: int, mixture: Mixture) -> None:
         if not self._rescale(row, mixture):
