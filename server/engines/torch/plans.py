@@ -6,7 +6,7 @@ A plan's schedules are evaluated here, one mixture when its token is due.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class ResolvedPlan:
     def __init__(self, plan: SteeringPlan, profiles: Mapping[str, Profile]) -> None:
         self.plan = plan
         self.profiles = tuple(profiles[term.version] for term in plan.terms)
+        self._gated = frozenset(profile.name for profile in self.profiles if profile.gate is not None)
         self._cache: dict[tuple[tuple[float, ...], frozenset[str]], Steering] = {}
 
     @property
@@ -63,11 +64,7 @@ class ResolvedPlan:
     def at(self, token: int, opened: frozenset[str] = frozenset()) -> Steering:
         """What holds at a token; profiles whose gate is not among the opened ones do nothing."""
         strengths = self.plan.strengths(token)
-        closed = frozenset(
-            profile.name
-            for profile, strength in zip(self.profiles, strengths, strict=True)
-            if strength and profile.gate is not None and profile.name not in opened
-        )
+        closed = self._gated - opened
         key = (strengths, closed)
         found = self._cache.get(key)
         if found is None:
@@ -113,7 +110,7 @@ class ResolvedPlan:
 
     def _make(self, strengths: tuple[float, ...], closed: frozenset[str]) -> Steering:
         # the safe range was checked when the plan was accepted
-        mixture = replace(self._mixture(strengths, allow_beyond_safe=True), closed_gates=closed)
+        mixture = self._mixture(strengths, allow_beyond_safe=True, closed=closed)
         return Steering(
             mixture,
             mixture.digest(),
@@ -121,13 +118,16 @@ class ResolvedPlan:
             tuple(mixture.is_calibrated(term) for term in mixture.terms),
         )
 
-    def _mixture(self, strengths: tuple[float, ...], *, allow_beyond_safe: bool) -> Mixture:
+    def _mixture(
+        self, strengths: tuple[float, ...], *, allow_beyond_safe: bool, closed: frozenset[str] = frozenset()
+    ) -> Mixture:
         parts = zip(self.plan.terms, self.profiles, strengths, strict=True)
         return Mixture(
-            tuple(Term(profile, strength, term.layers) for term, profile, strength in parts),
+            tuple([Term(profile, strength, term.layers) for term, profile, strength in parts]),
             self.plan.apply_to,
             self.plan.preserve_norm,
             allow_beyond_safe,
+            closed,
         )
 
     def _critical_tokens(self) -> Tokens:

@@ -173,7 +173,7 @@ def test_judge_has_a_vocabulary_of_its_own(manner: str) -> None:
 
 def test_judge_imports_neither_generator_nor_steering_code() -> None:
     for name in ("manners.py", "manner_words.py"):
-        source = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
+        source = (ROOT / "benchmarks/quality" / name).read_text(encoding="utf-8")
         assert not re.search(r"^\s*(?:from|import)\s+(?:examples|steering_vectors)\b", source, re.MULTILINE)
 
 
