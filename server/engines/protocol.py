@@ -1,7 +1,7 @@
 """What the server may ask of an engine, and what an engine answers.
 
-Every message is a frozen dataclass of plain values: it can be pickled, written as JSON (`server.engines.codec`) and
-sent to another process. Nothing here imports torch or transformers.
+Every message is a frozen dataclass of plain values, which can be pickled and sent to another process. Nothing here
+imports torch or transformers.
 """
 
 from __future__ import annotations
