@@ -17,7 +17,7 @@ import torch
 
 from server.engines.config import DEFAULT_CONFIG, DEFAULT_SLOTS, EngineConfig
 from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
-from server.engines.mailbox import Mailbox, Receiver, call_in
+from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
     ALL_CAPABILITIES,
     Constraint,
@@ -167,7 +167,7 @@ class TorchEngine:
         try:
             resolved = await self._aside(lambda: self._admission.resolve(plan, profiles))
             changed: asyncio.Future[SteeringChange] = asyncio.get_running_loop().create_future()
-            self._send(lambda: _settle(changed, lambda: self._change(id, resolved)))
+            self._send(lambda: _carry_out(changed, lambda: self._change(id, resolved)))
         except BaseException:
             self._profiles.release(plan.versions)
             raise
@@ -342,19 +342,10 @@ def _set_thread_name() -> None:
         Path("/proc/thread-self/comm").write_text(threading.current_thread().name)
 
 
-def _settle(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
+def _carry_out(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
     """Do some work and give its outcome to the one who waits for it in another thread."""
     try:
         outcome: tuple[Any, Exception | None] = (work(), None)
     except Exception as error:
         outcome = (None, error)
-    call_in(waiting.get_loop(), _resolve, waiting, *outcome)
-
-
-def _resolve(waiting: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if waiting.done():
-        return
-    if error is not None:
-        waiting.set_exception(error)
-    else:
-        waiting.set_result(value)
+    call_in(waiting.get_loop(), settle, waiting, *outcome)

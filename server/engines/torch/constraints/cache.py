@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from server.engines.errors import Overloaded, Unavailable
+from server.engines.mailbox import look_at
 from server.engines.protocol import Constraint
 from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler
 
@@ -51,7 +52,7 @@ class Grammars:
         self._entries[constraint] = entry
         entry.uses += 1
         answer = asyncio.wrap_future(entry.future)
-        answer.add_done_callback(_look_at)
+        answer.add_done_callback(look_at)
         try:
             return await asyncio.shield(answer)  # another may wait for the same
         except asyncio.CancelledError:
@@ -75,12 +76,6 @@ class Grammars:
         for one in finished[: max(0, len(finished) - MAX_CACHED_GRAMMARS + 1)]:
             del self._entries[one]
         return _Entry(self._threads.submit(self._compiler.compile, constraint))
-
-
-def _look_at(answer: asyncio.Future[CompiledGrammar]) -> None:
-    """Retrieve the error, so that asyncio does not log it if nobody waits any more."""
-    if not answer.cancelled():
-        answer.exception()
 
 
 def _closed() -> Unavailable:
