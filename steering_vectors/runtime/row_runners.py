@@ -32,7 +32,11 @@ class _OneByOne(Runner):
 
 
 def _merged(logits: Logits, rows: Sequence[Output[torch.Tensor]]) -> Output[Logits]:
-    return Output(logits, [one for row in rows for one in row.residuals], [one for row in rows for one in row.sums])
+    return Output(
+        logits,
+        {slot: one for row in rows for slot, one in row.residuals.items()},
+        {slot: one for row in rows for slot, one in row.sums.items()},
+    )
 
 
 class RowRunner(_OneByOne):
@@ -65,7 +69,7 @@ class RowRunner(_OneByOne):
         with self.bank.step(slice(row.slot, row.slot + 1), where), self._recording(read) as recorded:
             output = self.model(**inputs)
         self._states[row.slot] = output[self._state_name]
-        return output_of(last_logits(output, len(row.ids)), recorded, [(0, slice(None))])
+        return output_of(last_logits(output, len(row.ids)), recorded, {row.slot: (0, slice(None))})
 
 
 class RecomputingRunner(_OneByOne):
@@ -87,4 +91,4 @@ class RecomputingRunner(_OneByOne):
         where = torch.tensor([whole.steered()], device=self.device)
         with self.bank.step(slice(row.slot, row.slot + 1), where), self._recording(read) as recorded:
             output = self.model(input_ids=ids, use_cache=False)
-        return output_of(last_logits(output, len(row.ids)), recorded, [(0, slice(row.start, row.end))])
+        return output_of(last_logits(output, len(row.ids)), recorded, {row.slot: (0, slice(row.start, row.end))})

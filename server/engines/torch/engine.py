@@ -7,6 +7,7 @@ import logging
 import math
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +21,6 @@ from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGene
 from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
     ALL_CAPABILITIES,
-    Constraint,
     EngineInfo,
     EngineStats,
     EventStream,
@@ -31,7 +31,7 @@ from server.engines.protocol import (
 )
 from server.engines.torch.admission import Admission, check_no_new_gates
 from server.engines.torch.constraints.cache import Grammars
-from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler
+from server.engines.torch.constraints.matching import GrammarCompiler
 from server.engines.torch.loaded_profiles import LoadedProfiles
 from server.engines.torch.loop import EngineLoop
 from server.engines.torch.plans import ResolvedPlan
@@ -84,7 +84,7 @@ class TorchEngine:
         self._loop = EngineLoop(
             self._runner, self._bank, self._scheduler, budget, eos_ids=self._eos_ids, ended=self._ended
         )
-        self._info = EngineInfo(
+        self.info = EngineInfo(
             name="torch",
             model_name=language_model.name,
             identity=language_model.identity,
@@ -98,7 +98,7 @@ class TorchEngine:
             capabilities=ALL_CAPABILITIES if self._runner.chunked else ALL_CAPABILITIES - {"gates"},
         )
         self._admission = Admission(
-            self._info, dtype=language_model.dtype, eos_ids=self._eos_ids, chunked=self._runner.chunked
+            self.info, dtype=language_model.dtype, eos_ids=self._eos_ids, chunked=self._runner.chunked
         )
         self._profiles = LoadedProfiles()
         self._requests: dict[str, RequestState | None] = {}  # by id, None while one is being admitted
@@ -118,34 +118,25 @@ class TorchEngine:
 
     # Called from the event loop.
 
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
     async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
         self._check_open()
-        ids = [name for request in requests for name in request.ids]
-        seen: set[str] = set()
-        for name in ids:
-            if name in self._requests or name in seen:
-                raise Conflict(f"a generation with id {name!r} is running already", param="ids")
-            seen.add(name)
-        if len(self._requests) + len(ids) > self._info.capacity:
+        ids = Counter(name for request in requests for name in request.ids)
+        if taken := next((name for name, count in ids.items() if count > 1 or name in self._requests), None):
+            raise Conflict(f"a generation with id {taken!r} is running already", param="ids")
+        if len(self._requests) + len(ids) > self.info.capacity:
             raise Overloaded(f"{len(self._requests)} requests are running or waiting already: try again later")
         pins = [version for request in requests for _ in request.ids for version in request.versions]
         profiles = self._profiles.acquire(pins)
         self._requests.update(dict.fromkeys(ids))
         try:
-            grammars = await self._compile({request.constraint for request in requests if request.constraint})
+            constraints = {request.constraint for request in requests}
+            grammars = {one: None if one is None else await self._grammars.get(one) for one in constraints}
 
             def admit() -> list[RequestState]:
-                found = ((request, request.constraint) for request in requests)
                 return [
                     state
-                    for request, constraint in found
-                    for state in self._admission.states(
-                        request, profiles, None if constraint is None else grammars[constraint]
-                    )
+                    for request in requests
+                    for state in self._admission.states(request, profiles, grammars[request.constraint])
                 ]
 
             states = await self._aside(admit)
@@ -186,7 +177,7 @@ class TorchEngine:
 
     async def load_profile(self, profile: Profile) -> None:
         self._check_open()
-        profile.check_model(self._info.identity, allow_mismatch=self._config.allow_model_mismatch)
+        profile.check_model(self.info.identity, allow_mismatch=self._config.allow_model_mismatch)
         await self._aside(lambda: unit_shifts(profile, None))
         self._profiles.add(profile)
 
@@ -194,17 +185,12 @@ class TorchEngine:
         self._profiles.release((version,))
 
     def stats(self) -> EngineStats:
-        counts = self._loop.counts
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             profiles=len(self._profiles),
-            steps=counts["steps"],
-            prompt_tokens=counts["prompt"],
-            cached_tokens=counts["cached"],
-            generated_tokens=counts["generated"],
-            steered_tokens=counts["steered"],
             finished=dict(self._loop.finished),
+            **self._loop.counts,
         )
 
     async def close(self) -> None:
@@ -230,9 +216,6 @@ class TorchEngine:
         if id in self._ended_ids:
             raise Conflict(f"generation {id!r} has ended: its steering cannot be changed", param="id")
         raise UnknownGeneration(f"there is no generation {id!r} here", param="id")
-
-    async def _compile(self, constraints: set[Constraint]) -> dict[Constraint, CompiledGrammar]:
-        return {constraint: await self._grammars.get(constraint) for constraint in constraints}
 
     async def _aside(self, work: Callable[[], Result]) -> Result:
         """Run work that would hold up the event loop."""

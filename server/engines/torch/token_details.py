@@ -12,9 +12,7 @@ from server.engines.torch.sampling.logprobs import divergence, token_logprobs
 from server.engines.torch.sampling.projections import projection
 from server.engines.torch.scheduling.request_state import RequestState
 from steering_vectors.profiles.gate import Gate
-
-Residuals = Mapping[int, torch.Tensor]
-"""Block outputs `[hidden]` by layer."""
+from steering_vectors.runtime.runner import Residuals
 
 
 @dataclass(frozen=True, slots=True)
