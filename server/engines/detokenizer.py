@@ -57,17 +57,6 @@ class Detokenizer:
     end at the same character, the longest counts. `matched_stop` is then set, and no text follows.
     """
 
-    __slots__ = (
-        "_context",
-        "_context_text",
-        "_open",
-        "_prompt_ids",
-        "_reading",
-        "_stops",
-        "_tokenizer",
-        "_unsettled_prompt",
-    )
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._reading = _reading(tokenizer)
@@ -133,8 +122,6 @@ class Detokenizer:
 
 class _StopStrings:
     """Passes text on up to the first stop string; holds back an end that may be the start of one."""
-
-    __slots__ = ("_held", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)

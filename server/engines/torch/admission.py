@@ -9,7 +9,7 @@ import torch
 from server.engines.detokenizer import Detokenizer, special_tokens
 from server.engines.errors import reject
 from server.engines.protocol import EngineInfo, GenerationRequest, SteeringPlan
-from server.engines.torch.constraints.matching import CompiledGrammar
+from server.engines.torch.constraints.matching import CompiledGrammar, Matcher
 from server.engines.torch.plans import ResolvedPlan, SteeringState
 from server.engines.torch.sampling.request_sampler import RequestSampler, check_vocabulary
 from server.engines.torch.scheduling.request_state import RequestState
@@ -49,7 +49,7 @@ class Admission:
                     eos_ids=self._eos_ids,
                     prompt_ids=request.prompt_ids,
                     choice=choice,
-                    matcher=None if grammar is None else grammar.matcher(),
+                    matcher=None if grammar is None else Matcher(grammar),
                     stop_ids=stop_ids,
                 ),
                 Detokenizer(self._info.tokenizer, request.prompt_ids, stop_strings),

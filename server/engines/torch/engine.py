@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from server.engines.config import DEFAULT_CONFIG, DEFAULT_SLOTS, EngineConfig
-from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
+from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration, UnknownProfile
 from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
     ALL_CAPABILITIES,
@@ -32,13 +32,13 @@ from server.engines.protocol import (
 from server.engines.torch.admission import Admission, check_no_new_gates
 from server.engines.torch.constraints.cache import Grammars
 from server.engines.torch.constraints.matching import GrammarCompiler
-from server.engines.torch.loaded_profiles import LoadedProfiles
 from server.engines.torch.loop import EngineLoop
 from server.engines.torch.plans import ResolvedPlan
 from server.engines.torch.scheduling.budget import PrefillBudget
 from server.engines.torch.scheduling.prefix_reuse import PrefixCache
 from server.engines.torch.scheduling.request_state import RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
+from steering_vectors.errors import ProfileError
 from steering_vectors.models.limits import checked_context, eos_ids
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import unit_shifts
@@ -302,6 +302,47 @@ class TorchEngine:
         self._ended_ids[state.id] = None
         if len(self._ended_ids) > MAX_ENDED_IDS:
             del self._ended_ids[next(iter(self._ended_ids))]
+
+
+class LoadedProfiles:
+    """The profiles that an engine holds, by version: each stays as long as it is loaded, or a request holds it. May be
+    used from any thread."""
+
+    def __init__(self) -> None:
+        self._profiles: dict[str, Profile] = {}
+        self._uses: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._profiles)
+
+    def add(self, profile: Profile) -> None:
+        """Hold a profile once more. Raises ProfileError for one that was never stored, which has no version."""
+        if not profile.version:
+            raise ProfileError(f"profile {profile.name!r} has no version: store it in a file first")
+        with self._lock:
+            self._profiles.setdefault(profile.version, profile)
+            self._uses[profile.version] += 1
+
+    def acquire(self, versions: Iterable[str]) -> dict[str, Profile]:
+        """Hold all of these versions once more. Raises UnknownProfile, and then holds none."""
+        wanted = tuple(versions)
+        with self._lock:
+            for version in wanted:
+                if version not in self._profiles:
+                    raise UnknownProfile(f"no profile of version {version[:8]!r} is loaded", param="version")
+            self._uses.update(wanted)
+            return {version: self._profiles[version] for version in wanted}
+
+    def release(self, versions: Iterable[str]) -> None:
+        """Let go of versions, and drop those that nobody holds any more."""
+        with self._lock:
+            for version in versions:
+                if version not in self._profiles:
+                    continue
+                self._uses[version] -= 1
+                if self._uses[version] <= 0:
+                    del self._uses[version], self._profiles[version]
 
 
 def make_follower(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> Follower:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from server.engines.errors import Overloaded, Unavailable
 from server.engines.mailbox import look_at
@@ -16,14 +17,12 @@ MAX_CACHED_GRAMMARS = 16  # some grow to tens of megabytes while texts are writt
 MAX_USES = 128  # of one grammar: its rows share what its lexer may spend
 
 
+@dataclass(slots=True, eq=False)
 class _Entry:
     """A constraint that was asked for."""
 
-    __slots__ = ("future", "uses")
-
-    def __init__(self, future: Future[CompiledGrammar]) -> None:
-        self.future = future
-        self.uses = 0
+    future: Future[CompiledGrammar]
+    uses: int = 0
 
     @property
     def spent(self) -> bool:

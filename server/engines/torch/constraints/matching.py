@@ -46,8 +46,6 @@ class _Backend:
 class Matcher:
     """The state of one row in its grammar. Belongs to the engine's thread."""
 
-    __slots__ = ("grammar", "state")
-
     def __init__(self, grammar: CompiledGrammar) -> None:
         self.grammar = grammar
         self.state = grammar.start.deep_copy()
@@ -74,14 +72,9 @@ class CompiledGrammar:
     """A constraint, ready for any number of rows. They share what the lexer has learnt, and what it may spend: where
     one has `failed`, those that begin thereafter may fail too."""
 
-    constraint: Constraint
     backend: _Backend
     start: LLMatcher
     failed: bool = False
-
-    def matcher(self) -> Matcher:
-        """A row's own, at the start of its text."""
-        return Matcher(self)
 
 
 class GrammarCompiler:
@@ -108,7 +101,7 @@ class GrammarCompiler:
         reject(state.is_error(), f"constraint cannot be compiled: {_reason(state)}", FIELD)
         if constraint.kind == "lark":
             self._check_grammar(constraint)
-        return CompiledGrammar(constraint, backend, state)
+        return CompiledGrammar(backend, state)
 
     def _check_grammar(self, constraint: Constraint) -> None:
         """Refuse what llguidance reads but leaves to others to do, and an end before the end."""
@@ -126,8 +119,7 @@ class GrammarCompiler:
 
     def _shared(self) -> _Backend:
         with self._making:
-            if self._backend is None:
-                self._backend = self._make()
+            self._backend = self._backend or self._make()
             return self._backend
 
     def _make(self) -> _Backend:
