@@ -15,12 +15,10 @@ import torch
 from steering_vectors.errors import ModelError
 from steering_vectors.models.forward import last_logits
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.runtime.cpu.fused_blocks import can_fuse
-from steering_vectors.runtime.cpu.fused_runner import FusedRunner
-from steering_vectors.runtime.cuda_graphs import GraphRunner
+from steering_vectors.runtime.cpu.fused_blocks import FusedRunner, can_fuse
 from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput, Runner
-from steering_vectors.runtime.static_decoding import StaticRunner
+from steering_vectors.runtime.static_decoding import GraphRunner, StaticRunner
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)

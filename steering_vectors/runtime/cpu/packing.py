@@ -11,32 +11,65 @@ import ctypes
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.hooks import trace_inputs
+from steering_vectors.runtime.cpu.kernels import Kernels, Product, load
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, joined, quantize
-from steering_vectors.runtime.cpu.weights import PackedWeight, has_quantized, pack_quantized, pack_weight
 
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float32)
+ROWS = 1  # the batch size oneDNN optimises its layout for; measured, it is no worse for sixteen
 TOLERANCE = 0.03  # relative error of logits that sums in another order make in bfloat16
 MIN_SHARE = 0.5  # of the weights besides embeddings and output layer that must be quantised
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """What `pack` did: the layers it replaced, and their products in one pass."""
+class OneDnnProduct:
+    """x Wᵀ + b over a weight in oneDNN's layout."""
 
-    layers: int
-    products: int
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._bias = bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return found if added is None else found.add_(added)
 
 
-class _Product:
+PackedProduct = Product | OneDnnProduct
+
+
+def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedProduct:
+    """The product with a weight, which is copied: by this package's kernels in bfloat16 if the processor has the
+    instructions, else by oneDNN."""
+    kernels = _kernels()
+    if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
+        return kernels.packed(weight, bias)
+    return OneDnnProduct(weight, bias)
+
+
+def pack_quantized(weight: Quantized, bias: torch.Tensor | None) -> Product:
+    """The product with a weight of 8 or 4 bits, which is copied. Its bias and its inputs are bfloat16.
+
+    Raises ModelError if this processor has no such products, and for an odd number of inputs.
+    """
+    kernels = _kernels()
+    if kernels is None or weight.codes.shape[1] % 2:
+        raise ModelError(f"there is no {weight.kind} product of {weight.codes.shape[1]} inputs on this processor")
+    return kernels.quantized(weight, bias)
+
+
+def _kernels() -> Kernels | None:
+    kernels = load()
+    return kernels if kernels is not None and kernels.has_products else None
+
+
+class _JointProduct:
     """x Wᵀ + b over a packed weight, for one layer or several with the same input.
 
     The first layer that is called computes for all, and each takes its part once.
@@ -44,18 +77,19 @@ class _Product:
 
     def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
         self._sizes = [layer.out_features for layer in layers]
+        self.product: PackedProduct
         if quantized:
-            self.weight = pack_quantized(joined(quantized), _joined_bias(layers))
+            self.product = pack_quantized(joined(quantized), _joined_bias(layers))
         else:
-            self.weight = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
+            self.product = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
     def part(self, index: int, given: torch.Tensor) -> torch.Tensor:
         if len(self._sizes) == 1:
-            return self.weight.product(given)
+            return self.product(given)
         if self._input is not given or self._parts[index] is None:
-            self._input, self._parts = given, list(torch.split(self.weight.product(given), self._sizes, dim=-1))
+            self._input, self._parts = given, list(torch.split(self.product(given), self._sizes, dim=-1))
         part = self._parts[index]
         assert part is not None
         self._parts[index] = None
@@ -64,28 +98,29 @@ class _Product:
         return part
 
 
-def joined_weight(layers: Sequence[PackedLinear]) -> PackedWeight:
-    """The joint weight of these layers. Raises ModelError if they were not packed as one, in this order."""
-    products = {layer.product for layer in layers}
-    if len(products) != 1 or [layer.index for layer in layers] != list(range(len(layers))):
+def joint_product(layers: Sequence[PackedLinear]) -> PackedProduct:
+    """The one product of these layers. Raises ModelError if they were not packed as one, in this order."""
+    joint = {layer.joint for layer in layers}
+    if len(joint) != 1 or [layer.index for layer in layers] != list(range(len(layers))):
         raise ModelError("these layers do not share one weight")
-    return products.pop().weight
+    return joint.pop().product
 
 
 class PackedLinear(nn.Module):
     """Replaces an `nn.Linear` and computes the same up to the order of sums."""
 
-    def __init__(self, layer: nn.Linear, product: _Product, index: int) -> None:
+    def __init__(self, layer: nn.Linear, joint: _JointProduct, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.product, self.index = product, index
+        self.joint, self.index = joint, index
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return self.product.part(self.index, given)
+        return self.joint.part(self.index, given)
 
 
-def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
+def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
     """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
+    Returns for each product of such a pass how many layers it joins.
 
     With a `kind`, their weights are quantised first. Raises ModelError if this CPU has no such products for the model,
     or if the model's code uses more of a linear layer than its product; the model cannot be used then.
@@ -98,7 +133,8 @@ def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
     groups = _groups(model)
     quantized = {} if kind is None else quantize_layers(model, groups, kind, remedy)
     plain = _dry_run(model)
-    packed = _swap(model, groups, quantized)
+    _swap(model, groups, quantized)
+    sizes = [len(group) for group in groups]
     del groups, quantized  # the plain weights
     _leave_file(model)
     _trim_heap()
@@ -108,17 +144,16 @@ def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
     if not error <= TOLERANCE:
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
-    return packed
+    return sizes
 
 
-def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> Packed:
+def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> None:
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for group in groups:
-        product = _Product(group, [quantized[layer] for layer in group if layer in quantized])
+        joint = _JointProduct(group, [quantized[layer] for layer in group if layer in quantized])
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
-            setattr(parent, name, PackedLinear(layer, product, index))
-    return Packed(sum(map(len, groups)), len(groups))
+            setattr(parent, name, PackedLinear(layer, joint, index))
 
 
 def _leave_file(model: nn.Module) -> None:
@@ -183,7 +218,7 @@ def _check_quantizes(model: nn.Module, kind: Kind, remedy: str) -> None:
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
         raise ModelError(f"--quantize {kind} is for a CPU, not for {parameter.device}: use --device cpu, or {remedy}")
-    if not has_quantized():
+    if _kernels() is None:
         raise ModelError(
             f"--quantize {kind} needs a processor with AVX512-BF16 and AVX512-VBMI (from Zen 4 or Sapphire Rapids on) "
             f"and the kernels that are compiled at installation where there is a C++ compiler; {remedy}"
