@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from steering_vectors.errors import FitError
-from steering_vectors.models.masks import hide
 
 
 def block_output(output: Any) -> torch.Tensor:
@@ -85,6 +84,25 @@ def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]
 
     with registered([block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]):
         yield
+
+
+def hide(mask: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
+    """A mask `[rows, 1, q, k]` under which `columns` (bool `[rows, positions]`) are seen by themselves alone.
+
+    `mask` is what a block takes: None for causal attention, bool (True is seen), or numbers added to the scores. The
+    result has the same dtype, bool for None. Raises FitError for any other form (two dimensions, or made for another
+    kernel).
+    """
+    length = columns.shape[1]
+    if mask is None:
+        places = torch.arange(length, device=columns.device)
+        mask = (places.unsqueeze(1) >= places).expand(1, 1, length, length)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-2:] != (length, length):
+        raise FitError("the blocks' attention masks have a form in which no token can be hidden")
+    barred = ~columns[:, None, :, None] & columns[:, None, None, :]
+    if mask.dtype == torch.bool:
+        return mask & ~barred
+    return mask.masked_fill(barred, torch.finfo(mask.dtype).min)
 
 
 def hook_outputs(
