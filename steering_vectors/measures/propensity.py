@@ -88,7 +88,7 @@ def projection_accuracies(
     *,
     tokens: Tokens,
     batch_tokens: int,
-) -> dict[int, float]:
+) -> dict[str, float]:
     """The accuracy of the projection h·d on held-out examples, per block, averaged over both sides.
 
     The threshold is midway between the means of the training sides.
@@ -101,7 +101,7 @@ def projection_accuracies(
     for part in pooled(lm, examples, layers, tokens=tokens, batch_tokens=batch_tokens):
         above[list(part.indices)] = (((part.vectors.cpu() - middle) * stack).sum(-1) > 0).double()
     hits, misses = above[: len(sides.positives)].mean(0), above[len(sides.positives) :].mean(0)
-    return {layer: float((hits[k] + 1 - misses[k]) / 2) for k, layer in enumerate(layers)}
+    return {str(layer): float((hits[k] + 1 - misses[k]) / 2) for k, layer in enumerate(layers)}
 
 
 def _token_counts(examples: Sequence[Encoded], vocab_size: int) -> torch.Tensor:
