@@ -55,7 +55,7 @@ def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, in
     slots = config.slots or DEFAULT_SLOTS
     if language_model.device.type != "cuda":
         return slots, context
-    plan = plan_memory(
+    fitting = plan_memory(
         language_model,
         CudaMeter(language_model.device),
         slots=config.slots,
@@ -63,7 +63,7 @@ def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, in
         tokens=IDLE_PREFILL_FACTOR * config.prefill_chunk,
         utilization=config.gpu_memory_utilization,
     )
-    return (slots if plan is None else plan.slots), context
+    return fitting or slots, context
 
 
 def _check_device(device: str) -> None:
