@@ -224,10 +224,6 @@ class SteeringPlan:
         """The first later token at which a strength changes; None if there is none."""
         return min(_next_changes(self.terms, token), default=None)
 
-    def changes(self, end: int) -> list[int]:
-        """Token 0, and every token before `end` at which a strength changes."""
-        return _changes(self.terms, end)
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -364,10 +360,6 @@ class Segment:
     allow_beyond_safe: bool = False
     steered_tokens: int = 0
 
-    def changes(self, end: int) -> list[int]:
-        """Token 0, and every token before `end` at which a strength changes; tokens count from the segment's first."""
-        return _changes(self.terms, end)
-
 
 @dataclass(frozen=True, slots=True)
 class SteeringChange:
@@ -474,7 +466,7 @@ class EngineStats:
 
 
 class EventStream(Protocol):
-    """The events of all choices of one `submit`, an async iterator. `aclose` (or dropping the stream) cancels what has
+    """The events of all choices of one `submit`, an async iterator. `aclose`, or dropping the stream, cancels what has
     not finished."""
 
     def __aiter__(self) -> EventStream: ...
@@ -545,7 +537,9 @@ def _next_changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], token: int)
     return [change for change in found if change is not None]
 
 
-def _changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], end: int) -> list[int]:
+def strength_changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], end: int) -> list[int]:
+    """Token 0, and every token before `end` at which a strength changes; tokens count from the beginning of the plan or
+    segment."""
     tokens = [0]
     while (later := min(_next_changes(terms, tokens[-1]), default=end)) < end:
         tokens.append(later)

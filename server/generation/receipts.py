@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment
+from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment, strength_changes
 from server.http.answers import about
 
 Key = tuple[str, str]
@@ -190,7 +190,7 @@ def _points(finished: Finished) -> list[Point]:
     return [
         (segment.from_token + token, segment)
         for segment, end in _with_ends(finished)
-        for token in segment.changes(end - segment.from_token)
+        for token in strength_changes(segment.terms, end - segment.from_token)
     ]
 
 

@@ -197,12 +197,7 @@ class _Fit:
         )
         measured = parts.heldout.sides().thinned(REPORT_ROWS)
         accuracies = projection_accuracies(
-            lm,
-            statistics,
-            profile.directions,
-            measured,
-            tokens=settings.tokens,
-            batch_tokens=settings.batch_tokens,
+            lm, statistics, profile.directions, measured, tokens=settings.tokens, batch_tokens=settings.batch_tokens
         )
         metrics: Metrics = {"projection_accuracy": accuracies}
         if parts.choosing is not None:
@@ -306,12 +301,7 @@ class _Fit:
         settings = self._settings
         with steerable(self._lm) as steered:
             return choose_layers(
-                steered,
-                profile,
-                evidence,
-                kl_budget=settings.kl_budget,
-                seed=settings.seed,
-                progress=self._progress,
+                steered, profile, evidence, kl_budget=settings.kl_budget, seed=settings.seed, progress=self._progress
             )
 
     def _sample_notes(self, train: Corpus) -> list[str]:

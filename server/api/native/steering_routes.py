@@ -19,6 +19,7 @@ from server.engines.protocol import (
     Segment,
     TermEffect,
     capabilities_needed,
+    strength_changes,
 )
 from server.generation.client_errors import client_errors
 from server.generation.intake import check_capabilities
@@ -142,7 +143,7 @@ async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -
         "steering": [_resolved(term, start) for term in effect.terms],
         "blocks": [_block(block) for block in effect.blocks],
     }
-    changes = plan.changes(MAX_SCHEDULE_TOKEN + 1)
+    changes = strength_changes(plan.terms, MAX_SCHEDULE_TOKEN + 1)
     if len(changes) > 1:
         answer["timeline"] = [
             {"from_token": token, "strengths": {term.profile: term.at(token) for term in plan.terms}}

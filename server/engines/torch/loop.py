@@ -206,8 +206,7 @@ class EngineLoop:
         else:
             text = state.detokenizer.push([token], stops=self._stops_count(state))
             self._send(
-                state,
-                Delta(state.id, text, (token,), details.logprobs, details.divergences, details.projections),
+                state, Delta(state.id, text, (token,), details.logprobs, details.divergences, details.projections)
             )
             if state.detokenizer.matched_stop is not None:
                 self.finish(state, "stop", matched=state.detokenizer.matched_stop)

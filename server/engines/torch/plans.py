@@ -27,8 +27,6 @@ from steering_vectors.profiles.mixture import LARGEST, ROUNDING, Mixture, Term, 
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.bank import shifts_in
 
-Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
-TermStrengths = np.ndarray[tuple[int], np.dtype[np.float64]]  # [tokens]
 Strengths = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # [terms, tokens]
 
 MAX_CACHED_MIXTURES = 64
@@ -78,14 +76,20 @@ class ResolvedPlan:
 
         Strengths are looked at where they can be largest: at the points of the schedules and right beside them.
         """
-        tokens = self._critical_tokens()
-        strengths = self._strengths(tokens)
+        found = [self.plan.strengths(token) for token in self._critical_tokens()]
+        strengths: Strengths = np.array(found).T
         suspects = {0, *strengths.argmin(1).tolist(), *strengths.argmax(1).tolist()}
         if not self.plan.allow_beyond_safe:
             suspects.update(self._beyond_the_sum(strengths))
         for place in sorted(suspects):
-            self._mixture(self.plan.strengths(int(tokens[place])), allow_beyond_safe=self.plan.allow_beyond_safe)
-        self._check_overflow(tokens, strengths, dtype)
+            self._mixture(found[place], allow_beyond_safe=self.plan.allow_beyond_safe)
+        # no shift is larger than the sum of the terms' largest entries; where that is too large, the shift is computed
+        bounds = self._bounds(strengths)
+        places = [int(place) for place in np.argsort(-bounds) if not bounds[place] <= torch.finfo(dtype).max]
+        for place in places[:MAX_EXACT_CHECKS]:
+            shifts_in(self._mixture(found[place], allow_beyond_safe=True), dtype)
+        if len(places) > MAX_EXACT_CHECKS:
+            raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
 
     def effect(self, dtype: torch.dtype) -> PlanEffect:
         """What the plan does at its first token."""
@@ -130,19 +134,11 @@ class ResolvedPlan:
             closed,
         )
 
-    def _critical_tokens(self) -> Tokens:
+    def _critical_tokens(self) -> list[int]:
         """Between two points all strengths are straight, so that sums of their sizes are largest at the ends; and which
         terms act only changes at a point."""
         points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
-        near = {max(0, point + offset) for point in points for offset in (-1, 0, 1)}
-        return np.array(sorted(near | {0}), dtype=np.int64)
-
-    def _strengths(self, tokens: Tokens) -> Strengths:
-        """Of each term at each of these tokens."""
-        rows = np.zeros((max(1, len(self.plan.terms)), len(tokens)))
-        for row, term in zip(rows, self.plan.terms, strict=False):
-            row[:] = _strengths_of(term, tokens)
-        return rows
+        return sorted({0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))})
 
     def _beyond_the_sum(self, strengths: Strengths) -> list[int]:
         """The first place at which the strengths add up to more than the safe range of a profile that acts there."""
@@ -154,25 +150,15 @@ class ResolvedPlan:
         least = np.where(sizes > 0, limits, np.inf).min(0)
         return [int(place) for place in np.flatnonzero(sizes.sum(0) > least * (1 + ROUNDING))[:1]]
 
-    def _check_overflow(
-        self,
-        tokens: Tokens,
-        strengths: Strengths,
-        dtype: torch.dtype,
-    ) -> None:
-        """No shift is larger than the sum of the terms' largest entries; where that is too large, look at the shift."""
-        largest = torch.finfo(dtype).max
-        bounds = np.zeros(len(tokens))
+    def _bounds(self, strengths: Strengths) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """A bound on the size of any shift's entries at each place."""
+        bounds = np.zeros(strengths.shape[1])
         with np.errstate(over="ignore"):
-            for row, term, profile in zip(strengths, self.plan.terms, self.profiles, strict=False):
+            for row, term, profile in zip(strengths, self.plan.terms, self.profiles, strict=True):
                 if profile.operator == "add":
                     sizes = np.abs(row) * profile.unit
                     bounds += np.where(sizes > LARGEST, np.inf, sizes * unit_shifts(profile, term.layers).bound)
-        places = [int(place) for place in np.argsort(-bounds) if not bounds[place] <= largest]
-        for place in places[:MAX_EXACT_CHECKS]:
-            shifts_in(self._mixture(self.plan.strengths(int(tokens[place])), allow_beyond_safe=True), dtype)
-        if len(places) > MAX_EXACT_CHECKS:
-            raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
+        return bounds
 
 
 class SteeringState:
@@ -273,12 +259,7 @@ class SteeringState:
             for term, profile, calibrated, steered in parts
         ]
         return Segment(
-            self._from_token,
-            tuple(terms),
-            plan.apply_to,
-            plan.preserve_norm,
-            plan.allow_beyond_safe,
-            self._positions,
+            self._from_token, tuple(terms), plan.apply_to, plan.preserve_norm, plan.allow_beyond_safe, self._positions
         )
 
     def _is_closed(self, profile: Profile) -> bool:
@@ -302,14 +283,3 @@ def applied(
         term.schedule,
         closed,
     )
-
-
-def _strengths_of(term: PlanTerm, tokens: Tokens) -> float | TermStrengths:
-    if term.schedule is None:
-        return term.strength
-    points, strengths = zip(*term.schedule.points, strict=True)
-    if term.schedule.interpolation == "linear":
-        line: TermStrengths = np.interp(tokens, points, strengths)
-        return line
-    found: TermStrengths = np.array(strengths)[np.searchsorted(points, tokens, side="right") - 1]
-    return found

@@ -25,10 +25,7 @@ class TokenDetails:
 
 
 def token_details(
-    states: Sequence[RequestState],
-    logits: torch.Tensor,
-    tokens: Sequence[int],
-    residuals: Mapping[int, Residuals],
+    states: Sequence[RequestState], logits: torch.Tensor, tokens: Sequence[int], residuals: Mapping[int, Residuals]
 ) -> list[TokenDetails]:
     """The details of the tokens just drawn from logits `[rows, vocabulary]`; `residuals` are by slot."""
     logprobs = _logprobs(states, logits, tokens)

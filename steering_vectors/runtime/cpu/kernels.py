@@ -225,11 +225,7 @@ class WholeBlock:
     """A whole decoder block in one call, made of its norms (weight and epsilon), heads and products."""
 
     def __init__(
-        self,
-        kernels: Kernels,
-        norms: Sequence[tuple[torch.Tensor, float]],
-        heads: Heads,
-        products: Sequence[Product],
+        self, kernels: Kernels, norms: Sequence[tuple[torch.Tensor, float]], heads: Heads, products: Sequence[Product]
     ) -> None:
         self._function, self._heads, self._kept = kernels.block, heads, (*norms, *products)
         first, second = (_Norm(weight.data_ptr(), epsilon) for weight, epsilon in norms)

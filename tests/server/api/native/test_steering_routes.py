@@ -23,6 +23,7 @@ from server.engines.protocol import (
     SteeringChange,
     SteeringPlan,
     StrengthSchedule,
+    strength_changes,
 )
 from steering_vectors.data.chat import encode_prompt
 from steering_vectors.errors import SteeringError
@@ -131,7 +132,7 @@ def test_a_schedule_equals_a_recomputation(engine: HeldEngine, warm: Profile) ->
     ids, end, _ = asyncio.run(written(engine, asked(plan(warm, steps(*points)))))
     assert ids == recomputed([(token, mix(warm, strength)) for token, strength in points])
     (segment,) = end.segments
-    assert segment.changes(24) == [0, 5, 6, 15]
+    assert strength_changes(segment.terms, 24) == [0, 5, 6, 15]
     assert segment.steered_tokens == segment.terms[0].steered_tokens == 15
 
 
