@@ -178,16 +178,3 @@ def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]
     with registered([module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules]):
         run()
     return calls
-
-
-def trace_inputs(modules: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn.Module, torch.Tensor]]:
-    """The modules that were called while `run` runs, in order, each with its first tensor argument."""
-    calls: list[tuple[nn.Module, torch.Tensor]] = []
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        calls.append((module, given))
-
-    with registered([module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]):
-        run()
-    return calls

@@ -113,14 +113,12 @@ class SlotCache(Cache):  # type: ignore[misc]
             _current.metadata = None
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the keys and values of a slot's first so many positions to another."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys[target, :, :length] = layer.keys[source, :, :length]
                 layer.values[target, :, :length] = layer.values[source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange the keys and values of two slots' first so many positions."""
         for layer in self.layers:
             if layer.is_initialized:
                 for states in (layer.keys, layer.values):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -29,11 +29,8 @@ WARM_UP = 2  # runs of a step before it is recorded as a CUDA graph
 ID, POSITION, COLUMN, PLACE = range(4)
 
 
-class Replay(Protocol):
-    """Runs a step again, over the current contents of its buffers."""
-
-    def __call__(self) -> None: ...
-
+Replay = Callable[[], None]
+"""Runs a step again, over the current contents of its buffers."""
 
 Recorder = Callable[[Callable[[], None]], Replay]
 """Makes a step replayable. It may run the step any number of times first: the inputs are the real ones."""

@@ -58,7 +58,7 @@ def steer(
         )
     timeline = Timeline(prompt_length)
     network, bank = _written_bank(model, mixture, allow_model_mismatch)
-    where = timeline.where if mixture.apply_to == "generated" else _everywhere
+    where = timeline.where if mixture.apply_to == "generated" else lambda *_: None
     bank.attach()
     try:
         with bank.steps(network, where), _announcing(network, timeline.begin):
@@ -194,7 +194,3 @@ def _length(cache: Any) -> int | None:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):
         return None
-
-
-def _everywhere(_args: Sequence[Any], _kwargs: Mapping[str, Any]) -> None:
-    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -32,7 +32,10 @@ class Admission:
         """The states of a request's choices. Raises RequestError that names the field of the protocol."""
         self._check(request)
         plan = self.resolve(request.plan, profiles)
-        check_gates(request, plan, chunked=self._chunked)
+        if plan.gates and not self._chunked:
+            raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
+        if plan.gates and request.prompt_logprobs is not None:
+            raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
         stop_ids, stop_strings = self._stops(request)
         return [
             RequestState(
@@ -67,9 +70,21 @@ class Admission:
         return resolved
 
     def _check(self, request: GenerationRequest) -> None:
-        writes = request.sampling.max_tokens != 0
-        check_prompt(request.prompt_ids, vocabulary=self._info.vocab_size, context=self._info.context, writes=writes)
-        check_vocabulary(request.sampling, self._info.vocab_size)
+        prompt, vocabulary, context = request.prompt_ids, self._info.vocab_size, self._info.context
+        reject(not prompt, "the prompt is empty", "prompt_ids")
+        reject(
+            any(not 0 <= token < vocabulary for token in prompt),
+            f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
+            "prompt_ids",
+        )
+        if len(prompt) + (request.sampling.max_tokens != 0) > context:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the context holds {context}, prompt and completion together: "
+                "shorten the prompt",
+                param="prompt_ids",
+                code="context_length_exceeded",
+            )
+        check_vocabulary(request.sampling, vocabulary)
         endless = request.constraint is not None and request.sampling.ignore_eos
         reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
         if request.divergence and self._info.slots < 2:
@@ -90,32 +105,6 @@ class Admission:
                 )
         stop_ids.update((token_id, token_id) for token_id in request.sampling.stop_token_ids)
         return stop_ids, request.sampling.stop
-
-
-def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context: int, writes: bool) -> None:
-    """Raise RequestError if a prompt is empty, has an id outside of the vocabulary, or does not fit the context, with
-    room for a token if any is to be generated."""
-    reject(not prompt_ids, "the prompt is empty", "prompt_ids")
-    reject(
-        any(not 0 <= token < vocabulary for token in prompt_ids),
-        f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
-        "prompt_ids",
-    )
-    if len(prompt_ids) > context - writes:
-        raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens; the context holds {context}, prompt and completion together: "
-            "shorten the prompt",
-            param="prompt_ids",
-            code="context_length_exceeded",
-        )
-
-
-def check_gates(request: GenerationRequest, plan: ResolvedPlan, *, chunked: bool) -> None:
-    """Raise SteeringError for a profile with a gate where the prompt cannot decide it."""
-    if plan.gates and not chunked:
-        raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
-    if plan.gates and request.prompt_logprobs is not None:
-        raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
 
 
 def check_no_new_gates(known: Collection[str], plan: ResolvedPlan) -> None:

@@ -46,7 +46,7 @@ from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.threads import run_apart, use_threads
 from steering_vectors.runtime.runner import Runner
-from steering_vectors.runtime.tensor_parallel import Channel, Follower, LeadingRunner
+from steering_vectors.runtime.tensor_parallel import Channel, LeadingRunner
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TorchEngine:
     """Implements `protocol.Engine`.
 
     Of `config` only what runs the model is used here; `build_engine` loads it. `channel` leads to the processes that
-    hold the model's other parts, each of which runs `make_follower` at the same time.
+    hold the model's other parts, each of which calls `build.follow_engine` at the same time.
     """
 
     def __init__(
@@ -343,12 +343,6 @@ class LoadedProfiles:
                 self._uses[version] -= 1
                 if self._uses[version] <= 0:
                     del self._uses[version], self._profiles[version]
-
-
-def make_follower(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> Follower:
-    """What a process that does not serve does beside the one that does."""
-    bank, runner = make_runner(language_model, slots, context, False)
-    return Follower(runner, bank, channel)
 
 
 def make_runner(

@@ -21,7 +21,7 @@ from server.engines.torch.sampling.sample import NonFiniteLogits, sample
 from server.engines.torch.scheduling.budget import PrefillBudget
 from server.engines.torch.scheduling.request_state import Chunk, RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
-from server.engines.torch.token_details import TokenDetails, decide_gates, score_prompts, token_details
+from server.engines.torch.token_details import TokenDetails, decide_gates, score_prompt, token_details
 from steering_vectors.errors import SteeringError
 from steering_vectors.models.transfers import picked
 from steering_vectors.runtime.runner import Output, Residuals, RowInput, Runner
@@ -152,9 +152,10 @@ class EngineLoop:
 
     def _score(self, batch: Sequence[Chunk], scored: Sequence[torch.Tensor]) -> None:
         """Note the log-probabilities of prompt tokens, and send them when the prompt is complete."""
-        states = [chunk.state for chunk in batch]
-        scores = score_prompts(states, [chunk.scored_from for chunk in batch], scored)
-        for chunk, state, new in zip(batch, states, scores, strict=True):
+        for chunk, logits in zip(batch, scored, strict=True):
+            state = chunk.state
+            # one row at a time: logits that fit the caches are read twice for the price of once
+            new = score_prompt(state, chunk.scored_from, logits)
             if any(math.isnan(one.logprob) for one in new):
                 self._fail(state)
             elif chunk.end == state.prompt_length:

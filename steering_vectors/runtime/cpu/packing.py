@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from steering_vectors.errors import ModelError
-from steering_vectors.models.hooks import trace_inputs
+from steering_vectors.models.hooks import trace_calls
 from steering_vectors.runtime.cpu.kernels import Kernels, Product, load
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, joined, quantize
 
@@ -181,13 +182,13 @@ def packs(model: nn.Module) -> bool:
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
     """The linear layers called in a dry run. Consecutive ones with the very same input tensor form a group."""
     layers = [module for module in model.modules() if type(module) is nn.Linear and module.weight.dtype in DTYPES]
-    calls = trace_inputs(layers, lambda: _dry_run(model))
-    counts = {id(layer): sum(other is layer for other, _ in calls) for layer, _ in calls}
+    calls = trace_calls([(str(place), layer) for place, layer in enumerate(layers)], lambda: _dry_run(model))
+    counts = Counter(call.name for call in calls)
     groups: list[list[nn.Linear]] = []
     last: torch.Tensor | None = None
-    for layer, given in calls:
-        assert isinstance(layer, nn.Linear)
-        if counts[id(layer)] > 1:
+    for call in calls:
+        layer, given = layers[int(call.name)], call.given[0]
+        if counts[call.name] > 1:
             last = None
         elif given is last and groups[-1][0].weight.dtype == layer.weight.dtype:
             groups[-1].append(layer)
