@@ -69,7 +69,6 @@ class Detokenizer:
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string that ended the text, or None."""
         return self._stops.matched
 
     def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:

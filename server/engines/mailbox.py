@@ -21,7 +21,6 @@ class Mailbox:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
-        """Called in the mailbox's loop."""
         self.events.put_nowait(event)
 
 

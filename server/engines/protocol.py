@@ -186,7 +186,6 @@ class PlanTerm:
 
     @property
     def extremes(self) -> tuple[float, float]:
-        """The least and the greatest strength."""
         return (self.strength, self.strength) if self.schedule is None else self.schedule.extremes
 
 
@@ -251,12 +250,10 @@ class GenerationRequest:
 
     @property
     def n(self) -> int:
-        """How many choices are asked for."""
         return len(self.ids)
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """The profile versions that an engine needs."""
         return (*self.plan.versions, *self.projections)
 
 
@@ -508,9 +505,7 @@ class Engine(Protocol):
         """End a choice with reason "cancelled"; False if it is not live."""
         ...
 
-    async def explain(self, plan: SteeringPlan) -> PlanEffect:
-        """What a plan would do."""
-        ...
+    async def explain(self, plan: SteeringPlan) -> PlanEffect: ...
 
     async def load_profile(self, profile: Profile) -> None:
         """Check that a profile fits the model, and hold its vectors by version.

@@ -70,7 +70,6 @@ class NormHistogram:
         self._counts = torch.zeros(self.PER_OCTAVE * self.OCTAVES, dtype=torch.int64)
 
     def add(self, values: torch.Tensor) -> None:
-        """Count float values of any shape."""
         octaves = values.flatten().double().cpu().clamp_min(2.0**-self.OCTAVES).log2() + self.OCTAVES / 2
         bins = (octaves * self.PER_OCTAVE).floor().long().clamp(0, len(self._counts) - 1)
         self._counts += torch.bincount(bins, minlength=len(self._counts))

@@ -22,7 +22,6 @@ def block_output(output: Any) -> torch.Tensor:
 
 
 def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
-    """`output` with its residual stream replaced, in the same form."""
     if isinstance(output, torch.Tensor):
         return hidden
     return type(output)((hidden, *output[1:]))
@@ -30,7 +29,6 @@ def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
 
 @contextmanager
 def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks when the context ends."""
     try:
         yield
     finally:
@@ -108,7 +106,6 @@ def hide(mask: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
 def hook_outputs(
     blocks: Sequence[nn.Module], hook_for: Callable[[int], Callable[[nn.Module, Any, Any], Any]]
 ) -> list[RemovableHandle]:
-    """Register a hook on each block, made for its layer."""
     return [block.register_forward_hook(hook_for(layer)) for layer, block in enumerate(blocks)]
 
 

@@ -64,7 +64,6 @@ def choose_runner(
 def _candidates(
     language_model: LanguageModel, bank: AcceleratedBank, context: int, static: bool | None
 ) -> list[Callable[[], Runner]]:
-    """The runners to try, fastest first."""
     on_cuda = language_model.device.type == "cuda"
     kind = GraphRunner if on_cuda else StaticRunner
     over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]

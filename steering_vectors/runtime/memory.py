@@ -49,7 +49,6 @@ class MemoryNeed:
         return self.column * (context + 1) + self.slot + self.row
 
     def room(self, utilization: float) -> int:
-        """Bytes left for slots."""
         return int(utilization * self.total) - self.used - self.one_pass
 
 
@@ -172,7 +171,6 @@ def _measured(language_model: LanguageModel, meter: Meter, context: int, tokens:
 
 
 def _remedy(need: MemoryNeed, room: int, slots: int, fitting: int) -> str:
-    """The flags that would make it fit."""
     remedies = [f"--slots {fitting}"] if fitting else []
     columns = (room // slots - need.slot - need.row) // max(1, need.column) - 1
     if columns >= CONTEXT_STEP:

@@ -64,7 +64,6 @@ class Admission:
         ]
 
     def resolve(self, plan: SteeringPlan, profiles: Mapping[str, Profile]) -> ResolvedPlan:
-        """The plan with its profiles. Raises SteeringError."""
         resolved = ResolvedPlan(plan, profiles)
         resolved.check(self._dtype)
         return resolved

@@ -268,7 +268,6 @@ class TorchEngine:
             self._loop.end("error", f"{type(error).__name__} while computing a step", running_only=True)
 
     def step(self) -> None:
-        """One step of all requests."""
         self._loop.step()
 
     def _take_commands(self, *, wait: bool) -> None:
@@ -348,7 +347,6 @@ class LoadedProfiles:
 def make_runner(
     language_model: LanguageModel, slots: int, context: int, static: bool | None
 ) -> tuple[AcceleratedBank, Runner]:
-    """The bank that steers the model, and the runner that computes it."""
     bank = AcceleratedBank.over(language_model, rows=slots)
     bank.attach()
     return bank, choose_runner(language_model, bank, context=context, static=static)

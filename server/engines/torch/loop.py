@@ -68,7 +68,6 @@ class EngineLoop:
             self.finish(state, reason, error)
 
     def step(self) -> None:
-        """One step of all requests."""
         self.counts["steps"] += 1
         for state in self._scheduler.admit():
             self._write(state)
@@ -181,7 +180,6 @@ class EngineLoop:
             self._draw([batch[place].state for place in drawing], logits, output.residuals)
 
     def _draw(self, states: list[RequestState], logits: torch.Tensor, residuals: Mapping[int, Residuals]) -> None:
-        """Draw the next token of each row."""
         try:
             tokens = sample(logits, [state.sampler for state in states])
         except NonFiniteLogits as failure:

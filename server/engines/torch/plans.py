@@ -204,7 +204,6 @@ class SteeringState:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The plans so far."""
         return (*self._ended, self._segment())
 
     def change(self, token: int, plan: ResolvedPlan) -> Segment:
@@ -222,7 +221,6 @@ class SteeringState:
         return True
 
     def decide(self, token: int, gates: Mapping[str, GateDecision]) -> None:
-        """Open the gates that the prompt opens."""
         self.gates.update(gates)
         self.change(token, self.plan)
 
@@ -269,7 +267,6 @@ class SteeringState:
 def applied(
     term: PlanTerm, profile: Profile, calibrated: bool, steered: int = 0, *, closed: bool = False
 ) -> AppliedTerm:
-    """One entry of a receipt."""
     acts = any(term.extremes) and not closed
     layers = profile.layers if term.layers is None else tuple(sorted(set(term.layers)))
     return AppliedTerm(

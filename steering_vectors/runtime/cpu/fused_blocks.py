@@ -164,7 +164,6 @@ def _linear_layers(block: Any) -> list[nn.Module]:
 
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
-    """Weight and epsilon of an RMS norm."""
     epsilon = _epsilon(module)
     assert epsilon is not None
     return module.weight.detach(), epsilon

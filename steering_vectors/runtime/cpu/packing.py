@@ -200,7 +200,6 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
 
 @torch.inference_mode()
 def _dry_run(model: nn.Module) -> torch.Tensor:
-    """The logits of two tokens."""
     ids = torch.arange(1, 3, device=next(model.parameters()).device).unsqueeze(0)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits

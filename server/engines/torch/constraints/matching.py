@@ -51,7 +51,6 @@ class Matcher:
         self.state = grammar.start.deep_copy()
 
     def advance(self, token_id: int) -> None:
-        """Take the token that was chosen."""
         self.state.consume_token(token_id)
 
     @property
@@ -169,7 +168,6 @@ def _masks(backend: _Backend, states: Sequence[LLMatcher]) -> NDArray[np.int32]:
 
 
 def _definition(constraint: Constraint) -> str:
-    """The constraint as llguidance writes grammars."""
     from llguidance import LLMatcher
 
     if constraint.kind == "json":
