@@ -221,7 +221,15 @@ class SteeringPlan:
 
     def next_change(self, token: int) -> int | None:
         """The first later token at which a strength changes; None if there is none."""
-        return min(_next_changes(self.terms, token), default=None)
+        found = (term.schedule.next_change(token) for term in self.terms if term.schedule is not None)
+        return min((change for change in found if change is not None), default=None)
+
+    def changes(self, end: int) -> list[int]:
+        """Token 0, and every token before `end` at which a strength changes."""
+        tokens = [0]
+        while (later := self.next_change(tokens[-1])) is not None and later < end:
+            tokens.append(later)
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,28 +329,22 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class AppliedTerm:
-    """What one profile did in a segment, for the receipt.
+    """What a term of a plan did in a segment, for the receipt.
 
-    `strength` is the one that was asked for at the segment's first token; behind a closed gate nothing acted. `layers`
-    is empty if the strength was 0 throughout, or behind a closed gate. `steered_tokens` counts the positions at which
-    the profile acted. `calibrated`: the profile was used as it was calibrated.
+    `layers` are those at which it acted: none if the strength was 0 throughout, or behind a closed gate.
+    `steered_tokens` counts the positions. `calibrated`: the profile was used as it was calibrated.
     """
 
-    profile: str
-    version: str
+    term: PlanTerm
     operator: Operator
-    strength: float
     layers: tuple[int, ...]
     calibrated: bool
     steered_tokens: int = 0
-    schedule: StrengthSchedule | None = None
     gate_closed: bool = False
 
     def at(self, token: int) -> float:
         """The strength that acted when a token was drawn; tokens count from the beginning of the segment."""
-        if self.gate_closed:
-            return 0.0
-        return self.strength if self.schedule is None else self.schedule.at(token)
+        return 0.0 if self.gate_closed else self.term.at(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,11 +353,8 @@ class Segment:
     new segment, a change of a running request does."""
 
     from_token: int
+    plan: SteeringPlan
     terms: tuple[AppliedTerm, ...]
-    apply_to: ApplyTo = "generated"
-    preserve_norm: bool = False
-    allow_beyond_safe: bool = False
-    steered_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,18 +523,3 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Cancel what runs and free the model. May be called again."""
         ...
-
-
-def _next_changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], token: int) -> list[int]:
-    """For each schedule the first later token at which its strength changes, if there is one."""
-    found = (term.schedule.next_change(token) for term in terms if term.schedule is not None)
-    return [change for change in found if change is not None]
-
-
-def strength_changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], end: int) -> list[int]:
-    """Token 0, and every token before `end` at which a strength changes; tokens count from the beginning of the plan or
-    segment."""
-    tokens = [0]
-    while (later := min(_next_changes(terms, tokens[-1]), default=end)) < end:
-        tokens.append(later)
-    return tokens

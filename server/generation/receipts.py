@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment, strength_changes
+from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment, SteeringPlan
 from server.http.answers import about
 
 Key = tuple[str, str]
@@ -135,24 +135,24 @@ def receipt(finished: Sequence[Finished]) -> list[SteeringReceipt]:
 
 def segment_receipt(segment: Segment) -> list[SteeringReceipt]:
     """What a plan applies at its first token."""
-    return [applied_entry(term, segment, term.strength) for term in segment.terms]
+    return [applied_entry(one, segment.plan, one.term.at(0)) for one in segment.terms]
 
 
-def applied_entry(term: AppliedTerm, segment: Segment, strength: float) -> SteeringReceipt:
-    """One profile at one strength of a segment."""
+def applied_entry(applied: AppliedTerm, plan: SteeringPlan, strength: float) -> SteeringReceipt:
+    """One profile at one strength of a plan."""
     entry: SteeringReceipt = {
-        "name": term.profile,
-        "version": term.version,
+        "name": applied.term.profile,
+        "version": applied.term.version,
         "strength": strength,
-        "operator": term.operator,
-        "layers": list(term.layers) if strength else [],
-        "apply_to": segment.apply_to,
-        "steered_tokens": term.steered_tokens,
-        "calibrated": term.calibrated,
+        "operator": applied.operator,
+        "layers": list(applied.layers) if strength else [],
+        "apply_to": plan.apply_to,
+        "steered_tokens": applied.steered_tokens,
+        "calibrated": applied.calibrated,
     }
-    if segment.preserve_norm:
+    if plan.preserve_norm:
         entry["preserve_norm"] = True
-    if segment.allow_beyond_safe:
+    if plan.allow_beyond_safe:
         entry["allow_beyond_safe"] = True
     return entry
 
@@ -165,9 +165,8 @@ def _entry(key: Key, points: Sequence[Point], finished: Sequence[Finished]) -> S
         for term in segment.terms
         if _key(term) == key
     ]
-    segment, term, end = naming[-1]
-    last = term.strength if term.schedule is None else term.schedule.at(end - 1 - segment.from_token)
-    entry = applied_entry(term, segment, last)
+    segment, applied, end = naming[-1]
+    entry = applied_entry(applied, segment.plan, applied.term.at(end - 1 - segment.from_token))
     entry["calibrated"] = all(term.calibrated for _, term, _ in naming)
     entry["steered_tokens"] = sum(term.steered_tokens for _, term, _ in naming)
     if decisions := [one.gates[key[0]] for one in finished if key[0] in one.gates]:
@@ -190,7 +189,7 @@ def _points(finished: Finished) -> list[Point]:
     return [
         (segment.from_token + token, segment)
         for segment, end in _with_ends(finished)
-        for token in strength_changes(segment.terms, end - segment.from_token)
+        for token in segment.plan.changes(end - segment.from_token)
     ]
 
 
@@ -209,5 +208,5 @@ def _strength(key: Key, token: int, segment: Segment) -> float:
     return next((term.at(token - segment.from_token) for term in segment.terms if _key(term) == key), 0.0)
 
 
-def _key(term: AppliedTerm) -> Key:
-    return term.profile, term.version
+def _key(applied: AppliedTerm) -> Key:
+    return applied.term.profile, applied.term.version

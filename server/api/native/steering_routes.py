@@ -16,10 +16,9 @@ from server.engines.protocol import (
     MAX_SCHEDULE_TOKEN,
     BlockEffect,
     GenerationRequest,
-    Segment,
+    SteeringPlan,
     TermEffect,
     capabilities_needed,
-    strength_changes,
 )
 from server.generation.client_errors import client_errors
 from server.generation.intake import check_capabilities
@@ -138,12 +137,11 @@ async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -
     with client_errors():
         plan = pinned(body.steering.plan(), registry.find)
         effect = await engine.explain(plan)
-    start = Segment(0, (), plan.apply_to, plan.preserve_norm, plan.allow_beyond_safe)
     answer: ResolveAnswer = {
-        "steering": [_resolved(term, start) for term in effect.terms],
+        "steering": [_resolved(term, plan) for term in effect.terms],
         "blocks": [_block(block) for block in effect.blocks],
     }
-    changes = strength_changes(plan.terms, MAX_SCHEDULE_TOKEN + 1)
+    changes = plan.changes(MAX_SCHEDULE_TOKEN + 1)
     if len(changes) > 1:
         answer["timeline"] = [
             {"from_token": token, "strengths": {term.profile: term.at(token) for term in plan.terms}}
@@ -152,13 +150,13 @@ async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -
     return answer
 
 
-def _resolved(term: TermEffect, segment: Segment) -> ResolvedProfile:
+def _resolved(effect: TermEffect, plan: SteeringPlan) -> ResolvedProfile:
     return {
-        **applied_entry(term.applied, segment, term.applied.strength),
-        "method": term.method,
-        "unit": term.unit,
-        "max_strength": term.max_strength,
-        "kl_at_1": term.kl_at_1,
+        **applied_entry(effect.applied, plan, effect.applied.term.at(0)),
+        "method": effect.method,
+        "unit": effect.unit,
+        "max_strength": effect.max_strength,
+        "kl_at_1": effect.kl_at_1,
     }
 
 

@@ -250,15 +250,12 @@ class SteeringState:
             self._calibrated[index] = self._calibrated[index] and calibrated
 
     def _segment(self) -> Segment:
-        plan = self.plan.plan
-        parts = zip(plan.terms, self.plan.profiles, self._calibrated, self._steered, strict=True)
+        parts = zip(self.plan.plan.terms, self.plan.profiles, self._calibrated, self._steered, strict=True)
         terms = [
             applied(term, profile, calibrated, steered, closed=self._is_closed(profile))
             for term, profile, calibrated, steered in parts
         ]
-        return Segment(
-            self._from_token, tuple(terms), plan.apply_to, plan.preserve_norm, plan.allow_beyond_safe, self._positions
-        )
+        return Segment(self._from_token, self.plan.plan, tuple(terms))
 
     def _is_closed(self, profile: Profile) -> bool:
         return profile.name in self.conditions and not (profile.name in self.gates and self.gates[profile.name].opened)
@@ -269,14 +266,4 @@ def applied(
 ) -> AppliedTerm:
     acts = any(term.extremes) and not closed
     layers = profile.layers if term.layers is None else tuple(sorted(set(term.layers)))
-    return AppliedTerm(
-        profile.name,
-        profile.version,
-        profile.operator,
-        term.at(0),
-        layers if acts else (),
-        calibrated,
-        steered,
-        term.schedule,
-        closed,
-    )
+    return AppliedTerm(term, profile.operator, layers if acts else (), calibrated, steered, closed)

@@ -428,7 +428,7 @@ def test_a_changed_plan_holds_from_the_acknowledged_token_on(one: Served, warm: 
     planned = one.run(outcome(one.engine, request(PROMPT, plan(warm, steps(*strengths)), max_tokens=length, **FREE)))
     assert tuple(ids) == planned.ids
     assert [segment.from_token for segment in end.segments] == [0, first]
-    assert end.segments[1].terms[0].schedule == (change if isinstance(change, StrengthSchedule) else None)
+    assert end.segments[1].plan.terms[0].schedule == (change if isinstance(change, StrengthSchedule) else None)
     assert end.steered_tokens == planned.end.steered_tokens
 
 
@@ -468,10 +468,10 @@ def test_receipts_say_what_was_applied(one: Served, warm: Profile, cold: Profile
     asked = request(PROMPT, SteeringPlan((term(warm, 0.5), term(cold, schedule, (2,)))), max_tokens=10, **FREE)
     (segment,) = one.run(outcome(one.engine, asked)).end.segments
     first, second = segment.terms
-    assert (first.profile, first.version, first.strength, first.operator) == ("warm", warm.version, 0.5, "add")
-    assert first.layers == warm.layers
-    assert (first.steered_tokens, second.steered_tokens, segment.steered_tokens) == (10, 6, 10)
-    assert (second.strength, second.layers, second.schedule) == (0.0, (2,), schedule)
+    assert segment.plan == asked.plan
+    assert (first.term, second.term) == asked.plan.terms
+    assert (first.operator, first.layers, second.layers) == ("add", warm.layers, (2,))
+    assert (first.steered_tokens, second.steered_tokens) == (10, 6)
     assert [term.calibrated for term in segment.terms] == [False, False]  # a mix is not what was calibrated
     (alone,) = one.run(outcome(one.engine, request(PROMPT, plan(warm), max_tokens=2, **FREE))).end.segments
     assert alone.terms[0].calibrated
@@ -513,7 +513,7 @@ def test_a_plan_is_explained(one: Served, warm: Profile, cold: Profile) -> None:
     asked = SteeringPlan((term(warm, 0.5), term(cold, -0.25)))
     one.run(load(one.engine, asked.versions))
     effect = one.run(one.engine.explain(asked))
-    assert [(term.applied.profile, term.applied.strength) for term in effect.terms] == [("warm", 0.5), ("cold", -0.25)]
+    assert [term.applied.term for term in effect.terms] == list(asked.terms)
     assert [term.kl_at_1 for term in effect.terms] == [0.1, None]
     shift = 0.5 * warm.directions[2] - 0.25 * cold.directions[2]
     norms = {block.block: block.shift_norm for block in effect.blocks}
