@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -52,28 +51,20 @@ class MemoryNeed:
         return int(utilization * self.total) - self.used - self.one_pass
 
 
-class Meter(Protocol):
-    """A device's memory, in bytes."""
-
-    def used_and_total(self) -> tuple[int, int]:
-        """What all processes on the device use now, and what there is."""
-
-    def peak(self, work: Callable[[], None]) -> int:
-        """The most memory that `work` took at any time, beside what was taken before."""
-
-
 class CudaMeter:
-    """The memory of a CUDA device, as reported by its driver and torch's allocator."""
+    """The memory of a CUDA device in bytes, as reported by its driver and torch's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def used_and_total(self) -> tuple[int, int]:
+        """What all processes on the device use now, and what there is."""
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free, total
 
     def peak(self, work: Callable[[], None]) -> int:
+        """The most memory that `work` took at any time, beside what was taken before."""
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
@@ -84,7 +75,7 @@ class CudaMeter:
 
 def plan_memory(
     language_model: LanguageModel,
-    meter: Meter,
+    meter: CudaMeter,
     *,
     slots: int | None,
     context: int,
@@ -138,7 +129,7 @@ def plan(need: MemoryNeed, *, slots: int | None, context: int, utilization: floa
 
 
 @torch.inference_mode()
-def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens: int) -> MemoryNeed:
+def measure(language_model: LanguageModel, meter: CudaMeter, *, context: int, tokens: int) -> MemoryNeed:
     """What passes of so many prompt tokens need: the widest that an engine makes, at the far end of the context.
 
     Raises what the model raises if it cannot run over slots.
@@ -148,7 +139,7 @@ def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens
     return MemoryNeed(total=total, used=used, one_pass=one, row=max(0, two - one), column=column, slot=slot)
 
 
-def _measured(language_model: LanguageModel, meter: Meter, context: int, tokens: int) -> tuple[int, int, int, int]:
+def _measured(language_model: LanguageModel, meter: CudaMeter, context: int, tokens: int) -> tuple[int, int, int, int]:
     """Bytes of a pass over one row and over two, of a column and of a slot."""
     bank = SteeringBank.over(language_model, rows=ROWS)
     runner = BatchedRunner(language_model, bank, context=context)

@@ -30,8 +30,7 @@ from server.engines.protocol import (
     SteeringPlan,
 )
 from server.engines.torch.admission import Admission, check_no_new_gates
-from server.engines.torch.constraints.cache import Grammars
-from server.engines.torch.constraints.matching import GrammarCompiler
+from server.engines.torch.constraints.matching import GrammarCompiler, Grammars
 from server.engines.torch.loop import EngineLoop
 from server.engines.torch.plans import ResolvedPlan
 from server.engines.torch.scheduling.budget import PrefillBudget

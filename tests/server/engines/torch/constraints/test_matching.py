@@ -14,9 +14,14 @@ import pytest
 from server.engines.errors import Overloaded, Unavailable
 from server.engines.protocol import Constraint
 from server.engines.torch.constraints import cache as grammars
-from server.engines.torch.constraints.cache import Grammars
 from server.engines.torch.constraints.lark import attributes, special_tokens, stands_for
-from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, Matcher, allowed_tokens
+from server.engines.torch.constraints.matching import (
+    CompiledGrammar,
+    GrammarCompiler,
+    Grammars,
+    Matcher,
+    allowed_tokens,
+)
 from steering_vectors.errors import RequestError
 from tests.support.serving import demo_engine, live_server
 from tests.support.tiny_tokenizers import tiny_tokenizer
