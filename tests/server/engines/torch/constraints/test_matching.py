@@ -13,7 +13,7 @@ import pytest
 
 from server.engines.errors import Overloaded, Unavailable
 from server.engines.protocol import Constraint
-from server.engines.torch.constraints import cache as grammars
+from server.engines.torch.constraints import matching as grammars
 from server.engines.torch.constraints.lark import attributes, special_tokens, stands_for
 from server.engines.torch.constraints.matching import (
     CompiledGrammar,
