@@ -156,12 +156,6 @@ class StrengthSchedule:
                 return end
         return None
 
-    @property
-    def extremes(self) -> tuple[float, float]:
-        """The least and the greatest strength: a straight line has both at its ends."""
-        strengths = [strength for _, strength in self.points]
-        return min(strengths), max(strengths)
-
 
 @dataclass(frozen=True, slots=True)
 class PlanTerm:
@@ -185,8 +179,9 @@ class PlanTerm:
         return self.strength if self.schedule is None else self.schedule.at(token)
 
     @property
-    def extremes(self) -> tuple[float, float]:
-        return (self.strength, self.strength) if self.schedule is None else self.schedule.extremes
+    def acts(self) -> bool:
+        """Whether it has a strength other than 0 at any token."""
+        return bool(self.strength) if self.schedule is None else any(strength for _, strength in self.schedule.points)
 
 
 @dataclass(frozen=True, slots=True)

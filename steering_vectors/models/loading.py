@@ -108,13 +108,10 @@ def identify(model: PreTrainedModel, *, num_layers: int, name: str | None = None
 def _check_source(source: str) -> None:
     """Raise ModelError for what is wrong with a directory, in fewer words than transformers."""
     directory = Path(source).expanduser()
-    if directory.is_dir():
-        _check_directory(directory)
-    elif source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise ModelError(f"there is no model directory {source}")
-
-
-def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+            raise ModelError(f"there is no model directory {source}")
+        return
     if not (directory / "config.json").exists():
         raise ModelError(f"{directory} holds no config.json: it is not a model's directory")
     if not any((directory / name).exists() for name in TOKENIZER_FILES):

@@ -20,11 +20,10 @@ from steering_vectors.profiles.profile import Profile
 class Admission:
     """Checks requests and plans for one model, and makes the states of requests."""
 
-    def __init__(self, info: EngineInfo, *, dtype: torch.dtype, eos_ids: frozenset[int], chunked: bool) -> None:
+    def __init__(self, info: EngineInfo, *, dtype: torch.dtype, eos_ids: frozenset[int]) -> None:
         self._info = info
         self._dtype = dtype
         self._eos_ids = eos_ids
-        self._chunked = chunked
 
     def states(
         self, request: GenerationRequest, profiles: Mapping[str, Profile], grammar: CompiledGrammar | None
@@ -32,11 +31,11 @@ class Admission:
         """The states of a request's choices. Raises RequestError that names the field of the protocol."""
         self._check(request)
         plan = self.resolve(request.plan, profiles)
-        if plan.gates and not self._chunked:
+        if plan.gates and "gates" not in self._info.capabilities:
             raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
         if plan.gates and request.prompt_logprobs is not None:
             raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
-        stop_ids, stop_strings = self._stops(request)
+        stop_ids = self._stop_ids(request)
         return [
             RequestState(
                 name,
@@ -55,7 +54,7 @@ class Admission:
                     matcher=None if grammar is None else Matcher(grammar),
                     stop_ids=stop_ids,
                 ),
-                Detokenizer(self._info.tokenizer, request.prompt_ids, stop_strings),
+                Detokenizer(self._info.tokenizer, request.prompt_ids, request.sampling.stop),
                 stop_ids,
                 tuple(profiles[version] for version in request.projections),
                 request.versions,
@@ -89,8 +88,8 @@ class Admission:
         if request.divergence and self._info.slots < 2:
             raise RequestError("divergence needs a second slot", param="divergence", code="too_few_slots")
 
-    def _stops(self, request: GenerationRequest) -> tuple[dict[int, int | str], tuple[str, ...]]:
-        """The tokens that end the text, each with what is reported, and the strings to look for in the text."""
+    def _stop_ids(self, request: GenerationRequest) -> dict[int, int | str]:
+        """The tokens that end the text, each with what is reported."""
         special = special_tokens(self._info.tokenizer) if request.sampling.stop else {}
         stop_ids: dict[int, int | str] = {}
         for text in request.sampling.stop:
@@ -103,7 +102,7 @@ class Admission:
                     param="stop",
                 )
         stop_ids.update((token_id, token_id) for token_id in request.sampling.stop_token_ids)
-        return stop_ids, request.sampling.stop
+        return stop_ids
 
 
 def check_no_new_gates(known: Collection[str], plan: ResolvedPlan) -> None:

@@ -96,9 +96,7 @@ class TorchEngine:
             path=self._runner.path,
             capabilities=ALL_CAPABILITIES if self._runner.chunked else ALL_CAPABILITIES - {"gates"},
         )
-        self._admission = Admission(
-            self.info, dtype=language_model.dtype, eos_ids=self._eos_ids, chunked=self._runner.chunked
-        )
+        self._admission = Admission(self.info, dtype=language_model.dtype, eos_ids=self._eos_ids)
         self._profiles = LoadedProfiles()
         self._requests: dict[str, RequestState | None] = {}  # by id, None while one is being admitted
         self._ended_ids: dict[str, None] = {}  # the latest last

@@ -220,7 +220,7 @@ class EngineLoop:
             self.finish(state, "error", state.sampler.problem, error_param="constraint")
         else:
             terms = state.steering.plan.plan.terms
-            steered = state.steering.steered_tokens or any(any(term.extremes) for term in terms)
+            steered = state.steering.steered_tokens or any(term.acts for term in terms)
             self.finish(state, "error", NOT_FINITE, error_param="strength" if steered else None)
 
     def _write(self, state: RequestState) -> None:

@@ -57,7 +57,7 @@ class ResolvedPlan:
     def gates(self) -> dict[str, Gate]:
         """By profile, the gates of the terms that ever have a strength."""
         pairs = zip(self.plan.terms, self.profiles, strict=True)
-        return {profile.name: profile.gate for term, profile in pairs if profile.gate and any(term.extremes)}
+        return {profile.name: profile.gate for term, profile in pairs if profile.gate and term.acts}
 
     def at(self, token: int, opened: frozenset[str] = frozenset()) -> Steering:
         """What holds at a token; profiles whose gate is not among the opened ones do nothing."""
@@ -264,6 +264,6 @@ class SteeringState:
 def applied(
     term: PlanTerm, profile: Profile, calibrated: bool, steered: int = 0, *, closed: bool = False
 ) -> AppliedTerm:
-    acts = any(term.extremes) and not closed
+    acts = term.acts and not closed
     layers = profile.layers if term.layers is None else tuple(sorted(set(term.layers)))
     return AppliedTerm(term, profile.operator, layers if acts else (), calibrated, steered, closed)
