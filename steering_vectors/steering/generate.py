@@ -105,7 +105,8 @@ class Timeline:
 
     def where(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """The steered positions of the next pass, bool `[1, positions]`; None for all of them."""
-        inputs = _inputs(args, kwargs)
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
+        inputs: torch.Tensor = next(one for one in given if one is not None)  # [rows, positions, …]
         length = inputs.shape[1]
         past = self._past(length, kwargs)
         self._seen = past + length
@@ -175,17 +176,8 @@ def _check_padding(mask: Any) -> None:
 
 def _prompt_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Positions of generate's prompt; without one it starts from a single BOS token."""
-    for given in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")):
-        if given is not None:
-            return int(given.shape[1])
-    return 1
-
-
-def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """A forward pass's inputs, `[rows, positions]` or `[rows, positions, hidden]`."""
-    given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
-    tensor: torch.Tensor = next(tensor for tensor in given if tensor is not None)
-    return tensor
+    given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+    return next((int(one.shape[1]) for one in given if one is not None), 1)
 
 
 def _length(cache: Any) -> int | None:
