@@ -185,7 +185,9 @@ class _Fit:
         lm, settings = self._lm, self._settings
         blank = self._blank()
         pairs.check()
-        gate = settings.gate and fit_gate(lm, settings.gate, seed=settings.seed, progress=self._progress)
+        gate = None
+        if settings.gate is not None:
+            gate = fit_gate(lm, settings.gate, seed=settings.seed, progress=self._progress)
         corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows)
         parts = self._split(corpus)
         statistics = self._capture(parts.train)
