@@ -96,12 +96,6 @@ def settle(waiting: asyncio.Future[Any], value: Any, error: Exception | None) ->
         waiting.set_result(value)
 
 
-def look_at(answer: asyncio.Future[Any]) -> None:
-    """Retrieve a future's error, so that asyncio does not log it if nobody waits any more."""
-    if not answer.cancelled():
-        answer.exception()
-
-
 def _put_all(entries: list[tuple[Mailbox, Event]]) -> None:
     for mailbox, event in entries:
         mailbox.put(event)

@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engines.errors import Conflict, Unavailable
-from server.engines.mailbox import Mailbox, Receiver, call_in, look_at, settle
+from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
     Engine,
     EngineInfo,
@@ -83,13 +83,20 @@ class ProcessEngine:
         return engine
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
-        # goes on if the caller is cancelled: the stream that nobody takes then cancels what the child has accepted
-        submitting = asyncio.create_task(self._submit(tuple(requests)))
-        submitting.add_done_callback(look_at)
-        return await asyncio.shield(submitting)
-
-    async def _submit(self, requests: tuple[GenerationRequest, ...]) -> Receiver:
         lengths = {name: len(request.prompt_ids) for request in requests for name in request.ids}
+        submitting = asyncio.create_task(self._submit(tuple(requests), lengths))
+
+        def drop(done: asyncio.Task[Receiver]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._cancel_later(tuple(lengths))
+
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(drop)  # the child accepts it all the same
+            raise
+
+    async def _submit(self, requests: tuple[GenerationRequest, ...], lengths: Mapping[str, int]) -> Receiver:
         if live := next((name for name in lengths if name in self._live), None):
             raise Conflict(f"a generation with id {live!r} is running already", param="ids")
         mailbox = Mailbox()

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from server.engines.errors import Overloaded, Unavailable, reject
-from server.engines.mailbox import look_at
 from server.engines.protocol import Constraint
 from server.engines.torch.constraints.lark import NOT_CARRIED_OUT, attributes, special_tokens, stands_for
 from steering_vectors.errors import RequestError, first_line
@@ -226,7 +225,7 @@ class Grammars:
         self._entries[constraint] = entry
         entry.uses += 1
         answer = asyncio.wrap_future(entry.future)
-        answer.add_done_callback(look_at)
+        answer.add_done_callback(lambda one: one.cancelled() or one.exception())  # not to be logged if nobody waits
         try:
             return await asyncio.shield(answer)  # another may wait for the same
         except asyncio.CancelledError:
