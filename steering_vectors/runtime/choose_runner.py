@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -38,12 +39,11 @@ def choose_runner(
     `static` asks for decoding over static buffers, which a CUDA device replays as graphs: on any device and nothing
     else if True, never if False, on CUDA if it agrees if None.
     """
-    candidates = _candidates(language_model, bank, context, static)
     reasons = []
-    for make in candidates:
+    for make in _candidates(language_model, static):
         runner: Runner | None = None
         try:
-            runner = make()
+            runner = make(language_model, bank, context=context)
             error = disagreement(runner, language_model)
         except Exception as failure:  # an architecture may fail in any way; the next candidate is tried
             reasons.append(f"{runner.path if runner else 'set-up'}: {type(failure).__name__}: {failure}")
@@ -61,22 +61,19 @@ def choose_runner(
     raise ModelError(f"{kind} cannot be served: " + "; ".join(reasons))
 
 
-def _candidates(
-    language_model: LanguageModel, bank: AcceleratedBank, context: int, static: bool | None
-) -> list[Callable[[], Runner]]:
+def _candidates(language_model: LanguageModel, static: bool | None) -> list[Callable[..., Runner]]:
+    """The runners to try, fastest first."""
     on_cuda = language_model.device.type == "cuda"
-    kind = GraphRunner if on_cuda else StaticRunner
-    over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]
+    over_buffers = GraphRunner if on_cuda else StaticRunner
     if static:
-        return over_buffers
-    fused: list[Callable[[], Runner]] = [lambda: FusedRunner(language_model, bank, context=context)]
+        return [over_buffers]
     return [
-        *(over_buffers if on_cuda and static is None else []),
-        *(fused if can_fuse(language_model.blocks) else []),
-        lambda: BatchedRunner(language_model, bank, context=context),
-        lambda: RowRunner(language_model, bank, context=context, chunked=True),
-        lambda: RowRunner(language_model, bank, context=context, chunked=False),
-        lambda: RecomputingRunner(language_model, bank, context=context),
+        *([over_buffers] if on_cuda and static is None else []),
+        *([FusedRunner] if can_fuse(language_model.blocks) else []),
+        BatchedRunner,
+        partial(RowRunner, chunked=True),
+        partial(RowRunner, chunked=False),
+        RecomputingRunner,
     ]
 
 
