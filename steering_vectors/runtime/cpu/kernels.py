@@ -78,12 +78,8 @@ def load() -> Kernels | None:
 
 def compiled() -> list[Path]:
     """The compiled libraries that this processor can run, fastest first."""
-    return [path for name in NAMES if _runs(name) and (path := _path(name)) is not None]
-
-
-def _path(name: str) -> Path | None:
-    places = (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES)
-    return next((place for place in places if place.exists()), None)
+    paths = (Path(__file__).with_name(name + end) for name in NAMES if _runs(name) for end in EXTENSION_SUFFIXES)
+    return [path for path in paths if path.exists()]
 
 
 def _runs(name: str) -> bool:
