@@ -122,7 +122,9 @@ class SteeredModel:
     def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:
         """Sample all rows together from the end of the shortest prompt. Longer prompts first keep their own tokens."""
         tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
-        ids, ends = _padded(prompts, tokens).to(self.lm.device), lengths + tokens
+        width = max(map(len, prompts)) + tokens
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]  # aligned on the left
+        ids, ends = torch.tensor(padded, device=self.lm.device), lengths + tokens
         eos = torch.tensor(sorted(eos_ids(self.lm)), dtype=torch.long, device=self.lm.device)
         cache: dict[str, Any] = {}
         for position in range(int(lengths.min()), ids.shape[1]):
@@ -177,12 +179,6 @@ def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
-
-
-def _padded(prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
-    """The prompts, aligned on the left, with zeros for the samples, `[rows, longest + tokens]`."""
-    width = max(map(len, prompts)) + tokens
-    return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
 
 
 def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

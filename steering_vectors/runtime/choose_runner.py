@@ -85,9 +85,11 @@ def disagreement(runner: Runner, language_model: LanguageModel) -> float:
     with torch.inference_mode():
         for batch in _batches(rows, runner.chunked):
             logits = runner.forward(batch).logits
-            for index, row in enumerate(batch):
-                ids = dict(rows)[row.slot][0]
-                errors.append(_error(logits[index], _reference(language_model, ids[: row.end])))
+            for found, row in zip(logits.float(), batch, strict=True):
+                ids = torch.tensor([dict(rows)[row.slot][0][: row.end]], device=language_model.device)
+                expected = last_logits(language_model.model(input_ids=ids, use_cache=False))[0].float()
+                error = (found - expected).norm() / expected.norm().clamp_min(1e-9)
+                errors.append(float(error.nan_to_num(nan=float("inf"))))
     for slot in slots:
         runner.release(slot)
     return max(errors)
@@ -114,13 +116,3 @@ def _probes(language_model: LanguageModel, context: int) -> list[tuple[list[int]
         ids = torch.randint(0, language_model.vocab_size, (prompt + DECODED,), generator=generator)
         probes.append((ids.tolist(), prompt))
     return probes
-
-
-def _reference(language_model: LanguageModel, ids: list[int]) -> torch.Tensor:
-    tensor = torch.tensor([ids], device=language_model.device)
-    return last_logits(language_model.model(input_ids=tensor, use_cache=False))[0]
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-9)
-    return float(error.max().nan_to_num(nan=float("inf")))

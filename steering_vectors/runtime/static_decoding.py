@@ -116,7 +116,10 @@ class StaticRunner(BatchedRunner):
                 output = self.model(
                     input_ids=inputs[:, ID : ID + 1], past_key_values=self.cache, use_cache=True, **arguments
                 )
-            self._keep(output.logits[:, -1])
+            logits = output.logits[:, -1]
+            if self._logits_buffer is None:
+                self._logits_buffer = logits.new_empty(self.bank.num_rows, logits.shape[-1])
+            self._logits_buffer[:rows].copy_(logits)
 
         return compute
 
@@ -140,11 +143,6 @@ class StaticRunner(BatchedRunner):
         return self.bank.only_adds and all(
             len(row.ids) == 1 and (row.steered_from is None or row.start >= row.steered_from) for row in batch
         )
-
-    def _keep(self, logits: torch.Tensor) -> None:
-        if self._logits_buffer is None:
-            self._logits_buffer = logits.new_empty(self.bank.num_rows, logits.shape[-1])
-        self._logits_buffer[: len(logits)].copy_(logits)
 
 
 class GraphRecorder:

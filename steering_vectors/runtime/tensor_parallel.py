@@ -34,10 +34,6 @@ class Channel:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         self._group = dist.new_group(backend="gloo", timeout=IDLE)
 
-    @property
-    def processes(self) -> int:
-        return dist.get_world_size()
-
     def send(self, *message: Any) -> None:
         dist.broadcast_object_list([message], src=0, group=self._group)
 
@@ -48,7 +44,7 @@ class Channel:
 
     def minimum(self, number: int) -> int:
         """The smallest of all processes' numbers; every process must call this."""
-        numbers: list[Any] = [None] * self.processes
+        numbers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(numbers, number, group=self._group)
         return int(min(numbers))
 
@@ -63,7 +59,7 @@ class LeadingRunner(Runner):
         super().__init__(language_model, runner.bank, context=runner.context)
         self._runner, self._channel = runner, channel
         self.chunked = runner.chunked
-        self.path = f"{runner.path}, in {channel.processes} processes"
+        self.path = f"{runner.path}, in {dist.get_world_size()} processes"
         runner.bank.watch(lambda row, mixture: channel.send("steer", row, mixture))
 
     def forward(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[torch.Tensor]:

@@ -154,7 +154,9 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
 
     def announced(*args: Any, **kwargs: Any) -> Any:
         _check_padding(kwargs.get("attention_mask"))
-        with begin(_prompt_length(args, kwargs)):
+        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        # without a prompt, generate starts from a single BOS token
+        with begin(next((int(one.shape[1]) for one in given if one is not None), 1)):
             return generate(*args, **kwargs)
 
     model.generate = announced
@@ -172,12 +174,6 @@ def _check_padding(mask: Any) -> None:
             "the prompts are padded on the right, so they have no common last position: "
             "set tokenizer.padding_side = 'left'"
         )
-
-
-def _prompt_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Positions of generate's prompt; without one it starts from a single BOS token."""
-    given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-    return next((int(one.shape[1]) for one in given if one is not None), 1)
 
 
 def _length(cache: Any) -> int | None:

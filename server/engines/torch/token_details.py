@@ -32,7 +32,9 @@ def token_details(
         TokenDetails(
             logprobs.get(place, ()),
             () if state.unsteered_logits is None else (divergence(logits[place], state.unsteered_logits),),
-            _projections(state, residuals),
+            (tuple(projection(profile, residuals[state.slot]) for profile in state.projected),)
+            if state.projected
+            else (),
         )
         for place, state in enumerate(states)
     ]
@@ -73,9 +75,3 @@ def _logprobs(
     places = list(wanted)
     found = token_logprobs(logits[places], [tokens[place] for place in places], list(wanted.values()))
     return {place: (one,) for place, one in zip(places, found, strict=True)}
-
-
-def _projections(state: RequestState, residuals: Mapping[int, Residuals]) -> tuple[tuple[float, ...], ...]:
-    if not state.projected:
-        return ()
-    return (tuple(projection(profile, residuals[state.slot]) for profile in state.projected),)

@@ -137,7 +137,8 @@ def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
     _swap(model, groups, quantized)
     sizes = [len(group) for group in groups]
     del groups, quantized  # the plain weights
-    _leave_file(model)
+    for parameter in model.parameters():  # a view of the mapped checkpoint file would keep all of the file in memory
+        parameter.data = parameter.data.clone()
     _trim_heap()
     try:
         error = float((_dry_run(model) - plain).norm() / plain.norm())
@@ -155,13 +156,6 @@ def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Ma
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
-
-
-def _leave_file(model: nn.Module) -> None:
-    """Copy the weights that were not packed: while one of them is a view of the mapped checkpoint file, all of the file
-    stays in memory."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
 
 
 def _trim_heap() -> None:
@@ -241,7 +235,8 @@ def quantize_layers(
     layers = [layer for group in groups for layer in group]
     if odd := next((layer.in_features for layer in layers if layer.in_features % 2), None):
         raise ModelError(f"a linear layer of {odd} inputs cannot be quantised, an odd number; {remedy}")
-    output = _output_layer(model)
+    find = getattr(model, "get_output_embeddings", None)
+    output: nn.Module | None = find() if callable(find) else None
     share = _share(model, [layer for layer in layers if layer is not output], output)
     if share < MIN_SHARE:
         raise ModelError(
@@ -258,11 +253,6 @@ def quantize_layers(
     message = "%d linear layers are quantised to %s, %.1f %% of the weights besides embeddings and the output layer"
     logger.info(message, len(layers), kind, 100 * share)
     return quantized
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
 
 
 def _share(model: nn.Module, layers: Sequence[nn.Linear], output: nn.Module | None) -> float:
