@@ -45,24 +45,17 @@ class OneDnnProduct:
 PackedProduct = Product | OneDnnProduct
 
 
-def pack_weight(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedProduct:
-    """The product with a weight, which is copied: by this package's kernels in bfloat16 if the processor has the
-    instructions, else by oneDNN."""
-    kernels = _kernels()
+def packed_product(layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> PackedProduct:
+    """The product with these layers' weights, which are copied: by this package's kernels if the weights are quantised,
+    or in bfloat16 where the processor has the instructions, else by oneDNN."""
+    kernels, bias = _kernels(), _joined_bias(layers)
+    if quantized:
+        assert kernels is not None, "checked before the layers were quantised"
+        return kernels.quantized(joined(quantized), bias)
+    weight = torch.cat([layer.weight.detach() for layer in layers])
     if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return kernels.packed(weight, bias)
     return OneDnnProduct(weight, bias)
-
-
-def pack_quantized(weight: Quantized, bias: torch.Tensor | None) -> Product:
-    """The product with a weight of 8 or 4 bits, which is copied. Its bias and its inputs are bfloat16.
-
-    Raises ModelError if this processor has no such products, and for an odd number of inputs.
-    """
-    kernels = _kernels()
-    if kernels is None or weight.codes.shape[1] % 2:
-        raise ModelError(f"there is no {weight.kind} product of {weight.codes.shape[1]} inputs on this processor")
-    return kernels.quantized(weight, bias)
 
 
 def _kernels() -> Kernels | None:
@@ -78,11 +71,7 @@ class _JointProduct:
 
     def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
         self._sizes = [layer.out_features for layer in layers]
-        self.product: PackedProduct
-        if quantized:
-            self.product = pack_quantized(joined(quantized), _joined_bias(layers))
-        else:
-            self.product = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
+        self.product = packed_product(layers, quantized)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
