@@ -155,31 +155,31 @@ class ProfileRegistry:
         current = self._entries[name].profile if name in self._entries else None
         try:
             profile = await asyncio.to_thread(_read, self._directory / f"{name}{SUFFIX}", signature.size)
-            same = current is not None and current.version == profile.version
-            if not same:
+            if current is not None and current.version == profile.version:
+                profile = current
+            else:
                 await self._engine.load_profile(profile)
+            entry = ProfileEntry(name, profile)
         except ProfileError as error:
             logger.warning("profile %r is rejected: %s", name, error.message)
             entry = ProfileEntry(name, current, error.message)
-        else:
-            entry = ProfileEntry(name, current if same else profile)
         await self._swap(name, entry)
         self._known[name] = signature
 
     async def _swap(self, name: str, entry: ProfileEntry | None) -> None:
-        """Replace the entry of a name in one assignment, so that no one ever sees half a change."""
-        before = self._entries.get(name)
-        rest = {key: value for key, value in self._entries.items() if key != name}
-        self._entries = rest if entry is None else {**rest, name: entry}
-        retired = before.profile if before is not None else None
-        serving = entry.profile if entry is not None else None
-        if retired is not None and retired is not serving:
-            await self._engine.unload_profile(retired.version)
-        if serving is not retired:
-            version = serving.version[:8] if serving is not None else "none"
-            logger.info("profile %r: version %s is served", name, version)
+        """Replace the entry of a name, and let the engine forget the profile that is no longer served."""
+        before = self._entries.pop(name, None)
         if entry is None:
             self._known.pop(name, None)
+        else:
+            self._entries[name] = entry
+        retired = before.profile if before is not None else None
+        serving = entry.profile if entry is not None else None
+        if serving is retired:
+            return
+        if retired is not None:
+            await self._engine.unload_profile(retired.version)
+        logger.info("profile %r: version %s is served", name, serving.version[:8] if serving is not None else "none")
 
 
 def scan(directory: Path) -> dict[str, Signature]:
