@@ -20,21 +20,34 @@ NO_OPS_KEY = "x-accepted-only-as"
 ABOUT = {"title", "description", "default", "examples"}  # a schema's keys that do not restrict its values
 NULL = {"type": "null"}
 
+OPENAI_NO_OPS: NoOps = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
+}
+
 
 def _document(schema: dict[str, Any], body: type[Body]) -> None:
     """Add to the schema what pydantic does not know: null for absent, examples, the fields of `no_ops`."""
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
-            _allow_null(field)
+            forms = field.pop("anyOf", None) or [{name: field.pop(name) for name in field.keys() - ABOUT}]
+            field["anyOf"] = forms if NULL in forms else [*forms, NULL]
     if body.examples:
         schema["examples"] = list(body.examples)
     if body.no_ops:
         schema[NO_OPS_KEY] = {name: list(allowed) for name, allowed in sorted(body.no_ops.items())}
-
-
-def _allow_null(field: dict[str, Any]) -> None:
-    forms = field.pop("anyOf", None) or [{name: field.pop(name) for name in field.keys() - ABOUT}]
-    field["anyOf"] = forms if NULL in forms else [*forms, NULL]
 
 
 class Body(BaseModel):
