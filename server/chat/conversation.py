@@ -21,22 +21,12 @@ from server.chat.screen import Screen, unbroken
 from steering_vectors.errors import TrimtabError
 
 EXAMPLE = "warm 0.8 concise -0.3"
-UNSAID = "the server does not say that it steered: is it a trimtab server?"
 
 
 class ChatError(TrimtabError):
     """A command cannot be carried out."""
 
     code = "chat"
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    name: str
-    strength: float = 1.0
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.strength:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +75,9 @@ class Conversation:
     model: str
     sampling: Sampling = Sampling()
     system: str = ""
-    steering: tuple[Term, ...] = ()
+    steering: str = ""  # in the server's grammar, `warm@0.8+concise@-0.3`
     turns: list[Turn] = field(default_factory=list)
     unanswered: str = ""
-
-    @property
-    def steering_text(self) -> str:
-        """The steering in the server's grammar, `warm@0.8+concise@-0.3`; empty for none."""
-        return _written(self.steering)
 
     def ask(self, question: str, before: Sequence[Turn] | None = None) -> None:
         """Stream a reply to a question after some turns, by default all of them. Raises RemoteError."""
@@ -105,7 +90,7 @@ class Conversation:
             self.unanswered = ""
         self.screen.note(reply.receipt)
         if self.steering and not reply.steering and reply.finish_reason != "stopped":
-            raise RemoteError(UNSAID)
+            raise RemoteError("the server does not say that it steered: is it a trimtab server?")
 
     def compare(self, question: str, before: Sequence[Turn]) -> None:
         """Show the replies without and with the steering, with the same seed. Raises ChatError, RemoteError."""
@@ -119,15 +104,13 @@ class Conversation:
             end = {**answer, "finish_reason": choice["finish_reason"]}
             replies.append(_reply(choice["message"]["content"] or "", end))
         texts, receipts = [reply.text.strip() for reply in replies], [reply.receipt for reply in replies]
-        self.screen.compared(["no steering", self.steering_text], texts, receipts)
+        self.screen.compared(["no steering", self.steering], texts, receipts)
 
-    def steer(self, terms: Sequence[Term]) -> Sequence[Mapping[str, Any]]:
-        """Set the steering of all later replies, and return what it does by profile.
-
-        Raises RemoteError, and changes nothing, if the server does not accept it.
-        """
-        resolved = self.remote.fetch("/steering/resolve", {"steering": _written(terms)})["steering"] if terms else ()
-        self.steering = tuple(terms)
+    def steer(self, steering: str) -> Sequence[Mapping[str, Any]]:
+        """Set the steering of all later replies, and return what it does by profile. Raises RemoteError, and changes
+        nothing, if the server does not accept it."""
+        resolved = self.remote.fetch("/steering/resolve", {"steering": steering})["steering"] if steering else ()
+        self.steering = steering
         return tuple(resolved)
 
     def last_question(self) -> tuple[str, list[Turn]]:
@@ -140,7 +123,7 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write everything as JSON to a new file. Raises ChatError if it exists or cannot be written."""
-        whole: Json = {"model": self.model, "system": self.system, "steering": self.steering_text}
+        whole: Json = {"model": self.model, "system": self.system, "steering": self.steering}
         whole |= {"sampling": asdict(self.sampling), "turns": [asdict(turn) for turn in self.turns]}
         text = json.dumps(whole, indent=2, ensure_ascii=False)
         try:
@@ -160,7 +143,7 @@ class Conversation:
         body: Json = {"model": self.model, "messages": [*messages, {"role": "user", "content": question}]}
         drawn = {**asdict(self.sampling), "seed": seed}
         body |= {name: value for name, value in drawn.items() if value is not None}
-        return {**body, "steering": self.steering_text} if steered and self.steering else body
+        return {**body, "steering": self.steering} if steered and self.steering else body
 
     def _streamed(self, body: Json) -> Reply:
         """The reply, shown as it comes. Ctrl-C ends it and its connection."""
@@ -198,28 +181,26 @@ def open_conversation(remote: Remote, screen: Screen, model: str, system: str, s
     return conversation
 
 
-def read_steering(text: str) -> tuple[Term, ...]:
-    """Read `warm 0.8 concise -0.3`, or `warm@0.8+concise@-0.3`; a name without a number is at strength 1.
+def read_steering(text: str) -> str:
+    """Read `warm 0.8 concise -0.3`, or the server's grammar, into the latter; a name without a number is at strength 1.
 
     Raises ChatError for a number in place of a name, and for one that is not finite.
     """
     words = [word for word in re.split(r"[\s@+]+", text) if word]
-    terms: list[Term] = []
+    terms = []
     while words:
         name = words.pop(0)
         if _number(name) is not None:
             raise ChatError(f"{name!r} is not a profile: write for example /steer {EXAMPLE}")
         strength = _number(words[0]) if words else None
-        if strength is not None:
+        if strength is None:
+            strength = 1.0
+        else:
             words.pop(0)
-        if strength is not None and not math.isfinite(strength):
+        if not math.isfinite(strength):
             raise ChatError(f"the strength of {name!r} must be a finite number")
-        terms.append(Term(name, 1.0 if strength is None else strength))
-    return tuple(terms)
-
-
-def _written(terms: Sequence[Term]) -> str:
-    return "+".join(map(str, terms))
+        terms.append(f"{name}@{strength:g}")
+    return "+".join(terms)
 
 
 def _number(word: str) -> float | None:

@@ -118,7 +118,7 @@ def typed_lines(talk: Conversation) -> Reader:
     prompt: PromptSession[str] = PromptSession(
         history=Remembered(str(history_file())), completer=NestedCompleter.from_nested_dict(words)
     )
-    return lambda: prompt.prompt(f"{talk.steering_text}> ")
+    return lambda: prompt.prompt(f"{talk.steering}> ")
 
 
 def history_file() -> Path:
@@ -131,7 +131,7 @@ def history_file() -> Path:
 
 
 def steer(talk: Conversation, text: str) -> None:
-    wanted = () if text == OFF else read_steering(text) if text else talk.steering
+    wanted = "" if text == OFF else read_steering(text) if text else talk.steering
     talk.screen.effect(talk.steer(wanted))
 
 

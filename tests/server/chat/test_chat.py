@@ -21,7 +21,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from server import cli
-from server.chat.conversation import ChatError, Conversation, Sampling, Term, open_conversation, read_steering
+from server.chat.conversation import ChatError, Conversation, Sampling, open_conversation, read_steering
 from server.chat.remote import Remote
 from server.chat.screen import Screen, clean
 from server.chat.terminal import converse, typed_lines
@@ -375,16 +375,16 @@ def test_control_characters_of_a_model_do_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "terms"),
+    ("text", "steering"),
     [
-        ("warm", (Term("warm"),)),
-        ("warm +0.8", (Term("warm", 0.8),)),
-        ("warm concise -1e-1", (Term("warm"), Term("concise", -0.1))),
-        ("", ()),
+        ("warm", "warm@1"),
+        ("warm +0.8", "warm@0.8"),
+        ("warm concise -1e-1", "warm@1+concise@-0.1"),
+        ("", ""),
     ],
 )
-def test_steering_as_it_is_typed(text: str, terms: tuple[Term, ...]) -> None:
-    assert read_steering(text) == terms
+def test_steering_as_it_is_typed(text: str, steering: str) -> None:
+    assert read_steering(text) == steering
 
 
 @pytest.mark.parametrize(
