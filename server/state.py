@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 class Service:
-    """Belongs to one application. An engine that is given is used, and left open at the end; else one is made."""
+    """Belongs to one application. An engine that is given is used, and left open at the end; else one is made. What is
+    loaded raises Unavailable until it is."""
 
     def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
         self.settings = settings
@@ -48,14 +49,12 @@ class Service:
 
     @property
     def engine(self) -> Engine:
-        """Raises Unavailable until everything is loaded."""
         self.check_ready()
         assert self._engine is not None
         return self._engine
 
     @property
     def registry(self) -> ProfileRegistry:
-        """Raises Unavailable until everything is loaded."""
         self.check_ready()
         assert self._registry is not None
         return self._registry

@@ -50,11 +50,8 @@ class Generations:
         self._fields = fields
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Events of all choices as they come, each with its choice's index; one Finished for each.
-
-        Raises in place of a Finished with an error: RequestError if the request caused it, else GenerationFailed or
-        Unavailable.
-        """
+        """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
+        Finished with an error: RequestError if the request caused it, else GenerationFailed or Unavailable."""
         async for event in self._stream:
             if isinstance(event, Finished):
                 with client_errors(self._fields):

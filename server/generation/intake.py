@@ -96,10 +96,10 @@ class Intake:
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
         """Have the engine run all generations of a request, or none. Raises RequestError, UnknownProfile, UnknownModel,
         Overloaded, Unavailable."""
-        with client_errors():
-            ask = body.ask(self.served, header)
-        fields = ask.field_names()
+        fields: dict[str, str] = {}
         with client_errors(fields):
+            ask = body.ask(self.served, header)
+            fields |= ask.field_names()
             self._check_count(ask)
             for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)]):
                 check_capabilities(self.engine.info, capabilities_needed(draft))

@@ -10,7 +10,6 @@ from typing_extensions import TypedDict
 from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment
 from server.http.answers import about
 
-Key = tuple[str, str]
 Point = tuple[int, Segment]  # a token of the completion from which strengths held, and the segment it lies in
 
 EXAMPLE_SHA256 = "fb09e9ae0f85d2a0d9b41ff2bb16eba63945a3e2bb08ba0ce36ab2f7023dfc8b"
@@ -118,11 +117,11 @@ def receipt(finished: Sequence[Finished]) -> list[SteeringReceipt]:
     If the steering changed, `strength`, `layers` and `apply_to` are those of the last steering that named the profile,
     and `timeline` has its strengths; of several choices, those of the one with the most changes.
     """
-    keys = dict.fromkeys(_key(term) for one in finished for segment in one.segments for term in segment.terms)
-    if not keys:
+    versions = dict.fromkeys(term.version for one in finished for segment in one.segments for term in segment.terms)
+    if not versions:
         return []
     points = max((_points(one) for one in finished), key=len)
-    return [_entry(key, points, finished) for key in keys]
+    return [_entry(version, points, finished) for version in versions]
 
 
 def applied_entry(term: AppliedTerm, segment: Segment, strength: float) -> SteeringReceipt:
@@ -143,25 +142,26 @@ def applied_entry(term: AppliedTerm, segment: Segment, strength: float) -> Steer
     return entry
 
 
-def _entry(key: Key, points: Sequence[Point], finished: Sequence[Finished]) -> SteeringReceipt:
+def _entry(version: str, points: Sequence[Point], finished: Sequence[Finished]) -> SteeringReceipt:
     naming = [
         (segment, term, end)
         for one in finished
         for segment, end in _with_ends(one)
         for term in segment.terms
-        if _key(term) == key
+        if term.version == version
     ]
     segment, term, end = naming[-1]
     last = term.strength if term.schedule is None else term.schedule.at(end - 1 - segment.from_token)
     entry = applied_entry(term, segment, last)
     entry["calibrated"] = all(term.calibrated for _, term, _ in naming)
     entry["steered_tokens"] = sum(term.steered_tokens for _, term, _ in naming)
-    if decisions := [one.gates[key[0]] for one in finished if key[0] in one.gates]:
+    if decisions := [one.gates[term.profile] for one in finished if term.profile in one.gates]:
         entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
     if len(points) > 1:
         timeline: list[StrengthPoint] = []
         for token, segment in points:
-            strength = _strength(key, token, segment)
+            acting = (term.at(token - segment.from_token) for term in segment.terms if term.version == version)
+            strength = next(acting, 0.0)
             if not timeline or timeline[-1]["strength"] != strength:
                 timeline.append({"from_token": token, "strength": strength})
         entry["strength"] = timeline[-1]["strength"]
@@ -183,12 +183,3 @@ def _points(finished: Finished) -> list[Point]:
         for segment, end in _with_ends(finished)
         for token in segment.changes(end - segment.from_token)
     ]
-
-
-def _strength(key: Key, token: int, segment: Segment) -> float:
-    """The strength at which a profile acted when a token was drawn; 0 where it was not named."""
-    return next((term.at(token - segment.from_token) for term in segment.terms if _key(term) == key), 0.0)
-
-
-def _key(term: AppliedTerm) -> Key:
-    return term.profile, term.version

@@ -19,7 +19,7 @@ class TokenTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
-        self._special = frozenset(tokenizer.all_special_ids)
+        self.special = frozenset(tokenizer.all_special_ids)  # ids that are left out of texts
         self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -30,10 +30,6 @@ class TokenTexts:
 
     def text_of(self, token_id: int) -> str:
         return self.bytes_of(token_id).decode(errors="replace")
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether the token is left out of texts."""
-        return token_id in self._special
 
     def of_prompt(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else decode_text(self._tokenizer, (), prompt)

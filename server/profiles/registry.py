@@ -13,7 +13,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from server.engines.errors import Unavailable, UnknownProfile
 from server.engines.protocol import Engine
@@ -28,8 +28,7 @@ MAX_FILE_BYTES = 256 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; wha
 REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?P<version>[0-9a-f]{8,64}))?")
 
 
-@dataclass(frozen=True, slots=True)
-class Signature:
+class Signature(NamedTuple):
     """What tells one state of a file from the next without reading it."""
 
     modified: int
@@ -153,8 +152,11 @@ class ProfileRegistry:
 
     async def _load(self, name: str, signature: Signature) -> None:
         current = self._entries[name].profile if name in self._entries else None
+        path, size = self._directory / f"{name}{SUFFIX}", signature.size
         try:
-            profile = await asyncio.to_thread(_read, self._directory / f"{name}{SUFFIX}", signature.size)
+            if size > MAX_FILE_BYTES:
+                raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
+            profile = await asyncio.to_thread(load_profile, path)
             if current is not None and current.version == profile.version:
                 profile = current
             else:
@@ -196,9 +198,3 @@ def scan(directory: Path) -> dict[str, Signature]:
                         status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
                     )
     return found
-
-
-def _read(path: Path, size: int) -> Profile:
-    if size > MAX_FILE_BYTES:
-        raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
-    return load_profile(path)

@@ -65,22 +65,16 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         for name in cls.no_ops.keys() & data.keys():
-            refuse_unless_no_op(name, data[name], cls.no_ops[name])
+            value, allowed = data[name], cls.no_ops[name]
+            if value is not None and not any(type(value) is type(one) and value == one for one in allowed):  # 1 ≠ true
+                remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
+                detail = {"field": name, "remedy": remedy}
+                raise PydanticCustomError("unsupported_field", "field '{field}' is not supported: {remedy}", detail)
         return {
             name: value
             for name, value in data.items()
             if name not in cls.no_ops and not (value is None and name in cls.model_fields)
         }
-
-
-def refuse_unless_no_op(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise unless the value of an unsupported field is a no-op. 1 and true are different values."""
-    if value is None or any(type(value) is type(one) and value == one for one in allowed):
-        return
-    remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
-    raise PydanticCustomError(
-        "unsupported_field", "field '{field}' is not supported: {remedy}", {"field": name, "remedy": remedy}
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,8 +38,6 @@ class StreamOptions(Body):
 class OpenAIBody(ConstrainedBody, EncodingBody):
     """The fields of both routes."""
 
-    no_ops: ClassVar[NoOps] = OPENAI_NO_OPS
-
     model: str = Field(
         description="The served model, or an alias of it with a steering.", examples=["demo", "demo:warm@0.8"]
     )

@@ -227,10 +227,14 @@ class AnswerWriter(ABC):
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
-        finished = [result.finished for result in results]
-        choices = [self.choice(self._ended(index, result), result) for index, result in enumerate(results)]
-        tail = {"usage": usage(finished, self.generations.n), "steering": receipt(finished)}
-        return {**self._object(self.kind, choices), **tail}
+        choices = []
+        for index, result in enumerate(results):
+            made, finished = self.generations.choices[index], result.finished
+            end = {**ending(finished), "steering": receipt([finished]), "generation_id": made.id}
+            if made.request.projections:
+                end["projections"] = made.by_profile(result.projections)
+            choices.append(self.choice(cast(Choice, {"index": index, **end}), result))
+        return {**self._object(self.kind, choices), **self._totals([result.finished for result in results])}
 
     async def chunks(self, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The chunks of all choices as they come; the last one has the receipts, and the usage if it is included."""
@@ -253,9 +257,8 @@ class AnswerWriter(ABC):
                     part["projections"] = choices[index].by_profile(event.projections)
                 yield self._chunk(part, event)
         if include_usage:
-            finished = [ends[index] for index in range(len(choices))]
-            tail = {"usage": usage(finished, self.generations.n), "steering": receipt(finished)}
-            yield {**self._object(self.chunk_kind, []), **tail}
+            totals = self._totals([ends[index] for index in range(len(choices))])
+            yield {**self._object(self.chunk_kind, []), **totals}
 
     @abstractmethod
     def choice(self, choice: Choice, result: Result) -> Choice:
@@ -272,14 +275,8 @@ class AnswerWriter(ABC):
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "system_fingerprint": self.fingerprint, "choices": choices}
 
-    def _ended(self, index: int, result: Result) -> Choice:
-        made = self.generations.choices[index]
-        finished = result.finished
-        end = {**ending(finished), "steering": receipt([finished])}
-        choice = cast(Choice, {"index": index, **end, "generation_id": made.id})
-        if made.request.projections:
-            choice["projections"] = made.by_profile(result.projections)
-        return choice
+    def _totals(self, finished: Sequence[Finished]) -> dict[str, Any]:
+        return {"usage": usage(finished, self.generations.n), "steering": receipt(finished)}
 
     def _request(self, choice: Choice | ChunkChoice) -> GenerationRequest:
         return self.generations.choices[choice["index"]].request
@@ -395,7 +392,7 @@ class CompletionLogprobs:
 
     def _next_place(self, token_id: int) -> int:
         place = self._place
-        if not self._texts.is_special(token_id):
+        if token_id not in self._texts.special:
             self._place += len(self._decoder.decode(self._texts.bytes_of(token_id)))
         return place
 
