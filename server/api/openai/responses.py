@@ -105,7 +105,9 @@ class CompletionChoice(Choice):
 class OpenAIHead(TypedDict):
     """What every answer and chunk on /v1 has."""
 
-    id: Annotated[str, about("The id of the answer, the same in all of its chunks.", "chatcmpl-8f14e45f")]
+    id: Annotated[
+        str, about("`chatcmpl-` or `cmpl-` and a number, the same in all chunks of an answer.", "cmpl-8f14e45f")
+    ]
     created: Created
     model: Annotated[str, about("The request's `model`.", "demo")]
     system_fingerprint: Annotated[
