@@ -8,35 +8,26 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from steering_vectors.cli.evaluate import (
-    VERTICALS,
-    load_profiles,
-    measure_preferences,
-    measure_trust,
-    parse_verticals,
-    print_evaluations,
-)
+from steering_vectors.cli.evaluate import VERTICALS, measure, parse_verticals
 from steering_vectors.cli.flags import (
     AsJson,
-    Columns,
-    Device,
-    Dtype,
-    Model,
+    DataFlags,
+    ModelFlags,
     ProfileNames,
     Profiles,
     Report,
     Seed,
-    SkipBadRows,
-    SkipLongRows,
     Strengths,
+    load_profiles,
+    parse_strengths,
 )
-from steering_vectors.cli.inputs import load_data, load_quietly, parse_strengths
 from steering_vectors.errors import FitError
 
 SUITES = {
@@ -85,11 +76,16 @@ class EvaluateGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+@dataclass(frozen=True, slots=True)
+class OptionalDataFlags(DataFlags):
+    data: str = ""
+
+
 def evaluate_suites(
     context: typer.Context,
     profile: ProfileNames,
-    model: Model,
-    data: str = "",
+    model: ModelFlags,
+    data: OptionalDataFlags,
     suite: str = "preference",
     trust_data: Path | None = None,
     verticals: str = VERTICALS,
@@ -102,12 +98,7 @@ def evaluate_suites(
     rows: Annotated[int, typer.Option(min=8)] = 256,
     randoms: Annotated[int, typer.Option(min=0)] = 10,
     reward_samples: Annotated[int, typer.Option(min=0)] = 64,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
     seed: Seed = 0,
-    columns: Columns = "",
-    skip_bad_rows: SkipBadRows = False,
-    skip_long_rows: SkipLongRows = False,
     as_json: AsJson = False,
 ) -> None:
     from steering_vectors.evaluation.preference_suite import EvaluationSettings
@@ -116,25 +107,15 @@ def evaluate_suites(
     _check_suite(context, suite)
     print_notice(f"trimtab evaluate NAME{'' if suite == 'preference' else f' --suite {suite}'}", SUITES[suite])
     stored, wanted = load_profiles(profile, profiles), parse_strengths(strengths)
-    preference_settings = trust_settings = None
+    held_out = trust = None
     if suite != "trust":
-        preference_settings = EvaluationSettings(
-            wanted, rows, randoms, reward_samples, seed=seed, skip_long_rows=skip_long_rows
+        settings = EvaluationSettings(
+            wanted, rows, randoms, reward_samples, seed=seed, skip_long_rows=data.skip_long_rows
         )
-        pairs = load_data(data, columns, skip_bad_rows)
+        held_out = data.load(), settings
     if suite != "preference":
-        trust_settings = TrustSettings(
-            trust_data, parse_verticals(verticals), wanted, trust_rows, trust_randoms, toxicity, seed
-        )
-    lm = load_quietly(model, dtype, device)
-    found: list[Any] = [{} for _ in stored]
-    if preference_settings is not None:
-        measured = measure_preferences(lm, stored, pairs, preference_settings, quiet=as_json)
-        found = [{**one, **other} for one, other in zip(found, measured, strict=True)]
-    if trust_settings is not None:
-        trusted = measure_trust(lm, stored, trust_settings, quiet=as_json)
-        found = [{**one, **other} for one, other in zip(found, trusted, strict=True)]
-    print_evaluations(found, report, as_json)
+        trust = TrustSettings(trust_data, parse_verticals(verticals), wanted, trust_rows, trust_randoms, toxicity, seed)
+    measure(model.load(), stored, report, as_json, held_out=held_out, trust_settings=trust)
 
 
 def _check_suite(context: typer.Context, suite: str) -> None:

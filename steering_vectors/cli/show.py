@@ -6,18 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from steering_vectors.cli.flags import OUTPUT, AsJson, ProfileNames, Profiles
-from steering_vectors.cli.inputs import find_profile, write_text
+from steering_vectors.cli.flags import AsJson, ProfileNames, Profiles, find_profile, in_output, write_text
 
 
 def show(
     profile: ProfileNames,
     profiles: Profiles = Path("profiles"),
     html: Annotated[
-        Path | None,
-        typer.Option(help="Write an HTML page with plots to this file instead of printing.", rich_help_panel=OUTPUT),
+        Path | None, in_output(help="Write an HTML page with plots to this file instead of printing.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
