@@ -15,19 +15,8 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from steering_vectors.cli import flags
 from steering_vectors.cli.evaluate import VERTICALS, measure, parse_verticals
-from steering_vectors.cli.flags import (
-    AsJson,
-    DataFlags,
-    ModelFlags,
-    ProfileNames,
-    Profiles,
-    Report,
-    Seed,
-    Strengths,
-    load_profiles,
-    parse_strengths,
-)
 from steering_vectors.errors import FitError
 
 SUITES = {
@@ -77,36 +66,36 @@ class EvaluateGroup(TyperGroup):
 
 
 @dataclass(frozen=True, slots=True)
-class OptionalDataFlags(DataFlags):
+class OptionalData(flags.Data):
     data: str = ""
 
 
 def evaluate_suites(
     context: typer.Context,
-    profile: ProfileNames,
-    model: ModelFlags,
-    data: OptionalDataFlags,
+    profile: flags.ProfileNames,
+    model: flags.Model,
+    data: OptionalData,
     suite: str = "preference",
     trust_data: Path | None = None,
     verticals: str = VERTICALS,
     toxicity: str = "rtp",
     trust_rows: Annotated[int, typer.Option(min=8)] = 200,
     trust_randoms: Annotated[int, typer.Option(min=0)] = 5,
-    profiles: Profiles = Path("profiles"),
-    report: Report = None,
-    strengths: Strengths = "-1,-0.5,0,0.5,1",
+    profiles: flags.Profiles = Path("profiles"),
+    report: flags.Report = None,
+    strengths: flags.Strengths = "-1,-0.5,0,0.5,1",
     rows: Annotated[int, typer.Option(min=8)] = 256,
     randoms: Annotated[int, typer.Option(min=0)] = 10,
     reward_samples: Annotated[int, typer.Option(min=0)] = 64,
-    seed: Seed = 0,
-    as_json: AsJson = False,
+    seed: flags.Seed = 0,
+    as_json: flags.AsJson = False,
 ) -> None:
     from steering_vectors.evaluation.preference_suite import EvaluationSettings
     from steering_vectors.evaluation.trust.suite import TrustSettings
 
     _check_suite(context, suite)
     print_notice(f"trimtab evaluate NAME{'' if suite == 'preference' else f' --suite {suite}'}", SUITES[suite])
-    stored, wanted = load_profiles(profile, profiles), parse_strengths(strengths)
+    stored, wanted = flags.load_profiles(profile, profiles), flags.parse_strengths(strengths)
     held_out = trust = None
     if suite != "trust":
         settings = EvaluationSettings(

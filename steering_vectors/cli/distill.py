@@ -10,40 +10,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steering_vectors.cli.flags import (
-    AsJson,
-    DataFlags,
-    MethodOptions,
-    ModelFlags,
-    ProfileName,
-    Profiles,
-    Seed,
-    check_empty,
-    find_profile,
-    in_method,
-    in_output,
-    in_training,
-    parse_options,
-)
+from steering_vectors.cli import flags
 from steering_vectors.errors import FitError
 
 if TYPE_CHECKING:
     from steering_vectors.distillation.lora import Distilled, DistillSettings
 
-Adapter = Annotated[Path, in_output(help="The folder to write the adapter to.")]
+Adapter = Annotated[Path, flags.in_output(help="The folder to write the adapter to.")]
 Strength = Annotated[float, typer.Option(help="The strength to turn into weights.")]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingFlags:
-    steps: Annotated[int | None, in_training(help="Training steps; the paper's number by default.")] = None
-    batch: Annotated[int | None, in_training(help="Responses per step; the paper's number by default.")] = None
+    steps: Annotated[int | None, flags.in_training(help="Training steps; the paper's number by default.")] = None
+    batch: Annotated[int | None, flags.in_training(help="Responses per step; the paper's number by default.")] = None
     learning_rate: Annotated[
-        float | None, in_training(help="The peak learning rate of AdamW; the paper's by default.")
+        float | None, flags.in_training(help="The peak learning rate of AdamW; the paper's by default.")
     ] = None
-    rank: Annotated[int, in_training(help="The rank of the LoRA; its alpha is twice that.")] = 8
+    rank: Annotated[int, flags.in_training(help="The rank of the LoRA; its alpha is twice that.")] = 8
     targets: Annotated[
-        str, in_training(help="Modules of the LoRA, comma-separated, or all-linear; peft's choice if empty.")
+        str, flags.in_training(help="Modules of the LoRA, comma-separated, or all-linear; peft's choice if empty.")
     ] = ""
 
     def settings(self, method: str, seed: int) -> DistillSettings:
@@ -54,23 +40,23 @@ class TrainingFlags:
 
 
 def distill(
-    profile: ProfileName,
-    model: ModelFlags,
-    data: DataFlags,
+    profile: flags.ProfileName,
+    model: flags.Model,
+    data: flags.Data,
     out: Adapter,
     training: TrainingFlags,
     strength: Strength = 1.0,
-    seed: Seed = 0,
-    profiles: Profiles = Path("profiles"),
-    as_json: AsJson = False,
+    seed: flags.Seed = 0,
+    profiles: flags.Profiles = Path("profiles"),
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fit a LoRA to a profile's shift, on the responses of preference data."""
     from steering_vectors.distillation.lora import distill as fit_lora
     from steering_vectors.profiles.files import load_profile
     from steering_vectors.reports.terminal import progress_on_stderr
 
-    check_empty(out)
-    stored = load_profile(find_profile(profile, profiles))
+    flags.check_empty(out)
+    stored = load_profile(flags.find_profile(profile, profiles))
     settings = training.settings("rahf-scit", seed)
     pairs, lm, skip = data.load(), model.load(), data.skip_long_rows
     with progress_on_stderr(quiet=as_json) as progress:
@@ -81,17 +67,21 @@ def distill(
 
 def distill_method(
     method: Annotated[str, typer.Argument(help="The method: rahf-scit or rahf-dual.")],
-    model: ModelFlags,
-    data: DataFlags,
+    model: flags.Model,
+    data: flags.Data,
     out: Adapter,
     *,
-    goal: Annotated[str, in_method(help="Use the default instructions of this goal, as of a profile's name.")] = "",
-    option: MethodOptions = None,
-    layers: Annotated[str, in_method(help="The target blocks: 12, 10-20 or 3,5,7; the middle ones if empty.")] = "",
-    strength: Annotated[float, in_method(help="The factor α of the difference per token.")] = 5.0,
+    goal: Annotated[
+        str, flags.in_method(help="Use the default instructions of this goal, as of a profile's name.")
+    ] = "",
+    option: flags.MethodOptions = None,
+    layers: Annotated[
+        str, flags.in_method(help="The target blocks: 12, 10-20 or 3,5,7; the middle ones if empty.")
+    ] = "",
+    strength: Annotated[float, flags.in_method(help="The factor α of the difference per token.")] = 5.0,
     training: TrainingFlags,
-    seed: Seed = 0,
-    as_json: AsJson = False,
+    seed: flags.Seed = 0,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fit a LoRA to a method's difference per token, as RAHF does.
 
@@ -102,8 +92,8 @@ def distill_method(
     from steering_vectors.fitting.layers import parse_layers
     from steering_vectors.reports.terminal import progress_on_stderr
 
-    check_empty(out)
-    target = MethodTarget(method, goal, parse_options(option or []), strength=strength)
+    flags.check_empty(out)
+    target = MethodTarget(method, goal, flags.parse_options(option or []), strength=strength)
     settings = training.settings(method, seed)
     pairs, lm = data.load(), model.load()
     if layers:
@@ -114,12 +104,12 @@ def distill_method(
 
 
 def bake(
-    profile: ProfileName,
-    model: ModelFlags,
-    out: Annotated[Path, in_output(help="The folder to write the model to.")],
+    profile: flags.ProfileName,
+    model: flags.Model,
+    out: Annotated[Path, flags.in_output(help="The folder to write the model to.")],
     strength: Strength = 1.0,
-    profiles: Profiles = Path("profiles"),
-    as_json: AsJson = False,
+    profiles: flags.Profiles = Path("profiles"),
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fold a profile's shift into a model's weights, as biases.
 
@@ -128,8 +118,8 @@ def bake(
     from steering_vectors.distillation.baking import bake as bake_profile
     from steering_vectors.profiles.files import load_profile
 
-    check_empty(out)
-    stored = load_profile(find_profile(profile, profiles))
+    flags.check_empty(out)
+    stored = load_profile(flags.find_profile(profile, profiles))
     lm = model.load()
     baked = bake_profile(lm, stored, strength)
     try:

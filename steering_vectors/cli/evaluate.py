@@ -7,21 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from steering_vectors.cli.flags import (
-    AsJson,
-    DataFlags,
-    ModelFlags,
-    ProfileNames,
-    Profiles,
-    Report,
-    Seed,
-    Strengths,
-    in_data,
-    in_measurement,
-    load_profiles,
-    parse_strengths,
-    write_text,
-)
+from steering_vectors.cli import flags
 
 if TYPE_CHECKING:
     from steering_vectors.data.preferences import Preferences
@@ -34,22 +20,22 @@ VERTICALS = "toxicity,bias,ethics,truthfulness,privacy"
 
 
 def preferences(
-    profile: ProfileNames,
-    model: ModelFlags,
-    data: DataFlags,
-    strengths: Strengths = "-1,-0.5,0,0.5,1",
-    rows: Annotated[int, in_measurement(min=8, help="The maximum number of held-out rows.")] = 256,
-    randoms: Annotated[int, in_measurement(min=0, help="The number of random directions to compare with.")] = 10,
+    profile: flags.ProfileNames,
+    model: flags.Model,
+    data: flags.Data,
+    strengths: flags.Strengths = "-1,-0.5,0,0.5,1",
+    rows: Annotated[int, flags.in_measurement(min=8, help="The maximum number of held-out rows.")] = 256,
+    randoms: Annotated[int, flags.in_measurement(min=0, help="The number of random directions to compare with.")] = 10,
     reward_samples: Annotated[
         int,
-        in_measurement(
+        flags.in_measurement(
             min=0, help="Texts per prompt that show the optimum of reward against KL; 0 leaves the reward out."
         ),
     ] = 64,
-    seed: Seed = 0,
-    profiles: Profiles = Path("profiles"),
-    report: Report = None,
-    as_json: AsJson = False,
+    seed: flags.Seed = 0,
+    profiles: flags.Profiles = Path("profiles"),
+    report: flags.Report = None,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Measure margins on held-out preferences, their cost in KL and perplexity, and controls.
 
@@ -57,45 +43,45 @@ def preferences(
     """
     from steering_vectors.evaluation.preference_suite import EvaluationSettings
 
-    stored = load_profiles(profile, profiles)
+    stored = flags.load_profiles(profile, profiles)
     settings = EvaluationSettings(
-        parse_strengths(strengths), rows, randoms, reward_samples, seed=seed, skip_long_rows=data.skip_long_rows
+        flags.parse_strengths(strengths), rows, randoms, reward_samples, seed=seed, skip_long_rows=data.skip_long_rows
     )
     pairs = data.load()
     measure(model.load(), stored, report, as_json, held_out=(pairs, settings))
 
 
 def trust(
-    profile: ProfileNames,
-    model: ModelFlags,
+    profile: flags.ProfileNames,
+    model: flags.Model,
     data: Annotated[
         Path | None,
-        in_data(
+        flags.in_data(
             help="The folder with rtp/*.jsonl, crows-pairs/*.csv, ethics/*.csv and truthfulqa/*.json. "
             "The vertical privacy needs none."
         ),
     ] = None,
-    verticals: Annotated[str, in_measurement(help="The verticals to measure, comma-separated.")] = VERTICALS,
+    verticals: Annotated[str, flags.in_measurement(help="The verticals to measure, comma-separated.")] = VERTICALS,
     toxicity: Annotated[
         str,
-        in_measurement(
+        flags.in_measurement(
             help="The toxicity scorer: `rtp` (fitted to that data), a directory with a classifier, or module:callable."
         ),
     ] = "rtp",
-    strengths: Strengths = "-1,-0.5,0,0.5,1",
-    rows: Annotated[int, in_measurement(min=8, help="The maximum number of rows per vertical.")] = 200,
-    randoms: Annotated[int, in_measurement(min=0, help="The number of random directions to compare with.")] = 5,
-    seed: Seed = 0,
-    profiles: Profiles = Path("profiles"),
-    report: Report = None,
-    as_json: AsJson = False,
+    strengths: flags.Strengths = "-1,-0.5,0,0.5,1",
+    rows: Annotated[int, flags.in_measurement(min=8, help="The maximum number of rows per vertical.")] = 200,
+    randoms: Annotated[int, flags.in_measurement(min=0, help="The number of random directions to compare with.")] = 5,
+    seed: flags.Seed = 0,
+    profiles: flags.Profiles = Path("profiles"),
+    report: flags.Report = None,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Measure toxicity, stereotype bias, machine ethics, truthfulness and privacy, as changes against strength 0."""
     from steering_vectors.evaluation.trust.suite import TrustSettings
 
-    stored = load_profiles(profile, profiles)
+    stored = flags.load_profiles(profile, profiles)
     settings = TrustSettings(
-        data, parse_verticals(verticals), parse_strengths(strengths), rows, randoms, toxicity, seed
+        data, parse_verticals(verticals), flags.parse_strengths(strengths), rows, randoms, toxicity, seed
     )
     measure(model.load(), stored, report, as_json, trust_settings=settings)
 
@@ -130,7 +116,7 @@ def measure(
                 one |= evaluate_trust(lm, profile, trust_settings, verticals=verticals, progress=progress)
         found.append(one)
     if report is not None:
-        write_text(report, render_report(found))
+        flags.write_text(report, render_report(found))
     if as_json:
         print(json.dumps({"evaluations": found}, ensure_ascii=False))
         return

@@ -8,54 +8,39 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from steering_vectors.cli.flags import (
-    AsJson,
-    DataFlags,
-    KlBudget,
-    MethodOptions,
-    ModelFlags,
-    Profiles,
-    Seed,
-    find_profile,
-    in_calibration,
-    in_data,
-    in_method,
-    in_model,
-    in_output,
-    parse_options,
-)
+from steering_vectors.cli import flags
 
 METHODS = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit, rahf-dual"
 
 
 def fit(
     name: Annotated[str, typer.Argument(help="The name of the profile, which is stored as NAME.safetensors.")],
-    model: ModelFlags,
-    data: DataFlags,
-    method: Annotated[str, in_method(help=f"The method: {METHODS}. See `trimtab methods`.")] = "mean-diff",
-    option: MethodOptions = None,
-    layers: Annotated[str, in_method(help="auto, 12, 10-20 (both ends included) or 3,5,7.")] = "auto",
+    model: flags.Model,
+    data: flags.Data,
+    method: Annotated[str, flags.in_method(help=f"The method: {METHODS}. See `trimtab methods`.")] = "mean-diff",
+    option: flags.MethodOptions = None,
+    layers: Annotated[str, flags.in_method(help="auto, 12, 10-20 (both ends included) or 3,5,7.")] = "auto",
     layering: Annotated[
         str,
-        in_method(
+        flags.in_method(
             help="independent adds each block's direction; incremental adds its difference to the previous block's."
         ),
     ] = "independent",
     tokens: Annotated[
-        str, in_method(help="Read the mean over the `response` tokens, or the `last` token only.")
+        str, flags.in_method(help="Read the mean over the `response` tokens, or the `last` token only.")
     ] = "response",
     gate: Annotated[
         str | None,
-        in_method(help="A file with rows of {prompt, label}: steer only prompts like those with label true."),
+        flags.in_method(help="A file with rows of {prompt, label}: steer only prompts like those with label true."),
     ] = None,
-    kl_budget: KlBudget = 0.1,
-    no_calibrate: Annotated[bool, in_calibration("--no-calibrate", help="Leave the unit at 1.")] = False,
-    heldout_fraction: Annotated[float, in_data(help="Share of the rows that is not trained on.")] = 0.2,
-    batch_tokens: Annotated[int, in_model(min=1, help="Tokens per forward pass.")] = 4096,
-    seed: Seed = 0,
-    description: Annotated[str, in_output(help="A sentence to store in the profile.")] = "",
-    out: Annotated[Path, in_output(help="The directory to store the profile in.")] = Path("profiles"),
-    as_json: AsJson = False,
+    kl_budget: flags.KlBudget = 0.1,
+    no_calibrate: Annotated[bool, flags.in_calibration("--no-calibrate", help="Leave the unit at 1.")] = False,
+    heldout_fraction: Annotated[float, flags.in_data(help="Share of the rows that is not trained on.")] = 0.2,
+    batch_tokens: Annotated[int, flags.in_model(min=1, help="Tokens per forward pass.")] = 4096,
+    seed: flags.Seed = 0,
+    description: Annotated[str, flags.in_output(help="A sentence to store in the profile.")] = "",
+    out: Annotated[Path, flags.in_output(help="The directory to store the profile in.")] = Path("profiles"),
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fit a profile to preference data and store it."""
     from steering_vectors.fitting.fit import FitSettings
@@ -68,7 +53,7 @@ def fit(
         name=name,
         description=description,
         method=method,
-        options=parse_options(option or []),
+        options=flags.parse_options(option or []),
         layers=layers,
         tokens=cast(Literal["response", "last"], tokens),
         layering=cast(Literal["independent", "incremental"], layering),
@@ -86,7 +71,7 @@ def fit(
     _print_fitted(save_profile(profile, out), as_json)
 
 
-def methods(as_json: AsJson = False) -> None:
+def methods(as_json: flags.AsJson = False) -> None:
     """List the methods of `trimtab fit`, with their options, defaults and papers."""
     from rich.console import Console
     from rich.markup import escape
@@ -116,19 +101,22 @@ def calibrate(
     profile: Annotated[
         str, typer.Argument(help="A profile file, or the name of a profile in --profiles; it is replaced.")
     ],
-    model: ModelFlags,
-    data: DataFlags,
-    kl_budget: KlBudget = 0.1,
+    model: flags.Model,
+    data: flags.Data,
+    kl_budget: flags.KlBudget = 0.1,
     perplexity_bound: Annotated[
-        float, in_calibration(help="The safe range ends where perplexity exceeds this many times the unsteered one.")
+        float,
+        flags.in_calibration(help="The safe range ends where perplexity exceeds this many times the unsteered one."),
     ] = 3.0,
     allow_model_mismatch: Annotated[
-        bool, in_model("--allow-model-mismatch", help="Calibrate a profile that was fitted on another model.")
+        bool, flags.in_model("--allow-model-mismatch", help="Calibrate a profile that was fitted on another model.")
     ] = False,
-    seed: Seed = 0,
-    profiles: Profiles = Path("profiles"),
-    out: Annotated[Path | None, in_output(help="Store the profile in this directory instead of replacing it.")] = None,
-    as_json: AsJson = False,
+    seed: flags.Seed = 0,
+    profiles: flags.Profiles = Path("profiles"),
+    out: Annotated[
+        Path | None, flags.in_output(help="Store the profile in this directory instead of replacing it.")
+    ] = None,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Set a profile's unit and safe range again, on the prompts of preference data.
 
@@ -139,7 +127,7 @@ def calibrate(
     from steering_vectors.profiles.files import load_profile, save_profile
     from steering_vectors.reports.terminal import progress_on_stderr
 
-    path = find_profile(profile, profiles)
+    path = flags.find_profile(profile, profiles)
     settings = CalibrationSettings(
         kl_budget=kl_budget,
         perplexity_bound=perplexity_bound,

@@ -51,7 +51,7 @@ AsJson = Annotated[bool, in_output("--json", help="Print JSON instead of text.")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFlags:
+class Model:
     model: Annotated[str, in_model(help="`demo`, a directory, or a Hugging Face model id.")]
     dtype: Annotated[
         str,
@@ -72,7 +72,7 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, slots=True)
-class DataFlags:
+class Data:
     data: Annotated[
         str, in_data(help="Preference data: a file, `hf:NAME[:split]`, or an embedded set such as `demo:warm`.")
     ]
