@@ -5,19 +5,39 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Example, encode_example, encode_prompt
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.data.sides import Sides
 from steering_vectors.errors import DataError, RequestError
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 
 MAX_PROMPTS = 96  # for calibration
 PROMPT_WORDS = 5  # words of a completion that replace a missing prompt
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Encoded preferred and rejected examples. If `paired`, entry i of both comes from one row."""
+
+    positives: tuple[Encoded, ...]
+    negatives: tuple[Encoded, ...]
+    paired: bool
+
+    def thinned(self, size: int) -> Sides:
+        return Sides(spread(self.positives, size), spread(self.negatives, size), self.paired)
+
+
+def spread(examples: Sequence[Item], size: int) -> tuple[Item, ...]:
+    """At most `size` evenly spaced examples."""
+    count = len(examples)
+    return tuple(examples) if count <= size else tuple(examples[i * count // size] for i in range(size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +57,6 @@ class Corpus:
         )
 
     def split(self, fraction: float, seed: int, *, min_side: int) -> tuple[Corpus, Corpus]:
-        """Split by prompt, as `Preferences.split` does."""
         first, second = self.pairs.split(fraction, seed, min_side=min_side)
         return replace(self, pairs=first), replace(self, pairs=second)
 
@@ -54,9 +73,9 @@ def encode_corpus(
     long = {one for one, (ids, _) in encoded.items() if limit is not None and len(ids) > limit}
     if not long:
         return Corpus(pairs, encoded)
+    kept = pairs.select({row for row, item in enumerate(pairs.items()) if not long.intersection(item)})
     if not skip_long_rows:
-        raise _too_long(pairs, encoded, long, limit or 0)
-    kept = _without(pairs, long)
+        raise _too_long(pairs, kept.rows, encoded, limit or 0)
     kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")
     return Corpus(kept, encoded, pairs.rows - kept.rows)
 
@@ -100,29 +119,20 @@ def _encode_side(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
     return encoded
 
 
-def _too_long(pairs: Preferences, encoded: Mapping[Example, Encoded], long: set[Example], limit: int) -> DataError:
-    rows = pairs.rows - _without(pairs, long).rows
-    for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives)):
-        for number, example in enumerate(examples, start=1):
-            if example in long:
-                return DataError(
-                    f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, but the "
-                    f"model's context holds {limit}; {rows} of {pairs.rows} rows are too long; leave them out with "
-                    "--skip-long-rows (rows are never truncated)",
-                    path=pairs.source or None,
-                )
-    raise AssertionError("no example is too long")
-
-
-def _without(pairs: Preferences, dropped: set[Example]) -> Preferences:
-    if not pairs.paired:
-        return replace(
-            pairs,
-            positives=tuple(one for one in pairs.positives if one not in dropped),
-            negatives=tuple(one for one in pairs.negatives if one not in dropped),
-        )
-    kept = [pair for pair in pairs.pairs() if not dropped.intersection(pair)]
-    return replace(pairs, positives=tuple(one for one, _ in kept), negatives=tuple(one for _, one in kept))
+def _too_long(pairs: Preferences, kept: int, encoded: Mapping[Example, Encoded], limit: int) -> DataError:
+    """An error that names the first example of more than `limit` tokens."""
+    side, number, example = next(
+        (side, number, example)
+        for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives))
+        for number, example in enumerate(examples, start=1)
+        if len(encoded[example][0]) > limit
+    )
+    return DataError(
+        f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, but the model's context "
+        f"holds {limit}; {pairs.rows - kept} of {pairs.rows} rows are too long; leave them out with --skip-long-rows "
+        "(rows are never truncated)",
+        path=pairs.source or None,
+    )
 
 
 def _shown(example: Example, length: int = 40) -> str:

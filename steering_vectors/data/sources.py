@@ -8,7 +8,7 @@ from typing import Any
 
 from steering_vectors.data.preferences import Kind, Preferences
 from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
-from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
+from steering_vectors.data.tables import BadRow, Table, read_table
 from steering_vectors.errors import DataError
 
 MAX_SKIP_MESSAGES = 5
@@ -126,29 +126,21 @@ def _records(
     errors: list[DataError] = []
     for row in table.rows:
         try:
-            records.append(_record(row, kind, renames, records[0].form if records else None))
+            if isinstance(row.cells, BadRow):
+                raise row.cells
+            record = read_record(kind, _renamed(row.cells, renames))
+            if records and record.form != records[0].form:
+                message = f"it contains {record.form}, but earlier rows contain {records[0].form}"
+                raise BadRow(message, COLUMNS[kind][0])
+            records.append(record)
         except BadRow as bad:
-            field = _own_name(bad.field, renames) if bad.field else None
+            column, *place = (bad.field or "").partition("[")  # a field is as chosen[2].content
+            field = "".join([renames.get(column, column), *place]) or None  # with the file's name of the column
             message = bad.message if skip_bad_rows else f"{bad.message}; {REMEDY}"
             errors.append(DataError(message, path=table.source, line=row.line, field=field))
             if not skip_bad_rows:
                 raise errors[0] from bad
     return records, errors
-
-
-def _record(row: TableRow, kind: Kind, renames: Mapping[str, str], form: str | None) -> Record:
-    if isinstance(row.cells, BadRow):
-        raise row.cells
-    record = read_record(kind, _renamed(row.cells, renames))
-    if form not in (None, record.form):
-        raise BadRow(f"it contains {record.form}, but earlier rows contain {form}", COLUMNS[kind][0])
-    return record
-
-
-def _own_name(field: str, renames: Mapping[str, str]) -> str:
-    """A field such as `chosen[2].content`, with the name that the column has in the file."""
-    column = field.split("[")[0]
-    return renames.get(column, column) + field[len(column) :]
 
 
 def _ignored(table: Table, kind: Kind, renames: Mapping[str, str]) -> tuple[str, ...]:

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, Sides, encode_corpus, prompts_with_room, spread
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.data.sides import Sides, spread
 from steering_vectors.errors import DataError, FitError
 from steering_vectors.evaluation.frontier import reward_curve
 from steering_vectors.evaluation.reward import Reward, judged
@@ -37,11 +36,7 @@ from steering_vectors.tuning.instructions import instructions_for
 from steering_vectors.tuning.paired_reading import Twin
 from steering_vectors.tuning.twins import twins_of
 
-STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-ROWS = 256
-RANDOMS = 10
-TEXTS = 64
-REWARD_SAMPLES = 64
+TEXTS = 64  # whose cost is measured at each strength
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +48,10 @@ class EvaluationSettings:
     reward out). Raises FitError unless `strengths` holds 0 and at least two others.
     """
 
-    strengths: tuple[float, ...] = STRENGTHS
-    rows: int = ROWS
-    randoms: int = RANDOMS
-    reward_samples: int = REWARD_SAMPLES
+    strengths: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    rows: int = 256
+    randoms: int = 10
+    reward_samples: int = 64
     seed: int = 0
     skip_long_rows: bool = False
 
@@ -112,11 +107,8 @@ def evaluate(
 
 def norm_ratios(profile: Profile) -> dict[str, float]:
     """Norm of the shift at strength 1 over the median residual norm, by block."""
-    return {
-        str(layer): profile.unit * float(shift.norm()) / profile.residual_norms[layer]
-        for layer, shift in profile.injected().items()
-        if profile.residual_norms.get(layer)
-    }
+    norms = profile.residual_norms
+    return {str(layer): shift / norms[layer] for layer, shift in profile.shift_norms().items() if norms.get(layer)}
 
 
 def slopes(strengths: Sequence[float], margins: np.ndarray) -> np.ndarray:
@@ -196,14 +188,16 @@ class PreferenceSuite:
         if not settings.reward_samples:
             return {"note": "it was not requested"}
         try:
-            found = judged(reward, trained, self._fresh, tokenizer, max_tokens=SAMPLED_TOKENS, seed=settings.seed)
+            chosen, quality = judged(
+                reward, trained, self._fresh, tokenizer, max_tokens=SAMPLED_TOKENS, seed=settings.seed
+            )
         except DataError as error:
             return {"note": error.message}
         curve = reward_curve(
-            self._steered, profile, found.reward, prompts, settings.strengths,
+            self._steered, profile, chosen, prompts, settings.strengths,
             samples=settings.reward_samples, tokens=SAMPLED_TOKENS, seed=settings.seed, progress=self._progress,
         )  # fmt: skip
-        return {"scorer": found.quality, **curve}
+        return {"scorer": quality, **curve}
 
     def _unsteered(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> MarginEstimate:
         self._report()
@@ -217,7 +211,6 @@ class PreferenceSuite:
 
 
 def estimate(one: Propensity, seed: int = 0) -> MarginEstimate:
-    """Margin and accuracy, for pairs with their intervals."""
     if not one.paired:
         return {"margin": one.margin, "accuracy": one.accuracy}
     margins = (one.positives - one.negatives).numpy()

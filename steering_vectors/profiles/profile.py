@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -24,11 +24,7 @@ Operator = Literal["add", "ablate"]
 ApplyTo = Literal["generated", "all"]
 Layering = Literal["independent", "incremental"]
 
-CHOICES = {
-    "operator": ("add", "ablate"),
-    "apply_to": ("generated", "all"),
-    "layering": ("independent", "incremental"),
-}
+CHOICES = {"operator": get_args(Operator), "apply_to": get_args(ApplyTo), "layering": get_args(Layering)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +103,10 @@ class Profile:
             steps[layer] = self.directions[layer] - previous
             previous = self.directions[layer]
         return steps
+
+    def shift_norms(self) -> dict[int, float]:
+        """The norm of the shift at strength 1, by block."""
+        return {layer: self.unit * float(shift.norm()) for layer, shift in self.injected().items()}
 
     def content_digest(self) -> str:
         """sha256 of the profile's directions, unit and operator, for a profile without a file and a version."""

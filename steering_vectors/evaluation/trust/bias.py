@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from steering_vectors.data.chat import encode_text
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
-from steering_vectors.evaluation.trust.prompts import reader_for
-from steering_vectors.evaluation.trust.task_files import read_source, require_rows, select, text_cell
+from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
@@ -41,7 +41,7 @@ def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Verti
         source.rows,
         rows,
         seed,
-        lambda row: (reader.sentence(row[0]), reader.sentence(row[1]), row[2]),
+        lambda row: (encode_text(lm.tokenizer, row[0]), encode_text(lm.tokenizer, row[1]), row[2]),
         lambda row: reader.fits(row[:2]),
     )
     require_rows(len(chosen.rows), chosen.left_out, "bias", reader.limit)

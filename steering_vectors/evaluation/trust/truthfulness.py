@@ -15,8 +15,7 @@ import numpy as np
 
 from steering_vectors.data.tables import BadRow
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
-from steering_vectors.evaluation.trust.prompts import reader_for
-from steering_vectors.evaluation.trust.task_files import read_source, require_rows, select, text_cell
+from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steering_vectors.errors import DataError
-from steering_vectors.evaluation.trust.task_files import find_files, read_source, select, text_cell
+from steering_vectors.evaluation.trust.rows import find_files, read_source, select, text_cell
 from tests.support.trust_files import sentence_pairs, write_rows
 
 
