@@ -20,18 +20,9 @@ if TYPE_CHECKING:
     from steering_vectors.models.loading import LanguageModel
     from steering_vectors.profiles.profile import Profile
 
-MODEL = "Model"
-DATA = "Data"
-METHOD = "Method"
-CALIBRATION = "Calibration"
-MEASUREMENT = "Measurement"
-TRAINING = "Training"
-OUTPUT = "Output"
-PROFILES = "Profiles"
-
+PANELS = ("Model", "Data", "Method", "Calibration", "Measurement", "Training", "Output", "Profiles")
 in_model, in_data, in_method, in_calibration, in_measurement, in_training, in_output, in_profiles = (
-    functools.partial(typer.Option, rich_help_panel=panel)
-    for panel in (MODEL, DATA, METHOD, CALIBRATION, MEASUREMENT, TRAINING, OUTPUT, PROFILES)
+    functools.partial(typer.Option, rich_help_panel=panel) for panel in PANELS
 )
 
 ProfileName = Annotated[str, typer.Argument(help="A profile file, or the name of a profile in --profiles.")]
