@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,22 +17,6 @@ from steering_vectors.errors import FitError
 from steering_vectors.models.loading import LanguageModel
 
 States = dict[str, torch.Tensor]
-
-
-class TunedWeights(Protocol):
-    """Named sets of weights. One is active inside `use`, none outside."""
-
-    def use(self, name: str) -> AbstractContextManager[None]: ...
-
-    def parameters(self, name: str) -> list[torch.nn.Parameter]:
-        """The trainable parameters of a set, valid inside `use(name)`."""
-
-    def state(self, name: str) -> States:
-        """A copy of a set, by parameter name."""
-
-    def load(self, name: str, state: States) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +92,27 @@ def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: in
     except ImportError as error:
         raise FitError("tuning by LoRA needs peft: pip install 'trimtab[rahf]'") from error
 
+    def config_of(shape: LoraShape) -> LoraConfig:
+        return LoraConfig(
+            r=shape.rank,
+            lora_alpha=shape.alpha,
+            lora_dropout=shape.dropout,
+            target_modules=_targets(lm, shape),
+            layers_to_transform=None if shape.last_block is None else list(range(shape.last_block + 1)),
+            task_type="CAUSAL_LM",
+        )
+
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a deprecated attribute of transformers
         torch.manual_seed(seed)
         try:
-            (first, config), *others = ((name, LoraConfig(**_config(lm, shape))) for name, shape in shapes.items())
+            (first, config), *others = ((name, config_of(shape)) for name, shape in shapes.items())
             wrapped = get_peft_model(lm.model, config, adapter_name=first)
             for name, config in others:
                 wrapped.add_adapter(name, config)
         except ValueError as error:
             raise FitError(f"peft cannot add a LoRA to {lm.identity.architecture}: {error}") from error
     return wrapped
-
-
-def _config(lm: LanguageModel, shape: LoraShape) -> dict[str, Any]:
-    return {
-        "r": shape.rank,
-        "lora_alpha": shape.alpha,
-        "lora_dropout": shape.dropout,
-        "target_modules": _targets(lm, shape),
-        "layers_to_transform": None if shape.last_block is None else list(range(shape.last_block + 1)),
-        "task_type": "CAUSAL_LM",
-    }
 
 
 def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
@@ -182,3 +165,7 @@ class FullWeights:
         for key, p in self._trained.items():
             p.data = weights[key]
             p.requires_grad_(trained)
+
+
+TunedWeights = LoraWeights | FullWeights
+"""Named sets of weights. One is active inside `use`, none outside. `parameters` are valid inside `use`."""
