@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -68,14 +68,24 @@ def encode_corpus(
 
     Enough rows must remain. Rows are never truncated, because half a response may express another preference.
     """
-    positives, negatives = pairs.sides()
-    encoded = {**_encode_side(tokenizer, positives, "positive"), **_encode_side(tokenizer, negatives, "negative")}
+    encoded: dict[Example, Encoded] = {}
+    for side, number, example in _numbered(pairs):
+        try:
+            encoded[example] = encode_example(tokenizer, example)
+        except (DataError, RequestError) as error:
+            raise DataError(f"{_name(side, number, example)}: {error.message}") from error
     long = {one for one, (ids, _) in encoded.items() if limit is not None and len(ids) > limit}
     if not long:
         return Corpus(pairs, encoded)
     kept = pairs.select({row for row, item in enumerate(pairs.items()) if not long.intersection(item)})
     if not skip_long_rows:
-        raise _too_long(pairs, kept.rows, encoded, limit or 0)
+        side, number, example = next(one for one in _numbered(pairs) if one[2] in long)
+        raise DataError(
+            f"{_name(side, number, example)} has {len(encoded[example][0])} tokens, but the model's context holds "
+            f"{limit}; {pairs.rows - kept.rows} of {pairs.rows} rows are too long; leave them out with "
+            "--skip-long-rows (rows are never truncated)",
+            path=pairs.source or None,
+        )
     kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")
     return Corpus(kept, encoded, pairs.rows - kept.rows)
 
@@ -109,32 +119,14 @@ def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed:
     return sampling_prompts(lm.tokenizer, pairs, max_tokens=None if limit is None else limit - room, seed=seed)
 
 
-def _encode_side(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], side: str) -> dict[Example, Encoded]:
-    encoded: dict[Example, Encoded] = {}
-    for number, example in enumerate(examples, start=1):
-        try:
-            encoded[example] = encode_example(tokenizer, example)
-        except (DataError, RequestError) as error:
-            raise DataError(f"{side} example {number} ({_shown(example)}): {error.message}") from error
-    return encoded
+def _numbered(pairs: Preferences) -> Iterator[tuple[str, int, Example]]:
+    for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives)):
+        for number, example in enumerate(examples, start=1):
+            yield side, number, example
 
 
-def _too_long(pairs: Preferences, kept: int, encoded: Mapping[Example, Encoded], limit: int) -> DataError:
-    """An error that names the first example of more than `limit` tokens."""
-    side, number, example = next(
-        (side, number, example)
-        for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives))
-        for number, example in enumerate(examples, start=1)
-        if len(encoded[example][0]) > limit
-    )
-    return DataError(
-        f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, but the model's context "
-        f"holds {limit}; {pairs.rows - kept} of {pairs.rows} rows are too long; leave them out with --skip-long-rows "
-        "(rows are never truncated)",
-        path=pairs.source or None,
-    )
-
-
-def _shown(example: Example, length: int = 40) -> str:
+def _name(side: str, number: int, example: Example, length: int = 40) -> str:
+    """The name of an example in errors."""
     text = " ".join(example.completion.split())
-    return repr(text if len(text) <= length else f"{text[: length - 1]}…")
+    shown = text if len(text) <= length else f"{text[: length - 1]}…"
+    return f"{side} example {number} ({shown!r})"

@@ -59,11 +59,10 @@ def read_record(kind: Kind, cells: Cells) -> Record:
 def read_label(cells: Cells) -> bool:
     """Read the label of a row: true or false, 1 or 0. Raises BadRow."""
     value = _cell(cells, "label")
-    if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
-        return bool(value)
-    if isinstance(value, str) and value.strip().lower() in LABELS:
-        return LABELS[value.strip().lower()]
-    raise BadRow(f"{value!r} is not a label; use true or false, or 1 or 0", "label")
+    label = LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise BadRow(f"{value!r} is not a label; use true or false, or 1 or 0", "label")
+    return label
 
 
 def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str]:

@@ -37,6 +37,8 @@ def load_pairs(
     renames = _checked_renames(columns or {})
     kind = _kind_of(table, renames)
     records, errors = _records(table, kind, renames, skip_bad_rows)
+    used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
+    columns_read = (str(column) for row in table.rows if isinstance(row.cells, dict) for column in row.cells)
     preferences = Preferences(
         kind=kind,
         positives=tuple(one.positive for one in records if one.positive is not None),
@@ -45,7 +47,7 @@ def load_pairs(
         sha256=table.sha256,
         skipped=len(errors),
         skip_messages=tuple(error.message for error in errors[:MAX_SKIP_MESSAGES]),
-        ignored_columns=_ignored(table, kind, renames),
+        ignored_columns=tuple(dict.fromkeys(column for column in columns_read if column not in used)),
     )
     preferences.check()
     return preferences
@@ -95,21 +97,18 @@ def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
                 )
             if fits:
                 return fits[0]
-    raise _unknown_format(table)
-
-
-def _unknown_format(table: Table) -> DataError:
-    for row in table.rows:
-        if isinstance(row.cells, BadRow):
-            return DataError(row.cells.message, path=table.source, line=row.line)
-        found = ", ".join(map(str, row.cells)) or "none"
-        return DataError(
-            f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
-            "--columns prompt=question,chosen=good,rejected=bad",
-            path=table.source,
-            line=row.line,
-        )
-    return DataError("there are no rows in it", path=table.source)
+    if not table.rows:
+        raise DataError("there are no rows in it", path=table.source)
+    row = table.rows[0]
+    if isinstance(row.cells, BadRow):
+        raise DataError(row.cells.message, path=table.source, line=row.line)
+    found = ", ".join(map(str, row.cells)) or "none"
+    raise DataError(
+        f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
+        "--columns prompt=question,chosen=good,rejected=bad",
+        path=table.source,
+        line=row.line,
+    )
 
 
 def _renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
@@ -141,9 +140,3 @@ def _records(
             if not skip_bad_rows:
                 raise errors[0] from bad
     return records, errors
-
-
-def _ignored(table: Table, kind: Kind, renames: Mapping[str, str]) -> tuple[str, ...]:
-    used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
-    cells = (row.cells for row in table.rows if not isinstance(row.cells, BadRow))
-    return tuple(dict.fromkeys(str(column) for row in cells for column in row if column not in used))
