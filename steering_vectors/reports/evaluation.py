@@ -6,17 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from steering_vectors.measures.results import (
-    Evaluation,
-    MarginEstimate,
-    NotMeasured,
-    PreferenceEvaluation,
-    RewardPoint,
-    RewardReport,
-    StrengthMargins,
-    has_preferences,
-    has_trust,
-)
+from steering_vectors.measures import results
 from steering_vectors.reports.html import BLUE, GREY, LIGHT, ORANGE, document, draw_costs, lead, line, plots, table
 from steering_vectors.reports.trust import trust_section
 
@@ -26,20 +16,20 @@ if TYPE_CHECKING:
 NEAR_CHANCE = 0.6  # AUC
 
 
-def render_report(evaluations: Sequence[Evaluation]) -> str:
+def render_report(evaluations: Sequence[results.Evaluation]) -> str:
     """Return the page for one or several evaluations. Raises FitError without matplotlib."""
     names = ", ".join(one["profile"] for one in evaluations)
     return document(names, f"What steering does: {names}", "".join(map(_section, evaluations)), list(evaluations))
 
 
-def _section(one: Evaluation) -> str:
+def _section(one: results.Evaluation) -> str:
     title = f"{one['profile']} ({one['method']}, blocks {', '.join(map(str, one['layers']))}) on {one['model']}"
-    parts = [_preferences(one)] if has_preferences(one) else []
-    parts += [trust_section(one)] if has_trust(one) else []
+    parts = [_preferences(one)] if results.has_preferences(one) else []
+    parts += [trust_section(one)] if results.has_trust(one) else []
     return f"<h2>{html.escape(title)}</h2>{''.join(parts)}"
 
 
-def _preferences(one: PreferenceEvaluation) -> str:
+def _preferences(one: results.PreferenceEvaluation) -> str:
     drawings = [lambda ax: _margins(ax, one), lambda ax: draw_costs(ax, one["costs"], "Cost")]
     if "slopes" in one:
         drawings.append(lambda ax: _slopes(ax, one["slopes"]))
@@ -52,7 +42,7 @@ def _preferences(one: PreferenceEvaluation) -> str:
     )
 
 
-def headline(one: PreferenceEvaluation) -> str:
+def headline(one: results.PreferenceEvaluation) -> str:
     """Describe the main result in a sentence or two."""
     low, high, change = one["strengths"][0], one["strengths"][-1], margin_change(one["strengths"])
     text = (
@@ -71,18 +61,18 @@ def headline(one: PreferenceEvaluation) -> str:
     return text
 
 
-def margin_change(points: Sequence[StrengthMargins]) -> float:
+def margin_change(points: Sequence[results.StrengthMargins]) -> float:
     """The change of the margin from the lowest strength to the highest."""
     return points[-1]["margin"] - points[0]["margin"]
 
 
-def prompting_estimates(one: PreferenceEvaluation) -> list[tuple[str, MarginEstimate]]:
+def prompting_estimates(one: results.PreferenceEvaluation) -> list[tuple[str, results.MarginEstimate]]:
     """The measured estimates of the prompting baseline, by sign."""
     found = (("positive", one["prompting"].get("positive")), ("negative", one["prompting"].get("negative")))
     return [(sign, estimate) for sign, estimate in found if estimate is not None]
 
 
-def _margins(ax: Axes, one: PreferenceEvaluation) -> None:
+def _margins(ax: Axes, one: results.PreferenceEvaluation) -> None:
     for index, control in enumerate(one["random"]):
         label = "random directions" if index == 0 else None
         ax.plot(*line(control["strengths"], "margin"), color=LIGHT, linewidth=1, label=label)
@@ -103,7 +93,7 @@ def _slopes(ax: Axes, slopes: Sequence[float]) -> None:
     ax.set(xlabel="slope of a row's margin over strength", ylabel="rows", title="Steerability by row")
 
 
-def frontier_sentence(reward: RewardReport | NotMeasured) -> str:
+def frontier_sentence(reward: results.RewardReport | results.NotMeasured) -> str:
     """Describe the profile's gain for its cost, the optimum that the samples show, and the quality of the reward."""
     if "note" in reward:
         return f"Reward against KL was not measured: {reward['note']}."
@@ -125,11 +115,11 @@ def frontier_sentence(reward: RewardReport | NotMeasured) -> str:
     return " ".join(said)
 
 
-def _gain(point: RewardPoint, base: float) -> str:
+def _gain(point: results.RewardPoint, base: float) -> str:
     return f"moves by {point['reward'] - base:+.3g} for {point['kl']:.3g} nats of KL per text"
 
 
-def _frontier(ax: Axes, name: str, reward: RewardReport) -> None:
+def _frontier(ax: Axes, name: str, reward: results.RewardReport) -> None:
     if reward["optimum"]:
         ordered = sorted(reward["optimum"], key=lambda one: one["reward"])
         ax.plot(*line(ordered, "reward", "kl"), color=GREY, linewidth=1, label="KL-regularised optimum")
@@ -144,7 +134,7 @@ def _frontier(ax: Axes, name: str, reward: RewardReport) -> None:
     ax.legend(fontsize="small")
 
 
-def _table(one: PreferenceEvaluation) -> str:
+def _table(one: results.PreferenceEvaluation) -> str:
     costs = {cost["strength"]: cost for cost in one["costs"]}
     rows = [
         [
@@ -159,7 +149,7 @@ def _table(one: PreferenceEvaluation) -> str:
     return table(["strength", f"margin, {one['unit']}", "accuracy", "KL per token", "perplexity"], rows)
 
 
-def _controls(one: PreferenceEvaluation) -> str:
+def _controls(one: results.PreferenceEvaluation) -> str:
     rows = [
         [f"{sign} instruction, no vector", _with_interval(found, "margin"), _with_interval(found, "accuracy")]
         for sign, found in prompting_estimates(one)
@@ -175,6 +165,6 @@ def _controls(one: PreferenceEvaluation) -> str:
     return f"{found}{note}<p>Norm of the shift at strength 1, relative to the residual stream: {ratios}.</p>"
 
 
-def _with_interval(point: MarginEstimate, key: Literal["margin", "accuracy"]) -> str:
+def _with_interval(point: results.MarginEstimate, key: Literal["margin", "accuracy"]) -> str:
     interval = point.get("margin_95") if key == "margin" else point.get("accuracy_95")
     return f"{point[key]:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

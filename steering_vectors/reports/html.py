@@ -39,22 +39,19 @@ def document(title: str, heading: str, body: str, data: object) -> str:
     )
 
 
-def figure(draw: Callable[[Axes], None]) -> str:
-    """Return a plot as inline SVG. Raises FitError without matplotlib."""
+def plots(drawings: Sequence[Callable[[Axes], None]]) -> str:
+    """Plots side by side, as inline SVG. Raises FitError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise FitError("a page with plots needs matplotlib: pip install 'trimtab[report]'") from error
-    canvas = Figure(figsize=(5.2, 3.6), layout="constrained")
-    draw(canvas.subplots())
-    buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
-
-
-def plots(drawings: Sequence[Callable[[Axes], None]]) -> str:
-    return f'<div class="plots">{"".join(map(figure, drawings))}</div>'
+    drawn = ""
+    for draw in drawings:
+        canvas, buffer = Figure(figsize=(5.2, 3.6), layout="constrained"), io.StringIO()
+        draw(canvas.subplots())
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        drawn += buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return f'<div class="plots">{drawn}</div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:

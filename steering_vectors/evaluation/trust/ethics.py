@@ -37,12 +37,12 @@ def prepare_ethics(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Ver
         prompt = reader.prompt(chat=f"{story}\n\n{QUESTION}", plain=f"{story}\nQuestion: {QUESTION}\nAnswer:")
         return reader.answers(prompt, capital), wrong
 
-    chosen = select(source.rows, rows, seed, encoded, lambda row: reader.fits(row[0]))
-    require_rows(len(chosen.rows), chosen.left_out, "ethics", reader.limit)
-    wrong = np.array([label for _, label in chosen.rows])
+    chosen, left_out = select(source.rows, rows, seed, encoded, lambda row: reader.fits(row[0]))
+    require_rows(len(chosen), left_out, "ethics", reader.limit)
+    wrong = np.array([label for _, label in chosen])
     if wrong.all() or not wrong.any():
         raise DataError("ethics: all rows have the same label; both 0 and 1 are needed", path=source.place)
-    examples = [answer for answers, _ in chosen.rows for answer in answers]
+    examples = [answer for answers, _ in chosen for answer in answers]
 
     def read(steered: SteeredModel) -> Columns:
         sums, _ = steered.log_likelihoods(examples, steer=True)
@@ -52,8 +52,8 @@ def prepare_ethics(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Ver
 
     return Vertical(
         "ethics",
-        len(chosen.rows),
-        chosen.left_out,
+        len(chosen),
+        left_out,
         _figures(wrong),
         read,
         f"ETHICS commonsense, zero-shot: “{QUESTION}”; log P of the two answers compared, steered from the last prompt "

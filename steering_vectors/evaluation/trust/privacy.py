@@ -99,23 +99,23 @@ def prepare_privacy(lm: LanguageModel, rows: int, seed: int) -> Vertical:
     def fits(row: tuple[Secret, list[Encoded]]) -> bool:
         return reader.fits(row[1]) and reader.has_room(row[1][0][1], TOKENS)
 
-    chosen = select(secrets(rows, seed), rows, seed, encoded, fits)
-    require_rows(len(chosen.rows), chosen.left_out, "privacy", reader.limit)
-    examples = [one for _, readings in chosen.rows for one in readings]
-    prompts = [list(readings[0][0][: readings[0][1]]) for _, readings in chosen.rows]
+    chosen, left_out = select(secrets(rows, seed), rows, seed, encoded, fits)
+    require_rows(len(chosen), left_out, "privacy", reader.limit)
+    examples = [one for _, readings in chosen for one in readings]
+    prompts = [list(readings[0][0][: readings[0][1]]) for _, readings in chosen]
 
     def read(steered: SteeredModel) -> Columns:
         scores = steered.log_likelihoods(examples, steer=True)[0].numpy().reshape(-1, 1 + DECOYS)
         answers = steered.sample(prompts, tokens=TOKENS, seed=seed)
         texts = [decoded_after(lm.tokenizer, prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
-        leaked = [leaks(secret, text) for (secret, _), text in zip(chosen.rows, texts, strict=True)]
+        leaked = [leaks(secret, text) for (secret, _), text in zip(chosen, texts, strict=True)]
         return {"leaked": np.array(leaked, dtype=float), "log_odds": scores[:, 0] - scores[:, 1:].mean(1)}
 
-    kinds = np.array([secret.kind for secret, _ in chosen.rows])
+    kinds = np.array([secret.kind for secret, _ in chosen])
     return Vertical(
         "privacy",
-        len(chosen.rows),
-        chosen.left_out,
+        len(chosen),
+        left_out,
         FIGURES,
         read,
         f"Generated secrets, given in confidence in the prompt and then asked for; answers of {TOKENS} tokens sampled "

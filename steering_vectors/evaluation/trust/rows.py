@@ -37,14 +37,6 @@ class Source(Generic[Item]):
     place: str
 
 
-@dataclass(frozen=True, slots=True)
-class Selection(Generic[Kept]):
-    """Rows that fit the model's context, in file order, and the number of drawn rows that do not fit."""
-
-    rows: list[Kept]
-    left_out: int
-
-
 def find_files(folder: Path, vertical: str) -> list[Path]:
     """The files of a vertical, sorted by name. Raises DataError if there is none."""
     pattern = PATTERNS[vertical]
@@ -80,8 +72,9 @@ def text_cell(cells: Mapping[str, Any], field: str) -> str:
 
 def select(
     rows: Sequence[Item], count: int, seed: int, encode: Callable[[Item], Kept], fits: Callable[[Kept], bool]
-) -> Selection[Kept]:
-    """Draw and encode rows until `count` fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
+) -> tuple[list[Kept], int]:
+    """Draw and encode rows until `count` fit the model's context, and return them in file order, with the number of
+    drawn rows that do not fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     kept: dict[int, Kept] = {}
     left_out = 0
@@ -93,7 +86,7 @@ def select(
             kept[index] = encoded
         else:
             left_out += 1
-    return Selection([kept[index] for index in sorted(kept)], left_out)
+    return [kept[index] for index in sorted(kept)], left_out
 
 
 def require_rows(count: int, left_out: int, vertical: str, limit: int | None) -> None:

@@ -15,16 +15,8 @@ from steering_vectors.evaluation.trust.rows import MIN_ROWS, PATTERNS, find_file
 from steering_vectors.evaluation.trust.scorers import FITTED
 from steering_vectors.evaluation.trust.toxicity import prepare_toxicity
 from steering_vectors.evaluation.trust.truthfulness import prepare_truthfulness
+from steering_vectors.measures import results
 from steering_vectors.measures.controls import measured_profile, random_controls
-from steering_vectors.measures.results import (
-    Change,
-    ControlledComparison,
-    ControlPoint,
-    FigureText,
-    TrustEvaluation,
-    TrustPoint,
-    VerticalReport,
-)
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
@@ -90,7 +82,7 @@ def evaluate_trust(
     *,
     verticals: Sequence[Vertical] | None = None,
     progress: Progress | None = None,
-) -> TrustEvaluation:
+) -> results.TrustEvaluation:
     """Measure what a profile does to toxicity, stereotype bias, machine ethics, truthfulness and privacy.
 
     The five verticals are those of "More RLHF, More Trust?" (arXiv:2404.18870). The result holds, per vertical, its
@@ -128,10 +120,12 @@ def _read(steered: SteeredModel, vertical: Vertical, profile: Profile, strength:
     return vertical.read(steered)
 
 
-def _report(vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]) -> VerticalReport:
+def _report(
+    vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]
+) -> results.VerticalReport:
     """The report from the readings of every row under the profile and under each random direction."""
     base, (first, *others), points = own[0.0], vertical.figures, _points(vertical, strengths, own, randoms)
-    controls: list[list[ControlPoint]] = [
+    controls: list[list[results.ControlPoint]] = [
         [
             {
                 "strength": strength,
@@ -155,7 +149,9 @@ def _report(vertical: Vertical, strengths: Sequence[float], own: Series, randoms
     }
 
 
-def _points(vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]) -> list[TrustPoint]:
+def _points(
+    vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]
+) -> list[results.TrustPoint]:
     first, *others = vertical.figures
     main = _controlled(first, own, randoms)
     figures = {one.name: _controlled(one, own, randoms) for one in others}
@@ -172,9 +168,9 @@ def _points(vertical: Vertical, strengths: Sequence[float], own: Series, randoms
     ]
 
 
-def _controlled(figure: Figure, own: Series, randoms: Sequence[Series]) -> dict[float, ControlledComparison]:
+def _controlled(figure: Figure, own: Series, randoms: Sequence[Series]) -> dict[float, results.ControlledComparison]:
     """A figure compared with strength 0, and with the random directions' changes, by strength."""
-    found: dict[float, ControlledComparison] = {}
+    found: dict[float, results.ControlledComparison] = {}
     for strength, point in compare(figure, own).items():
         # The opposite of a random direction is random too, so its changes at −strength are also controls.
         controls = [one[sign * strength] for one in randoms for sign in (1, -1) if sign * strength in one]
@@ -187,16 +183,16 @@ def _controlled(figure: Figure, own: Series, randoms: Sequence[Series]) -> dict[
     return found
 
 
-def _change(figure: Figure, base: Columns, seen: Columns) -> Change:
+def _change(figure: Figure, base: Columns, seen: Columns) -> results.Change:
     value = figure.value(seen)
     return {"value": value, "delta": value - figure.value(base)}
 
 
-def _text(figure: Figure) -> FigureText:
+def _text(figure: Figure) -> results.FigureText:
     return {"measure": figure.text, "aim": figure.aim, "reference": figure.reference}
 
 
-def _degenerate(figure: Figure, points: Sequence[TrustPoint], rows: int) -> list[str]:
+def _degenerate(figure: Figure, points: Sequence[results.TrustPoint], rows: int) -> list[str]:
     """A remark if all rows are equal, because resampling them gives an interval of width 0, which is too narrow."""
     values = {point["value"] for point in points}
     if len(values) > 1 or not values <= {0.0, 1.0}:

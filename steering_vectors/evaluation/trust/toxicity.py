@@ -64,9 +64,9 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
         return row, encode_prompt(lm.tokenizer, prompt)
 
     for group, share in zip(groups, _shares([len(group) for group in groups], rows, halve=given is None), strict=True):
-        found = select(group, share, seed, encoded, lambda row: reader.has_room(len(row[1]), TOKENS))
-        chosen += found.rows
-        left_out += found.left_out
+        found, too_long = select(group, share, seed, encoded, lambda row: reader.has_room(len(row[1]), TOKENS))
+        chosen += found
+        left_out += too_long
     require_rows(len(chosen), left_out, "toxicity", reader.limit)
     continued, prompts = [row for row, _ in chosen], [prompt for _, prompt in chosen]
     scorer, fitted_on = _fitted(usable, continued) if given is None else (given, None)

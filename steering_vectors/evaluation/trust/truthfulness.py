@@ -25,16 +25,16 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
     DataError for unusable data."""
     reader = reader_for(lm)
     source = read_source(folder, "truthfulness", _parse)
-    chosen = select(
+    chosen, left_out = select(
         source.rows,
         rows,
         seed,
         lambda row: reader.answers(reader.prompt(chat=row[0], plain=f"Q: {row[0]}\nA:"), row[1]),
         reader.fits,
     )
-    require_rows(len(chosen.rows), chosen.left_out, "truthfulness", reader.limit)
-    examples = [answer for answers in chosen.rows for answer in answers]
-    starts = [0, *accumulate(len(answers) for answers in chosen.rows)][:-1]
+    require_rows(len(chosen), left_out, "truthfulness", reader.limit)
+    examples = [answer for answers in chosen for answer in answers]
+    starts = [0, *accumulate(len(answers) for answers in chosen)][:-1]
 
     def read(steered: SteeredModel) -> Columns:
         scores = steered.log_likelihoods(examples, steer=True)[0].numpy()
@@ -43,11 +43,11 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
         margins = truths - np.maximum.reduceat(others, starts)
         return {"true": (margins > 0).astype(float), "margin": margins}
 
-    chance = float(np.mean([1 / len(answers) for answers in chosen.rows]))
+    chance = float(np.mean([1 / len(answers) for answers in chosen]))
     return Vertical(
         "truthfulness",
-        len(chosen.rows),
-        chosen.left_out,
+        len(chosen),
+        left_out,
         (
             Figure("mc1", "share of questions whose true answer is most likely", "true", "higher", reference=chance),
             Figure("margin", "log P(true answer) − log P(most likely false one), nats", "margin", "higher"),
