@@ -101,7 +101,15 @@ def main(
         measure = against if against_engine else stalls if long_prompts else load
         with serving(made.source, made.profiles, engine_process=engine_process, **settings) as server:
             found, seen = measure(plan, server)
-    head = {"model": model, **settings, "engine_process": engine_process, "route": route, "streams": streams, "rate": rate, "profiles": profiles}
+    head = {
+        "model": model,
+        **settings,
+        "engine_process": engine_process,
+        "route": route,
+        "streams": streams,
+        "rate": rate,
+        "profiles": profiles,
+    }
     found = {**head, "prompts": prompts, "completions": completions, **found}
     if out is not None:
         out.write_text(json.dumps(found, indent=2) + "\n")

@@ -425,7 +425,6 @@ def test_norms_are_stored_in_float32_whatever_the_default_dtype(tmp_path: Path) 
     assert load_tensors(path.read_bytes())["block.0.residual_norm"].dtype == torch.float32
 
 
-
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 400])
 def test_a_number_that_is_not_finite_is_refused(data: bytes, text: str) -> None:
     bad = _with_metadata_text(data, lambda metadata: metadata.replace('"unit": 1.5', f'"unit": {text}'))
