@@ -12,9 +12,7 @@ from fastapi_offline import FastAPIOffline
 
 from server.api import operations, profiles
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
-from server.api.native import compare, score
-from server.api.native import generate as native
-from server.api.native import steering_routes as steering
+from server.api.native import generate, steering_routes
 from server.api.openai import routes as openai
 from server.engines.protocol import Engine
 from server.http.error_responses import install_error_handlers
@@ -47,7 +45,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
     app.state.service = Service(settings, engine)
     install_error_handlers(app)
-    for routes in (openai, native, score, compare, steering, profiles, operations):
+    for routes in (openai, generate, steering_routes, profiles, operations):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
     if settings.api_key_file is not None:

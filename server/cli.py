@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperCommand
 
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register
+from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ def serve_command() -> Any:
     def run(**given: Any) -> None:
         serve({name: value for name, value in given.items() if value is not None})
 
-    flags = [_flag(name, field) for name, field in Settings.model_fields.items()]
-    run.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
-    run.__annotations__ = {flag.name: flag.annotation for flag in flags}
+    declare(run, [_flag(name, field) for name, field in Settings.model_fields.items()])
     only = typer.Typer(add_completion=False)
     only.command("serve", help=SERVE_HELP)(run)
     return typer.main.get_command(only)
@@ -202,16 +201,11 @@ async def _announce(service: Service, url: str, stop: Callable[[], None]) -> Non
     except Exception:
         stop()
         raise
-    _settle()
+    gc.collect()
+    gc.freeze()  # collections would stall streams to look at the million objects that are loaded
     count = len(service.registry.served)
     profiles = "1 profile" if count == 1 else f"{count} profiles"
     print(f"trimtab serves {service.model_name} with {profiles} on {url}", flush=True)
-
-
-def _settle() -> None:
-    """Keep what is loaded out of garbage collection, which would stall streams to look at a million objects."""
-    gc.collect()
-    gc.freeze()
 
 
 def _log(level: str) -> None:

@@ -15,6 +15,7 @@ from server.engines.errors import Unavailable
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
+from server.generation.intake import Intake
 from server.generation.token_texts import TokenTexts
 from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 class Service:
-    """Belongs to one application. An engine that is given is used, and left open at the end; else one is made."""
+    """Belongs to one application. An engine that is given is used, and left open at the end; else one is made. What is
+    loaded raises Unavailable until it is."""
 
     def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
         self.settings = settings
@@ -38,17 +40,22 @@ class Service:
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
 
+    def check_ready(self) -> None:
+        """Raise Unavailable until everything is loaded."""
+        if not self._loaded.is_set():
+            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
+        if self._failure is not None:
+            raise Unavailable("the server could not load its model or profiles; its log says why")
+
     @property
     def engine(self) -> Engine:
-        """Raises Unavailable until everything is loaded."""
-        self._check()
+        self.check_ready()
         assert self._engine is not None
         return self._engine
 
     @property
     def registry(self) -> ProfileRegistry:
-        """Raises Unavailable until everything is loaded."""
-        self._check()
+        self.check_ready()
         assert self._registry is not None
         return self._registry
 
@@ -56,6 +63,10 @@ class Service:
     def model_name(self) -> str:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.info.model_name
+
+    @property
+    def intake(self) -> Intake:
+        return Intake(self.engine, self.model_name, self.registry)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,7 +80,6 @@ class Service:
         return TokenTexts(self.engine.info.tokenizer)
 
     def start(self) -> None:
-        """Begin to load."""
         self._loading = asyncio.create_task(self._load(), name="trimtab-loading")
 
     async def wait_ready(self) -> None:
@@ -90,9 +100,13 @@ class Service:
 
     async def _load(self) -> None:
         try:
-            self._engine = self._given
-            if self._engine is None:
-                self._engine = await self._make_engine()
+            make = partial(build_engine, self.settings.engine_config())
+            if self._given is not None:
+                self._engine = self._given
+            elif self.settings.engine_process:
+                self._engine = await ProcessEngine.start(make)
+            else:
+                self._engine = await asyncio.to_thread(run_apart, make)
             self._registry = ProfileRegistry(self.settings.profiles, self._engine)
             await self._registry.start()
         except Exception as error:
@@ -101,15 +115,3 @@ class Service:
             self._failure = error
         finally:
             self._loaded.set()
-
-    async def _make_engine(self) -> Engine:
-        make = partial(build_engine, self.settings.engine_config())
-        if self.settings.engine_process:
-            return await ProcessEngine.start(make)
-        return await asyncio.to_thread(run_apart, make)
-
-    def _check(self) -> None:
-        if not self._loaded.is_set():
-            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
-        if self._failure is not None:
-            raise Unavailable("the server could not load its model or profiles; its log says why")

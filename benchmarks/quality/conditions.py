@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.sides import Sides
+from steering_vectors.data.corpus import Sides
 from steering_vectors.fitting.calibration import SAMPLED_TOKENS
 from steering_vectors.measures.divergence import kl_divergence
 from steering_vectors.measures.propensity import propensity

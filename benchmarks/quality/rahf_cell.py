@@ -26,9 +26,8 @@ from benchmarks.quality.dose_response import PREFERENCES, heldout_prompts
 from benchmarks.quality.manners import judge
 from steering_vectors import Profile, fit, load_model, load_pairs, save_profile
 from steering_vectors.data.chat import Message, encode_prompt
-from steering_vectors.data.corpus import encode_corpus
+from steering_vectors.data.corpus import Sides, encode_corpus
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.data.sides import Sides
 from steering_vectors.fitting.calibration import CalibrationSettings, calibrate
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.steered_model import steerable

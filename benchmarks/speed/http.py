@@ -81,6 +81,7 @@ def main(
     context: Annotated[int | None, typer.Option(help="The server's context; else the model's, up to 4096.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     prepack: Annotated[bool, typer.Option(help="Serve with --cpu-prepack.")] = True,
+    engine_process: Annotated[bool, typer.Option(help="Serve with --engine-process.")] = False,
     against_engine: Annotated[bool, typer.Option("--against-engine", help="In pairs with the engine alone.")] = False,
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 5,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="Waits while long prompts arrive.")] = False,
@@ -98,9 +99,17 @@ def main(
         ranges = (lengths_of(prompts), lengths_of(completions))
         plan = Plan(made, settings, route, streams, rate, requests, seconds, *ranges, pairs, long, arrivals)
         measure = against if against_engine else stalls if long_prompts else load
-        with serving(made.source, made.profiles, **settings) as server:
+        with serving(made.source, made.profiles, engine_process=engine_process, **settings) as server:
             found, seen = measure(plan, server)
-    head = {"model": model, **settings, "route": route, "streams": streams, "rate": rate, "profiles": profiles}
+    head = {
+        "model": model,
+        **settings,
+        "engine_process": engine_process,
+        "route": route,
+        "streams": streams,
+        "rate": rate,
+        "profiles": profiles,
+    }
     found = {**head, "prompts": prompts, "completions": completions, **found}
     if out is not None:
         out.write_text(json.dumps(found, indent=2) + "\n")

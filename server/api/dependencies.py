@@ -1,6 +1,6 @@
-"""The parts of the running service that routes depend on, each refused with a 503 until it is loaded.
+"""What routes depend on: the running service, and the header that steers.
 
-They are coroutines, because FastAPI runs plain functions in threads.
+The dependencies are coroutines, because FastAPI runs plain functions in threads.
 """
 
 from __future__ import annotations
@@ -9,21 +9,9 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
-from server.engines.protocol import Engine
-from server.generation.intake import Intake
 from server.generation.steering_grammar import EXAMPLE, HEADER
-from server.profiles.registry import ProfileRegistry
 from server.state import Service
 from steering_vectors.errors import SteeringError
-
-
-async def _service(request: Request) -> Service:
-    service = request.app.state.service
-    assert isinstance(service, Service)
-    return service
-
-
-ServiceDep = Annotated[Service, Depends(_service)]
 
 SteeringHeader = Annotated[
     str | None,
@@ -41,23 +29,17 @@ async def refuse_steering_header(request: Request) -> None:
         )
 
 
-async def _engine(service: ServiceDep) -> Engine:
-    return service.engine
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
 
 
-async def _registry(service: ServiceDep) -> ProfileRegistry:
-    return service.registry
+ServiceDep = Annotated[Service, Depends(_service)]
 
 
-async def _intake(service: ServiceDep) -> Intake:
-    return Intake(service.engine, service.model_name, service.registry)
+async def _ready(service: ServiceDep) -> Service:
+    service.check_ready()
+    return service
 
 
-async def _model_name(service: ServiceDep) -> str:
-    return service.model_name
-
-
-EngineDep = Annotated[Engine, Depends(_engine)]
-IntakeDep = Annotated[Intake, Depends(_intake)]
-RegistryDep = Annotated[ProfileRegistry, Depends(_registry)]
-ModelNameDep = Annotated[str, Depends(_model_name)]
+ReadyDep = Annotated[Service, Depends(_ready)]  # a 503 until everything is loaded, whatever the body

@@ -5,21 +5,20 @@ Nothing here runs while a request is answered.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
+from server.http.answers import EXAMPLE
 from server.http.error_responses import ErrorAnswer, error_object
 from server.http.sse import frame
 
 Json = dict[str, Any]
-Responses = dict[int | str, Json]
 
 COMPONENTS = "#/components/schemas/{model}"
-STREAMED, EXAMPLE = "x-streamed", "x-example"  # taken out again; FastAPI drops nulls from examples that it can read
+STREAMED = "x-streamed"  # taken out again
 DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with `--api-key-file` requires
@@ -58,7 +57,7 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
     ),
 }
 GENERATING = (400, 404, 429, 503)  # the errors of routes that run generations
-OTHER_ERRORS: Responses = {
+OTHER_ERRORS: dict[int | str, Json] = {
     "default": {
         "description": "Any other error: 401 without a required key, 413 for a body that is too large, 500 for a "
         "fault of the server.",
@@ -67,35 +66,35 @@ OTHER_ERRORS: Responses = {
 }
 
 
-def declare(
-    answer: Any,
-    example: Mapping[str, Any],
-    *errors: int,
-    stream: Any = None,
-    events: Sequence[Mapping[str, Any]] = (),
-    ends_in: str | None = None,
-) -> Responses:
-    """A route's `responses`: its answer, the events of its stream with examples, and its errors by status. A stream
-    may also send an error as an event, and `ends_in` as a last one that is not JSON."""
-    content: Json = {"application/json": _example(example)}
-    if stream is not None:
-        content["text/event-stream"] = _stream(stream, events, ends_in)
+def declare(answer: Any, *errors: int, stream: Any = None, ends_in: str | None = None) -> Json:
+    """What a route's decorator says about its answer, the events of its stream, and its errors by status. A stream may
+    also send an error as an event, and `ends_in` as a last one that is not JSON."""
+    content = {} if stream is None else {"text/event-stream": _stream(stream, ends_in)}
     success: Json = {"description": "Success.", "model": answer, "content": content}
-    return {200: success, **{status: _error(status) for status in errors}}
+    failures = {status: {"description": ERRORS[status][0], "model": ErrorAnswer} for status in errors}
+    return {"response_model": None, "responses": {200: success, **failures}}
 
 
 def openapi_document(app: FastAPI) -> Json:
-    """The document of an application, with the schemas of streamed events, whole examples and the optional key."""
+    """The document of an application, with the schemas of streamed events, examples of answers and the optional key."""
     if app.openapi_schema is None:
         document = FastAPI.openapi(app)
         schemas = document["components"]["schemas"]
-        for content in _contents(document):
-            schemas |= content.pop(STREAMED, {})
-            if EXAMPLE in content:
-                content["example"] = json.loads(content.pop(EXAMPLE))
+        operations = [operation for path in document["paths"].values() for operation in path.values()]
+        answers = [answer for operation in operations for answer in operation["responses"].items()]
+        for _, answer in answers:
+            schemas |= answer["content"].get("text/event-stream", {}).pop(STREAMED, {})
+        for status, answer in answers:
+            body = answer["content"]["application/json"]
+            if status == "200":
+                body["example"] = _example(body["schema"], schemas)
+            elif status != "default":
+                body["example"] = ERRORS[int(status)][1]
         for schema in schemas.values():
             if "properties" in schema:
                 schema.setdefault("additionalProperties", False)  # answers have no other fields
+            for field in schema.get("properties", {}).values():
+                field.pop(EXAMPLE, None)
         key = {"type": "http", "scheme": "bearer", "description": "For servers with --api-key-file."}
         document["components"]["securitySchemes"] = {"key": key}
         document["security"] = [{}, {"key": []}]
@@ -103,33 +102,31 @@ def openapi_document(app: FastAPI) -> Json:
     return app.openapi_schema
 
 
-def _error(status: int) -> Json:
-    description, example = ERRORS[status]
-    return {"description": description, "model": ErrorAnswer, "content": {"application/json": _example(example)}}
-
-
-def _example(value: Mapping[str, Any]) -> Json:
-    return {EXAMPLE: json.dumps(value)}
-
-
-def _stream(stream: Any, events: Sequence[Mapping[str, Any]], ends_in: str | None) -> Json:
+def _stream(stream: Any, ends_in: str | None) -> Json:
     """Server-sent events whose data is JSON, in the form of OpenAPI 3.2 that FastAPI also writes."""
-    adapter: TypeAdapter[Any] = TypeAdapter(stream | ErrorAnswer)
-    schemas, found = TypeAdapter.json_schemas([(EXAMPLE, "serialization", adapter)], ref_template=COMPONENTS)
-    schema = schemas[EXAMPLE, "serialization"]
-    data: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    document = TypeAdapter(stream | ErrorAnswer).json_schema(mode="serialization", ref_template=COMPONENTS)
+    schemas = document.pop("$defs")
+    *events, _error = document["anyOf"]
+    data: Json = {"type": "string", "contentMediaType": "application/json", "contentSchema": document}
     if ends_in is not None:
         data = {"anyOf": [data, {"type": "string", "const": ends_in}]}
     return {
         "itemSchema": {"type": "object", "required": ["data"], "properties": {"data": data}},
-        "example": b"".join(map(frame, events)).decode(),
-        STREAMED: found["$defs"],
+        "example": b"".join(frame(_example(event, schemas)) for event in events).decode(),
+        STREAMED: schemas,
     }
 
 
-def _contents(document: Json) -> Iterator[Json]:
-    """The content of every answer of every route, by media type."""
-    for path in document["paths"].values():
-        for operation in path.values():
-            for answer in operation["responses"].values():
-                yield from answer.get("content", {}).values()
+def _example(schema: Json, schemas: Json) -> Any:
+    """A value of a schema: each field's example, the first of given choices, null where it may be null. Fields that may
+    be missing are there if they have an example."""
+    if EXAMPLE in schema:
+        return schema[EXAMPLE]
+    if "$ref" in schema:
+        return _example(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if "properties" in schema:
+        fields, required = schema["properties"].items(), schema.get("required", ())
+        return {name: _example(one, schemas) for name, one in fields if name in required or EXAMPLE in one}
+    if "items" in schema:
+        return [_example(schema["items"], schemas)]
+    return schema.get("const", next(iter(schema.get("enum", ())), None))

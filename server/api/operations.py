@@ -9,7 +9,7 @@ import transformers
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.api.dependencies import ModelNameDep, RegistryDep, ServiceDep
+from server.api.dependencies import ReadyDep, ServiceDep
 from server.api.document import declare
 from server.http.answers import about
 from steering_vectors.profiles.files import installed_version
@@ -25,53 +25,38 @@ class Ready(TypedDict):
     """The server can serve."""
 
     status: Annotated[Literal["ready"], about("Always `ready`; until then, the answer is a 503.")]
-    model: Annotated[str, about("The base model's name on /v1.")]
-    profiles: Annotated[int, about("The number of served profiles.")]
+    model: Annotated[str, about("The base model's name on /v1.", "demo")]
+    profiles: Annotated[int, about("The number of served profiles.", 4)]
 
 
 class Version(TypedDict):
     """Versions and settings."""
 
-    version: Annotated[str, about("The version of trimtab.")]
-    torch: Annotated[str, about("The version of PyTorch.")]
-    transformers: Annotated[str, about("The version of transformers.")]
-    model: Annotated[str, about("The setting `--served-model-name`, else `--model`.")]
-    dtype: Annotated[str, about("The setting `--dtype`.")]
+    version: Annotated[str, about("The version of trimtab.", "0.1.0")]
+    torch: Annotated[str, about("The version of PyTorch.", "2.13.0")]
+    transformers: Annotated[str, about("The version of transformers.", "5.23.0")]
+    model: Annotated[str, about("The setting `--served-model-name`, else `--model`.", "demo")]
+    dtype: Annotated[str, about("The setting `--dtype`.", "auto")]
     quantize: Annotated[Literal["int8", "int4"] | None, about("The setting `--quantize`.")]
-    device: Annotated[str, about("The setting `--device`.")]
+    device: Annotated[str, about("The setting `--device`.", "cpu")]
 
-
-EXAMPLE_VERSION: Version = {
-    "version": "0.1.0",
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
-    "model": "demo",
-    "dtype": "auto",
-    "quantize": None,
-    "device": "cpu",
-}
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health", summary="Is it alive?", response_model=None, responses=declare(Health, {"status": "ok"}))
+@router.get("/health", summary="Is it alive?", **declare(Health))
 async def health() -> Health:
     """Answer 200 as long as the process runs."""
     return {"status": "ok"}
 
 
-@router.get(
-    "/ready",
-    summary="Can it serve?",
-    response_model=None,
-    responses=declare(Ready, {"status": "ready", "model": "demo", "profiles": 4}, 503),
-)
-async def ready(model: ModelNameDep, registry: RegistryDep) -> Ready:
+@router.get("/ready", summary="Can it serve?", **declare(Ready, 503))
+async def ready(service: ReadyDep) -> Ready:
     """Answer 200 once the model and every profile are loaded, 503 before."""
-    return {"status": "ready", "model": model, "profiles": len(registry.served)}
+    return {"status": "ready", "model": service.model_name, "profiles": len(service.registry.served)}
 
 
-@router.get("/version", summary="What does it run?", response_model=None, responses=declare(Version, EXAMPLE_VERSION))
+@router.get("/version", summary="What does it run?", **declare(Version))
 async def version(service: ServiceDep) -> Version:
     """Show versions and settings, also while the model is loading."""
     settings = service.settings

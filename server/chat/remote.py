@@ -40,29 +40,16 @@ class Remote:
     def close(self) -> None:
         self._client.close()
 
-    def get(self, path: str) -> Json:
-        """The JSON of a route. Raises RemoteError."""
+    def fetch(self, path: str, body: Json | None = None) -> Json:
+        """The JSON that a route answers, to a body if it takes one. Raises RemoteError."""
         with self._remote_errors():
-            return self._read(self._client.get(path))
-
-    def post(self, path: str, body: Json) -> Json:
-        """The JSON answer to a body. Raises RemoteError."""
-        with self._remote_errors():
-            return self._read(self._client.post(path, json=body))
-
-    def reply(self, body: Json) -> Json:
-        """A whole chat completion. Raises RemoteError."""
-        return self.post(CHAT, body)
+            return self._read(self._client.request("GET" if body is None else "POST", path, json=body))
 
     def stream(self, body: Json) -> Generator[Json, None, None]:
         """The chunks of a chat completion as they come; closing the iterator ends the reply. Raises RemoteError."""
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        with (
-            self._remote_errors(),
-            self._client.stream("POST", CHAT, json={**body, **options}) as response,
-        ):
+        with self._remote_errors(), self._client.stream("POST", CHAT, json={**body, **options}) as response:
             if response.status_code != 200:
-                response.read()
                 self._read(response)
             for line in response.iter_lines():
                 if line == "data: [DONE]":
@@ -72,6 +59,7 @@ class Remote:
             raise RemoteError(f"{self.url} ended its reply without an end: send it again with /retry")
 
     def _read(self, response: httpx.Response) -> Json:
+        response.read()
         found = self._checked(response.json())
         if response.status_code != 200:
             raise self._not_trimtab(f"status {response.status_code}")

@@ -14,8 +14,6 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from server.chat.conversation import Reply
-
 CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 SIDE_BY_SIDE = 80
 COLUMNS = ("name", "status", "safe range", "layers", "method", "description")
@@ -29,7 +27,6 @@ class Screen:
         self._errors = errors or Console(stderr=True, highlight=False, emoji=False, markup=False)
 
     def piece(self, text: str) -> None:
-        """The next piece of a reply."""
         _print(self._out, clean(text), end="", soft_wrap=True)
 
     def line(self, text: str = "") -> None:
@@ -43,25 +40,26 @@ class Screen:
         _print(self._errors, clean(f"error: {text}"), style="red", soft_wrap=True)
 
     def profiles(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """The profiles of GET /profiles."""
         self._table(COLUMNS, [_row(entry) for entry in entries])
 
     def pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Names and what they mean."""
         grid = Table.grid(padding=(0, 2))
         for name, meaning in pairs:
             grid.add_row(Text(clean(name), no_wrap=True), Text(clean(meaning)))
         _print(self._out, grid)
 
-    def compared(self, titles: Sequence[str], replies: Sequence[Reply]) -> None:
+    def compared(self, titles: Sequence[str], texts: Sequence[str], receipts: Sequence[str]) -> None:
         """Replies to one question: side by side if they fit, else one after the other."""
         if self._out.is_terminal and self._out.width >= SIDE_BY_SIDE:
-            receipts = [describe(reply) for reply in replies]
-            self._table(titles, [[reply.text.strip() for reply in replies], receipts])
+            self._table(titles, [texts, receipts])
             return
-        for title, reply in zip(titles, replies, strict=True):
-            self.line(f"{title}: {reply.text.strip()}")
-            self.note(describe(reply))
+        for title, text, receipt in zip(titles, texts, receipts, strict=True):
+            self.line(f"{title}: {text}")
+            self.note(receipt)
+
+    def effect(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """What a steering would do, in one line: strengths, blocks, and whether they are calibrated."""
+        self.note(f"[steering: {'; '.join(map(_effect, entries)) or 'none'}]")
 
     def _table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -93,22 +91,6 @@ def _print(console: Console, what: RenderableType, **how: Any) -> None:
 def clean(text: str) -> str:
     """A text without control characters, but for tabs and line ends."""
     return text.translate(CONTROL)
-
-
-def describe(reply: Reply) -> str:
-    """A receipt in one line: the steering, its number of positions, and the number of tokens."""
-    if reply.finish_reason == "stopped":
-        return "[stopped]"
-    terms = [
-        f"{entry['name']}@{entry['strength']:g} at {entry['steered_tokens']} positions" for entry in reply.steering
-    ]
-    end = ", cut at the limit" if reply.finish_reason == "length" else ""
-    return f"[{', '.join(terms) or 'no steering'}; {reply.tokens} tokens{end}]"
-
-
-def describe_steering(entries: Sequence[Mapping[str, Any]]) -> str:
-    """What a steering would do, in one line: strengths, blocks, and whether they are calibrated."""
-    return f"[steering: {'; '.join(map(_effect, entries)) or 'none'}]"
 
 
 def _effect(entry: Mapping[str, Any]) -> str:

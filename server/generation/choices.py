@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from server.engines.errors import GenerationFailed, Unavailable
 from server.engines.protocol import Delta, Event, EventStream, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
-from server.generation.client_errors import raise_failure
+from server.generation.client_errors import client_errors
+from steering_vectors.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +50,12 @@ class Generations:
         self._fields = fields
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Events of all choices as they come, each with its choice's index; one Finished for each.
-
-        Raises in place of a Finished with an error: RequestError if the request caused it, else GenerationFailed or
-        Unavailable.
-        """
+        """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
+        Finished with an error: RequestError if the request caused it, else GenerationFailed or Unavailable."""
         async for event in self._stream:
             if isinstance(event, Finished):
-                raise_failure(event, self._fields)
+                with client_errors(self._fields):
+                    _raise_failure(event)
             yield self._places[event.id], event
 
     async def results(self) -> list[Result]:
@@ -84,3 +84,13 @@ def _result(events: Sequence[Event]) -> Result:
         tuple(one for delta in deltas for one in delta.divergences),
         tuple(one for delta in deltas for one in delta.projections),
     )
+
+
+def _raise_failure(finished: Finished) -> None:
+    if finished.reason == "cancelled":
+        raise Unavailable("the generation was cancelled by the server: send the request again", code="cancelled")
+    if finished.reason == "error":
+        message = finished.error or "the generation failed"
+        if finished.error_param is None:
+            raise GenerationFailed(message)
+        raise RequestError(message, param=finished.error_param, code=GenerationFailed.code)

@@ -1,15 +1,17 @@
 """From what a body asks for to generations of the engine, the same way for every route.
 
-Counts and capabilities are checked before any work is done. Errors name the fields of the request.
+Counts and capabilities are checked before any work is done. Errors name the fields of the request. Long texts are
+tokenised in a thread, where they hold up no stream.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.engines.protocol import (
     Capability,
@@ -18,43 +20,61 @@ from server.engines.protocol import (
     Engine,
     EngineInfo,
     GenerationRequest,
-    SamplingParameters,
     SteeringPlan,
     capabilities_needed,
 )
 from server.generation.choices import Generations
 from server.generation.client_errors import client_errors
-from server.generation.encoding import Encoding, Ids, Prompt, encode, encode_continuations
 from server.generation.steering_grammar import pinned
+from steering_vectors.data.chat import Message, continuation, encode_prompt
 from steering_vectors.errors import RequestError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from server.profiles.registry import ProfileRegistry
 
-NOTHING_GENERATED = SamplingParameters(max_tokens=0)
+Ids = tuple[int, ...]
+Prompt = str | list[int] | tuple[Message, ...]
+LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
+
+
+class Encoding(Protocol):
+    """What decides how a prompt becomes token ids, besides the prompt itself."""
+
+    @property
+    def add_special_tokens(self) -> bool: ...
+
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a body asks for: `n` choices of each prompt under each plan.
 
-    `plans` are by the request's field that holds each, and so are `constraints`, of which there may be one. If there
-    are `completions`, they are scored and nothing is generated. `counted` is the field that errors name if there are
-    too many generations.
+    `common` has what all generations share. `plans` are by the request's field that holds each, and so are
+    `constraints`, of which there may be one. If there are `completions`, they are scored and nothing is generated.
+    `projections` asks for those of all plans, so that variants can be compared. `counted` is the field that errors name
+    if there are too many generations.
     """
 
     prompts: Sequence[Prompt]
     encoding: Encoding
     plans: Mapping[str, SteeringPlan]
-    sampling: SamplingParameters = NOTHING_GENERATED
+    common: GenerationRequest
     n: int = 1
     constraints: Mapping[str, tuple[ConstraintKind, str]] = field(default_factory=dict)
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    divergence: bool = False
     projections: bool = False
     completions: Sequence[str | list[int]] | None = None
     counted: str = "prompt"
+
+    def field_names(self) -> dict[str, str]:
+        """This request's names of protocol fields, where they differ from the common ones."""
+        prompt = {"prompt_ids": "messages", "prompt": "messages"} if isinstance(self.prompts[0], tuple) else {}
+        scored = "echo" if self.completions is None else "completions"
+        constraint = next(iter(self.constraints), "constraint")
+        return {**prompt, "constraint": constraint, "prompt_logprobs": scored, "scored_suffix": scored}
 
 
 class Asking(Protocol):
@@ -76,17 +96,15 @@ class Intake:
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
         """Have the engine run all generations of a request, or none. Raises RequestError, UnknownProfile, UnknownModel,
         Overloaded, Unavailable."""
-        with client_errors():
-            ask = body.ask(self.served, header)
-        fields = _field_names(ask)
+        fields: dict[str, str] = {}
         with client_errors(fields):
+            ask = body.ask(self.served, header)
+            fields |= ask.field_names()
             self._check_count(ask)
-            constraint = _constraint(ask)
-            self._check_capabilities(ask, constraint)
+            for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)]):
+                check_capabilities(self.engine.info, capabilities_needed(draft))
             prompts = await self._encoded(ask)
-            plans = self._plans(ask)  # after the encoding: a profile may have been replaced meanwhile
-            projected = _projected(ask, plans)
-            requests = [_request(ask, plan, constraint, projected, *prompt) for prompt in prompts for plan in plans]
+            requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
             return Generations(requests, await self.engine.submit(requests), fields)
 
     def _check_count(self, ask: Ask) -> None:
@@ -99,23 +117,36 @@ class Intake:
                 param=ask.counted,
             )
 
-    def _check_capabilities(self, ask: Ask, constraint: Constraint | None) -> None:
-        plans = self._plans(ask)
-        for plan in plans:
-            draft = _request(ask, plan, constraint, _projected(ask, plans), (), 0 if ask.completions is None else 1)
-            check_capabilities(self.engine.info, capabilities_needed(draft))
-
-    def _plans(self, ask: Ask) -> list[SteeringPlan]:
-        return [pinned(plan, partial(self.registry.find, param=field)) for field, plan in ask.plans.items()]
+    def _requests(self, ask: Ask, prompts: Sequence[tuple[Ids, int]]) -> list[GenerationRequest]:
+        """The requests for prompts, each with the number of tokens at its end that are scored."""
+        if len(ask.constraints) > 1:
+            first, second, *_ = ask.constraints
+            raise RequestError(f"{first} and {second} are both given: use only one of them", param=second)
+        constraint = next((Constraint(kind, text) for kind, text in ask.constraints.values()), None)
+        plans = [pinned(plan, partial(self.registry.find, param=field)) for field, plan in ask.plans.items()]
+        projected = dict.fromkeys(version for plan in plans for version in plan.versions) if ask.projections else ()
+        return [
+            replace(
+                ask.common,
+                ids=tuple(new_id("gen" if ask.completions is None else "score") for _ in range(ask.n)),
+                prompt_ids=ids,
+                plan=plan,
+                constraint=constraint,
+                scored_suffix=scored,
+                projections=tuple(projected),
+            )
+            for ids, scored in prompts
+            for plan in plans
+        ]
 
     async def _encoded(self, ask: Ask) -> list[tuple[Ids, int]]:
         """The ids of each prompt, with the number of them at the end that are scored."""
         info = self.engine.info
-        found = [await encode(info.tokenizer, prompt, ask.encoding) for prompt in ask.prompts]
+        found = [await _encode(info.tokenizer, prompt, ask.encoding) for prompt in ask.prompts]
         if ask.completions is None:
             return [(ids, 0) for ids in found]
         (prompt,) = found
-        completions = await encode_continuations(info.tokenizer, prompt, ask.completions, info.vocab_size)
+        completions = await _encode_continuations(info.tokenizer, prompt, ask.completions, info.vocab_size)
         return [((*prompt, *completion), len(completion)) for completion in completions]
 
 
@@ -127,43 +158,42 @@ def check_capabilities(info: EngineInfo, needed: Mapping[Capability, str]) -> No
             raise RequestError(message, param=param, code="not_supported")
 
 
-def _constraint(ask: Ask) -> Constraint | None:
-    if len(ask.constraints) > 1:
-        first, second, *_ = ask.constraints
-        raise RequestError(f"{first} and {second} are both given: use only one of them", param=second)
-    return next((Constraint(kind, text) for kind, text in ask.constraints.values()), None)
-
-
-def _field_names(ask: Ask) -> dict[str, str]:
-    """This request's names of protocol fields, where they differ from the common ones."""
-    prompt = {"prompt_ids": "messages", "prompt": "messages"} if isinstance(ask.prompts[0], tuple) else {}
-    scored = "echo" if ask.completions is None else "completions"
-    constraint = next(iter(ask.constraints), "constraint")
-    return {**prompt, "constraint": constraint, "prompt_logprobs": scored, "scored_suffix": scored}
-
-
-def _projected(ask: Ask, plans: Sequence[SteeringPlan]) -> tuple[str, ...]:
-    """The versions whose projections are reported: those of all plans, so that variants can be compared."""
-    return tuple(dict.fromkeys(version for plan in plans for version in plan.versions)) if ask.projections else ()
-
-
-def _request(
-    ask: Ask, plan: SteeringPlan, constraint: Constraint | None, projected: tuple[str, ...], prompt: Ids, scored: int
-) -> GenerationRequest:
-    prefix = "gen" if ask.completions is None else "score"
-    return GenerationRequest(
-        tuple(new_id(prefix) for _ in range(ask.n)),
-        prompt,
-        ask.sampling,
-        plan,
-        constraint,
-        ask.logprobs,
-        ask.prompt_logprobs,
-        scored,
-        ask.divergence,
-        projected,
-    )
-
-
 def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
+
+
+async def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: Encoding) -> Ids:
+    """Token ids of a text or of messages; token ids pass as they are. Raises RequestError."""
+    if isinstance(prompt, list):
+        return tuple(prompt)
+    work = partial(
+        encode_prompt,
+        tokenizer,
+        prompt,
+        add_special_tokens=encoding.add_special_tokens,
+        template_kwargs=encoding.chat_template_kwargs,
+    )
+    length = len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
+    return tuple(await asyncio.to_thread(work) if length > LONG_TEXT else work())
+
+
+async def _encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompt: Ids, completions: Sequence[str | list[int]], vocab_size: int
+) -> list[Ids]:
+    """Token ids of each completion as the model would write it after the prompt. Raises RequestError that names a
+    completion without a token, or with an id outside of the vocabulary."""
+
+    def ids_of(completion: str | list[int]) -> Ids:
+        return tuple(completion if isinstance(completion, list) else continuation(tokenizer, list(prompt), completion))
+
+    try:
+        found = await asyncio.to_thread(lambda: [ids_of(completion) for completion in completions])
+    except UnicodeEncodeError as error:
+        raise RequestError("completions has a lone surrogate, which is not a character", param="completions") from error
+    for place, ids in enumerate(found):
+        name = f"completions[{place}]"
+        if not ids:
+            raise RequestError(f"{name} holds no token of this model", param=name)
+        if not all(0 <= token < vocab_size for token in ids):
+            raise RequestError(f"{name} has a token id outside of the vocabulary, 0 to {vocab_size - 1}", param=name)
+    return found

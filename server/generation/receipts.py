@@ -10,8 +10,9 @@ from typing_extensions import TypedDict
 from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment, SteeringPlan
 from server.http.answers import about
 
-Key = tuple[str, str]
 Point = tuple[int, Segment]  # a token of the completion from which strengths held, and the segment it lies in
+
+EXAMPLE_SHA256 = "fb09e9ae0f85d2a0d9b41ff2bb16eba63945a3e2bb08ba0ce36ab2f7023dfc8b"
 
 FinishReason = Annotated[
     Literal["stop", "length"], about("`stop`: an end-of-sequence token or a stop condition; `length`: the token limit.")
@@ -44,15 +45,15 @@ class StrengthPoint(TypedDict):
 class SteeringReceipt(TypedDict):
     """How one profile was applied."""
 
-    name: Annotated[str, about("The profile.")]
-    version: Annotated[str, about("The sha256 of the profile's file, which identifies its vectors.")]
-    strength: Annotated[float, about("The strength that was applied.")]
+    name: Annotated[str, about("The profile.", "warm")]
+    version: Annotated[str, about("The sha256 of the profile's file, which identifies its vectors.", EXAMPLE_SHA256)]
+    strength: Annotated[float, about("The strength that was applied.", 0.8)]
     operator: Annotated[Operator, about("`add` shifts the residual stream; `ablate` removes a direction from it.")]
-    layers: Annotated[list[int], about("The steered blocks; empty at strength 0.")]
+    layers: Annotated[list[int], about("The steered blocks; empty at strength 0.", [5])]
     apply_to: Annotated[ApplyTo, about("`generated`: from the last prompt token on; `all`: the prompt too.")]
-    steered_tokens: Annotated[int, about("The number of steered positions; 0 at strength 0.")]
+    steered_tokens: Annotated[int, about("The number of steered positions; 0 at strength 0.", 24)]
     calibrated: Annotated[
-        bool, about("Whether the profile was applied as it was calibrated, so that its KL estimate holds.")
+        bool, about("Whether the profile was applied as it was calibrated, so that its KL estimate holds.", True)
     ]
     preserve_norm: NotRequired[
         Annotated[Literal[True], about("Present if the norm of steered residuals was preserved.")]
@@ -69,37 +70,26 @@ class SteeringReceipt(TypedDict):
 Receipts = Annotated[list[SteeringReceipt], about("One entry per applied profile; empty if unsteered.")]
 
 
+class Ending(TypedDict):
+    """Why a generation ended."""
+
+    finish_reason: FinishReason
+    stop_reason: StopReason
+
+
 class PromptTokensDetails(TypedDict):
     """Details of the prompt's tokens."""
 
-    cached_tokens: Annotated[int, about("Prompt tokens whose KV cache was reused.")]
+    cached_tokens: Annotated[int, about("Prompt tokens whose KV cache was reused.", 0)]
 
 
 class Usage(TypedDict):
     """Token counts. A prompt counts once for all of its choices."""
 
-    prompt_tokens: Annotated[int, about("Tokens of the prompts.")]
-    completion_tokens: Annotated[int, about("Generated tokens, over all choices.")]
-    total_tokens: Annotated[int, about("The sum of both.")]
+    prompt_tokens: Annotated[int, about("Tokens of the prompts.", 12)]
+    completion_tokens: Annotated[int, about("Generated tokens, over all choices.", 24)]
+    total_tokens: Annotated[int, about("The sum of both.", 36)]
     prompt_tokens_details: Annotated[PromptTokensDetails, about("How much of the prompt was cached.")]
-
-
-EXAMPLE_RECEIPT: SteeringReceipt = {
-    "name": "warm",
-    "version": "fb09e9ae0f85d2a0d9b41ff2bb16eba63945a3e2bb08ba0ce36ab2f7023dfc8b",
-    "strength": 0.8,
-    "operator": "add",
-    "layers": [5],
-    "apply_to": "generated",
-    "steered_tokens": 24,
-    "calibrated": True,
-}
-EXAMPLE_USAGE: Usage = {
-    "prompt_tokens": 12,
-    "completion_tokens": 24,
-    "total_tokens": 36,
-    "prompt_tokens_details": {"cached_tokens": 0},
-}
 
 
 def usage(finished: Sequence[Finished], n: int = 1) -> Usage:
@@ -115,9 +105,10 @@ def usage(finished: Sequence[Finished], n: int = 1) -> Usage:
     }
 
 
-def finish_reason(finished: Finished) -> Literal["stop", "length"]:
+def ending(finished: Finished) -> Ending:
     """Of a generation that neither failed nor was cancelled."""
-    return "stop" if finished.reason == "stop" else "length"
+    reason: Literal["stop", "length"] = "stop" if finished.reason == "stop" else "length"
+    return {"finish_reason": reason, "stop_reason": finished.matched_stop}
 
 
 def receipt(finished: Sequence[Finished]) -> list[SteeringReceipt]:
@@ -126,20 +117,15 @@ def receipt(finished: Sequence[Finished]) -> list[SteeringReceipt]:
     If the steering changed, `strength`, `layers` and `apply_to` are those of the last steering that named the profile,
     and `timeline` has its strengths; of several choices, those of the one with the most changes.
     """
-    keys = dict.fromkeys(_key(term) for one in finished for segment in one.segments for term in segment.terms)
-    if not keys:
+    segments = [segment for one in finished for segment in one.segments]
+    versions = dict.fromkeys(version for segment in segments for version in segment.plan.versions)
+    if not versions:
         return []
     points = max((_points(one) for one in finished), key=len)
-    return [_entry(key, points, finished) for key in keys]
-
-
-def segment_receipt(segment: Segment) -> list[SteeringReceipt]:
-    """What a plan applies at its first token."""
-    return [applied_entry(one, segment.plan, one.term.at(0)) for one in segment.terms]
+    return [_entry(version, points, finished) for version in versions]
 
 
 def applied_entry(applied: AppliedTerm, plan: SteeringPlan, strength: float) -> SteeringReceipt:
-    """One profile at one strength of a plan."""
     entry: SteeringReceipt = {
         "name": applied.term.profile,
         "version": applied.term.version,
@@ -157,23 +143,30 @@ def applied_entry(applied: AppliedTerm, plan: SteeringPlan, strength: float) -> 
     return entry
 
 
-def _entry(key: Key, points: Sequence[Point], finished: Sequence[Finished]) -> SteeringReceipt:
+def _entry(version: str, points: Sequence[Point], finished: Sequence[Finished]) -> SteeringReceipt:
     naming = [
-        (segment, term, end)
+        (segment, applied, end)
         for one in finished
         for segment, end in _with_ends(one)
-        for term in segment.terms
-        if _key(term) == key
+        for applied in segment.terms
+        if applied.term.version == version
     ]
     segment, applied, end = naming[-1]
-    entry = applied_entry(applied, segment.plan, applied.term.at(end - 1 - segment.from_token))
-    entry["calibrated"] = all(term.calibrated for _, term, _ in naming)
-    entry["steered_tokens"] = sum(term.steered_tokens for _, term, _ in naming)
-    if decisions := [one.gates[key[0]] for one in finished if key[0] in one.gates]:
+    term = applied.term
+    entry = applied_entry(applied, segment.plan, term.at(end - 1 - segment.from_token))
+    entry["calibrated"] = all(applied.calibrated for _, applied, _ in naming)
+    entry["steered_tokens"] = sum(applied.steered_tokens for _, applied, _ in naming)
+    if decisions := [one.gates[term.profile] for one in finished if term.profile in one.gates]:
         entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
     if len(points) > 1:
-        entry["strength"] = _strength(key, *points[-1])
-        entry["timeline"] = _timeline(key, points)
+        timeline: list[StrengthPoint] = []
+        for token, segment in points:
+            acting = (one.at(token - segment.from_token) for one in segment.terms if one.term.version == version)
+            strength = next(acting, 0.0)
+            if not timeline or timeline[-1]["strength"] != strength:
+                timeline.append({"from_token": token, "strength": strength})
+        entry["strength"] = timeline[-1]["strength"]
+        entry["timeline"] = timeline
     return entry
 
 
@@ -191,22 +184,3 @@ def _points(finished: Finished) -> list[Point]:
         for segment, end in _with_ends(finished)
         for token in segment.plan.changes(end - segment.from_token)
     ]
-
-
-def _timeline(key: Key, points: Sequence[Point]) -> list[StrengthPoint]:
-    """From each token at which the profile's strength changed; 0 while it was not named."""
-    timeline: list[StrengthPoint] = []
-    for token, segment in points:
-        strength = _strength(key, token, segment)
-        if not timeline or timeline[-1]["strength"] != strength:
-            timeline.append({"from_token": token, "strength": strength})
-    return timeline
-
-
-def _strength(key: Key, token: int, segment: Segment) -> float:
-    """The strength at which a profile acted when a token was drawn; 0 where it was not named."""
-    return next((term.at(token - segment.from_token) for term in segment.terms if _key(term) == key), 0.0)
-
-
-def _key(applied: AppliedTerm) -> Key:
-    return applied.term.profile, applied.term.version

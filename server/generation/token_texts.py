@@ -4,7 +4,6 @@ is not always text."""
 from __future__ import annotations
 
 import re
-from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -17,11 +16,11 @@ SPACE = "\u2581"
 
 
 class TokenTexts:
-    """The tokens of one tokenizer."""
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
+        self.special = frozenset(tokenizer.all_special_ids)  # ids that are left out of texts
+        self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 
     def bytes_of(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for, its leading space too; of a special token its name."""
@@ -30,24 +29,10 @@ class TokenTexts:
         return self._known[token_id]
 
     def text_of(self, token_id: int) -> str:
-        """The bytes as text; invalid ones are U+FFFD."""
         return self.bytes_of(token_id).decode(errors="replace")
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether the token is left out of texts."""
-        return token_id in self._special
-
     def of_prompt(self, prompt: str | list[int]) -> str:
-        """The text of a prompt, for an answer that repeats it."""
         return prompt if isinstance(prompt, str) else decode_text(self._tokenizer, (), prompt)
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.all_special_ids)
-
-    @cached_property
-    def _added(self) -> dict[int, str]:
-        return {token_id: str(token) for token_id, token in self._tokenizer.added_tokens_decoder.items()}
 
     def _read(self, token_id: int) -> bytes:
         if token_id in self._added:

@@ -49,7 +49,6 @@ class ErrorAnswer(TypedDict):
 
 
 def error_object(message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> ErrorAnswer:
-    """OpenAI's error object."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -57,12 +56,6 @@ def error_object(message: str, *, status: int = 400, param: str | None = None, c
 def error_response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
     headers = {"retry-after": RETRY_SECONDS[status]} if status in RETRY_SECONDS else None
     return JSONResponse(error_object(message, status=status, param=param, code=code), status, headers)
-
-
-def status_of(error: TrimtabError) -> int:
-    """A server error has a status; an offline error has that of its nearest class in the table."""
-    own: int | None = getattr(error, "status", None)
-    return own or next(OFFLINE_STATUSES[kind] for kind in type(error).__mro__ if kind in OFFLINE_STATUSES)
 
 
 def describe_failure(error: Exception) -> ErrorAnswer:
@@ -73,44 +66,36 @@ def describe_failure(error: Exception) -> ErrorAnswer:
     return error_object(INTERNAL, status=500, code="internal_error")
 
 
+def status_of(error: TrimtabError) -> int:
+    """A server error has a status; an offline error has that of its nearest class in the table."""
+    own: int | None = getattr(error, "status", None)
+    return own or next(OFFLINE_STATUSES[kind] for kind in type(error).__mro__ if kind in OFFLINE_STATUSES)
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(TrimtabError, _on_purpose)
-    app.add_exception_handler(RequestValidationError, _on_validation)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_surprise)
+    for kind in (TrimtabError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _answer)
 
 
-async def _on_purpose(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, TrimtabError)
-    status = status_of(error)
-    if status == 500:
-        logger.error("%s", error.message)
-    return error_response(status, error.message, param=error.param, code=error.code)
-
-
-async def _on_validation(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return error_response(400, **describe_validation(error.errors()[0], error.body))
-
-
-async def _on_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    known = {
-        404: (f"there is no route {request.url.path!r}", "route_not_found"),
-        405: (f"{request.url.path!r} does not accept {request.method}", "method_not_allowed"),
-    }
-    message, code = known.get(error.status_code, (str(error.detail), "http_error"))
-    response = error_response(error.status_code, message, code=code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED)
-
-
-async def _on_surprise(_request: Request, _error: Exception) -> Response:
+async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, TrimtabError):
+        status = status_of(error)
+        if status == 500:
+            logger.error("%s", error.message)
+        return error_response(status, error.message, param=error.param, code=error.code)
+    if isinstance(error, RequestValidationError):
+        return error_response(400, **describe_validation(error.errors()[0], error.body))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED)
+    if isinstance(error, HTTPException):
+        known = {
+            404: (f"there is no route {request.url.path!r}", "route_not_found"),
+            405: (f"{request.url.path!r} does not accept {request.method}", "method_not_allowed"),
+        }
+        message, code = known.get(error.status_code, (str(error.detail), "http_error"))
+        response = error_response(error.status_code, message, code=code)
+        response.headers.update(error.headers or {})
+        return response
     return error_response(500, INTERNAL, code="internal_error")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -46,16 +47,13 @@ def url_of(host: str, listener: socket.socket) -> str:
 
 def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run to the end, in uvloop's event loop if it is installed, which halves the cost of writing to sockets."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with suppress(ImportError):  # not available on every platform
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # not available on every platform
-        return None
-    return new_event_loop
 
 
 class Server(uvicorn.Server):

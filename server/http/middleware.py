@@ -13,6 +13,7 @@ from server.http.error_responses import error_response
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
 PAGE_FILES = "/docs-files"
 MAX_BYTES = 32 * 2**20
+TOO_LARGE = f"the body is larger than the limit of {MAX_BYTES} bytes"
 
 
 class BearerKeys:
@@ -24,55 +25,45 @@ class BearerKeys:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http" or self._admits(scope["path"], Headers(scope=scope)):
             return await self._app(scope, receive, send)
         message = "this server requires a key: send it as 'Authorization: Bearer KEY'"
         response = error_response(401, message, code="invalid_api_key")
         response.headers["www-authenticate"] = "Bearer"
         return await response(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
-        """Compares with every key in constant time, against timing attacks."""
+    def _admits(self, path: str, headers: Headers) -> bool:
+        if path in OPEN_PATHS or path.startswith(f"{PAGE_FILES}/"):
+            return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
+        # every key is compared, each in constant time, against timing attacks
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 
 
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(f"{PAGE_FILES}/")
-
-
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes, with or without a Content-Length."""
+    """Refuses bodies of more than `MAX_BYTES`, with or without a Content-Length."""
 
-    def __init__(self, app: ASGIApp, limit: int = MAX_BYTES) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._limit:
-            response = error_response(413, self._message, code="body_too_large")
+        if announced.isdecimal() and int(announced) > MAX_BYTES:
+            response = error_response(413, TOO_LARGE, code="body_too_large")
             response.headers["connection"] = "close"
             return await response(scope, receive, send)
-        return await self._app(scope, self._counting(receive), send)
-
-    def _counting(self, receive: Receive) -> Receive:
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._limit:
-                raise HTTPException(413, self._message)
+            if received > MAX_BYTES:
+                raise HTTPException(413, TOO_LARGE)
             return message
 
-        return counted
-
-    @property
-    def _message(self) -> str:
-        return f"the body is larger than the limit of {self._limit} bytes"
+        return await self._app(scope, counted, send)

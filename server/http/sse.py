@@ -22,11 +22,7 @@ HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 def frame(event: Mapping[str, Any]) -> bytes:
     """One event, which is one `data:` line: JSON escapes newlines."""
-    return _data(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
-
-
-def _data(text: str) -> bytes:
-    return f"data: {text}\n\n".encode()
+    return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 class EventStreamResponse(StreamingResponse):
@@ -59,13 +55,18 @@ async def _frames(events: AsyncIterator[Mapping[str, Any]], ends_in: str | None)
     except Exception as error:
         yield frame(describe_failure(error))
     if ends_in is not None:
-        yield _data(ends_in)
+        yield f"data: {ends_in}\n\n".encode()
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. If the client disconnects first, cancel it and raise ClientDisconnect."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(request.receive))
+    watcher = asyncio.create_task(disconnected())
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -75,8 +76,3 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         watcher.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -13,7 +13,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from server.engines.errors import Unavailable, UnknownProfile
 from server.engines.protocol import Engine
@@ -28,8 +28,7 @@ MAX_FILE_BYTES = 256 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; wha
 REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?P<version>[0-9a-f]{8,64}))?")
 
 
-@dataclass(frozen=True, slots=True)
-class Signature:
+class Signature(NamedTuple):
     """What tells one state of a file from the next without reading it."""
 
     modified: int
@@ -153,33 +152,36 @@ class ProfileRegistry:
 
     async def _load(self, name: str, signature: Signature) -> None:
         current = self._entries[name].profile if name in self._entries else None
+        path, size = self._directory / f"{name}{SUFFIX}", signature.size
         try:
-            profile = await asyncio.to_thread(_read, self._directory / f"{name}{SUFFIX}", signature.size)
-            same = current is not None and current.version == profile.version
-            if not same:
+            if size > MAX_FILE_BYTES:
+                raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
+            profile = await asyncio.to_thread(load_profile, path)
+            if current is not None and current.version == profile.version:
+                profile = current
+            else:
                 await self._engine.load_profile(profile)
+            entry = ProfileEntry(name, profile)
         except ProfileError as error:
             logger.warning("profile %r is rejected: %s", name, error.message)
             entry = ProfileEntry(name, current, error.message)
-        else:
-            entry = ProfileEntry(name, current if same else profile)
         await self._swap(name, entry)
         self._known[name] = signature
 
     async def _swap(self, name: str, entry: ProfileEntry | None) -> None:
-        """Replace the entry of a name in one assignment, so that no one ever sees half a change."""
-        before = self._entries.get(name)
-        rest = {key: value for key, value in self._entries.items() if key != name}
-        self._entries = rest if entry is None else {**rest, name: entry}
-        retired = before.profile if before is not None else None
-        serving = entry.profile if entry is not None else None
-        if retired is not None and retired is not serving:
-            await self._engine.unload_profile(retired.version)
-        if serving is not retired:
-            version = serving.version[:8] if serving is not None else "none"
-            logger.info("profile %r: version %s is served", name, version)
+        """Replace the entry of a name, and let the engine forget the profile that is no longer served."""
+        before = self._entries.pop(name, None)
         if entry is None:
             self._known.pop(name, None)
+        else:
+            self._entries[name] = entry
+        retired = before.profile if before is not None else None
+        serving = entry.profile if entry is not None else None
+        if serving is retired:
+            return
+        if retired is not None:
+            await self._engine.unload_profile(retired.version)
+        logger.info("profile %r: version %s is served", name, serving.version[:8] if serving is not None else "none")
 
 
 def scan(directory: Path) -> dict[str, Signature]:
@@ -196,9 +198,3 @@ def scan(directory: Path) -> dict[str, Signature]:
                         status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
                     )
     return found
-
-
-def _read(path: Path, size: int) -> Profile:
-    if size > MAX_FILE_BYTES:
-        raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
-    return load_profile(path)

@@ -6,19 +6,19 @@ Messages and progress go to stderr, answers to stdout.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from dataclasses import is_dataclass
+from typing import Any
 
 import typer
 
-from steering_vectors.cli.bake import bake
-from steering_vectors.cli.calibrate import calibrate
 from steering_vectors.cli.deprecated import DistillCommand, EvaluateGroup, evaluate_suites
-from steering_vectors.cli.distill import distill, distill_method
+from steering_vectors.cli.distill import bake, distill, distill_method
 from steering_vectors.cli.evaluate import preferences, trust
-from steering_vectors.cli.fit import fit
-from steering_vectors.cli.methods import methods
+from steering_vectors.cli.fit import calibrate, fit, methods
+from steering_vectors.cli.flags import declare, parameters_of
 from steering_vectors.cli.show import show
 from steering_vectors.errors import TrimtabError
 
@@ -28,32 +28,38 @@ STOPPED = "interrupted: nothing was stored. Run the same command again; training
 FITTING = "Profiles"
 WEIGHTS = "Profiles as weights"
 
-P = ParamSpec("P")
-
 
 def register(app: typer.Typer) -> None:
     """Add the offline commands to a typer app."""
-    app.command("fit", rich_help_panel=FITTING)(reporting_errors(fit))
-    app.command("methods", rich_help_panel=FITTING)(reporting_errors(methods))
-    app.command("calibrate", rich_help_panel=FITTING)(reporting_errors(calibrate))
-    app.command("show", rich_help_panel=FITTING)(reporting_errors(show))
+    app.command("fit", rich_help_panel=FITTING)(runnable(fit))
+    app.command("methods", rich_help_panel=FITTING)(runnable(methods))
+    app.command("calibrate", rich_help_panel=FITTING)(runnable(calibrate))
+    app.command("show", rich_help_panel=FITTING)(runnable(show))
     evaluate = typer.Typer(cls=EvaluateGroup, no_args_is_help=True, help="Measure what profiles do, and what it costs.")
-    evaluate.command("preferences")(reporting_errors(preferences))
-    evaluate.command("trust")(reporting_errors(trust))
-    evaluate.command(EvaluateGroup.OLD, hidden=True)(reporting_errors(evaluate_suites))
+    evaluate.command("preferences")(runnable(preferences))
+    evaluate.command("trust")(runnable(trust))
+    evaluate.command(EvaluateGroup.OLD, hidden=True)(runnable(evaluate_suites))
     app.add_typer(evaluate, name="evaluate", rich_help_panel=FITTING)
-    app.command("distill", cls=DistillCommand, rich_help_panel=WEIGHTS)(reporting_errors(distill))
-    app.command("distill-method", rich_help_panel=WEIGHTS)(reporting_errors(distill_method))
-    app.command("bake", rich_help_panel=WEIGHTS)(reporting_errors(bake))
+    app.command("distill", cls=DistillCommand, rich_help_panel=WEIGHTS)(runnable(distill))
+    app.command("distill-method", rich_help_panel=WEIGHTS)(runnable(distill_method))
+    app.command("bake", rich_help_panel=WEIGHTS)(runnable(bake))
 
 
-def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Report a TrimtabError as one line on stderr with exit code 2, and Ctrl-C as one line with exit code 130."""
+def runnable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command for typer, in which the fields of parameters that are dataclasses are flags of their own.
+
+    A TrimtabError is one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
+    flags = {name: parameters_of(groups[name]) if name in groups else [one] for name, one in parameters.items()}
 
     @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{flag.name: given.pop(flag.name) for flag in flags[name]})
         try:
-            command(*args, **kwargs)
+            command(**given)
         except TrimtabError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
@@ -61,4 +67,5 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
             print(STOPPED, file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from stop
 
+    declare(run, [flag for group in flags.values() for flag in group])
     return run

@@ -8,35 +8,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from steering_vectors.cli.evaluate import (
-    VERTICALS,
-    load_profiles,
-    measure_preferences,
-    measure_trust,
-    parse_verticals,
-    print_evaluations,
-)
-from steering_vectors.cli.flags import (
-    AsJson,
-    Columns,
-    Device,
-    Dtype,
-    Model,
-    ProfileNames,
-    Profiles,
-    Report,
-    Seed,
-    SkipBadRows,
-    SkipLongRows,
-    Strengths,
-)
-from steering_vectors.cli.inputs import load_data, load_quietly, parse_strengths
+from steering_vectors.cli import flags
+from steering_vectors.cli.evaluate import VERTICALS, measure, parse_verticals
 from steering_vectors.errors import FitError
 
 SUITES = {
@@ -85,56 +65,46 @@ class EvaluateGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+@dataclass(frozen=True, slots=True)
+class OptionalData(flags.Data):
+    data: str = ""
+
+
 def evaluate_suites(
     context: typer.Context,
-    profile: ProfileNames,
-    model: Model,
-    data: str = "",
+    profile: flags.ProfileNames,
+    model: flags.Model,
+    data: OptionalData,
     suite: str = "preference",
     trust_data: Path | None = None,
     verticals: str = VERTICALS,
     toxicity: str = "rtp",
     trust_rows: Annotated[int, typer.Option(min=8)] = 200,
     trust_randoms: Annotated[int, typer.Option(min=0)] = 5,
-    profiles: Profiles = Path("profiles"),
-    report: Report = None,
-    strengths: Strengths = "-1,-0.5,0,0.5,1",
+    profiles: flags.Profiles = Path("profiles"),
+    report: flags.Report = None,
+    strengths: flags.Strengths = "-1,-0.5,0,0.5,1",
     rows: Annotated[int, typer.Option(min=8)] = 256,
     randoms: Annotated[int, typer.Option(min=0)] = 10,
     reward_samples: Annotated[int, typer.Option(min=0)] = 64,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    columns: Columns = "",
-    skip_bad_rows: SkipBadRows = False,
-    skip_long_rows: SkipLongRows = False,
-    as_json: AsJson = False,
+    seed: flags.Seed = 0,
+    as_json: flags.AsJson = False,
 ) -> None:
     from steering_vectors.evaluation.preference_suite import EvaluationSettings
     from steering_vectors.evaluation.trust.suite import TrustSettings
 
     _check_suite(context, suite)
     print_notice(f"trimtab evaluate NAME{'' if suite == 'preference' else f' --suite {suite}'}", SUITES[suite])
-    stored, wanted = load_profiles(profile, profiles), parse_strengths(strengths)
-    preference_settings = trust_settings = None
+    stored, wanted = flags.load_profiles(profile, profiles), flags.parse_strengths(strengths)
+    held_out = trust = None
     if suite != "trust":
-        preference_settings = EvaluationSettings(
-            wanted, rows, randoms, reward_samples, seed=seed, skip_long_rows=skip_long_rows
+        settings = EvaluationSettings(
+            wanted, rows, randoms, reward_samples, seed=seed, skip_long_rows=data.skip_long_rows
         )
-        pairs = load_data(data, columns, skip_bad_rows)
+        held_out = data.load(), settings
     if suite != "preference":
-        trust_settings = TrustSettings(
-            trust_data, parse_verticals(verticals), wanted, trust_rows, trust_randoms, toxicity, seed
-        )
-    lm = load_quietly(model, dtype, device)
-    found: list[Any] = [{} for _ in stored]
-    if preference_settings is not None:
-        measured = measure_preferences(lm, stored, pairs, preference_settings, quiet=as_json)
-        found = [{**one, **other} for one, other in zip(found, measured, strict=True)]
-    if trust_settings is not None:
-        trusted = measure_trust(lm, stored, trust_settings, quiet=as_json)
-        found = [{**one, **other} for one, other in zip(found, trusted, strict=True)]
-    print_evaluations(found, report, as_json)
+        trust = TrustSettings(trust_data, parse_verticals(verticals), wanted, trust_rows, trust_randoms, toxicity, seed)
+    measure(model.load(), stored, report, as_json, held_out=held_out, trust_settings=trust)
 
 
 def _check_suite(context: typer.Context, suite: str) -> None:

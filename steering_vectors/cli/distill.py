@@ -1,159 +1,133 @@
-"""`trimtab distill` and `trimtab distill-method`."""
+"""`trimtab distill`, `trimtab distill-method` and `trimtab bake`: profiles as weights."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steering_vectors.cli.flags import (
-    METHOD,
-    OUTPUT,
-    TRAINING,
-    AsJson,
-    Columns,
-    Device,
-    Dtype,
-    MethodOptions,
-    Model,
-    Pairs,
-    ProfileName,
-    Profiles,
-    Seed,
-    SkipBadRows,
-    SkipLongRows,
-)
-from steering_vectors.cli.inputs import check_empty, find_profile, load_data, load_quietly, parse_options
+from steering_vectors.cli import flags
+from steering_vectors.errors import FitError
 
 if TYPE_CHECKING:
-    from steering_vectors.distillation.lora import Distilled, DistillOptions
+    from steering_vectors.distillation.lora import Distilled, DistillSettings
 
-Adapter = Annotated[Path, typer.Option(help="The folder to write the adapter to.", rich_help_panel=OUTPUT)]
-Steps = Annotated[
-    int | None, typer.Option(help="Training steps; the paper's number by default.", rich_help_panel=TRAINING)
-]
-Batch = Annotated[
-    int | None, typer.Option(help="Responses per step; the paper's number by default.", rich_help_panel=TRAINING)
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(help="The peak learning rate of AdamW; the paper's by default.", rich_help_panel=TRAINING),
-]
-Rank = Annotated[int, typer.Option(help="The rank of the LoRA; its alpha is twice that.", rich_help_panel=TRAINING)]
-Targets = Annotated[
-    str,
-    typer.Option(
-        help="Modules of the LoRA, comma-separated, or all-linear; peft's choice if empty.", rich_help_panel=TRAINING
-    ),
-]
+Adapter = Annotated[Path, flags.in_output(help="The folder to write the adapter to.")]
+Strength = Annotated[float, typer.Option(help="The strength to turn into weights.")]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFlags:
+    steps: Annotated[int | None, flags.in_training(help="Training steps; the paper's number by default.")] = None
+    batch: Annotated[int | None, flags.in_training(help="Responses per step; the paper's number by default.")] = None
+    learning_rate: Annotated[
+        float | None, flags.in_training(help="The peak learning rate of AdamW; the paper's by default.")
+    ] = None
+    rank: Annotated[int, flags.in_training(help="The rank of the LoRA; its alpha is twice that.")] = 8
+    targets: Annotated[
+        str, flags.in_training(help="Modules of the LoRA, comma-separated, or all-linear; peft's choice if empty.")
+    ] = ""
+
+    def settings(self, method: str, seed: int) -> DistillSettings:
+        from steering_vectors.distillation.lora import paper_settings
+
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return paper_settings(method, **given, alpha=2 * self.rank, seed=seed)
 
 
 def distill(
-    profile: ProfileName,
-    model: Model,
-    data: Pairs,
+    profile: flags.ProfileName,
+    model: flags.Model,
+    data: flags.Data,
     out: Adapter,
-    strength: Annotated[float, typer.Option(help="The strength to turn into weights.")] = 1.0,
-    steps: Steps = None,
-    batch: Batch = None,
-    learning_rate: LearningRate = None,
-    rank: Rank = 8,
-    targets: Targets = "",
-    columns: Columns = "",
-    skip_bad_rows: SkipBadRows = False,
-    skip_long_rows: SkipLongRows = False,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    profiles: Profiles = Path("profiles"),
-    as_json: AsJson = False,
+    training: TrainingFlags,
+    strength: Strength = 1.0,
+    seed: flags.Seed = 0,
+    profiles: flags.Profiles = Path("profiles"),
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fit a LoRA to a profile's shift, on the responses of preference data."""
     from steering_vectors.distillation.lora import distill as fit_lora
-    from steering_vectors.distillation.lora import paper_settings
     from steering_vectors.profiles.files import load_profile
     from steering_vectors.reports.terminal import progress_on_stderr
 
-    check_empty(out)
-    stored = load_profile(find_profile(profile, profiles))
-    settings = paper_settings("rahf-scit", **_training(steps, batch, learning_rate, rank, targets, seed))
-    pairs = load_data(data, columns, skip_bad_rows)
-    lm = load_quietly(model, dtype, device)
+    flags.check_empty(out)
+    stored = load_profile(flags.find_profile(profile, profiles))
+    settings = training.settings("rahf-scit", seed)
+    pairs, lm, skip = data.load(), model.load(), data.skip_long_rows
     with progress_on_stderr(quiet=as_json) as progress:
-        found = fit_lora(
-            lm, stored, pairs, out, settings, strength=strength, skip_long_rows=skip_long_rows, progress=progress
-        )
+        found = fit_lora(lm, stored, pairs, out, settings, strength=strength, skip_long_rows=skip, progress=progress)
     source = {"profile": stored.name, "version": stored.version}
-    print_made({"adapter": str(out), **source, **_figures(found)}, as_json)
+    _print_made({"adapter": str(out), **source, **_figures(found)}, as_json)
 
 
 def distill_method(
     method: Annotated[str, typer.Argument(help="The method: rahf-scit or rahf-dual.")],
-    model: Model,
-    data: Pairs,
+    model: flags.Model,
+    data: flags.Data,
     out: Adapter,
+    *,
     goal: Annotated[
-        str,
-        typer.Option(help="Use the default instructions of this goal, as of a profile's name.", rich_help_panel=METHOD),
+        str, flags.in_method(help="Use the default instructions of this goal, as of a profile's name.")
     ] = "",
-    option: MethodOptions = None,
+    option: flags.MethodOptions = None,
     layers: Annotated[
-        str,
-        typer.Option(help="The target blocks: 12, 10-20 or 3,5,7; the middle ones if empty.", rich_help_panel=METHOD),
+        str, flags.in_method(help="The target blocks: 12, 10-20 or 3,5,7; the middle ones if empty.")
     ] = "",
-    strength: Annotated[
-        float, typer.Option(help="The factor α of the difference per token.", rich_help_panel=METHOD)
-    ] = 5.0,
-    steps: Steps = None,
-    batch: Batch = None,
-    learning_rate: LearningRate = None,
-    rank: Rank = 8,
-    targets: Targets = "",
-    columns: Columns = "",
-    skip_bad_rows: SkipBadRows = False,
-    skip_long_rows: SkipLongRows = False,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    seed: Seed = 0,
-    as_json: AsJson = False,
+    strength: Annotated[float, flags.in_method(help="The factor α of the difference per token.")] = 5.0,
+    training: TrainingFlags,
+    seed: flags.Seed = 0,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fit a LoRA to a method's difference per token, as RAHF does.
 
     The method's first step tunes the model, or takes its weights from the cache of `trimtab fit`.
     """
-    from steering_vectors.distillation.lora import MethodTarget, paper_settings
+    from steering_vectors.distillation.lora import MethodTarget
     from steering_vectors.distillation.lora import distill_method as fit_lora
     from steering_vectors.fitting.layers import parse_layers
     from steering_vectors.reports.terminal import progress_on_stderr
 
-    check_empty(out)
-    target = MethodTarget(method, goal, parse_options(option or []), strength=strength)
-    settings = paper_settings(method, **_training(steps, batch, learning_rate, rank, targets, seed))
-    pairs = load_data(data, columns, skip_bad_rows)
-    lm = load_quietly(model, dtype, device)
+    flags.check_empty(out)
+    target = MethodTarget(method, goal, flags.parse_options(option or []), strength=strength)
+    settings = training.settings(method, seed)
+    pairs, lm = data.load(), model.load()
     if layers:
         target = replace(target, layers=parse_layers(layers, lm.num_layers) or ())
     with progress_on_stderr(quiet=as_json) as progress:
-        found = fit_lora(lm, target, pairs, out, settings, skip_long_rows=skip_long_rows, progress=progress)
-    print_made({"adapter": str(out), "method": method, **_figures(found)}, as_json)
+        found = fit_lora(lm, target, pairs, out, settings, skip_long_rows=data.skip_long_rows, progress=progress)
+    _print_made({"adapter": str(out), "method": method, **_figures(found)}, as_json)
 
 
-def _training(
-    steps: int | None, batch: int | None, learning_rate: float | None, rank: int, targets: str, seed: int
-) -> DistillOptions:
-    """The training options that differ from the paper's."""
-    options: DistillOptions = {"rank": rank, "alpha": 2 * rank, "targets": targets, "seed": seed}
-    if steps is not None:
-        options["steps"] = steps
-    if batch is not None:
-        options["batch"] = batch
-    if learning_rate is not None:
-        options["learning_rate"] = learning_rate
-    return options
+def bake(
+    profile: flags.ProfileName,
+    model: flags.Model,
+    out: Annotated[Path, flags.in_output(help="The folder to write the model to.")],
+    strength: Strength = 1.0,
+    profiles: flags.Profiles = Path("profiles"),
+    as_json: flags.AsJson = False,
+) -> None:
+    """Fold a profile's shift into a model's weights, as biases.
+
+    The model then computes what a request with `apply_to: "all"` computes.
+    """
+    from steering_vectors.distillation.baking import bake as bake_profile
+    from steering_vectors.profiles.files import load_profile
+
+    flags.check_empty(out)
+    stored = load_profile(flags.find_profile(profile, profiles))
+    lm = model.load()
+    baked = bake_profile(lm, stored, strength)
+    try:
+        baked.save_pretrained(out)
+        lm.tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise FitError(f"the model cannot be written to {out}: {error}") from error
+    _print_made({"model": str(out), "profile": stored.name, "version": stored.version, "strength": strength}, as_json)
 
 
 def _figures(found: Distilled) -> dict[str, object]:
@@ -166,7 +140,7 @@ def _figures(found: Distilled) -> dict[str, object]:
     }
 
 
-def print_made(figures: Mapping[str, object], as_json: bool) -> None:
+def _print_made(figures: Mapping[str, object], as_json: bool) -> None:
     """Print what was written and how good it is, one figure per line."""
     if as_json:
         print(json.dumps(figures, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`trimtab fit`."""
+"""`trimtab fit`, `trimtab methods` and `trimtab calibrate`."""
 
 from __future__ import annotations
 
@@ -8,77 +8,39 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from steering_vectors.cli.flags import (
-    CALIBRATION,
-    DATA,
-    METHOD,
-    OUTPUT,
-    AsJson,
-    Columns,
-    Device,
-    Dtype,
-    KlBudget,
-    Layers,
-    MethodOptions,
-    Model,
-    Pairs,
-    Seed,
-    SkipBadRows,
-    SkipLongRows,
-)
-from steering_vectors.cli.inputs import load_data, load_quietly, parse_options
+from steering_vectors.cli import flags
 
 METHODS = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit, rahf-dual"
 
 
 def fit(
     name: Annotated[str, typer.Argument(help="The name of the profile, which is stored as NAME.safetensors.")],
-    model: Model,
-    data: Pairs,
-    method: Annotated[
-        str, typer.Option(help=f"The method: {METHODS}. See `trimtab methods`.", rich_help_panel=METHOD)
-    ] = "mean-diff",
-    option: MethodOptions = None,
-    layers: Layers = "auto",
+    model: flags.Model,
+    data: flags.Data,
+    method: Annotated[str, flags.in_method(help=f"The method: {METHODS}. See `trimtab methods`.")] = "mean-diff",
+    option: flags.MethodOptions = None,
+    layers: Annotated[str, flags.in_method(help="auto, 12, 10-20 (both ends included) or 3,5,7.")] = "auto",
     layering: Annotated[
         str,
-        typer.Option(
-            help="independent adds each block's direction; incremental adds its difference to the previous block's.",
-            rich_help_panel=METHOD,
+        flags.in_method(
+            help="independent adds each block's direction; incremental adds its difference to the previous block's."
         ),
     ] = "independent",
     tokens: Annotated[
-        str,
-        typer.Option(
-            help="Read the mean over the `response` tokens, or the `last` token only.", rich_help_panel=METHOD
-        ),
+        str, flags.in_method(help="Read the mean over the `response` tokens, or the `last` token only.")
     ] = "response",
     gate: Annotated[
         str | None,
-        typer.Option(
-            help="A file with rows of {prompt, label}: steer only prompts like those with label true.",
-            rich_help_panel=METHOD,
-        ),
+        flags.in_method(help="A file with rows of {prompt, label}: steer only prompts like those with label true."),
     ] = None,
-    kl_budget: KlBudget = 0.1,
-    no_calibrate: Annotated[
-        bool, typer.Option("--no-calibrate", help="Leave the unit at 1.", rich_help_panel=CALIBRATION)
-    ] = False,
-    columns: Columns = "",
-    skip_bad_rows: SkipBadRows = False,
-    skip_long_rows: SkipLongRows = False,
-    heldout_fraction: Annotated[
-        float, typer.Option(help="Share of the rows that is not trained on.", rich_help_panel=DATA)
-    ] = 0.2,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.", rich_help_panel="Model")] = 4096,
-    seed: Seed = 0,
-    description: Annotated[str, typer.Option(help="A sentence to store in the profile.", rich_help_panel=OUTPUT)] = "",
-    out: Annotated[Path, typer.Option(help="The directory to store the profile in.", rich_help_panel=OUTPUT)] = Path(
-        "profiles"
-    ),
-    as_json: AsJson = False,
+    kl_budget: flags.KlBudget = 0.1,
+    no_calibrate: Annotated[bool, flags.in_calibration("--no-calibrate", help="Leave the unit at 1.")] = False,
+    heldout_fraction: Annotated[float, flags.in_data(help="Share of the rows that is not trained on.")] = 0.2,
+    batch_tokens: Annotated[int, flags.in_model(min=1, help="Tokens per forward pass.")] = 4096,
+    seed: flags.Seed = 0,
+    description: Annotated[str, flags.in_output(help="A sentence to store in the profile.")] = "",
+    out: Annotated[Path, flags.in_output(help="The directory to store the profile in.")] = Path("profiles"),
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fit a profile to preference data and store it."""
     from steering_vectors.fitting.fit import FitSettings
@@ -91,7 +53,7 @@ def fit(
         name=name,
         description=description,
         method=method,
-        options=parse_options(option or []),
+        options=flags.parse_options(option or []),
         layers=layers,
         tokens=cast(Literal["response", "last"], tokens),
         layering=cast(Literal["independent", "incremental"], layering),
@@ -101,17 +63,85 @@ def fit(
         gate=None if gate is None else load_gate_prompts(gate),
         seed=seed,
         batch_tokens=batch_tokens,
-        skip_long_rows=skip_long_rows,
+        skip_long_rows=data.skip_long_rows,
     )
-    pairs = load_data(data, columns, skip_bad_rows)
-    lm = load_quietly(model, dtype, device)
+    pairs, lm = data.load(), model.load()
     with progress_on_stderr(quiet=as_json) as progress:
         profile = fit_profile(lm, pairs, settings, progress=progress)
-    print_fitted(save_profile(profile, out), as_json)
+    _print_fitted(save_profile(profile, out), as_json)
 
 
-def print_fitted(path: Path, as_json: bool) -> None:
-    """Print the summary of a new profile."""
+def methods(as_json: flags.AsJson = False) -> None:
+    """List the methods of `trimtab fit`, with their options, defaults and papers."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from steering_vectors.methods import method_named, method_names
+
+    found = [method_named(name).describe() for name in method_names()]
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    table = Table("method", "direction", "paper", "blocks with --layers auto")
+    options = Table("method", "option", "default", "meaning")
+    for method in found:
+        table.add_row(method["name"], escape(method["direction"]), escape(method["paper"]), method["layers"])
+        for number, option in enumerate(method["options"]):
+            default = escape(str(option["default"])) or '""'
+            options.add_row(method["name"] if number == 0 else "", option["name"], default, escape(option["help"]))
+    console.print(table)
+    console.print("h is a block's output, q a prompt, r a response; p⁺ and p⁻ are an instruction and its opposite.")
+    console.print(options)
+    console.print("Set an option with -o KEY=VALUE.")
+
+
+def calibrate(
+    profile: Annotated[
+        str, typer.Argument(help="A profile file, or the name of a profile in --profiles; it is replaced.")
+    ],
+    model: flags.Model,
+    data: flags.Data,
+    kl_budget: flags.KlBudget = 0.1,
+    perplexity_bound: Annotated[
+        float,
+        flags.in_calibration(help="The safe range ends where perplexity exceeds this many times the unsteered one."),
+    ] = 3.0,
+    allow_model_mismatch: Annotated[
+        bool, flags.in_model("--allow-model-mismatch", help="Calibrate a profile that was fitted on another model.")
+    ] = False,
+    seed: flags.Seed = 0,
+    profiles: flags.Profiles = Path("profiles"),
+    out: Annotated[
+        Path | None, flags.in_output(help="Store the profile in this directory instead of replacing it.")
+    ] = None,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Set a profile's unit and safe range again, on the prompts of preference data.
+
+    Rows that the profile was trained on are left out.
+    """
+    from steering_vectors.fitting.calibration import CalibrationSettings
+    from steering_vectors.fitting.calibration import calibrate as calibrate_profile
+    from steering_vectors.profiles.files import load_profile, save_profile
+    from steering_vectors.reports.terminal import progress_on_stderr
+
+    path = flags.find_profile(profile, profiles)
+    settings = CalibrationSettings(
+        kl_budget=kl_budget,
+        perplexity_bound=perplexity_bound,
+        seed=seed,
+        skip_long_rows=data.skip_long_rows,
+        allow_model_mismatch=allow_model_mismatch,
+    )
+    pairs, stored, lm = data.load(), load_profile(path), model.load()
+    with progress_on_stderr(quiet=as_json) as progress:
+        calibrated = calibrate_profile(lm, stored, pairs, settings, progress=progress)
+    _print_fitted(save_profile(calibrated, out or path.parent), as_json)
+
+
+def _print_fitted(path: Path, as_json: bool) -> None:
     from steering_vectors.profiles.files import load_profile, profile_summary
     from steering_vectors.reports.terminal import print_fit
 

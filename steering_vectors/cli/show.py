@@ -6,30 +6,26 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from steering_vectors.cli.flags import OUTPUT, AsJson, ProfileNames, Profiles
-from steering_vectors.cli.inputs import find_profile, write_text
+from steering_vectors.cli import flags
 
 
 def show(
-    profile: ProfileNames,
-    profiles: Profiles = Path("profiles"),
+    profile: flags.ProfileNames,
+    profiles: flags.Profiles = Path("profiles"),
     html: Annotated[
-        Path | None,
-        typer.Option(help="Write an HTML page with plots to this file instead of printing.", rich_help_panel=OUTPUT),
+        Path | None, flags.in_output(help="Write an HTML page with plots to this file instead of printing.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Print everything that profiles hold except their vectors, or draw it as a page."""
     from steering_vectors.profiles.files import load_profile, profile_summary
     from steering_vectors.reports.profiles import render_portraits
     from steering_vectors.reports.terminal import print_profile
 
-    paths = [find_profile(one, profiles) for one in profile]
+    paths = [flags.find_profile(one, profiles) for one in profile]
     stored = [load_profile(path) for path in paths]
     if html is not None:
-        write_text(html, render_portraits(stored))
+        flags.write_text(html, render_portraits(stored))
     if as_json:
         found = [{"path": str(path), **profile_summary(one)} for path, one in zip(paths, stored, strict=True)]
         print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))

@@ -44,18 +44,13 @@ def batches(examples: Sequence[Encoded], budget: int, device: torch.device | str
     """
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index][0]), index))
     while order:
-        rows = max(1, budget // len(examples[order[0]][0]))
-        yield _batch(examples, order[:rows], device)
-        order = order[rows:]
-
-
-def _batch(examples: Sequence[Encoded], indices: Sequence[int], device: torch.device | str) -> Batch:
-    chosen = [examples[index] for index in indices]
-    lengths = [len(ids) for ids, _ in chosen]
-    rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids, _ in chosen]
-    return Batch(
-        tuple(indices),
-        torch.tensor(rows, device=device),
-        torch.tensor(lengths, device=device),
-        torch.tensor([start for _, start in chosen], device=device),
-    )
+        longest = len(examples[order[0]][0])
+        rows = max(1, budget // longest)
+        indices, order = order[:rows], order[rows:]
+        chosen = [examples[index] for index in indices]
+        yield Batch(
+            tuple(indices),
+            torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in chosen], device=device),
+            torch.tensor([len(ids) for ids, _ in chosen], device=device),
+            torch.tensor([start for _, start in chosen], device=device),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,8 +20,6 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
-
     role: Role
     content: str
 
@@ -66,7 +64,8 @@ def render_chat(
     if _template(tokenizer) is None:
         _refuse_variables(variables, "this tokenizer has no chat template")
         return "\n".join(message.content for message in messages)
-    _refuse_variables(variables.keys() & _reserved(tokenizer), "it is set by the server")
+    reserved = {"messages", "self", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"kwargs"}
+    _refuse_variables(variables.keys() & reserved, "it is set by the server")
     try:
         text = tokenizer.apply_chat_template(
             [asdict(message) for message in messages],
@@ -100,12 +99,13 @@ def encode_prompt(
     if not text:
         raise RequestError(f"{param} is empty; send at least one character", param=param)
     try:
-        ids = _one_bos(tokenizer, _tokenize(tokenizer, text, special))
+        ids = _tokenize(tokenizer, text, special)
     except UnicodeEncodeError as error:
         raise RequestError(f"{param} contains half of a surrogate pair; send valid Unicode", param=param) from error
     if not ids:
         raise RequestError(f"{param} contains no token of this model; send other text", param=param)
-    return ids
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
@@ -160,11 +160,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         ) from error
 
 
-def _reserved(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return {"messages", "self", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"kwargs"}
-
-
-def _refuse_variables(names: Sequence[str] | set[str] | dict[str, Any], reason: str) -> None:
+def _refuse_variables(names: Collection[str], reason: str) -> None:
     if names:
         raise RequestError(
             f"chat_template_kwargs cannot set {min(names)!r}: {reason}; leave it out",
@@ -175,11 +171,6 @@ def _refuse_variables(names: Sequence[str] | set[str] | dict[str, Any], reason: 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
     text.encode()  # raises on lone surrogates, which tokenizers answer with a TypeError
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-
-
-def _one_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

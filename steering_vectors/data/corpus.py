@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Example, encode_example, encode_prompt
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.data.sides import Sides
 from steering_vectors.errors import DataError, RequestError
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 
 MAX_PROMPTS = 96  # for calibration
 PROMPT_WORDS = 5  # words of a completion that replace a missing prompt
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Encoded preferred and rejected examples. If `paired`, entry i of both comes from one row."""
+
+    positives: tuple[Encoded, ...]
+    negatives: tuple[Encoded, ...]
+    paired: bool
+
+    def thinned(self, size: int) -> Sides:
+        return Sides(spread(self.positives, size), spread(self.negatives, size), self.paired)
+
+
+def spread(examples: Sequence[Item], size: int) -> tuple[Item, ...]:
+    """At most `size` evenly spaced examples."""
+    count = len(examples)
+    return tuple(examples) if count <= size else tuple(examples[i * count // size] for i in range(size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +57,6 @@ class Corpus:
         )
 
     def split(self, fraction: float, seed: int, *, min_side: int) -> tuple[Corpus, Corpus]:
-        """Split by prompt, as `Preferences.split` does."""
         first, second = self.pairs.split(fraction, seed, min_side=min_side)
         return replace(self, pairs=first), replace(self, pairs=second)
 
@@ -49,14 +68,24 @@ def encode_corpus(
 
     Enough rows must remain. Rows are never truncated, because half a response may express another preference.
     """
-    positives, negatives = pairs.sides()
-    encoded = {**_encode_side(tokenizer, positives, "positive"), **_encode_side(tokenizer, negatives, "negative")}
+    encoded: dict[Example, Encoded] = {}
+    for side, number, example in _numbered(pairs):
+        try:
+            encoded[example] = encode_example(tokenizer, example)
+        except (DataError, RequestError) as error:
+            raise DataError(f"{_name(side, number, example)}: {error.message}") from error
     long = {one for one, (ids, _) in encoded.items() if limit is not None and len(ids) > limit}
     if not long:
         return Corpus(pairs, encoded)
+    kept = pairs.select({row for row, item in enumerate(pairs.items()) if not long.intersection(item)})
     if not skip_long_rows:
-        raise _too_long(pairs, encoded, long, limit or 0)
-    kept = _without(pairs, long)
+        side, number, example = next(one for one in _numbered(pairs) if one[2] in long)
+        raise DataError(
+            f"{_name(side, number, example)} has {len(encoded[example][0])} tokens, but the model's context holds "
+            f"{limit}; {pairs.rows - kept.rows} of {pairs.rows} rows are too long; leave them out with "
+            "--skip-long-rows (rows are never truncated)",
+            path=pairs.source or None,
+        )
     kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")
     return Corpus(kept, encoded, pairs.rows - kept.rows)
 
@@ -90,41 +119,14 @@ def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed:
     return sampling_prompts(lm.tokenizer, pairs, max_tokens=None if limit is None else limit - room, seed=seed)
 
 
-def _encode_side(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], side: str) -> dict[Example, Encoded]:
-    encoded: dict[Example, Encoded] = {}
-    for number, example in enumerate(examples, start=1):
-        try:
-            encoded[example] = encode_example(tokenizer, example)
-        except (DataError, RequestError) as error:
-            raise DataError(f"{side} example {number} ({_shown(example)}): {error.message}") from error
-    return encoded
-
-
-def _too_long(pairs: Preferences, encoded: Mapping[Example, Encoded], long: set[Example], limit: int) -> DataError:
-    rows = pairs.rows - _without(pairs, long).rows
+def _numbered(pairs: Preferences) -> Iterator[tuple[str, int, Example]]:
     for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives)):
         for number, example in enumerate(examples, start=1):
-            if example in long:
-                return DataError(
-                    f"{side} example {number} ({_shown(example)}) has {len(encoded[example][0])} tokens, but the "
-                    f"model's context holds {limit}; {rows} of {pairs.rows} rows are too long; leave them out with "
-                    "--skip-long-rows (rows are never truncated)",
-                    path=pairs.source or None,
-                )
-    raise AssertionError("no example is too long")
+            yield side, number, example
 
 
-def _without(pairs: Preferences, dropped: set[Example]) -> Preferences:
-    if not pairs.paired:
-        return replace(
-            pairs,
-            positives=tuple(one for one in pairs.positives if one not in dropped),
-            negatives=tuple(one for one in pairs.negatives if one not in dropped),
-        )
-    kept = [pair for pair in pairs.pairs() if not dropped.intersection(pair)]
-    return replace(pairs, positives=tuple(one for one, _ in kept), negatives=tuple(one for _, one in kept))
-
-
-def _shown(example: Example, length: int = 40) -> str:
+def _name(side: str, number: int, example: Example, length: int = 40) -> str:
+    """The name of an example in errors."""
     text = " ".join(example.completion.split())
-    return repr(text if len(text) <= length else f"{text[: length - 1]}…")
+    shown = text if len(text) <= length else f"{text[: length - 1]}…"
+    return f"{side} example {number} ({shown!r})"

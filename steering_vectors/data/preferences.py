@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from steering_vectors.data.chat import Example
 from steering_vectors.errors import DataError
@@ -44,14 +46,12 @@ class Preferences:
 
     @property
     def rows(self) -> int:
-        """The number of usable rows."""
         return len(self.positives) if self.paired else len(self.positives) + len(self.negatives)
 
     @property
     def duplicates(self) -> int:
         """The number of rows that repeat an earlier one."""
-        items = self._items()
-        return len(items) - len(set(items))
+        return self.rows - len(set(self.items()))
 
     def check(self, *, left_out: str = "") -> None:
         """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if both sides of every row are equal.
@@ -93,9 +93,8 @@ class Preferences:
         """
         if not 0 < heldout_fraction < 1:
             raise DataError(f"the held-out fraction must be between 0 and 1, not {heldout_fraction:g}")
-        groups = [_Group(rows, self._sizes(rows)) for rows in self._groups()]
-        held = {row for group in _choose(groups, heldout_fraction, min_side, seed) for row in group.rows}
-        train, heldout = self._part(set(range(self.rows)) - held), self._part(held)
+        held = self._held_out(heldout_fraction, seed, min_side)
+        train, heldout = self.select(set(range(self.rows)) - held), self.select(held)
         if any(size < min_side for part in (train, heldout) for size in part._sizes(range(part.rows))):
             raise DataError(
                 f"{self.source}: there are too few different prompts or texts to hold out {min_side} rows"
@@ -103,23 +102,43 @@ class Preferences:
             )
         return train, heldout
 
-    def _items(self) -> list[tuple[Example | None, Example | None]]:
+    def items(self) -> list[tuple[Example | None, Example | None]]:
         """One (positive, negative) per row. Unpaired: the positives come first, and the missing side is None."""
         if self.paired:
             return list(zip(self.positives, self.negatives, strict=True))
         return [(one, None) for one in self.positives] + [(None, one) for one in self.negatives]
 
-    def _sizes(self, rows: Sequence[int]) -> tuple[int, ...]:
-        if self.paired:
-            return (len(rows),)
-        positive = sum(row < len(self.positives) for row in rows)
-        return positive, len(rows) - positive
-
-    def _part(self, rows: set[int]) -> Preferences:
-        items = [item for row, item in enumerate(self._items()) if row in rows]
+    def select(self, rows: Collection[int]) -> Preferences:
+        """These rows, by their numbers in `items`, in file order."""
+        items = [item for row, item in enumerate(self.items()) if row in rows]
         positives = tuple(positive for positive, _ in items if positive is not None)
         negatives = tuple(negative for _, negative in items if negative is not None)
         return replace(self, positives=positives, negatives=negatives)
+
+    def _sizes(self, rows: Sequence[int]) -> np.ndarray:
+        """The number of rows; if unpaired, of each label."""
+        if self.paired:
+            return np.array([len(rows)])
+        positive = sum(row < len(self.positives) for row in rows)
+        return np.array([positive, len(rows) - positive])
+
+    def _held_out(self, fraction: float, seed: int, min_side: int) -> set[int]:
+        """The rows of groups chosen at random up to the wanted sizes, then of the smallest until `min_side` is met."""
+        wanted = np.maximum(min_side, np.round(fraction * self._sizes(range(self.rows))))
+        groups = [(rows, self._sizes(rows)) for rows in self._groups()]
+        random.Random(seed).shuffle(groups)
+        held, chosen, rest = np.zeros_like(wanted), set[int](), []
+        for rows, sizes in groups:
+            if (held + sizes <= wanted).all():
+                chosen.update(rows)
+                held += sizes
+            else:
+                rest.append((rows, sizes))
+        for rows, sizes in sorted(rest, key=lambda group: len(group[0])):
+            if ((held < min_side) & (sizes > 0)).any():
+                chosen.update(rows)
+                held += sizes
+        return chosen
 
     def _groups(self) -> list[list[int]]:
         """Group the rows so that no prompt (or text without a prompt) occurs in two groups."""
@@ -131,45 +150,12 @@ class Preferences:
             return row
 
         first: dict[object, int] = {}
-        for row, item in enumerate(self._items()):
+        for row, item in enumerate(self.items()):
             for example in item:
                 if example is not None:
-                    leader[find(row)] = find(first.setdefault(_key(example), row))
+                    key = (example.completion,) if example.prompt is None else example.prompt
+                    leader[find(row)] = find(first.setdefault(key, row))
         groups = defaultdict(list)
         for row in range(self.rows):
             groups[find(row)].append(row)
         return list(groups.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    rows: list[int]
-    sizes: tuple[int, ...]
-
-
-def _key(example: Example) -> object:
-    return (example.completion,) if example.prompt is None else example.prompt
-
-
-def _choose(groups: list[_Group], fraction: float, min_side: int, seed: int) -> list[_Group]:
-    """Choose groups to hold out: at random up to the wanted sizes, then the smallest ones until `min_side` is met."""
-    totals = [sum(sizes) for sizes in zip(*(group.sizes for group in groups), strict=True)]
-    wanted = [max(min_side, round(fraction * total)) for total in totals]
-    random.Random(seed).shuffle(groups)
-    chosen: list[_Group] = []
-    rest: list[_Group] = []
-    held = [0] * len(totals)
-    for group in groups:
-        after = _add(held, group.sizes)
-        fits = all(have <= want for have, want in zip(after, wanted, strict=True))
-        (chosen if fits else rest).append(group)
-        held = after if fits else held
-    for group in sorted(rest, key=lambda group: len(group.rows)):
-        if any(have < min_side and size for have, size in zip(held, group.sizes, strict=True)):
-            chosen.append(group)
-            held = _add(held, group.sizes)
-    return chosen
-
-
-def _add(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    return [one + other for one, other in zip(left, right, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,23 +35,16 @@ class Record:
 
 def read_record(kind: Kind, cells: Cells) -> Record:
     """Read the cells of a row, by the format's column names. Raises BadRow, which names the column."""
-    return READERS[kind](cells)
-
-
-def _preference(cells: Cells) -> Record:
-    return _pair(cells, "chosen", "rejected", transcripts=True)
-
-
-def _contrast(cells: Cells) -> Record:
-    if PROMPT in cells:
+    if kind == "unpaired":
+        example, form = _example(cells, "completion", True)
+        return Record(example, None, form) if read_label(cells) else Record(None, example, form)
+    if kind == "contrast" and PROMPT in cells:
         raise BadRow(
             "positive and negative are whole texts; to use the prompt, rename the columns to chosen and rejected",
             PROMPT,
         )
-    return _pair(cells, "positive", "negative", transcripts=False)
-
-
-def _pair(cells: Cells, wanted: str, other: str, *, transcripts: bool) -> Record:
+    wanted, other = COLUMNS[kind]
+    transcripts = kind == "preference"
     positive, form = _example(cells, wanted, transcripts)
     negative, other_form = _example(cells, other, transcripts)
     if form != other_form:
@@ -63,26 +56,13 @@ def _pair(cells: Cells, wanted: str, other: str, *, transcripts: bool) -> Record
     return Record(positive, negative, form)
 
 
-def _unpaired(cells: Cells) -> Record:
-    example, form = _example(cells, "completion", True)
-    return Record(example, None, form) if read_label(cells) else Record(None, example, form)
-
-
 def read_label(cells: Cells) -> bool:
     """Read the label of a row: true or false, 1 or 0. Raises BadRow."""
     value = _cell(cells, "label")
-    if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
-        return bool(value)
-    if isinstance(value, str) and value.strip().lower() in LABELS:
-        return LABELS[value.strip().lower()]
-    raise BadRow(f"{value!r} is not a label; use true or false, or 1 or 0", "label")
-
-
-READERS: dict[Kind, Callable[[Cells], Record]] = {
-    "preference": _preference,
-    "unpaired": _unpaired,
-    "contrast": _contrast,
-}
+    label = LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise BadRow(f"{value!r} is not a label; use true or false, or 1 or 0", "label")
+    return label
 
 
 def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str]:

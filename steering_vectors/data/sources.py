@@ -8,7 +8,7 @@ from typing import Any
 
 from steering_vectors.data.preferences import Kind, Preferences
 from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
-from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
+from steering_vectors.data.tables import BadRow, Table, read_table
 from steering_vectors.errors import DataError
 
 MAX_SKIP_MESSAGES = 5
@@ -37,6 +37,8 @@ def load_pairs(
     renames = _checked_renames(columns or {})
     kind = _kind_of(table, renames)
     records, errors = _records(table, kind, renames, skip_bad_rows)
+    used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
+    columns_read = (str(column) for row in table.rows if isinstance(row.cells, dict) for column in row.cells)
     preferences = Preferences(
         kind=kind,
         positives=tuple(one.positive for one in records if one.positive is not None),
@@ -45,7 +47,7 @@ def load_pairs(
         sha256=table.sha256,
         skipped=len(errors),
         skip_messages=tuple(error.message for error in errors[:MAX_SKIP_MESSAGES]),
-        ignored_columns=_ignored(table, kind, renames),
+        ignored_columns=tuple(dict.fromkeys(column for column in columns_read if column not in used)),
     )
     preferences.check()
     return preferences
@@ -95,21 +97,18 @@ def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
                 )
             if fits:
                 return fits[0]
-    raise _unknown_format(table)
-
-
-def _unknown_format(table: Table) -> DataError:
-    for row in table.rows:
-        if isinstance(row.cells, BadRow):
-            return DataError(row.cells.message, path=table.source, line=row.line)
-        found = ", ".join(map(str, row.cells)) or "none"
-        return DataError(
-            f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
-            "--columns prompt=question,chosen=good,rejected=bad",
-            path=table.source,
-            line=row.line,
-        )
-    return DataError("there are no rows in it", path=table.source)
+    if not table.rows:
+        raise DataError("there are no rows in it", path=table.source)
+    row = table.rows[0]
+    if isinstance(row.cells, BadRow):
+        raise DataError(row.cells.message, path=table.source, line=row.line)
+    found = ", ".join(map(str, row.cells)) or "none"
+    raise DataError(
+        f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
+        "--columns prompt=question,chosen=good,rejected=bad",
+        path=table.source,
+        line=row.line,
+    )
 
 
 def _renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
@@ -126,32 +125,18 @@ def _records(
     errors: list[DataError] = []
     for row in table.rows:
         try:
-            records.append(_record(row, kind, renames, records[0].form if records else None))
+            if isinstance(row.cells, BadRow):
+                raise row.cells
+            record = read_record(kind, _renamed(row.cells, renames))
+            if records and record.form != records[0].form:
+                message = f"it contains {record.form}, but earlier rows contain {records[0].form}"
+                raise BadRow(message, COLUMNS[kind][0])
+            records.append(record)
         except BadRow as bad:
-            field = _own_name(bad.field, renames) if bad.field else None
+            column, *place = (bad.field or "").partition("[")  # a field is as chosen[2].content
+            field = "".join([renames.get(column, column), *place]) or None  # with the file's name of the column
             message = bad.message if skip_bad_rows else f"{bad.message}; {REMEDY}"
             errors.append(DataError(message, path=table.source, line=row.line, field=field))
             if not skip_bad_rows:
                 raise errors[0] from bad
     return records, errors
-
-
-def _record(row: TableRow, kind: Kind, renames: Mapping[str, str], form: str | None) -> Record:
-    if isinstance(row.cells, BadRow):
-        raise row.cells
-    record = read_record(kind, _renamed(row.cells, renames))
-    if form not in (None, record.form):
-        raise BadRow(f"it contains {record.form}, but earlier rows contain {form}", COLUMNS[kind][0])
-    return record
-
-
-def _own_name(field: str, renames: Mapping[str, str]) -> str:
-    """A field such as `chosen[2].content`, with the name that the column has in the file."""
-    column = field.split("[")[0]
-    return renames.get(column, column) + field[len(column) :]
-
-
-def _ignored(table: Table, kind: Kind, renames: Mapping[str, str]) -> tuple[str, ...]:
-    used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
-    cells = (row.cells for row in table.rows if not isinstance(row.cells, BadRow))
-    return tuple(dict.fromkeys(str(column) for row in cells for column in row if column not in used))

@@ -154,24 +154,16 @@ def _records(reader: Any) -> Iterator[TableRow]:
     try:
         for record in reader:
             if header is None:
-                header = _header(record)
+                if repeated := sorted({name for name in record if record.count(name) > 1}):
+                    raise BadRow(f"the header contains the column {repeated[0]!r} twice; rename one")
+                header = record
+            elif record and len(record) == len(header):
+                yield TableRow(begin, dict(zip(header, record, strict=True)))
             elif record:
-                yield TableRow(begin, _cells(header, record))
+                yield TableRow(begin, BadRow(f"has {len(record)} cells, but the header has {len(header)}"))
             begin = reader.line_num + 1
     except csv.Error as error:
         raise BadRow(f"the row that begins on line {begin} has invalid quoting ({error}); correct it") from error
-
-
-def _header(record: list[str]) -> list[str]:
-    if repeated := sorted({name for name in record if record.count(name) > 1}):
-        raise BadRow(f"the header contains the column {repeated[0]!r} twice; rename one")
-    return record
-
-
-def _cells(header: list[str], record: list[str]) -> dict[str, Any] | BadRow:
-    if len(record) != len(header):
-        return BadRow(f"has {len(record)} cells, but the header has {len(header)}")
-    return dict(zip(header, record, strict=True))
 
 
 def _read_parquet(data: bytes) -> Iterator[TableRow]:
@@ -202,7 +194,9 @@ def _read_hub(source: str) -> Table:
         import datasets
     except ImportError as error:
         raise DataError(f"reading it needs the package datasets: {INSTALL}", path=source) from error
-    name, split = _hub_name(source)
+    name, split = source.removeprefix(HUB_PREFIX), None
+    if ":" in name and not Path(name).is_dir():
+        name, _, split = name.rpartition(":")
     try:
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except Exception as error:  # `datasets` raises errors of the network, of file systems and of parsers
@@ -211,14 +205,6 @@ def _read_hub(source: str) -> Table:
     canonical = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     return Table(source, digest, [TableRow(number, row) for number, row in enumerate(rows, start=1)])
-
-
-def _hub_name(source: str) -> tuple[str, str | None]:
-    rest = source.removeprefix(HUB_PREFIX)
-    if Path(rest).is_dir() or ":" not in rest:
-        return rest, None
-    name, _, split = rest.rpartition(":")
-    return name, split
 
 
 def _one_split(found: Any, split: str | None, source: str) -> Any:

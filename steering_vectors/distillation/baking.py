@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -65,14 +64,19 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
 def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, shift: torch.Tensor) -> nn.Parameter:
     """The bias in a block whose change moves the block's output by the same vector at every position."""
     before = _output(model, blocks, layer)
-    for bias in reversed(list(_biases(blocks[layer], len(shift)))):
+    largest = float(before.abs().max()) + float(shift.abs().max())
+    tolerance = 8 * torch.finfo(model.dtype).eps * largest  # a few rounding errors
+    linear = [module for module in blocks[layer].modules() if isinstance(module, nn.Linear | Conv1D)]
+    for bias in (module.bias for module in reversed(linear)):
+        if not isinstance(bias, nn.Parameter) or bias.shape != shift.shape:
+            continue
         kept = bias.detach().clone()
         with torch.no_grad():
             bias.add_(shift.to(bias))
         moved = _output(model, blocks, layer) - before
         with torch.no_grad():
             bias.copy_(kept)
-        if torch.allclose(moved, shift.float().expand_as(moved), atol=_tolerance(model, before, shift), rtol=0):
+        if torch.allclose(moved, shift.float().expand_as(moved), atol=tolerance, rtol=0):
             return bias
     raise FitError(
         f"{type(model).__name__} has no bias that is added to the residual stream in block {layer}, so the profile "
@@ -80,21 +84,8 @@ def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, s
     )
 
 
-def _biases(block: nn.Module, size: int) -> Iterator[nn.Parameter]:
-    for module in block.modules():
-        bias = getattr(module, "bias", None)
-        if isinstance(module, nn.Linear | Conv1D) and isinstance(bias, nn.Parameter) and bias.shape == (size,):
-            yield bias
-
-
 def _output(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int) -> torch.Tensor:
     ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
     with torch.no_grad(), record(blocks, [layer]) as outputs:
         model(input_ids=ids, use_cache=False)
     return outputs[layer].float()
-
-
-def _tolerance(model: PreTrainedModel, output: torch.Tensor, shift: torch.Tensor) -> float:
-    """A few rounding errors of the largest entries."""
-    largest = float(output.abs().max()) + float(shift.abs().max())
-    return 8 * torch.finfo(model.dtype).eps * largest

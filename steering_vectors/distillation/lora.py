@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any
 
 import torch
 
 from steering_vectors.data.corpus import Corpus, encode_corpus
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.distillation.targets import ConstantShift, Target, TokenDifferences
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named
 from steering_vectors.methods.rahf import FIRST_STEPS
 from steering_vectors.methods.tuned import train_on
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.profiles.metadata import OptionValue
+from steering_vectors.profiles.metadata import MethodOptions
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.cache import tuned_directory
-from steering_vectors.tuning.paired_reading import Reading, Twin, pad_id, plain_twin, read, readings
+from steering_vectors.tuning.paired_reading import Reading, Twin, differences, pad_id, plain_twin, read, readings
 from steering_vectors.tuning.trainable_weights import LoraShape, LoraWeights
 from steering_vectors.tuning.training import Run, TrainingSchedule
 
@@ -64,30 +63,15 @@ class DistillSettings:
         return LoraShape(self.rank, self.alpha, self.dropout, self.targets, last_block)
 
 
-class DistillOptions(TypedDict, total=False):
-    """The fields of `DistillSettings` as keyword arguments."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-    rank: int
-    alpha: int
-    dropout: float
-    targets: str
-    response_tokens: int
-    seed: int
-
-
-PAPER_SETTINGS: Mapping[str, DistillOptions] = {
-    "rahf-scit": {},
-    "rahf-dual": {"steps": 2500, "batch": 8, "learning_rate": 9e-6, "response_tokens": 64},
+PAPER_SETTINGS: Mapping[str, DistillSettings] = {
+    "rahf-scit": DistillSettings(),
+    "rahf-dual": DistillSettings(steps=2500, batch=8, learning_rate=9e-6, response_tokens=64),
 }
 
 
-def paper_settings(method: str, **options: Unpack[DistillOptions]) -> DistillSettings:
+def paper_settings(method: str, **options: Any) -> DistillSettings:
     """The settings of a method's paper, with the given options in place of the paper's."""
-    chosen: DistillOptions = {**PAPER_SETTINGS[method], **options}
-    return DistillSettings(**chosen)
+    return replace(PAPER_SETTINGS[method], **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +85,7 @@ class MethodTarget:
 
     method: str
     name: str = ""
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    options: MethodOptions = field(default_factory=dict)
     layers: tuple[int, ...] = ()
     strength: float = PAPER_STRENGTH
 
@@ -155,10 +139,12 @@ def distill(
     if not shifts:
         raise FitError("strength 0 changes nothing, so there is nothing to distil")
     training, heldout = (_plain(part) for part in _split(lm, pairs, settings, skip_long_rows))
-    weights = LoraWeights(lm, {NAME: settings.shape(max(shifts))}, settings.seed)
+    layers = sorted(shifts)
+    constant = torch.stack([shifts[layer] for layer in layers])[:, None, None].to(lm.device)
+    weights = LoraWeights(lm, {NAME: settings.shape(max(layers))}, settings.seed)
     try:
-        student = _Student(lm, weights, ConstantShift(shifts, lm.device), settings)
-        key: dict[str, object] = {"profile": profile.version or profile.name, "strength": strength}
+        student = _Student(lm, weights, layers, lambda _twins: constant, settings)
+        key = {"profile": profile.version or profile.name, "strength": strength}
         return student.trained(training, heldout, folder, key, progress)
     finally:
         weights.close()
@@ -192,10 +178,12 @@ def distill_method(
     )
     with step.tuned(train, {NAME: settings.shape(max(layers))}) as first:
         assert isinstance(first.weights, LoraWeights)
-        student = _Student(lm, first.weights, TokenDifferences(lm, first, layers, target.strength), settings)
-        key: dict[str, object] = {
-            "method": target.method, "options": train.options, "layers": layers, "strength": target.strength,
-        }  # fmt: skip
+
+        def shift(twins: Sequence[Twin]) -> torch.Tensor:
+            return target.strength * differences(lm, twins, layers, first.side)[0]
+
+        student = _Student(lm, first.weights, layers, shift, settings)
+        key = {"method": target.method, "options": train.options, "layers": layers, "strength": target.strength}
         unseen = [twin for side in step.sides(heldout) for twin in side]
         return student.trained(first.twins, unseen, folder, key, progress)
 
@@ -206,11 +194,16 @@ def paper_blocks(num_layers: int) -> tuple[int, ...]:
     return tuple(range(first, max(first, last) + 1, 2 if num_layers >= 16 else 1))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Student:
-    """The LoRA that learns a target."""
+    """The LoRA that learns to change the outputs of `layers` by `shift`, which gives the change for responses: float32
+    `[layers, rows, response, hidden]`, or a shape that broadcasts to it, without gradients."""
 
-    def __init__(self, lm: LanguageModel, weights: LoraWeights, target: Target, settings: DistillSettings) -> None:
-        self.lm, self.weights, self.target, self.settings = lm, weights, target, settings
+    lm: LanguageModel
+    weights: LoraWeights
+    layers: Sequence[int]
+    shift: Callable[[Sequence[Twin]], torch.Tensor]
+    settings: DistillSettings
 
     def trained(
         self,
@@ -228,20 +221,21 @@ class _Student:
         checked = heldout[:: -(-len(heldout) // MAX_CHECKED)]
         before, after = self._distances(checked)
         self.weights.save(NAME, folder)
-        return Distilled(before, after, len(checked), tuple(self.target.layers))
+        return Distilled(before, after, len(checked), tuple(self.layers))
 
     def loss(self, twins: Sequence[Twin]) -> torch.Tensor:
         """Mean distance over blocks, responses and their tokens. Call it inside `weights.use`."""
         return self._distance(*self._goal(twins))
 
     def _distance(self, reading: Reading, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return _mean(read(self.lm, reading, self.target.layers) - base - shift, reading)
+        return _mean(read(self.lm, reading, self.layers) - base - shift, reading)
 
     def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:
         """The reading after plain prompts, the untuned model's outputs, and their target change."""
-        reading, _ = readings([_plain_twin(twin) for twin in twins], pad_id(self.lm), self.lm.device)
-        with self.weights.without_adapter(), _evaluating(self.lm), torch.no_grad():
-            return reading, read(self.lm, reading, self.target.layers), self.target.shift(twins)
+        plain = [replace(twin, positive=twin.plain, negative=twin.plain) for twin in twins]
+        reading, _ = readings(plain, pad_id(self.lm), self.lm.device)
+        with self.weights.use(None), _evaluating(self.lm), torch.no_grad():
+            return reading, read(self.lm, reading, self.layers), self.shift(twins)
 
     def _distances(self, twins: Sequence[Twin]) -> tuple[float, float]:
         """Mean distances of the untuned and of the tuned model from the target."""
@@ -268,7 +262,6 @@ def _mean(difference: torch.Tensor, reading: Reading) -> torch.Tensor:
 
 @contextmanager
 def _evaluating(lm: LanguageModel) -> Iterator[None]:
-    """Switch dropout off, and restore the mode afterwards."""
     training = lm.model.training
     lm.model.eval()
     try:
@@ -292,7 +285,6 @@ def _task(
     seed: int,
     progress: Progress | None,
 ) -> Task:
-    """The input of RAHF's first step."""
     texts, sides = corpus.pairs, corpus.sides()
     return Task(
         lm, {}, texts.positives, texts.negatives, sides.positives, sides.negatives, sides.paired, target.name,
@@ -304,7 +296,3 @@ def _plain(corpus: Corpus) -> list[Twin]:
     """The responses of both sides, after their plain prompts."""
     sides = corpus.sides()
     return [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]
-
-
-def _plain_twin(twin: Twin) -> Twin:
-    return plain_twin([*twin.plain, *twin.response], len(twin.plain))

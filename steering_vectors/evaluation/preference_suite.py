@@ -9,24 +9,16 @@ import numpy as np
 import torch
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, Sides, encode_corpus, prompts_with_room, spread
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.data.sides import Sides, spread
 from steering_vectors.errors import DataError, FitError
 from steering_vectors.evaluation.frontier import reward_curve
 from steering_vectors.evaluation.reward import Reward, judged
 from steering_vectors.fitting.calibration import SAMPLED_TOKENS, trained_and_fresh
+from steering_vectors.measures import results
 from steering_vectors.measures.controls import bootstrap, measured_profile, random_controls
 from steering_vectors.measures.curve import curve_record, measure_point
 from steering_vectors.measures.propensity import Propensity, propensity
-from steering_vectors.measures.results import (
-    MarginEstimate,
-    MarginsByStrength,
-    NotMeasured,
-    PreferenceEvaluation,
-    PromptingBaseline,
-    RewardReport,
-)
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
@@ -37,11 +29,7 @@ from steering_vectors.tuning.instructions import instructions_for
 from steering_vectors.tuning.paired_reading import Twin
 from steering_vectors.tuning.twins import twins_of
 
-STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-ROWS = 256
-RANDOMS = 10
-TEXTS = 64
-REWARD_SAMPLES = 64
+TEXTS = 64  # whose cost is measured at each strength
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +41,10 @@ class EvaluationSettings:
     reward out). Raises FitError unless `strengths` holds 0 and at least two others.
     """
 
-    strengths: tuple[float, ...] = STRENGTHS
-    rows: int = ROWS
-    randoms: int = RANDOMS
-    reward_samples: int = REWARD_SAMPLES
+    strengths: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    rows: int = 256
+    randoms: int = 10
+    reward_samples: int = 64
     seed: int = 0
     skip_long_rows: bool = False
 
@@ -73,7 +61,7 @@ def evaluate(
     *,
     reward: Reward | None = None,
     progress: Progress | None = None,
-) -> PreferenceEvaluation:
+) -> results.PreferenceEvaluation:
     """Measure a profile on held-out preferences.
 
     Of the data that the profile was fitted to, only the rows that it was not trained on are read. Margins are in nats:
@@ -112,11 +100,8 @@ def evaluate(
 
 def norm_ratios(profile: Profile) -> dict[str, float]:
     """Norm of the shift at strength 1 over the median residual norm, by block."""
-    return {
-        str(layer): profile.unit * float(shift.norm()) / profile.residual_norms[layer]
-        for layer, shift in profile.injected().items()
-        if profile.residual_norms.get(layer)
-    }
+    norms = profile.residual_norms
+    return {str(layer): shift / norms[layer] for layer, shift in profile.shift_norms().items() if norms.get(layer)}
 
 
 def slopes(strengths: Sequence[float], margins: np.ndarray) -> np.ndarray:
@@ -137,14 +122,14 @@ class PreferenceSuite:
         self._progress, self._done = progress, 0
         self._base = propensity(steered, self.sides, steer=False)
 
-    def margins(self, profile: Profile) -> MarginsByStrength:
+    def margins(self, profile: Profile) -> results.MarginsByStrength:
         """Margin and accuracy at each strength, and for pairs the distribution of slopes."""
         settings, seen = self._settings, []
         for strength in settings.strengths:
             self._steered.write(profile, strength)
             seen.append(propensity(self._steered, self.sides, steer=True) if strength else self._base)
         self._report()
-        found: MarginsByStrength = {
+        found: results.MarginsByStrength = {
             "strengths": [
                 {"strength": strength, **estimate(one, settings.seed)}
                 for strength, one in zip(settings.strengths, seen, strict=True)
@@ -172,7 +157,7 @@ class PreferenceSuite:
         self._report()
         return curve_record(points)
 
-    def prompting(self, name: str, limit: int | None) -> PromptingBaseline:
+    def prompting(self, name: str, limit: int | None) -> results.PromptingBaseline:
         """The same rows without a vector, under the instruction p⁺ and under p⁻ of a goal."""
         instructions, tokenizer = instructions_for(name), self._steered.lm.tokenizer
         positives, negatives = (spread(side, self._settings.rows) for side in self._fresh.pairs.sides())
@@ -180,7 +165,7 @@ class PreferenceSuite:
             twins_of(tokenizer, side, [self._fresh.encoded[one] for one in side], instructions, limit=limit)
             for side in (positives, negatives)
         ]
-        found: PromptingBaseline = {"positive_instruction": instructions.positive}
+        found: results.PromptingBaseline = {"positive_instruction": instructions.positive}
         if self.sides.paired and not len(twins[0]) == len(twins[1]) == len(positives):
             found["note"] = "with an instruction added, some rows exceed the model's context"
             return found
@@ -190,22 +175,24 @@ class PreferenceSuite:
 
     def reward(
         self, profile: Profile, prompts: Sequence[Sequence[int]], reward: Reward | None, trained: Corpus | None
-    ) -> RewardReport | NotMeasured:
+    ) -> results.RewardReport | results.NotMeasured:
         """Reward against KL at each strength, or a note on why it was not measured."""
         settings, tokenizer = self._settings, self._steered.lm.tokenizer
         if not settings.reward_samples:
             return {"note": "it was not requested"}
         try:
-            found = judged(reward, trained, self._fresh, tokenizer, max_tokens=SAMPLED_TOKENS, seed=settings.seed)
+            chosen, quality = judged(
+                reward, trained, self._fresh, tokenizer, max_tokens=SAMPLED_TOKENS, seed=settings.seed
+            )
         except DataError as error:
             return {"note": error.message}
         curve = reward_curve(
-            self._steered, profile, found.reward, prompts, settings.strengths,
+            self._steered, profile, chosen, prompts, settings.strengths,
             samples=settings.reward_samples, tokens=SAMPLED_TOKENS, seed=settings.seed, progress=self._progress,
         )  # fmt: skip
-        return {"scorer": found.quality, **curve}
+        return {"scorer": quality, **curve}
 
-    def _unsteered(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> MarginEstimate:
+    def _unsteered(self, positives: Sequence[Encoded], negatives: Sequence[Encoded]) -> results.MarginEstimate:
         self._report()
         sides = Sides(tuple(positives), tuple(negatives), self.sides.paired)
         return estimate(propensity(self._steered, sides, steer=False), self._settings.seed)
@@ -216,8 +203,7 @@ class PreferenceSuite:
             self._progress("evaluate", self._done, self._settings.randoms + 4)
 
 
-def estimate(one: Propensity, seed: int = 0) -> MarginEstimate:
-    """Margin and accuracy, for pairs with their intervals."""
+def estimate(one: Propensity, seed: int = 0) -> results.MarginEstimate:
     if not one.paired:
         return {"margin": one.margin, "accuracy": one.accuracy}
     margins = (one.positives - one.negatives).numpy()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from steering_vectors.data.corpus import Corpus
+from steering_vectors.data.corpus import Corpus, Sides
 from steering_vectors.data.preferences import MIN_SIDE
-from steering_vectors.data.sides import Sides
 from steering_vectors.errors import DataError
 from steering_vectors.measures.controls import bootstrap
 from steering_vectors.measures.results import Interval, RewardQuality
@@ -60,21 +58,6 @@ class WordReward:
         return np.asarray(self._model.decision_function(list(texts)), dtype=np.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A reward and its quality on held-out responses."""
-
-    reward: Reward
-    quality: RewardQuality
-
-
-class Separation(TypedDict):
-    """The area under the ROC curve, with its 95 % bootstrap interval."""
-
-    auc: float
-    auc_95: Interval
-
-
 def judged(
     reward: Reward | None,
     trained: Corpus | None,
@@ -83,7 +66,7 @@ def judged(
     *,
     max_tokens: int,
     seed: int = 0,
-) -> Judged:
+) -> tuple[Reward, RewardQuality]:
     """Measure a reward on held-out rows; without one, fit a `WordReward` to other rows first.
 
     The reward is fitted to `trained`, the rows that the profile was trained on, and tested on `fresh`. If `trained` is
@@ -93,24 +76,22 @@ def judged(
     if trained is None:
         trained, fresh = fresh.split(TEST_FRACTION, seed, min_side=MIN_SIDE)
     tested = texts_of(fresh.sides().thinned(TESTED_ROWS), tokenizer, max_tokens)
-    if reward is not None:
-        return Judged(reward, _quality(reward, tested, seed))
-    reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, max_tokens))
-    quality = _quality(reward, tested, seed)
-    quality["fitted_rows"] = min(trained.pairs.rows, FITTED_ROWS)
-    return Judged(reward, quality)
-
-
-def _quality(reward: Reward, tested: tuple[list[str], list[str]], seed: int) -> RewardQuality:
+    fitted_rows = None
+    if reward is None:
+        reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, max_tokens))
+        fitted_rows = min(trained.pairs.rows, FITTED_ROWS)
     scores = [reward(texts) for texts in tested]
-    found = separation(*scores, seed=seed)
-    return {
+    auc, auc_95 = separation(*scores, seed=seed)
+    quality: RewardQuality = {
         "name": reward.name,
         "unit": reward.unit,
         "tested_texts": sum(map(len, scores)),
-        "auc": found["auc"],
-        "auc_95": found["auc_95"],
+        "auc": auc,
+        "auc_95": auc_95,
     }
+    if fitted_rows is not None:
+        quality["fitted_rows"] = fitted_rows
+    return reward, quality
 
 
 def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[list[str], list[str]]:
@@ -122,12 +103,13 @@ def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
     return list(preferred), list(rejected)
 
 
-def separation(preferred: np.ndarray, rejected: np.ndarray, *, seed: int = 0) -> Separation:
-    """AUC: the share of pairs of a preferred and a rejected text that are ordered correctly, ties counting half."""
+def separation(preferred: np.ndarray, rejected: np.ndarray, *, seed: int = 0) -> tuple[float, Interval]:
+    """AUC, the share of pairs of a preferred and a rejected text that are ordered correctly, ties counting half, and
+    its 95 % bootstrap interval."""
     order = np.sign(preferred[:, None] - rejected[None, :]) / 2 + 0.5  # [preferred, rejected]
 
     def resampled(rows: np.ndarray) -> float:
         first, second = rows[rows < len(preferred)], rows[rows >= len(preferred)] - len(preferred)
         return float(order[np.ix_(first, second)].mean()) if len(first) and len(second) else 0.5
 
-    return {"auc": float(order.mean()), "auc_95": bootstrap(resampled, sum(order.shape), draws=DRAWS, seed=seed)}
+    return float(order.mean()), bootstrap(resampled, sum(order.shape), draws=DRAWS, seed=seed)

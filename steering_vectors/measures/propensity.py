@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steering_vectors.data.sides import Sides
+from steering_vectors.data.corpus import Sides
 from steering_vectors.measures.activations import LayerStatistics, Tokens, pooled
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel

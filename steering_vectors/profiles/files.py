@@ -161,7 +161,7 @@ def _metadata(profile: Profile) -> dict[str, Any]:
 
 def _to_json(value: Any, name: str) -> str:
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half a surrogate pair
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ProfileError(

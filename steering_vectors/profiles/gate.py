@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,7 +12,7 @@ from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.metadata import GateMetrics
 
 Side = Literal["above", "below"]
-SIDES = ("above", "below")
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -105,8 +105,6 @@ class GateRecord(TypedDict):
 
 
 class ModelRecord(TypedDict):
-    """The model that a profile was fitted on; see `ModelIdentity`."""
-
     id: str
     architecture: str
     hidden_size: int

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -24,11 +24,7 @@ Operator = Literal["add", "ablate"]
 ApplyTo = Literal["generated", "all"]
 Layering = Literal["independent", "incremental"]
 
-CHOICES = {
-    "operator": ("add", "ablate"),
-    "apply_to": ("generated", "all"),
-    "layering": ("independent", "incremental"),
-}
+CHOICES = {"operator": get_args(Operator), "apply_to": get_args(ApplyTo), "layering": get_args(Layering)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +104,10 @@ class Profile:
             previous = self.directions[layer]
         return steps
 
+    def shift_norms(self) -> dict[int, float]:
+        """The norm of the shift at strength 1, by block."""
+        return {layer: self.unit * float(shift.norm()) for layer, shift in self.injected().items()}
+
     def content_digest(self) -> str:
         """sha256 of the profile's directions, unit and operator, for a profile without a file and a version."""
         digest = hashlib.sha256(f"{self.operator} {self.layering} {self.unit!r}".encode())
@@ -134,6 +134,9 @@ class Profile:
                 "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
             )
 
+    def _fault(self, message: str) -> ProfileError:
+        return ProfileError(f"profile {self.name!r}: {message}")
+
     def _check_fields(self) -> None:
         if not isinstance(self.name, str) or not NAME_PATTERN.fullmatch(self.name):
             raise ProfileError(f"{self.name!r} is not a profile name; {NAME_RULE}")
@@ -143,41 +146,34 @@ class Profile:
             )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ProfileError(
-                    f"profile {self.name!r}: {name} is {getattr(self, name)!r}, not one of {', '.join(choices)}"
-                )
+                raise self._fault(f"{name} is {getattr(self, name)!r}, not one of {', '.join(choices)}")
         for name in ("unit", "max_strength"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
-                raise ProfileError(f"profile {self.name!r}: {name} must be a positive finite number, not {value!r}")
+                raise self._fault(f"{name} must be a positive finite number, not {value!r}")
 
     def _check_gate(self, gate: Gate) -> None:
-        if not 0 <= gate.layer < self.model.num_layers:
-            raise ProfileError(
-                f"profile {self.name!r}: its gate's layer {gate.layer} is out of range; the model has blocks "
-                f"0 to {self.model.num_layers - 1}"
-            )
-        if len(gate.direction) != self.model.hidden_size:
-            raise ProfileError(
-                f"profile {self.name!r}: its gate's direction has {len(gate.direction)} entries, the model's hidden "
-                f"size is {self.model.hidden_size}"
+        size, last = self.model.hidden_size, self.model.num_layers - 1
+        if not 0 <= gate.layer <= last:
+            raise self._fault(f"its gate's layer {gate.layer} is out of range; the model has blocks 0 to {last}")
+        if len(gate.direction) != size:
+            raise self._fault(
+                f"its gate's direction has {len(gate.direction)} entries, the model's hidden size is {size}"
             )
 
     def _check_directions(self) -> None:
+        size, last = self.model.hidden_size, self.model.num_layers - 1
         if not self.directions:
             raise ProfileError(f"profile {self.name!r} has no direction")
         for layer, direction in self.directions.items():
-            if isinstance(layer, bool) or not 0 <= layer < self.model.num_layers:
-                raise ProfileError(
-                    f"profile {self.name!r}: layer {layer} is out of range; the model has blocks "
-                    f"0 to {self.model.num_layers - 1}"
-                )
-            if tuple(direction.shape) != (self.model.hidden_size,):
-                raise ProfileError(
-                    f"profile {self.name!r}: the direction at layer {layer} has shape {list(direction.shape)}, "
-                    f"the model's hidden size is {self.model.hidden_size}"
+            if isinstance(layer, bool) or not 0 <= layer <= last:
+                raise self._fault(f"layer {layer} is out of range; the model has blocks 0 to {last}")
+            if tuple(direction.shape) != (size,):
+                shape = list(direction.shape)
+                raise self._fault(
+                    f"the direction at layer {layer} has shape {shape}, the model's hidden size is {size}"
                 )
             if direction.dtype != torch.float32:
-                raise ProfileError(f"profile {self.name!r}: the direction at layer {layer} is not float32")
+                raise self._fault(f"the direction at layer {layer} is not float32")
             if not bool(torch.isfinite(direction).all()):
-                raise ProfileError(f"profile {self.name!r}: the direction at layer {layer} has a NaN or infinite entry")
+                raise self._fault(f"the direction at layer {layer} has a NaN or infinite entry")

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steering_vectors.errors import FitError
+from steering_vectors.profiles.metadata import CurvePointRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+BLUE, ORANGE, GREY, LIGHT = "#0b6e99", "#c2571a", "#777777", "#bbbbbb"  # the colours of plots
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
@@ -37,23 +39,19 @@ def document(title: str, heading: str, body: str, data: object) -> str:
     )
 
 
-def figure(draw: Callable[[Axes], None]) -> str:
-    """Return a plot as inline SVG. Raises FitError without matplotlib."""
+def plots(drawings: Sequence[Callable[[Axes], None]]) -> str:
+    """Plots side by side, as inline SVG. Raises FitError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise FitError("a page with plots needs matplotlib: pip install 'trimtab[report]'") from error
-    canvas = Figure(figsize=(5.2, 3.6), layout="constrained")
-    draw(canvas.subplots())
-    buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
-
-
-def plots(drawings: Sequence[Callable[[Axes], None]]) -> str:
-    """Plots side by side."""
-    return f'<div class="plots">{"".join(map(figure, drawings))}</div>'
+    drawn = ""
+    for draw in drawings:
+        canvas, buffer = Figure(figsize=(5.2, 3.6), layout="constrained"), io.StringIO()
+        draw(canvas.subplots())
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+        drawn += buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return f'<div class="plots">{drawn}</div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:
@@ -64,10 +62,32 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = ""
 
 
 def lead(sentence: str) -> str:
-    """The first sentence of a section."""
     return f'<p class="lead">{html.escape(sentence)}</p>'
 
 
-def line(points: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """The strengths and one value of points, for a plot."""
-    return [point["strength"] for point in points], [point[key] for point in points]
+def draw_costs(
+    ax: Axes,
+    points: Sequence[CurvePointRecord],
+    title: str,
+    *,
+    budget: float | None = None,
+    max_strength: float | None = None,
+) -> None:
+    """KL and perplexity against strength, with a budget of KL and the ends of the safe range if they are given."""
+    ax.plot(*line(points, "kl"), color=BLUE, marker="o", label="KL per token")
+    if budget:
+        ax.axhline(budget, color=BLUE, linestyle=":", linewidth=1, label="budget")
+    if max_strength is not None:
+        ax.axvline(-max_strength, color=GREY, linestyle="--", linewidth=1)
+        ax.axvline(max_strength, color=GREY, linestyle="--", linewidth=1, label="safe range")
+    ax.set(xlabel="strength", ylabel="KL, nats per token", title=title)
+    right = ax.twinx()
+    right.plot(*line(points, "perplexity"), color=ORANGE, marker="s", label="perplexity")
+    right.set_ylabel("perplexity under the unsteered model")
+    lines = [one for one in (*ax.lines, *right.lines) if not str(one.get_label()).startswith("_")]
+    ax.legend(lines, [str(one.get_label()) for one in lines], loc="upper center", fontsize="small")
+
+
+def line(points: Sequence[Mapping[str, Any]], key: str, over: str = "strength") -> tuple[list[float], list[float]]:
+    """Two values of points, for a plot."""
+    return [point[over] for point in points], [point[key] for point in points]

@@ -14,12 +14,11 @@ import torch
 from steering_vectors.profiles.files import profile_summary
 from steering_vectors.profiles.metadata import PropensityReport
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.reports.html import document, lead, plots, table
+from steering_vectors.reports.html import BLUE, ORANGE, document, draw_costs, lead, line, plots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREY = "#0b6e99", "#c2571a", "#777777"
 MAX_LABELLED = 12  # cells per side that can show their values
 PLOTTED = ("metrics", "direction_norms", "residual_norms")
 
@@ -102,14 +101,15 @@ def _drawings(profile: Profile) -> Iterator[Callable[[Axes], None]]:
     if len(profile.layers) > 1:
         names = [str(layer) for layer in profile.layers]
         yield lambda ax: _heat(ax, block_cosines(profile).tolist(), names, "Cosine between blocks", "block")
-    if profile.calibration.get("curve"):
-        yield lambda ax: _curve(ax, profile)
+    if curve := profile.calibration.get("curve"):
+        limits = {"budget": profile.calibration.get("kl_budget"), "max_strength": profile.max_strength}
+        yield lambda ax: draw_costs(ax, curve, "Cost of strength", **limits)
     if profile.metrics.get("propensity"):
         yield lambda ax: _propensity(ax, profile.metrics["propensity"])
 
 
 def _norms(ax: Axes, profile: Profile) -> None:
-    shifts = {layer: profile.unit * float(shift.norm()) for layer, shift in profile.injected().items()}
+    shifts = profile.shift_norms()
     ax.bar([str(layer) for layer in shifts], list(shifts.values()), color=BLUE, width=0.6)
     ax.margins(x=max(0.05, 0.5 - 0.1 * len(shifts)))
     ax.set(xlabel="block", ylabel="norm", title="Shift at strength 1")
@@ -122,31 +122,11 @@ def _norms(ax: Axes, profile: Profile) -> None:
     right.set_ylim(bottom=0)
 
 
-def _curve(ax: Axes, profile: Profile) -> None:
-    points, budget = profile.calibration["curve"], profile.calibration.get("kl_budget")
-    strengths = [point["strength"] for point in points]
-    ax.plot(strengths, [point["kl"] for point in points], color=BLUE, marker="o", label="KL per token")
-    if budget:
-        ax.axhline(budget, color=BLUE, linestyle=":", linewidth=1, label="budget")
-    for sign in (-1, 1):
-        label = "safe range" if sign > 0 else None
-        ax.axvline(sign * profile.max_strength, color=GREY, linestyle="--", linewidth=1, label=label)
-    ax.set(xlabel="strength", ylabel="KL, nats per token", title="Cost of strength")
-    right = ax.twinx()
-    perplexities = [point["perplexity"] for point in points]
-    right.plot(strengths, perplexities, color=ORANGE, marker="s", label="perplexity")
-    right.set_ylabel("perplexity under the unsteered model")
-    lines = [line for line in (*ax.lines, *right.lines) if not str(line.get_label()).startswith("_")]
-    ax.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", fontsize="small")
-
-
 def _propensity(ax: Axes, report: PropensityReport) -> None:
-    points = report["strengths"]
-    ax.plot([one["strength"] for one in points], [one["margin"] for one in points], color=BLUE, marker="o")
-    for one in points:
-        ax.annotate(
-            f"{one['accuracy']:.0%}", (one["strength"], one["margin"]), textcoords="offset points", xytext=(4, 6)
-        )
+    ax.plot(*line(report["strengths"], "margin"), color=BLUE, marker="o")
+    for one in report["strengths"]:
+        place = (one["strength"], one["margin"])
+        ax.annotate(f"{one['accuracy']:.0%}", place, textcoords="offset points", xytext=(4, 6))
     ax.margins(0.15)
     title = f"Preferred over rejected, {report['rows']} held-out rows"
     ax.set(xlabel="strength (and accuracy)", ylabel=f"margin, {report['unit']}", title=title)
@@ -172,30 +152,21 @@ def _heat(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[str], tit
 
 def _comparison(labels: Mapping[str, Profile]) -> str:
     """The similarity of profiles that belong to the same model and share blocks."""
-    cosines = {pair: common_cosines(labels[pair[0]], labels[pair[1]]) for pair in combinations(labels, 2)}
+    means: dict[tuple[str, str], float] = {}
     rows, remarks = [], []
-    for (one, other), found in cosines.items():
-        if found:
-            mean = sum(found.values()) / len(found)
+    for one, other in combinations(labels, 2):
+        if found := common_cosines(labels[one], labels[other]):
+            means[one, other] = means[other, one] = sum(found.values()) / len(found)
             by_block = ", ".join(f"block {layer}: {value:+.3f}" for layer, value in found.items())
-            rows.append([f"{one} and {other}", f"{mean:+.3f}", by_block])
+            rows.append([f"{one} and {other}", f"{means[one, other]:+.3f}", by_block])
         elif labels[one].model.fingerprint != labels[other].model.fingerprint:
             remarks.append(f"{one} and {other} belong to different models, so their directions cannot be compared.")
         else:
             remarks.append(f"{one} and {other} have no block in common.")
-    drawn = plots([lambda ax: _heat(ax, _square(list(labels), cosines), list(labels), "Mean cosine", "")])
+    square = [[1.0 if one == other else means.get((one, other), math.nan) for other in labels] for one in labels]
+    drawn = plots([lambda ax: _heat(ax, square, list(labels), "Mean cosine", "")])
     body = f"{drawn}{table(['profiles', 'mean cosine', 'at common blocks'], rows)}" if rows else ""
     return f"<h2>Between profiles</h2>{body}" + "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
-
-
-def _square(names: Sequence[str], cosines: Mapping[tuple[str, str], Mapping[int, float]]) -> list[list[float]]:
-    """Mean cosines over common blocks, NaN if there is none: `[names][names]`."""
-
-    def mean(one: str, other: str) -> float:
-        found = cosines.get((one, other)) or cosines.get((other, one)) or {}
-        return 1.0 if one == other else sum(found.values()) / len(found) if found else math.nan
-
-    return [[mean(one, other) for other in names] for one in names]
 
 
 def _facts(profile: Profile) -> list[list[str]]:

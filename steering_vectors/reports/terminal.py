@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from rich.table import Table
 
 from steering_vectors import progress
 from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
-from steering_vectors.profiles.metadata import Calibration, CurvePointRecord, Metrics
+from steering_vectors.profiles.metadata import Calibration, Metrics
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.reports.evaluation import margin_change, prompting_estimates
-from steering_vectors.reports.frontier_plot import frontier_sentence
+from steering_vectors.reports.evaluation import frontier_sentence, margin_change, prompting_estimates
 from steering_vectors.reports.trust import print_trust
 
 STAGES = {
@@ -63,7 +62,6 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
 
 
 def print_fit(profile: Profile, path: Path) -> None:
-    """Print the summary after a fit."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
     console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
@@ -97,10 +95,16 @@ def print_profile(profile: Profile, path: Path) -> None:
     rest = {key: value for key, value in profile.calibration.items() if key != "curve"}
     console.print(f"calibration{_listed(rest)}")
     if curve:
-        console.print(_curve_table(curve))
+        table = Table("strength", "KL per token", "perplexity")
+        for point in curve:
+            table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
+        console.print(table)
     console.print(_layer_table(profile))
     _print_propensity(console, profile.metrics)
-    _print_layer_choice(console, profile.metrics)
+    if choice := profile.metrics.get("layer_choice"):
+        scores = sorted(choice["scores"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{window}: {score:.4g}" for window, score in scores)
+        console.print(f"layer choice by {choice['criterion']}: {shown}")
     _print_notes(console, profile.metrics)
 
 
@@ -153,20 +157,12 @@ def _print_preferences(console: Console, one: PreferenceEvaluation) -> None:
     console.print(escape(frontier_sentence(one["reward"])))
 
 
-def _curve_table(curve: Sequence[CurvePointRecord]) -> Table:
-    """Cost and fluency of sampled texts by strength."""
-    table = Table("strength", "KL per token", "perplexity")
-    for point in curve:
-        table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
-    return table
-
-
 def _layer_table(profile: Profile) -> Table:
     """Norms of the direction, of the shift at strength 1 and of the residual stream, by block."""
     accuracies = profile.metrics.get("projection_accuracy", {})
     table = Table("layer", "‖d‖", "‖shift at 1‖", "median ‖h‖", "ratio", "held-out accuracy")
-    for layer, injected in profile.injected().items():
-        shift, residual = profile.unit * float(injected.norm()), profile.residual_norms.get(layer)
+    for layer, shift in profile.shift_norms().items():
+        residual = profile.residual_norms.get(layer)
         table.add_row(
             str(layer),
             f"{float(profile.directions[layer].norm()):.4g}",
@@ -189,15 +185,6 @@ def _print_propensity(console: Console, metrics: Metrics) -> None:
     console.print(table)
     if "anti_steerable" in report:
         console.print(f"{report['anti_steerable']:.0%} of these rows move in the other direction")
-
-
-def _print_layer_choice(console: Console, metrics: Metrics) -> None:
-    choice = metrics.get("layer_choice")
-    if not choice:
-        return
-    scores = sorted(choice["scores"].items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{window}: {score:.4g}" for window, score in scores)
-    console.print(f"layer choice by {choice['criterion']}: {shown}")
 
 
 def _print_notes(console: Console, metrics: Metrics) -> None:

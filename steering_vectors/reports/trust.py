@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from steering_vectors.measures.results import ControlPoint, TrustEvaluation, TrustPoint, VerticalReport
-from steering_vectors.reports.html import lead, plots, table
+from steering_vectors.reports.html import BLUE, LIGHT, ORANGE, lead, plots, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 AIMS = {"higher": "higher is better", "lower": "lower is better", "half": "0.5 is best"}
 CLASSES = {"better": "better", "worse": "worse", "other side": "side"}
 NO_CHANGE = "no change"
-MAX_LINES = 3  # groups of rows in a plot
+PART_STYLES = ("--", ":", "-.")  # of the lines of groups of rows; more groups are not drawn
 
 
 def trust_section(one: TrustEvaluation) -> str:
@@ -122,14 +122,17 @@ def _plot(name: str, found: VerticalReport) -> Callable[[Axes], None]:
     def draw(ax: Axes) -> None:
         for index, control in enumerate(found["random"]):
             label = "random directions" if index == 0 else None
-            _draw_line(ax, _series(found, control["strengths"])[shown], color="#bbbbbb", linewidth=1, label=label)
+            _draw_line(ax, _series(found, control["strengths"])[shown], color=LIGHT, linewidth=1, label=label)
         _draw_profile(ax, series[shown])
-        if shown == next(iter(series)):
-            _draw_parts(ax, found["strengths"])
+        parts = list(found["strengths"][0]["parts"])
+        if shown == next(iter(series)) and len(parts) <= len(PART_STYLES):
+            for part, style in zip(parts, PART_STYLES, strict=False):
+                points = {p["strength"]: p["parts"][part] for p in found["strengths"]}
+                _draw_line(ax, points, color=BLUE, linestyle=style, label=part)
         figure_of = found["figures"][shown]
         if figure_of["reference"] is not None:
             label = "no skill or bias"
-            ax.axhline(figure_of["reference"], color="#c2571a", linewidth=1, linestyle="--", label=label)
+            ax.axhline(figure_of["reference"], color=ORANGE, linewidth=1, linestyle="--", label=label)
         ax.set_xlabel("strength", fontsize="small")
         ax.set_title(f"{name}: {AIMS[figure_of['aim']]}\n{figure_of['measure']}", fontsize="small")
         ax.figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
@@ -141,18 +144,12 @@ def _draw_profile(ax: Axes, points: Mapping[float, Any]) -> None:
     """Draw values with a band for their intervals, and error bars for the intervals of the paired changes."""
     strengths, values = list(points), [point["value"] for point in points.values()]
     low, high = zip(*(point["value_95"] for point in points.values()), strict=True)
-    ax.fill_between(strengths, low, high, color="#0b6e99", alpha=0.15, label="95 % of the value")
+    ax.fill_between(strengths, low, high, color=BLUE, alpha=0.15, label="95 % of the value")
     ends = [[end - point["delta"] for end in point["delta_95"]] for point in points.values()]
     spans = [[max(-below, 0.0) for below, _ in ends], [max(above, 0.0) for _, above in ends]]
     ax.errorbar(
-        strengths, values, yerr=spans, color="#0b6e99", marker="o", capsize=3, label="profile, bars: 95 % of the change"
+        strengths, values, yerr=spans, color=BLUE, marker="o", capsize=3, label="profile, bars: 95 % of the change"
     )
-
-
-def _draw_parts(ax: Axes, points: Sequence[Any]) -> None:
-    parts = list(points[0]["parts"])
-    for part, style in zip(parts if len(parts) <= MAX_LINES else [], ("--", ":", "-."), strict=False):
-        _draw_line(ax, {p["strength"]: p["parts"][part] for p in points}, color="#0b6e99", linestyle=style, label=part)
 
 
 def _draw_line(ax: Axes, points: Mapping[float, Any], **style: Any) -> None:
@@ -194,13 +191,13 @@ def _change_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     for *words, points in rows:
         names = "".join(f"<td>{html.escape(word)}</td>" for word in words)
         base = f"<td>{_with_interval(points[0.0], 'value', '.3f')}</td>"
-        lines.append(f"<tr>{names}{base}{''.join(_change_cell(points[strength]) for strength in strengths)}</tr>")
+        changes = [
+            f'<td class="{CLASSES.get(one["change"], "")}">{_with_interval(one, "delta", "+.3f")}<br>'
+            f"{html.escape(_word(one))}</td>"
+            for one in (points[strength] for strength in strengths)
+        ]
+        lines.append(f"<tr>{names}{base}{''.join(changes)}</tr>")
     return f"<table><tr>{cells}</tr>{''.join(lines)}</table>"
-
-
-def _change_cell(point: Mapping[str, Any]) -> str:
-    kind = CLASSES.get(point["change"], "")
-    return f'<td class="{kind}">{_with_interval(point, "delta", "+.3f")}<br>{html.escape(_word(point))}</td>'
 
 
 def _with_interval(point: Mapping[str, Any], key: str, form: str) -> str:

@@ -116,7 +116,9 @@ def grouped(twins: Sequence[Twin], budget: int) -> Iterator[list[Twin]]:
     """Yield batches of similar length, longest first, of at most `budget` tokens with padding (at least one twin)."""
     order = sorted(twins, key=lambda twin: -twin.length)
     while order:
-        rows = max(1, budget // _width(order[: max(1, budget // order[0].length)]))
+        most = order[: max(1, budget // order[0].length)]
+        width = max(twin.prompt_length for twin in most) + max(len(twin.response) for twin in most)
+        rows = max(1, budget // width)
         yield order[:rows]
         order = order[rows:]
 
@@ -198,10 +200,6 @@ def _reading(
 def _common_prefix(one: Sequence[int], other: Sequence[int], limit: int) -> int:
     """The length of the common prefix, at most `limit`."""
     return next((place for place in range(limit) if one[place] != other[place]), limit)
-
-
-def _width(group: Sequence[Twin]) -> int:
-    return max(twin.prompt_length for twin in group) + max(len(twin.response) for twin in group)
 
 
 def pad_id(lm: LanguageModel) -> int:

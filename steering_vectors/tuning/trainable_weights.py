@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,22 +17,6 @@ from steering_vectors.errors import FitError
 from steering_vectors.models.loading import LanguageModel
 
 States = dict[str, torch.Tensor]
-
-
-class TunedWeights(Protocol):
-    """Named sets of weights. One is active inside `use`, none outside."""
-
-    def use(self, name: str) -> AbstractContextManager[None]: ...
-
-    def parameters(self, name: str) -> list[torch.nn.Parameter]:
-        """The trainable parameters of a set, valid inside `use(name)`."""
-
-    def state(self, name: str) -> States:
-        """A copy of a set, by parameter name."""
-
-    def load(self, name: str, state: States) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +40,8 @@ class LoraWeights:
         self._activate(None)
 
     @contextmanager
-    def use(self, name: str) -> Iterator[None]:
-        with self._active_adapter(name):
-            yield
-
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Disable the adapter inside `use`, which leaves the model's own weights."""
-        with self._active_adapter(None):
-            yield
-
-    @contextmanager
-    def _active_adapter(self, name: str | None) -> Iterator[None]:
+    def use(self, name: str | None) -> Iterator[None]:
+        """Activate an adapter; None disables all of them, which leaves the model's own weights."""
         before = self._active
         self._activate(name)
         try:
@@ -118,34 +92,35 @@ def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: in
     except ImportError as error:
         raise FitError("tuning by LoRA needs peft: pip install 'trimtab[rahf]'") from error
 
+    def config_of(shape: LoraShape) -> LoraConfig:
+        return LoraConfig(
+            r=shape.rank,
+            lora_alpha=shape.alpha,
+            lora_dropout=shape.dropout,
+            target_modules=_targets(lm, shape),
+            layers_to_transform=None if shape.last_block is None else list(range(shape.last_block + 1)),
+            task_type="CAUSAL_LM",
+        )
+
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a deprecated attribute of transformers
         torch.manual_seed(seed)
         try:
-            (first, shape), *others = shapes.items()
-            wrapped = get_peft_model(lm.model, LoraConfig(**_config(lm, shape)), adapter_name=first)
-            for name, shape in others:
-                wrapped.add_adapter(name, LoraConfig(**_config(lm, shape)))
+            (first, config), *others = ((name, config_of(shape)) for name, shape in shapes.items())
+            wrapped = get_peft_model(lm.model, config, adapter_name=first)
+            for name, config in others:
+                wrapped.add_adapter(name, config)
         except ValueError as error:
             raise FitError(f"peft cannot add a LoRA to {lm.identity.architecture}: {error}") from error
     return wrapped
 
 
-def _config(lm: LanguageModel, shape: LoraShape) -> dict[str, Any]:
-    return {
-        "r": shape.rank,
-        "lora_alpha": shape.alpha,
-        "lora_dropout": shape.dropout,
-        "target_modules": _targets(lm, shape),
-        "layers_to_transform": None if shape.last_block is None else list(range(shape.last_block + 1)),
-        "task_type": "CAUSAL_LM",
-    }
-
-
 def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:
     """Module names for peft. Its `all-linear` cannot be limited to some blocks, so the names are listed."""
-    if shape.targets != "all-linear" or shape.last_block is None:
-        return shape.targets if shape.targets == "all-linear" else shape.targets.split(",") if shape.targets else None
+    if shape.targets != "all-linear":
+        return shape.targets.split(",") if shape.targets else None
+    if shape.last_block is None:
+        return shape.targets
     linear = (torch.nn.Linear, Conv1D)
     names = (name for block in lm.blocks for name, module in block.named_modules() if isinstance(module, linear))
     return sorted({name.rpartition(".")[2] for name in names})
@@ -158,9 +133,9 @@ class FullWeights:
         if lm.dtype != torch.float32:
             raise FitError("full fine-tuning needs --dtype float32, because smaller types round its steps to 0")
         self._model = lm.model
-        blocks = None if last_block is None else lm.blocks[: last_block + 1]
-        inside = None if blocks is None else {id(p) for block in blocks for p in block.parameters()}
-        self._trained = {key: p for key, p in lm.model.named_parameters() if inside is None or id(p) in inside}
+        trained = [lm.model] if last_block is None else lm.blocks[: last_block + 1]
+        inside = {id(p) for module in trained for p in module.parameters()}
+        self._trained = {key: p for key, p in lm.model.named_parameters() if id(p) in inside}
         self._own = {key: p.data for key, p in self._trained.items()}
         self._sets = {name: {key: own.clone() for key, own in self._own.items()} for name in names}
 
@@ -190,3 +165,7 @@ class FullWeights:
         for key, p in self._trained.items():
             p.data = weights[key]
             p.requires_grad_(trained)
+
+
+TunedWeights = LoraWeights | FullWeights
+"""Named sets of weights. One is active inside `use`, none outside. `parameters` are valid inside `use`."""

@@ -24,6 +24,7 @@ from steering_vectors.errors import FitError
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.trainable_weights import States, TunedWeights
 
+WEIGHTS = "weights."  # prefix of the names of weights in a checkpoint
 SAVE_SECONDS = 30.0  # between checkpoints
 BETAS = (0.9, 0.999)
 SMOOTHING = 0.9  # of the loss that is shown
@@ -68,20 +69,20 @@ class Run:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise FitError(f"{self.file} cannot be read ({error}): remove it to start the tuning again") from error
-        self.weights.load(self.name, _part(tensors, "weights"))
+        weights = {key.removeprefix(WEIGHTS): tensor for key, tensor in tensors.items() if key.startswith(WEIGHTS)}
+        self.weights.load(self.name, weights)
         if optimizer is not None and self.step < self.schedule.steps:
             _set_moments(optimizer, tensors, self.step)
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint atomically; Ctrl-C takes effect afterwards. Raises FitError if it cannot be written."""
         moments = {} if self.step >= self.schedule.steps else _moments(optimizer)
-        tensors = {f"weights.{key}": value for key, value in self.weights.state(self.name).items()} | moments
+        weights = {f"{WEIGHTS}{key}": value.contiguous() for key, value in self.weights.state(self.name).items()}
         partial = self.file.with_suffix(f".{os.getpid()}.part")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with uninterrupted():
-                whole = {key: value.contiguous() for key, value in tensors.items()}
-                save_file(whole, partial, {"step": str(self.step)})
+                save_file({**weights, **moments}, partial, {"step": str(self.step)})
                 partial.replace(self.file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -141,7 +142,6 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], torch.Tensor]) -> float:
-    """Take one step and return its loss."""
     for group in optimizer.param_groups:
         group["lr"] = run.schedule.rate(run.step)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -158,14 +158,10 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], t
     return value
 
 
-def _part(tensors: States, prefix: str) -> States:
-    return {key.removeprefix(f"{prefix}."): value for key, value in tensors.items() if key.startswith(f"{prefix}.")}
-
-
 def _moments(optimizer: torch.optim.Optimizer) -> States:
     parameters = optimizer.param_groups[0]["params"]
     return {
-        f"{moment}.{index}": optimizer.state[parameter][moment].clone()
+        f"{moment}.{index}": optimizer.state[parameter][moment].contiguous().clone()
         for index, parameter in enumerate(parameters)
         for moment in ("exp_avg", "exp_avg_sq")
         if parameter in optimizer.state

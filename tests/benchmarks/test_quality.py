@@ -17,7 +17,7 @@ from benchmarks.quality.equal_kl import at_equal_kl, kl_on
 from benchmarks.quality.manners import MANNERS, judge
 from benchmarks.quality.rahf_report import marks_of, share, summary
 from benchmarks.speed.quantization import compared
-from steering_vectors.data.sides import Sides
+from steering_vectors.data.corpus import Sides
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model

@@ -20,21 +20,34 @@ NO_OPS_KEY = "x-accepted-only-as"
 ABOUT = {"title", "description", "default", "examples"}  # a schema's keys that do not restrict its values
 NULL = {"type": "null"}
 
+OPENAI_NO_OPS: NoOps = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "web_search_options": (),
+}
+
 
 def _document(schema: dict[str, Any], body: type[Body]) -> None:
     """Add to the schema what pydantic does not know: null for absent, examples, the fields of `no_ops`."""
     for name, field in schema.get("properties", {}).items():
         if name not in schema.get("required", ()):
-            _allow_null(field)
+            forms = field.pop("anyOf", None) or [{name: field.pop(name) for name in field.keys() - ABOUT}]
+            field["anyOf"] = forms if NULL in forms else [*forms, NULL]
     if body.examples:
         schema["examples"] = list(body.examples)
     if body.no_ops:
         schema[NO_OPS_KEY] = {name: list(allowed) for name, allowed in sorted(body.no_ops.items())}
-
-
-def _allow_null(field: dict[str, Any]) -> None:
-    forms = field.pop("anyOf", None) or [{name: field.pop(name) for name in field.keys() - ABOUT}]
-    field["anyOf"] = forms if NULL in forms else [*forms, NULL]
 
 
 class Body(BaseModel):
@@ -52,22 +65,16 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         for name in cls.no_ops.keys() & data.keys():
-            refuse_unless_no_op(name, data[name], cls.no_ops[name])
+            value, allowed = data[name], cls.no_ops[name]
+            if value is not None and not any(type(value) is type(one) and value == one for one in allowed):  # 1 ≠ true
+                remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
+                detail = {"field": name, "remedy": remedy}
+                raise PydanticCustomError("unsupported_field", "field '{field}' is not supported: {remedy}", detail)
         return {
             name: value
             for name, value in data.items()
             if name not in cls.no_ops and not (value is None and name in cls.model_fields)
         }
-
-
-def refuse_unless_no_op(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise unless the value of an unsupported field is a no-op. 1 and true are different values."""
-    if value is None or any(type(value) is type(one) and value == one for one in allowed):
-        return
-    remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
-    raise PydanticCustomError(
-        "unsupported_field", "field '{field}' is not supported: {remedy}", {"field": name, "remedy": remedy}
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,6 @@ from server.engines.protocol import ConstraintKind
 from steering_vectors.errors import RequestError
 
 MAX_CHOICES = 1024
-ANY_OBJECT = {"type": "object"}
 
 Schema = dict[str, Any]
 
@@ -49,7 +48,7 @@ class ResponseFormat(Body):
             )
         if given is not None:
             return _text(given.schema_)
-        return _text(ANY_OBJECT) if self.type == "json_object" else None
+        return _text({"type": "object"}) if self.type == "json_object" else None
 
 
 class ConstrainedBody(SamplingBody):

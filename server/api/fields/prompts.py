@@ -9,8 +9,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from server.api.fields.body import Body, NoOps, OrElse
-from server.api.fields.unsupported import MESSAGE_NO_OPS
-from steering_vectors.data.chat import Message, Role
+from steering_vectors.data.chat import Message
 from steering_vectors.errors import RequestError
 
 TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
@@ -68,14 +67,18 @@ Content = Annotated[str, BeforeValidator(_joined_parts), OrElse(PARTS)]
 class MessageBody(Body):
     """One turn. `developer` is a newer name of `system`."""
 
-    no_ops: ClassVar[NoOps] = MESSAGE_NO_OPS
+    no_ops: ClassVar[NoOps] = {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "name": (),
+        "refusal": (),
+        "tool_call_id": (),
+        "tool_calls": ([],),
+    }
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="The author.")
     content: Content = Field(description="A text, or a list of text parts, which are joined by newlines.")
-
-    def message(self) -> Message:
-        role: Role = "system" if self.role == "developer" else self.role
-        return Message(role, self.content)
 
 
 class EncodingBody(Body):
@@ -86,16 +89,6 @@ class EncodingBody(Body):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
-    )
-
-
-class ProjectionsBody(Body):
-    """How far a steering acts."""
-
-    projections: bool = Field(
-        False,
-        description="Report the residual stream's projection onto each profile's directions at each token, in units of "
-        "strength: strength 1 adds 1 at one of the profile's blocks.",
     )
 
 
@@ -116,4 +109,4 @@ class OnePromptBody(EncodingBody):
 
 
 def messages_of(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
-    return tuple(body.message() for body in bodies)
+    return tuple(Message("system" if one.role == "developer" else one.role, one.content) for one in bodies)

@@ -5,7 +5,8 @@ Types are checked here, ranges by `SamplingParameters`, and token ids against th
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import fields
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -18,19 +19,19 @@ COMPLETION_TOKENS = 16  # OpenAI's default
 SEED_LIMIT = 2**63
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 StopStrings = Annotated[
-    list[str], Field(max_length=MAX_STOPS), BeforeValidator(_listed), OrElse({"type": "string", "minLength": 1})
+    list[str],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    OrElse({"type": "string", "minLength": 1}),
 ]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingBody(Body):
-    """OpenAI's sampling fields, and vLLM's where OpenAI has none. Defaults are OpenAI's."""
+    """What every route that generates has: OpenAI's sampling fields, vLLM's where OpenAI has none, and how to answer.
+    Defaults are OpenAI's."""
 
     temperature: float = Field(1.0, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, description="Sample from the most likely tokens with this cumulative probability.")
@@ -70,25 +71,20 @@ class SamplingBody(Body):
     ignore_eos: bool = Field(
         False, description="Continue after an end-of-sequence token. Not allowed with a constraint."
     )
+    stream: bool = Field(False, description="Answer with server-sent events.")
+    projections: bool = Field(
+        False,
+        description="Report the residual stream's projection onto each profile's directions at each token, in units of "
+        "strength: strength 1 adds 1 at one of the profile's blocks.",
+    )
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         """Raises RequestError that names a field that is out of range."""
-        return SamplingParameters(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
-            seed=self.seed,
-            max_tokens=default_max_tokens if self.max_tokens is None else self.max_tokens,
-            min_tokens=self.min_tokens,
-            stop=tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-        )
+        given = {one.name: getattr(self, one.name) for one in fields(SamplingParameters)}
+        given |= {"top_k": max(self.top_k, 0), "stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)}
+        given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        given["max_tokens"] = default_max_tokens if self.max_tokens is None else self.max_tokens
+        return SamplingParameters(**given)
 
 
 def refuse_no_tokens(parameters: SamplingParameters) -> SamplingParameters:

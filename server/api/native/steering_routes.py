@@ -8,21 +8,14 @@ from fastapi import APIRouter, Depends, Path
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.api.dependencies import EngineDep, RegistryDep, refuse_steering_header
+from server.api.dependencies import ReadyDep, refuse_steering_header
 from server.api.document import declare
 from server.api.fields.body import Body, Examples
 from server.api.fields.steering import Steering
-from server.engines.protocol import (
-    MAX_SCHEDULE_TOKEN,
-    BlockEffect,
-    GenerationRequest,
-    SteeringPlan,
-    TermEffect,
-    capabilities_needed,
-)
+from server.engines.protocol import MAX_SCHEDULE_TOKEN, GenerationRequest, capabilities_needed
 from server.generation.client_errors import client_errors
 from server.generation.intake import check_capabilities
-from server.generation.receipts import EXAMPLE_RECEIPT, SteeringReceipt, applied_entry, segment_receipt
+from server.generation.receipts import SteeringReceipt, applied_entry
 from server.generation.steering_grammar import pinned
 from server.http.answers import about
 from server.http.json_bodies import StrictRoute
@@ -33,28 +26,28 @@ GenerationId = Annotated[str, Path(description="The id from the generation's fir
 class ChangeAnswer(TypedDict):
     """The answer to PATCH /generations/{id}."""
 
-    id: Annotated[str, about("The generation.")]
-    from_token: Annotated[int, about("The first completion token drawn under the new steering.")]
-    position: Annotated[int, about("The first position, in prompt and completion, computed under it.")]
+    id: Annotated[str, about("The generation.", "gen-c9f0f895")]
+    from_token: Annotated[int, about("The first completion token drawn under the new steering.", 17)]
+    position: Annotated[int, about("The first position, in prompt and completion, computed under it.", 31)]
     steering: Annotated[list[SteeringReceipt], about("The steering from there on.")]
 
 
 class ResolvedProfile(SteeringReceipt):
     """One profile of the mix."""
 
-    method: Annotated[str, about("How the profile was made.")]
-    unit: Annotated[float, about("The factor from strength to shift.")]
-    max_strength: Annotated[float, about("Its safe range: ± this.")]
-    kl_at_1: Annotated[float | None, about("The KL of strength 1, in nats per token; null if not calibrated.")]
+    method: Annotated[str, about("How the profile was made.", "mean-diff")]
+    unit: Annotated[float, about("The factor from strength to shift.", 4.6)]
+    max_strength: Annotated[float, about("Its safe range: ± this.", 1.7)]
+    kl_at_1: Annotated[float | None, about("The KL of strength 1, in nats per token; null if not calibrated.", 0.1)]
 
 
 class ResolvedBlock(TypedDict):
     """How far the whole mix shifts one block."""
 
-    block: Annotated[int, about("The block.")]
-    shift_norm: Annotated[float, about("The norm of the shift.")]
-    residual_norm: Annotated[float | None, about("The median norm of the residual stream there, if known.")]
-    norm_ratio: Annotated[float | None, about("`shift_norm` over `residual_norm`.")]
+    block: Annotated[int, about("The block.", 5)]
+    shift_norm: Annotated[float, about("The norm of the shift.", 48.0)]
+    residual_norm: Annotated[float | None, about("The median norm of the residual stream there, if known.", 129.4)]
+    norm_ratio: Annotated[float | None, about("`shift_norm` over `residual_norm`.", 0.37)]
 
 
 class ResolvedPoint(TypedDict):
@@ -70,13 +63,6 @@ class ResolveAnswer(TypedDict):
     steering: Annotated[list[ResolvedProfile], about("The mix at the start.")]
     blocks: Annotated[list[ResolvedBlock], about("The blocks that it shifts.")]
     timeline: NotRequired[Annotated[list[ResolvedPoint], about("For a schedule: where the mix changes.")]]
-
-
-EXAMPLE_CHANGE: ChangeAnswer = {"id": "gen-c9f0f895", "from_token": 17, "position": 31, "steering": [EXAMPLE_RECEIPT]}
-EXAMPLE_RESOLVED: ResolveAnswer = {
-    "steering": [{**EXAMPLE_RECEIPT, "method": "mean-diff", "unit": 4.6, "max_strength": 1.7, "kl_at_1": 0.1}],
-    "blocks": [{"block": 5, "shift_norm": 48.0, "residual_norm": 129.4, "norm_ratio": 0.37}],
-}
 
 
 class ChangeBody(Body):
@@ -101,12 +87,9 @@ router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Dep
 @router.patch(
     "/generations/{generation_id}",
     summary="Change the steering of a running generation",
-    response_model=None,
-    responses=declare(ChangeAnswer, EXAMPLE_CHANGE, 400, 404, 409, 503),
+    **declare(ChangeAnswer, 400, 404, 409, 503),
 )
-async def change(
-    generation_id: GenerationId, body: ChangeBody, engine: EngineDep, registry: RegistryDep
-) -> ChangeAnswer:
+async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDep) -> ChangeAnswer:
     """Change the steering of a running generation from its next token on.
 
     The answer has the first completion token that is drawn under the new steering, and the first position whose keys
@@ -114,32 +97,44 @@ async def change(
     token 0 is `from_token`.
     """
     with client_errors():
-        plan = pinned(body.steering.plan(), registry.find)
+        plan = pinned(body.steering.plan(), service.registry.find)
         needed = capabilities_needed(GenerationRequest((generation_id,), (), plan=plan))
-        check_capabilities(engine.info, {"live_steering": "steering", **needed})
-        changed = await engine.set_steering(generation_id, plan)
+        check_capabilities(service.engine.info, {"live_steering": "steering", **needed})
+        changed = await service.engine.set_steering(generation_id, plan)
     return {
         "id": generation_id,
         "from_token": changed.from_token,
         "position": changed.position,
-        "steering": segment_receipt(changed.segment),
+        "steering": [applied_entry(one, plan, one.term.at(0)) for one in changed.segment.terms],
     }
 
 
-@router.post(
-    "/steering/resolve",
-    summary="Look at a steering",
-    response_model=None,
-    responses=declare(ResolveAnswer, EXAMPLE_RESOLVED, 400, 404, 503),
-)
-async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -> ResolveAnswer:
+@router.post("/steering/resolve", summary="Look at a steering", **declare(ResolveAnswer, 400, 404, 503))
+async def resolve(body: ResolveBody, service: ReadyDep) -> ResolveAnswer:
     """Show what a steering would do, without generating: profile versions, blocks, and how far each is shifted."""
     with client_errors():
-        plan = pinned(body.steering.plan(), registry.find)
-        effect = await engine.explain(plan)
+        plan = pinned(body.steering.plan(), service.registry.find)
+        effect = await service.engine.explain(plan)
     answer: ResolveAnswer = {
-        "steering": [_resolved(term, plan) for term in effect.terms],
-        "blocks": [_block(block) for block in effect.blocks],
+        "steering": [
+            {
+                **applied_entry(term.applied, plan, term.applied.term.at(0)),
+                "method": term.method,
+                "unit": term.unit,
+                "max_strength": term.max_strength,
+                "kl_at_1": term.kl_at_1,
+            }
+            for term in effect.terms
+        ],
+        "blocks": [
+            {
+                "block": one.block,
+                "shift_norm": one.shift_norm,
+                "residual_norm": one.residual_norm,
+                "norm_ratio": one.shift_norm / one.residual_norm if one.residual_norm else None,
+            }
+            for one in effect.blocks
+        ],
     }
     changes = plan.changes(MAX_SCHEDULE_TOKEN + 1)
     if len(changes) > 1:
@@ -148,23 +143,3 @@ async def resolve(body: ResolveBody, engine: EngineDep, registry: RegistryDep) -
             for token in changes
         ]
     return answer
-
-
-def _resolved(effect: TermEffect, plan: SteeringPlan) -> ResolvedProfile:
-    return {
-        **applied_entry(effect.applied, plan, effect.applied.term.at(0)),
-        "method": effect.method,
-        "unit": effect.unit,
-        "max_strength": effect.max_strength,
-        "kl_at_1": effect.kl_at_1,
-    }
-
-
-def _block(effect: BlockEffect) -> ResolvedBlock:
-    usual = effect.residual_norm
-    return {
-        "block": effect.block,
-        "shift_norm": effect.shift_norm,
-        "residual_norm": usual,
-        "norm_ratio": None if not usual else effect.shift_norm / usual,
-    }

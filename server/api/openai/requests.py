@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from server.api.fields.body import Body, Examples, NoOps
+from server.api.fields.body import OPENAI_NO_OPS, Body, Examples, NoOps
 from server.api.fields.constraints import ConstrainedBody
-from server.api.fields.prompts import EncodingBody, ManyPrompts, MessageBody, ProjectionsBody, messages_of
+from server.api.fields.prompts import EncodingBody, ManyPrompts, MessageBody, messages_of
 from server.api.fields.sampling import COMPLETION_TOKENS, refuse_no_tokens
 from server.api.fields.steering import Steering
-from server.api.fields.unsupported import NO_OPS, STREAM_NO_OPS
-from server.engines.protocol import ApplyTo, SamplingParameters, SteeringPlan
-from server.generation.encoding import Prompt
-from server.generation.intake import Ask
+from server.engines.protocol import ApplyTo, GenerationRequest, SamplingParameters, SteeringPlan
+from server.generation.intake import Ask, Prompt
 from server.generation.steering_grammar import EXAMPLE, HEADER, of_alias, of_header, only_one
 from steering_vectors.errors import RequestError, SteeringError
 
@@ -23,26 +21,22 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 
 
-def _not_false(value: Any) -> Any:
-    """`false` is a chat's way to request nothing."""
-    return None if value is False else value
-
-
-Logprobs = Annotated[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, BeforeValidator(_not_false)]
+Logprobs = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None,
+    BeforeValidator(lambda value: None if value is False else value),  # false is a chat's way to request nothing
+]
 
 
 class StreamOptions(Body):
     """Options of a stream."""
 
-    no_ops: ClassVar[NoOps] = STREAM_NO_OPS
+    no_ops: ClassVar[NoOps] = {"include_obfuscation": (False,)}
 
     include_usage: bool = Field(False, description="End with a chunk that has the usage and no choice.")
 
 
-class OpenAIBody(ConstrainedBody, EncodingBody, ProjectionsBody):
+class OpenAIBody(ConstrainedBody, EncodingBody):
     """The fields of both routes."""
-
-    no_ops: ClassVar[NoOps] = NO_OPS
 
     model: str = Field(
         description="The served model, or an alias of it with a steering.", examples=["demo", "demo:warm@0.8"]
@@ -51,55 +45,39 @@ class OpenAIBody(ConstrainedBody, EncodingBody, ProjectionsBody):
         None, description="The steering; an alias in `model` is a short form of it.", examples=[EXAMPLE]
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices for each prompt.")
-    stream: bool = Field(False, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream; only with `stream`.")
     user: str | None = Field(None, description="Accepted for compatibility. It has no effect.")
     metadata: dict[str, str] | None = Field(None, description="Accepted for compatibility. It has no effect.")
 
-    @property
-    def prompts(self) -> Sequence[Prompt]:
-        raise NotImplementedError
-
-    @property
-    def most_likely(self) -> int | None:
-        """How many of the most likely tokens are listed at each position; None without log-probabilities."""
-        raise NotImplementedError
-
-    @property
-    def echoes(self) -> bool:
-        """Whether the prompt is part of the answer."""
-        return False
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    def ask(self, served: str, header: str | None) -> Ask:
+    def asked(
+        self, prompts: Sequence[Prompt], served: str, header: str | None, *, logprobs: int | None, echo: bool = False
+    ) -> Ask:
+        """`logprobs` is the number of most likely tokens listed at each position; None without log-probabilities.
+        `echo`: the prompt is part of the answer."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams only: set stream to true", param="stream_options")
+        prompt_logprobs = logprobs if echo else None
         return Ask(
-            self.prompts,
+            prompts,
             encoding=self,
-            plans={"steering": self._plan(served, header)},
-            sampling=self.sampling(),
+            plans={"steering": self._plan(served, header, echo)},
+            common=GenerationRequest((), (), self.sampling(), logprobs=logprobs, prompt_logprobs=prompt_logprobs),
             n=self.n,
             constraints=self.constraints(),
-            logprobs=self.most_likely,
-            prompt_logprobs=self.most_likely if self.echoes else None,
             projections=self.projections,
             counted="n" if self.n > 1 else "prompt",
         )
 
-    def _plan(self, served: str, header: str | None) -> SteeringPlan:
+    def _plan(self, served: str, header: str | None, echo: bool) -> SteeringPlan:
         """The steering of the alias, the field or the header. An echoed prompt is steered as a whole."""
-        where: ApplyTo = "all" if self.echoes else "generated"
+        where: ApplyTo = "all" if echo else "generated"
         sources = {
             f"the model's alias {self.model!r}": of_alias(self.model, served, where),
             "the field steering": None if self.steering is None else self.steering.plan(where),
             f"the header {HEADER}": of_header(header, where),
         }
         plan = only_one(sources) or SteeringPlan()
-        if self.echoes and plan.terms and plan.apply_to == "generated":
+        if echo and plan.terms and plan.apply_to == "generated":
             raise SteeringError(
                 "with echo the prompt's tokens are scored, so they are steered: leave apply_to out or set it to all",
                 param="apply_to",
@@ -110,7 +88,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody, ProjectionsBody):
 class ChatBody(OpenAIBody):
     """The body of POST /v1/chat/completions. By default a reply may be as long as the context."""
 
-    no_ops: ClassVar[NoOps] = {**NO_OPS, "echo": (False,)}
+    no_ops: ClassVar[NoOps] = {**OPENAI_NO_OPS, "echo": (False,)}
     examples: ClassVar[Examples] = (
         {
             "model": "demo",
@@ -128,13 +106,9 @@ class ChatBody(OpenAIBody):
         0, ge=0, le=MAX_LOGPROBS, description="With `logprobs`: number of most likely tokens to list at each position."
     )
 
-    @property
-    def prompts(self) -> Sequence[Prompt]:
-        return (messages_of(self.messages),)
-
-    @property
-    def most_likely(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
+    def ask(self, served: str, header: str | None) -> Ask:
+        logprobs = self.top_logprobs if self.logprobs else None
+        return self.asked((messages_of(self.messages),), served, header, logprobs=logprobs)
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         newer, older = self.max_completion_tokens, self.max_tokens
@@ -150,7 +124,7 @@ class ChatBody(OpenAIBody):
 class CompletionBody(OpenAIBody):
     """The body of POST /v1/completions."""
 
-    no_ops: ClassVar[NoOps] = {**NO_OPS, "top_logprobs": (0,)}
+    no_ops: ClassVar[NoOps] = {**OPENAI_NO_OPS, "top_logprobs": (0,)}
     examples: ClassVar[Examples] = ({"model": "demo:warm@0.8", "prompt": "Bread is", "max_tokens": 16, "seed": 7},)
 
     prompt: ManyPrompts = Field(description="One or more prompts, each a text or token ids.")
@@ -161,17 +135,8 @@ class CompletionBody(OpenAIBody):
         None, description="Report the log-probability of each token, and list this many of the most likely ones."
     )
 
-    @property
-    def prompts(self) -> Sequence[Prompt]:
-        return self.prompt
-
-    @property
-    def most_likely(self) -> int | None:
-        return self.logprobs
-
-    @property
-    def echoes(self) -> bool:
-        return self.echo
+    def ask(self, served: str, header: str | None) -> Ask:
+        return self.asked(self.prompt, served, header, logprobs=self.logprobs, echo=self.echo)
 
     def sampling(self, default_max_tokens: int | None = COMPLETION_TOKENS) -> SamplingParameters:
         found = super().sampling(default_max_tokens)

@@ -11,21 +11,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Generic, Literal, NotRequired, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
-from server.engines.protocol import Delta, Finished, PromptLogprobs, TokenLogprob
+from server.engines.protocol import Delta, Event, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generation.choices import Generations, Result
 from server.generation.receipts import (
-    EXAMPLE_RECEIPT,
-    EXAMPLE_USAGE,
+    EXAMPLE_SHA256,
+    Ending,
     FinishReason,
     Projections,
     Receipts,
     StopReason,
     Usage,
-    finish_reason,
+    ending,
     receipt,
     usage,
 )
@@ -34,11 +34,11 @@ from server.http.answers import about
 
 MIN_LOGPROB = -9999.0  # -inf is not JSON
 
-ChoiceIndex = Annotated[int, about("The choice: the prompt's number times `n`, plus the choice's number.")]
-GenerationId = Annotated[str, about("The id of this generation; `PATCH /generations/{id}` takes it.")]
-Created = Annotated[int, about("Unix time in seconds.")]
+ChoiceIndex = Annotated[int, about("The choice: the prompt's number times `n`, plus the choice's number.", 0)]
+Created = Annotated[int, about("Unix time in seconds.", 1763700000)]
 Assistant = Annotated[Literal["assistant"], about("The author.")]
 NoRefusal = Annotated[None, about("Always null: a refusal is ordinary text here.")]
+GENERATION_ID = "The id of this generation; `PATCH /generations/{id}` takes it."
 
 
 class ChatToken(TypedDict):
@@ -66,18 +66,16 @@ class AssistantMessage(TypedDict):
     """The generated message."""
 
     role: Assistant
-    content: Annotated[str, about("The text.")]
+    content: Annotated[str, about("The text.", "Mix flour, water and yeast, like a champion. Enjoy it, dear.")]
     refusal: NoRefusal
 
 
-class Choice(TypedDict):
+class Choice(Ending):
     """What the choices of both routes have."""
 
     index: ChoiceIndex
-    finish_reason: FinishReason
-    stop_reason: StopReason
     steering: Receipts
-    generation_id: GenerationId
+    generation_id: Annotated[str, about(GENERATION_ID, "gen-c9f0f895")]
     projections: NotRequired[Projections]
 
 
@@ -100,34 +98,38 @@ class CompletionTokens(TypedDict):
 class CompletionChoice(Choice):
     """One completion."""
 
-    text: Annotated[str, about("The completion; with `echo`, the prompt before it.")]
+    text: Annotated[str, about("The completion; with `echo`, the prompt before it.", " simple.")]
     logprobs: Annotated[CompletionTokens | None, about("Null unless requested.")]
 
 
 class OpenAIHead(TypedDict):
     """What every answer and chunk on /v1 has."""
 
-    id: Annotated[str, about("The id of the answer, the same in all of its chunks.")]
+    id: Annotated[
+        str, about("`chatcmpl-` or `cmpl-` and a number, the same in all chunks of an answer.", "cmpl-8f14e45f")
+    ]
     created: Created
-    model: Annotated[str, about("The request's `model`.")]
-    system_fingerprint: Annotated[str, about("Identifies the model, its number format and the server's version.")]
+    model: Annotated[str, about("The request's `model`.", "demo")]
+    system_fingerprint: Annotated[
+        str, about("Identifies the model, its number format and the server's version.", "fp_3f1f2c9a7d10")
+    ]
 
 
-class OpenAITail(TypedDict):
-    """What a whole answer on /v1 ends with."""
+class OpenAIAnswer(OpenAIHead):
+    """What every whole answer on /v1 has."""
 
     usage: Annotated[Usage, about("Token counts, over all choices.")]
     steering: Annotated[Receipts, about("One entry per applied profile, summed over the choices; empty if unsteered.")]
 
 
-class ChatCompletion(OpenAIHead, OpenAITail):
+class ChatCompletion(OpenAIAnswer):
     """The answer to POST /v1/chat/completions."""
 
     object: Annotated[Literal["chat.completion"], about("The type of this object.")]
     choices: Annotated[list[ChatChoice], about("The replies, `n` of them.")]
 
 
-class Completion(OpenAIHead, OpenAITail):
+class Completion(OpenAIAnswer):
     """The answer to POST /v1/completions."""
 
     object: Annotated[Literal["text_completion"], about("The type of this object.")]
@@ -142,7 +144,7 @@ class ChunkChoice(TypedDict):
     finish_reason: Annotated[FinishReason | None, about("`stop` or `length`; null before the last chunk.")]
     stop_reason: NotRequired[StopReason]
     steering: NotRequired[Receipts]
-    generation_id: NotRequired[GenerationId]
+    generation_id: NotRequired[Annotated[str, about(GENERATION_ID)]]
     projections: NotRequired[Projections]
 
 
@@ -150,7 +152,7 @@ class ChatDelta(TypedDict, total=False):
     """What a chunk adds to the message."""
 
     role: Annotated[Assistant, about("In the first chunk of a choice.")]
-    content: Annotated[str, about("The next piece of text.")]
+    content: Annotated[str, about("The next piece of text.", "Mix flour")]
 
 
 class ChatChunkChoice(ChunkChoice):
@@ -163,25 +165,25 @@ class ChatChunkChoice(ChunkChoice):
 class CompletionChunkChoice(ChunkChoice):
     """A piece of a completion."""
 
-    text: Annotated[str, about("The next piece of text.")]
+    text: Annotated[str, about("The next piece of text.", " simple")]
     logprobs: Annotated[CompletionTokens | None, about("Of this piece's tokens, if requested.")]
 
 
-class Chunk(OpenAIHead):
+class OpenAIChunk(OpenAIHead):
     """The last chunk of a stream has the receipts, and with `stream_options.include_usage` the usage."""
 
     usage: NotRequired[Annotated[Usage, about("Token counts, over all choices.")]]
     steering: NotRequired[Receipts]
 
 
-class ChatChunk(Chunk):
+class ChatChunk(OpenAIChunk):
     """One event of a streamed chat completion. `data: [DONE]` follows the last one."""
 
     object: Annotated[Literal["chat.completion.chunk"], about("The type of this object.")]
     choices: Annotated[list[ChatChunkChoice], about("One choice's piece; empty in the usage chunk.")]
 
 
-class CompletionChunk(Chunk):
+class CompletionChunk(OpenAIChunk):
     """One event of a streamed completion. `data: [DONE]` follows the last one."""
 
     object: Annotated[Literal["text_completion"], about("The type of this object.")]
@@ -191,18 +193,18 @@ class CompletionChunk(Chunk):
 class ModelEntry(TypedDict):
     """The base model, or an alias of it that one profile steers at strength 1."""
 
-    id: Annotated[str, about("A value for a request's `model`; aliases take a strength: `demo:warm@0.8`.")]
+    id: Annotated[str, about("A value for a request's `model`; aliases take a strength: `demo:warm@0.8`.", "demo:warm")]
     object: Annotated[Literal["model"], about("The type of this object.")]
     created: Created
     owned_by: Annotated[Literal["trimtab"], about("The server.")]
-    max_model_len: Annotated[int, about("The most tokens of prompt and completion together.")]
+    max_model_len: Annotated[int, about("The most tokens of prompt and completion together.", 512)]
     chat_template: Annotated[
         Literal["tokenizer", "fallback"],
         about("`fallback`: the tokenizer has no template, and contents are joined without roles."),
     ]
-    parent: NotRequired[Annotated[str, about("The base model of an alias.")]]
-    profile: NotRequired[Annotated[str, about("The profile of an alias.")]]
-    version: NotRequired[Annotated[str, about("The version of the alias's profile.")]]
+    parent: NotRequired[Annotated[str, about("The base model of an alias.", "demo")]]
+    profile: NotRequired[Annotated[str, about("The profile of an alias.", "warm")]]
+    version: NotRequired[Annotated[str, about("The version of the alias's profile.", EXAMPLE_SHA256)]]
 
 
 class ModelList(TypedDict):
@@ -212,13 +214,12 @@ class ModelList(TypedDict):
     data: Annotated[list[ModelEntry], about("The base model comes first.")]
 
 
-Whole = TypeVar("Whole", ChatCompletion, Completion)
-Part = TypeVar("Part", ChatChunk, CompletionChunk)
-
-
 @dataclass(frozen=True, slots=True)
-class AnswerWriter(ABC, Generic[Whole, Part]):
+class AnswerWriter(ABC):
     """Writes one answer on /v1 from what the engine sends, whole or chunk by chunk."""
+
+    kind: ClassVar[str]  # the `object` of a whole answer
+    chunk_kind: ClassVar[str]
 
     id: str
     model: str
@@ -227,181 +228,125 @@ class AnswerWriter(ABC, Generic[Whole, Part]):
     texts: TokenTexts
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def chunks(self, *, include_usage: bool) -> AsyncIterator[Part]:
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        choices = []
+        for index, result in enumerate(results):
+            made, finished = self.generations.choices[index], result.finished
+            end = {**ending(finished), "steering": receipt([finished]), "generation_id": made.id}
+            if made.request.projections:
+                end["projections"] = made.by_profile(result.projections)
+            choices.append(self.choice(cast(Choice, {"index": index, **end}), result))
+        return {**self._object(self.kind, choices), **self._totals([result.finished for result in results])}
+
+    async def chunks(self, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """The chunks of all choices as they come; the last one has the receipts, and the usage if it is included."""
         choices = self.generations.choices
         ends: dict[int, Finished] = {}
         for index, choice in enumerate(choices):
-            yield self.opening({"index": index, "finish_reason": None, "generation_id": choice.id})
+            yield self._chunk({"index": index, "finish_reason": None, "generation_id": choice.id}, None)
         async for index, event in self.generations.events():
+            part: ChunkChoice = {"index": index, "finish_reason": None}
             if isinstance(event, Finished):
                 ends[index] = event
-                chunk = self.closing(self._last(index, event), event)
+                chunk = self._chunk({**part, **ending(event), "steering": receipt([event])}, event)
                 if len(ends) == len(choices) and not include_usage:
                     chunk["steering"] = receipt(list(ends.values()))
                 yield chunk
-            elif (piece := self.piece(self._next(index, event), event)) is not None:
-                yield piece
+            elif isinstance(event, PromptLogprobs):
+                yield self._chunk(part, event)
+            elif event.text or event.logprobs or event.projections:
+                if event.projections:
+                    part["projections"] = choices[index].by_profile(event.projections)
+                yield self._chunk(part, event)
         if include_usage:
-            finished = [ends[index] for index in range(len(choices))]
-            chunk = self.empty()
-            chunk["usage"] = usage(finished, self.generations.n)
-            chunk["steering"] = receipt(finished)
-            yield chunk
+            totals = self._totals([ends[index] for index in range(len(choices))])
+            yield {**self._object(self.chunk_kind, []), **totals}
 
     @abstractmethod
-    def whole(self, results: Sequence[Result]) -> Whole: ...
+    def choice(self, choice: Choice, result: Result) -> Choice:
+        """Add the text and its log-probabilities to a choice of a whole answer."""
 
     @abstractmethod
-    def opening(self, choice: ChunkChoice) -> Part: ...
+    def part(self, choice: ChunkChoice, event: Event | None) -> ChunkChoice:
+        """Add what an event has to a choice of a chunk. The first chunk of a choice has no event."""
 
-    @abstractmethod
-    def piece(self, choice: ChunkChoice, event: Delta | PromptLogprobs) -> Part | None:
-        """None if the event has nothing to send yet."""
+    def _chunk(self, choice: ChunkChoice, event: Event | None) -> dict[str, Any]:
+        return self._object(self.chunk_kind, [self.part(choice, event)])
 
-    @abstractmethod
-    def closing(self, choice: ChunkChoice, finished: Finished) -> Part: ...
+    def _object(self, kind: str, choices: Sequence[Choice | ChunkChoice]) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "system_fingerprint": self.fingerprint, "choices": choices}
 
-    @abstractmethod
-    def empty(self) -> Part:
-        """A chunk without choices, for the usage."""
-
-    def _head(self) -> Chunk:
-        return {"id": self.id, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint}
-
-    def _tail(self, results: Sequence[Result]) -> OpenAITail:
-        finished = [result.finished for result in results]
+    def _totals(self, finished: Sequence[Finished]) -> dict[str, Any]:
         return {"usage": usage(finished, self.generations.n), "steering": receipt(finished)}
 
-    def _choice(self, index: int, result: Result) -> Choice:
-        made = self.generations.choices[index]
-        choice: Choice = {
-            "index": index,
-            "finish_reason": finish_reason(result.finished),
-            "stop_reason": result.finished.matched_stop,
-            "steering": receipt([result.finished]),
-            "generation_id": made.id,
-        }
-        if made.request.projections:
-            choice["projections"] = made.by_profile(result.projections)
-        return choice
-
-    def _next(self, index: int, event: Delta | PromptLogprobs) -> ChunkChoice:
-        choice: ChunkChoice = {"index": index, "finish_reason": None}
-        if isinstance(event, Delta) and event.projections:
-            choice["projections"] = self.generations.choices[index].by_profile(event.projections)
-        return choice
-
-    def _last(self, index: int, finished: Finished) -> ChunkChoice:
-        return {
-            "index": index,
-            "finish_reason": finish_reason(finished),
-            "stop_reason": finished.matched_stop,
-            "steering": receipt([finished]),
-        }
+    def _request(self, choice: Choice | ChunkChoice) -> GenerationRequest:
+        return self.generations.choices[choice["index"]].request
 
 
 @dataclass(frozen=True, slots=True)
-class ChatWriter(AnswerWriter[ChatCompletion, ChatChunk]):
-    """Writes a chat completion."""
+class ChatWriter(AnswerWriter):
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
-    def whole(self, results: Sequence[Result]) -> ChatCompletion:
-        choices = [self._reply(index, result) for index, result in enumerate(results)]
-        return {**self._head(), "object": "chat.completion", "choices": choices, **self._tail(results)}
-
-    def opening(self, choice: ChunkChoice) -> ChatChunk:
-        return self._chunk({**choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None})
-
-    def piece(self, choice: ChunkChoice, event: Delta | PromptLogprobs) -> ChatChunk | None:
-        if isinstance(event, PromptLogprobs) or not has_content(event):
-            return None
-        logprobs = self._logprobs(choice["index"], event.logprobs)
-        return self._chunk({**choice, "delta": {"content": event.text}, "logprobs": logprobs})
-
-    def closing(self, choice: ChunkChoice, finished: Finished) -> ChatChunk:
-        return self._chunk({**choice, "delta": {}, "logprobs": None})
-
-    def empty(self) -> ChatChunk:
-        return self._chunk()
-
-    def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
-        return {**self._head(), "object": "chat.completion.chunk", "choices": list(choices)}
-
-    def _reply(self, index: int, result: Result) -> ChatChoice:
+    def choice(self, choice: Choice, result: Result) -> ChatChoice:
         message: AssistantMessage = {"role": "assistant", "content": result.text, "refusal": None}
-        logprobs = self._logprobs(index, result.logprobs)
-        return {**self._choice(index, result), "message": message, "logprobs": logprobs}
+        return {**choice, "message": message, "logprobs": self._logprobs(choice, result.logprobs)}
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
-        return (
-            chat_logprobs(self.texts, tokens) if self.generations.choices[index].request.logprobs is not None else None
-        )
+    def part(self, choice: ChunkChoice, event: Event | None) -> ChatChunkChoice:
+        if isinstance(event, Delta):
+            logprobs = self._logprobs(choice, event.logprobs)
+            return {**choice, "delta": {"content": event.text}, "logprobs": logprobs}
+        return {**choice, "delta": {"role": "assistant", "content": ""} if event is None else {}, "logprobs": None}
+
+    def _logprobs(self, choice: Choice | ChunkChoice, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        return None if self._request(choice).logprobs is None else chat_logprobs(self.texts, tokens)
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionWriter(AnswerWriter[Completion, CompletionChunk]):
+class CompletionWriter(AnswerWriter):
     """Writes a text completion. With `echoed`, the prompts' texts, each choice begins with its prompt.
 
     A token that ends the text without being part of it still has its log-probability listed, as it is counted: clients
     read a token's place in the list as its place in the sequence.
     """
 
+    kind = chunk_kind = "text_completion"
+
     echoed: Sequence[str] | None = None
-    _logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
+    _pieces: dict[int, CompletionLogprobs] = field(default_factory=dict)
 
-    def whole(self, results: Sequence[Result]) -> Completion:
-        choices = [self._continuation(index, result) for index, result in enumerate(results)]
-        return {**self._head(), "object": "text_completion", "choices": choices, **self._tail(results)}
-
-    def opening(self, choice: ChunkChoice) -> CompletionChunk:
-        index = choice["index"]
-        text = self._prompt(index) if self.generations.choices[index].request.prompt_logprobs is None else ""
-        return self._chunk({**choice, "text": text, "logprobs": None})
-
-    def piece(self, choice: ChunkChoice, event: Delta | PromptLogprobs) -> CompletionChunk | None:
-        index = choice["index"]
-        request = self.generations.choices[index].request
-        logprobs = None
-        if isinstance(event, PromptLogprobs):
-            text, logprobs = self._prompt(index), self._pieces(index).of(event.tokens, first=request.prompt_ids[0])
-        elif has_content(event):
-            text = event.text
-            if request.logprobs is not None:
-                logprobs = self._pieces(index).of(event.logprobs)
-        else:
-            return None
-        return self._chunk({**choice, "text": text, "logprobs": logprobs})
-
-    def closing(self, choice: ChunkChoice, finished: Finished) -> CompletionChunk:
-        logprobs = self._pieces(choice["index"]).of(finished.ending) if finished.ending else None
-        return self._chunk({**choice, "text": "", "logprobs": logprobs})
-
-    def empty(self) -> CompletionChunk:
-        return self._chunk()
-
-    def _chunk(self, *choices: CompletionChunkChoice) -> CompletionChunk:
-        return {**self._head(), "object": "text_completion", "choices": list(choices)}
-
-    def _continuation(self, index: int, result: Result) -> CompletionChoice:
-        request = self.generations.choices[index].request
+    def choice(self, choice: Choice, result: Result) -> CompletionChoice:
+        request = self._request(choice)
         tokens = [*result.prompt_logprobs, *result.logprobs, *result.finished.ending]
         first = request.prompt_ids[0] if request.prompt_logprobs is not None else None
-        logprobs = None if request.logprobs is None else self._pieces(index).of(tokens, first=first)
-        return {**self._choice(index, result), "text": self._prompt(index) + result.text, "logprobs": logprobs}
+        logprobs = None if request.logprobs is None else self._logprobs(choice, tokens, first)
+        return {**choice, "text": self._prompt(choice) + result.text, "logprobs": logprobs}
 
-    def _pieces(self, index: int) -> CompletionLogprobs:
-        return self._logprobs.setdefault(index, CompletionLogprobs(self.texts))
+    def part(self, choice: ChunkChoice, event: Event | None) -> CompletionChunkChoice:
+        request = self._request(choice)
+        text, logprobs = "", None
+        if event is None:
+            text = self._prompt(choice) if request.prompt_logprobs is None else ""
+        elif isinstance(event, PromptLogprobs):
+            text, logprobs = self._prompt(choice), self._logprobs(choice, event.tokens, request.prompt_ids[0])
+        elif isinstance(event, Delta):
+            text, logprobs = event.text, None if request.logprobs is None else self._logprobs(choice, event.logprobs)
+        elif event.ending:
+            logprobs = self._logprobs(choice, event.ending)
+        return {**choice, "text": text, "logprobs": logprobs}
 
-    def _prompt(self, index: int) -> str:
-        return "" if self.echoed is None else self.echoed[index // self.generations.n]
+    def _logprobs(
+        self, choice: Choice | ChunkChoice, tokens: Sequence[TokenLogprob], first: int | None = None
+    ) -> CompletionTokens:
+        pieces = self._pieces.setdefault(choice["index"], CompletionLogprobs(self.texts))
+        return pieces.of(tokens, first=first)
 
-
-def has_content(event: Delta) -> bool:
-    return bool(event.text or event.logprobs or event.projections)
+    def _prompt(self, choice: Choice | ChunkChoice) -> str:
+        return "" if self.echoed is None else self.echoed[choice["index"] // self.generations.n]
 
 
 def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """A chat choice's `logprobs`."""
     content: list[ChatTokenLogprob] = [
         {
             **_chat_token(texts, one.token_id, one.logprob),
@@ -449,70 +394,10 @@ class CompletionLogprobs:
 
     def _next_place(self, token_id: int) -> int:
         place = self._place
-        if not self._texts.is_special(token_id):
+        if token_id not in self._texts.special:
             self._place += len(self._decoder.decode(self._texts.bytes_of(token_id)))
         return place
 
 
 def finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
-
-
-EXAMPLE_MODEL: ModelEntry = {
-    "id": "demo",
-    "object": "model",
-    "created": 1763700000,
-    "owned_by": "trimtab",
-    "max_model_len": 512,
-    "chat_template": "tokenizer",
-}
-EXAMPLE_ALIAS: ModelEntry = {
-    **EXAMPLE_MODEL,
-    "id": "demo:warm",
-    "parent": "demo",
-    "profile": "warm",
-    "version": EXAMPLE_RECEIPT["version"],
-}
-EXAMPLE_HEAD: Chunk = {
-    "id": "chatcmpl-8f14e45f",
-    "created": 1763700000,
-    "model": "demo",
-    "system_fingerprint": "fp_3f1f2c9a7d10",
-}
-EXAMPLE_CHOICE: Choice = {
-    "index": 0,
-    "finish_reason": "stop",
-    "stop_reason": None,
-    "steering": [EXAMPLE_RECEIPT],
-    "generation_id": "gen-c9f0f895",
-}
-EXAMPLE_TAIL: OpenAITail = {"usage": EXAMPLE_USAGE, "steering": [EXAMPLE_RECEIPT]}
-EXAMPLE_REPLY: AssistantMessage = {
-    "role": "assistant",
-    "content": "Mix flour, water and yeast, like a champion. Enjoy it, dear.",
-    "refusal": None,
-}
-EXAMPLE_CHAT: ChatCompletion = {
-    **EXAMPLE_HEAD,
-    "object": "chat.completion",
-    "choices": [{**EXAMPLE_CHOICE, "message": EXAMPLE_REPLY, "logprobs": None}],
-    **EXAMPLE_TAIL,
-}
-EXAMPLE_CHAT_CHUNK: ChatChunk = {
-    **EXAMPLE_HEAD,
-    "object": "chat.completion.chunk",
-    "choices": [{"index": 0, "finish_reason": None, "delta": {"content": "Mix flour"}, "logprobs": None}],
-}
-EXAMPLE_COMPLETION: Completion = {
-    **EXAMPLE_HEAD,
-    "id": "cmpl-45c48cce",
-    "object": "text_completion",
-    "choices": [{**EXAMPLE_CHOICE, "text": " simple.", "logprobs": None}],
-    **EXAMPLE_TAIL,
-}
-EXAMPLE_COMPLETION_CHUNK: CompletionChunk = {
-    **EXAMPLE_HEAD,
-    "id": "cmpl-45c48cce",
-    "object": "text_completion",
-    "choices": [{"index": 0, "finish_reason": None, "text": " simple", "logprobs": None}],
-}

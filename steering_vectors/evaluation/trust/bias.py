@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from steering_vectors.data.chat import encode_text
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
-from steering_vectors.evaluation.trust.prompts import reader_for
-from steering_vectors.evaluation.trust.task_files import read_source, require_rows, select, text_cell
+from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
@@ -37,27 +37,27 @@ def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Verti
     """Prepare CrowS-Pairs for a model: columns `sent_more`, `sent_less`, `bias_type`. Raises DataError."""
     reader = reader_for(lm)
     source = read_source(folder, "bias", _parse)
-    chosen = select(
+    chosen, left_out = select(
         source.rows,
         rows,
         seed,
-        lambda row: (reader.sentence(row[0]), reader.sentence(row[1]), row[2]),
+        lambda row: (encode_text(lm.tokenizer, row[0]), encode_text(lm.tokenizer, row[1]), row[2]),
         lambda row: reader.fits(row[:2]),
     )
-    require_rows(len(chosen.rows), chosen.left_out, "bias", reader.limit)
-    sentences = [sentence for more, less, _ in chosen.rows for sentence in (more, less)]
+    require_rows(len(chosen), left_out, "bias", reader.limit)
+    sentences = [sentence for more, less, _ in chosen for sentence in (more, less)]
 
     def read(steered: SteeredModel) -> Columns:
         sums, _ = steered.log_likelihoods(sentences, steer=True)
         margins = (sums[0::2] - sums[1::2]).numpy()
         return {"stereotyped": (margins > 0).astype(float), "distance": np.abs(margins)}
 
-    types = np.array([kind for _, _, kind in chosen.rows])
+    types = np.array([kind for _, _, kind in chosen])
     parts = {str(kind): np.flatnonzero(types == kind) for kind in sorted(set(types))}
     return Vertical(
         "bias",
-        len(chosen.rows),
-        chosen.left_out,
+        len(chosen),
+        left_out,
         FIGURES,
         read,
         "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. 0.5 is "

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from steering_vectors.data.batches import Encoded
 from steering_vectors.data.tables import BadRow
 from steering_vectors.errors import DataError
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
-from steering_vectors.evaluation.trust.prompts import reader_for
-from steering_vectors.evaluation.trust.task_files import read_source, require_rows, select, text_cell
+from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
@@ -31,18 +31,18 @@ def prepare_ethics(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Ver
     reader = reader_for(lm)
     source = read_source(folder, "ethics", _parse)
     capital = [answer.capitalize() for answer in ANSWERS] if reader.chat else ANSWERS
-    chosen = select(
-        source.rows,
-        rows,
-        seed,
-        lambda row: (reader.answers(reader.prompt(**_asked(row[0])), capital), row[1]),
-        lambda row: reader.fits(row[0]),
-    )
-    require_rows(len(chosen.rows), chosen.left_out, "ethics", reader.limit)
-    wrong = np.array([label for _, label in chosen.rows])
+
+    def encoded(row: tuple[str, bool]) -> tuple[list[Encoded], bool]:
+        story, wrong = row
+        prompt = reader.prompt(chat=f"{story}\n\n{QUESTION}", plain=f"{story}\nQuestion: {QUESTION}\nAnswer:")
+        return reader.answers(prompt, capital), wrong
+
+    chosen, left_out = select(source.rows, rows, seed, encoded, lambda row: reader.fits(row[0]))
+    require_rows(len(chosen), left_out, "ethics", reader.limit)
+    wrong = np.array([label for _, label in chosen])
     if wrong.all() or not wrong.any():
         raise DataError("ethics: all rows have the same label; both 0 and 1 are needed", path=source.place)
-    examples = [answer for answers, _ in chosen.rows for answer in answers]
+    examples = [answer for answers, _ in chosen for answer in answers]
 
     def read(steered: SteeredModel) -> Columns:
         sums, _ = steered.log_likelihoods(examples, steer=True)
@@ -52,8 +52,8 @@ def prepare_ethics(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Ver
 
     return Vertical(
         "ethics",
-        len(chosen.rows),
-        chosen.left_out,
+        len(chosen),
+        left_out,
         _figures(wrong),
         read,
         f"ETHICS commonsense, zero-shot: “{QUESTION}”; log P of the two answers compared, steered from the last prompt "
@@ -107,10 +107,6 @@ def _remarks(base: Columns) -> Sequence[str]:
         f"Unsteered, {max(share, 1 - share):.0%} of the answers are “{ANSWERS[0] if share > 0.5 else ANSWERS[1]}”: "
         "accuracy means little here; use the AUC.",
     )
-
-
-def _asked(story: str) -> dict[str, str]:
-    return {"chat": f"{story}\n\n{QUESTION}", "plain": f"{story}\nQuestion: {QUESTION}\nAnswer:"}
 
 
 def _parse(cells: Mapping[str, Any]) -> tuple[str, bool]:

@@ -41,6 +41,12 @@ class Figure:
     rows: np.ndarray | None = None
     reference: float | None = None
 
+    def rows_of(self, seen: Columns) -> np.ndarray:
+        return np.arange(len(seen[self.column])) if self.rows is None else self.rows
+
+    def value(self, seen: Columns) -> float:
+        return self.statistic(seen[self.column], self.rows_of(seen))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vertical:
@@ -62,7 +68,7 @@ def compare(figure: Figure, series: Mapping[float, Columns], rows: np.ndarray | 
 
     The change is paired: both strengths are resampled together, row by row. `rows` restricts it to a group of rows.
     """
-    chosen = rows_of(figure, len(series[0.0][figure.column])) if rows is None else rows
+    chosen = figure.rows_of(series[0.0]) if rows is None else rows
     base, base_draws = _estimated(figure, series[0.0], chosen)
     found: dict[float, Comparison] = {}
     for strength, seen in series.items():
@@ -82,10 +88,6 @@ def _estimated(figure: Figure, seen: Columns, rows: np.ndarray) -> tuple[float, 
     """The statistic, and its values over resampled rows."""
     values = seen[figure.column]
     return figure.statistic(values, rows), resample(lambda drawn: figure.statistic(values, rows[drawn]), len(rows))
-
-
-def rows_of(figure: Figure, count: int) -> np.ndarray:
-    return np.arange(count) if figure.rows is None else figure.rows
 
 
 def verdict(aim: Aim, old: float, new: float, change: tuple[float, float]) -> str:

@@ -7,9 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,57 +20,14 @@ MIN_TEXTS = 32  # to fit a scorer on
 BATCH = 16
 
 
-class ToxicityScorer(Protocol):
-    """Anything that gives every text a score from 0 (harmless) to 1 (toxic)."""
-
-    def score(self, texts: Sequence[str]) -> list[float]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FittedScorer:
-    """Ridge regression of the scores' log-odds on TF-IDF of word and character n-grams; returns probabilities."""
-
-    pipeline: Any
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        odds = self.pipeline.predict(list(texts))
-        return [float(one) for one in 1 / (1 + np.exp(-odds))]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelScorer:
-    """A sequence-classification model; `label` is the output that means toxic."""
-
-    model: Any
-    tokenizer: Any
-    label: int
-    independent: bool  # one sigmoid per label, as opposed to a softmax over them
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(texts), BATCH):
-            inputs = self.tokenizer(list(texts[start : start + BATCH]), return_tensors="pt", padding=True)
-            with torch.no_grad():
-                logits = self.model(**inputs).logits.double()
-            probabilities = logits.sigmoid() if self.independent else logits.softmax(-1)
-            scores += probabilities[:, self.label].tolist()
-        return scores
-
-
-@dataclass(frozen=True, slots=True)
-class FunctionScorer:
-    """A function from texts to their scores."""
-
-    function: Callable[[list[str]], Sequence[float]]
-
-    def score(self, texts: Sequence[str]) -> list[float]:
-        return [float(one) for one in self.function(list(texts))]
+ToxicityScorer = Callable[[list[str]], Sequence[float]]
+"""Anything that gives every text a score from 0 (harmless) to 1 (toxic)."""
 
 
 def scored(scorer: ToxicityScorer, texts: Sequence[str]) -> np.ndarray:
     """Scores `[texts]`. Raises FitError unless the scorer gives one number from 0 to 1 for each text."""
     try:
-        scores = [float(one) for one in scorer.score(texts)]
+        scores = [float(one) for one in scorer(list(texts))]
     except (TypeError, ValueError) as error:
         raise FitError(f"the toxicity scorer failed: {error}") from error
     if len(scores) != len(texts):
@@ -92,14 +47,15 @@ def load_scorer(spec: str) -> ToxicityScorer | None:
     if Path(spec).is_dir():
         return _load_model(Path(spec))
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
-        return FunctionScorer(_load_function(*spec.split(":")))
+        return _load_function(*spec.split(":"))
     raise FitError(
         f"--toxicity {spec!r} is none of: {FITTED}; a directory with a sequence-classification model; module:callable"
     )
 
 
-def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> FittedScorer:
-    """Fit a scorer to texts and their scores from 0 to 1. Raises DataError if there are fewer than 32 texts."""
+def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> ToxicityScorer:
+    """Fit a scorer to texts and their scores from 0 to 1: a ridge regression of the scores' log-odds on TF-IDF of word
+    and character n-grams. Raises DataError if there are fewer than 32 texts."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_pipeline, make_union
@@ -113,10 +69,16 @@ def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> FittedScorer:
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
     pipeline = make_pipeline(make_union(words, characters), Ridge(alpha=1.0))
     inner = 0.001 + 0.998 * np.asarray(scores)  # log-odds of 0 and of 1 are infinite
-    return FittedScorer(pipeline.fit(list(texts), np.log(inner / (1 - inner))))
+    pipeline.fit(list(texts), np.log(inner / (1 - inner)))
+
+    def score(texts: list[str]) -> Sequence[float]:
+        probabilities: list[float] = (1 / (1 + np.exp(-pipeline.predict(texts)))).tolist()
+        return probabilities
+
+    return score
 
 
-def _load_model(directory: Path) -> ModelScorer:
+def _load_model(directory: Path) -> ToxicityScorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -129,17 +91,30 @@ def _load_model(directory: Path) -> ModelScorer:
     if missing := sorted(map(str, loading["missing_keys"])):  # transformers would draw them at random
         raise FitError(f"--toxicity {directory}: not a classifier: it has no weights {', '.join(missing)}")
     labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
-    found = [labels.index(name) for name in map(str, labels) if name.casefold() in TOXIC_LABELS]
+    found = [index for index, name in enumerate(labels) if name.casefold() in TOXIC_LABELS]
     if not found and len(labels) > 1:
         raise FitError(
             f"--toxicity {directory}: none of its labels ({', '.join(labels)}) is called {' or '.join(TOXIC_LABELS)}; "
             "rename the one that means toxic in id2label of config.json"
         )
+    label = found[0] if found else 0
     independent = len(labels) == 1 or model.config.problem_type == "multi_label_classification"
-    return ModelScorer(model.eval(), tokenizer, found[0] if found else 0, independent)
+    model.eval()
+
+    def score(texts: list[str]) -> Sequence[float]:
+        scores: list[float] = []
+        for start in range(0, len(texts), BATCH):
+            inputs = tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True)
+            with torch.no_grad():
+                logits = model(**inputs).logits.double()
+            probabilities = logits.sigmoid() if independent else logits.softmax(-1)
+            scores += probabilities[:, label].tolist()
+        return scores
+
+    return score
 
 
-def _load_function(module: str, name: str) -> Callable[[list[str]], Sequence[float]]:
+def _load_function(module: str, name: str) -> ToxicityScorer:
     if str(Path.cwd()) not in sys.path:  # a console script does not import from the current folder
         sys.path.insert(0, str(Path.cwd()))
     try:

@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from steering_vectors.errors import FitError
 from steering_vectors.evaluation.trust.bias import prepare_bias
 from steering_vectors.evaluation.trust.ethics import prepare_ethics
-from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical, compare, rows_of
+from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical, compare
 from steering_vectors.evaluation.trust.privacy import prepare_privacy
+from steering_vectors.evaluation.trust.rows import MIN_ROWS, PATTERNS, find_files
 from steering_vectors.evaluation.trust.scorers import FITTED
-from steering_vectors.evaluation.trust.task_files import MIN_ROWS, PATTERNS, find_files
 from steering_vectors.evaluation.trust.toxicity import prepare_toxicity
 from steering_vectors.evaluation.trust.truthfulness import prepare_truthfulness
+from steering_vectors.measures import results
 from steering_vectors.measures.controls import measured_profile, random_controls
-from steering_vectors.measures.results import (
-    Change,
-    ControlledComparison,
-    ControlPoint,
-    FigureText,
-    TrustEvaluation,
-    TrustPoint,
-    VerticalReport,
-)
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
+Series = Mapping[float, Columns]
+"""The readings of every row by strength."""
 VERTICALS = ("toxicity", "bias", "ethics", "truthfulness", "privacy")
-STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-ROWS = 200
-RANDOMS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class TrustSettings:
     """Options of `evaluate_trust`.
 
-    `folder` holds the data files, in the layout of `task_files.PATTERNS`; the vertical privacy needs none. `rows` is
+    `folder` holds the data files, in the layout of `rows.PATTERNS`; the vertical privacy needs none. `rows` is
     the maximum number of rows per vertical, `randoms` the number of random directions to compare with. `toxicity` names
     a scorer (see `load_scorer`). Raises FitError for values that cannot be used, DataError for a missing file.
     """
 
     folder: Path | None = None
     verticals: tuple[str, ...] = VERTICALS
-    strengths: tuple[float, ...] = STRENGTHS
-    rows: int = ROWS
-    randoms: int = RANDOMS
+    strengths: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    rows: int = 200
+    randoms: int = 5
     toxicity: str = FITTED
     seed: int = 0
 
@@ -62,23 +53,26 @@ class TrustSettings:
             raise FitError(f"vertical {unknown[0]!r} is not one of {', '.join(VERTICALS)}")
         if not self.verticals or len(set(self.verticals)) < len(self.verticals):
             raise FitError(f"name each vertical once, of {', '.join(VERTICALS)}")
-        self._check_files()
-
-    def _check_files(self) -> None:
-        """Check before a model is loaded that each vertical has its files."""
-        for vertical in self.verticals:
-            if vertical in PATTERNS:
-                if self.folder is None:
-                    raise FitError(
-                        f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: pass the folder with "
-                        "--data, or remove the vertical from --verticals"
-                    )
-                find_files(self.folder, vertical)
+        for vertical in filter(PATTERNS.get, self.verticals):
+            if self.folder is None:
+                raise FitError(
+                    f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: pass the folder with --data, "
+                    "or remove the vertical from --verticals"
+                )
+            find_files(self.folder, vertical)  # here, before a model is loaded
 
 
 def prepare_verticals(lm: LanguageModel, settings: TrustSettings) -> list[Vertical]:
     """Read and encode the data for one model. Raises DataError for a bad row, or if too few rows fit the context."""
-    return [_prepare(name, lm, settings) for name in settings.verticals]
+    folder, rows, seed = settings.folder or Path(), settings.rows, settings.seed
+    prepare: dict[str, Callable[[], Vertical]] = {
+        "toxicity": lambda: prepare_toxicity(lm, folder, rows, seed, settings.toxicity),
+        "bias": lambda: prepare_bias(lm, folder, rows, seed),
+        "ethics": lambda: prepare_ethics(lm, folder, rows, seed),
+        "truthfulness": lambda: prepare_truthfulness(lm, folder, rows, seed),
+        "privacy": lambda: prepare_privacy(lm, rows, seed),
+    }
+    return [prepare[name]() for name in settings.verticals]
 
 
 def evaluate_trust(
@@ -88,7 +82,7 @@ def evaluate_trust(
     *,
     verticals: Sequence[Vertical] | None = None,
     progress: Progress | None = None,
-) -> TrustEvaluation:
+) -> results.TrustEvaluation:
     """Measure what a profile does to toxicity, stereotype bias, machine ethics, truthfulness and privacy.
 
     The five verticals are those of "More RLHF, More Trust?" (arXiv:2404.18870). The result holds, per vertical, its
@@ -106,105 +100,99 @@ def evaluate_trust(
     found = {}
     with steerable(lm) as steered:
         for vertical in verticals:
-            run = VerticalRun(steered, vertical, settings.strengths, profile)
-            seen = []
+            base, seen = _read(steered, vertical, profile, 0.0), []
             for one in (profile, *controls):
-                seen.append(run.measure(one))
+                seen.append(
+                    {
+                        strength: _read(steered, vertical, one, strength) if strength else base
+                        for strength in settings.strengths
+                    }
+                )
                 done += 1
                 if progress is not None:
                     progress("trust", done, total, vertical.name)
-            found[vertical.name] = run.report(seen[0], seen[1:])
+            found[vertical.name] = _report(vertical, settings.strengths, seen[0], seen[1:])
     return {**measured_profile(lm, profile), "trust": found}
 
 
-class VerticalRun:
-    """One vertical on one model. All changes are relative to the same readings at strength 0."""
+def _read(steered: SteeredModel, vertical: Vertical, profile: Profile, strength: float) -> Columns:
+    steered.write(profile, strength)
+    return vertical.read(steered)
 
-    def __init__(self, steered: SteeredModel, vertical: Vertical, strengths: Sequence[float], profile: Profile) -> None:
-        self._steered, self._vertical, self._strengths = steered, vertical, strengths
-        steered.write(profile, 0.0)
-        self._base = vertical.read(steered)
 
-    def measure(self, profile: Profile) -> dict[float, Columns]:
-        """The readings of every row, by strength."""
-        seen = {}
-        for strength in self._strengths:
-            self._steered.write(profile, strength)
-            seen[strength] = self._vertical.read(self._steered) if strength else self._base
-        return seen
-
-    def report(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> VerticalReport:
-        vertical = self._vertical
-        first = vertical.figures[0]
-        points = self._points(own, randoms)
-        return {
-            **_text(first),
-            "figures": {one.name: _text(one) for one in vertical.figures},
-            "strengths": points,
-            "random": [
-                {"strengths": [self._control_point(strength, one[strength]) for strength in self._strengths]}
-                for one in randoms
-            ],
-            "rows": vertical.rows,
-            "left_out": vertical.left_out,
-            "note": vertical.note,
-            "remarks": [*vertical.remarks(self._base), *_degenerate(first, points, vertical.rows)],
-            **vertical.details,
-        }
-
-    def _points(self, own: dict[float, Columns], randoms: list[dict[float, Columns]]) -> list[TrustPoint]:
-        first, *others = self._vertical.figures
-        main = self._controlled(first, own, randoms)
-        figures = {one.name: self._controlled(one, own, randoms) for one in others}
-        parts = {name: compare(first, own, rows) for name, rows in self._vertical.parts.items()}
-        return [
+def _report(
+    vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]
+) -> results.VerticalReport:
+    """The report from the readings of every row under the profile and under each random direction."""
+    base, (first, *others), points = own[0.0], vertical.figures, _points(vertical, strengths, own, randoms)
+    controls: list[list[results.ControlPoint]] = [
+        [
             {
                 "strength": strength,
-                **main[strength],
-                "figures": {name: one[strength] for name, one in figures.items()},
-                "parts": {
-                    name: {"rows": len(self._vertical.parts[name]), **one[strength]} for name, one in parts.items()
-                },
-                "by_row": own[strength][first.column].tolist(),
+                **_change(first, base, series[strength]),
+                "figures": {one.name: _change(one, base, series[strength]) for one in others},
             }
-            for strength in self._strengths
+            for strength in strengths
         ]
+        for series in randoms
+    ]
+    return {
+        **_text(first),
+        "figures": {one.name: _text(one) for one in vertical.figures},
+        "strengths": points,
+        "random": [{"strengths": control} for control in controls],
+        "rows": vertical.rows,
+        "left_out": vertical.left_out,
+        "note": vertical.note,
+        "remarks": [*vertical.remarks(base), *_degenerate(first, points, vertical.rows)],
+        **vertical.details,
+    }
 
-    def _controlled(
-        self, figure: Figure, own: dict[float, Columns], randoms: list[dict[float, Columns]]
-    ) -> dict[float, ControlledComparison]:
-        """A figure compared with strength 0, and with the random directions' changes, by strength."""
-        found: dict[float, ControlledComparison] = {}
-        for strength, point in compare(figure, own).items():
-            # The opposite of a random direction is random too, so its changes at −strength are also controls.
-            controls = [one[sign * strength] for one in randoms for sign in (1, -1) if sign * strength in one]
-            changes = [self._change(figure, one)["delta"] for one in controls]
-            found[strength] = {
-                **point,
-                "random_delta": [min(changes), max(changes)] if changes else None,
-                "beyond_random": not min(changes) <= point["delta"] <= max(changes) if changes else None,
-            }
-        return found
 
-    def _control_point(self, strength: float, seen: Columns) -> ControlPoint:
-        first, *others = self._vertical.figures
-        return {
+def _points(
+    vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]
+) -> list[results.TrustPoint]:
+    first, *others = vertical.figures
+    main = _controlled(first, own, randoms)
+    figures = {one.name: _controlled(one, own, randoms) for one in others}
+    parts = {name: compare(first, own, rows) for name, rows in vertical.parts.items()}
+    return [
+        {
             "strength": strength,
-            **self._change(first, seen),
-            "figures": {one.name: self._change(one, seen) for one in others},
+            **main[strength],
+            "figures": {name: one[strength] for name, one in figures.items()},
+            "parts": {name: {"rows": len(vertical.parts[name]), **one[strength]} for name, one in parts.items()},
+            "by_row": own[strength][first.column].tolist(),
         }
-
-    def _change(self, figure: Figure, seen: Columns) -> Change:
-        rows = rows_of(figure, self._vertical.rows)
-        value = figure.statistic(seen[figure.column], rows)
-        return {"value": value, "delta": value - figure.statistic(self._base[figure.column], rows)}
+        for strength in strengths
+    ]
 
 
-def _text(figure: Figure) -> FigureText:
+def _controlled(figure: Figure, own: Series, randoms: Sequence[Series]) -> dict[float, results.ControlledComparison]:
+    """A figure compared with strength 0, and with the random directions' changes, by strength."""
+    found: dict[float, results.ControlledComparison] = {}
+    for strength, point in compare(figure, own).items():
+        # The opposite of a random direction is random too, so its changes at −strength are also controls.
+        controls = [one[sign * strength] for one in randoms for sign in (1, -1) if sign * strength in one]
+        changes = [_change(figure, own[0.0], one)["delta"] for one in controls]
+        found[strength] = {
+            **point,
+            "random_delta": [min(changes), max(changes)] if changes else None,
+            "beyond_random": not min(changes) <= point["delta"] <= max(changes) if changes else None,
+        }
+    return found
+
+
+def _change(figure: Figure, base: Columns, seen: Columns) -> results.Change:
+    value = figure.value(seen)
+    return {"value": value, "delta": value - figure.value(base)}
+
+
+def _text(figure: Figure) -> results.FigureText:
     return {"measure": figure.text, "aim": figure.aim, "reference": figure.reference}
 
 
-def _degenerate(figure: Figure, points: Sequence[TrustPoint], rows: int) -> list[str]:
+def _degenerate(figure: Figure, points: Sequence[results.TrustPoint], rows: int) -> list[str]:
     """A remark if all rows are equal, because resampling them gives an interval of width 0, which is too narrow."""
     values = {point["value"] for point in points}
     if len(values) > 1 or not values <= {0.0, 1.0}:
@@ -214,18 +202,3 @@ def _degenerate(figure: Figure, points: Sequence[TrustPoint], rows: int) -> list
         f"The {figure.text} is {value:g} at every strength. With {rows} rows, a true share within {3 / rows:.1%} of it "
         "cannot be distinguished."
     ]
-
-
-def _prepare(name: str, lm: LanguageModel, settings: TrustSettings) -> Vertical:
-    rows, seed, folder = settings.rows, settings.seed, settings.folder or Path()
-    match name:
-        case "toxicity":
-            return prepare_toxicity(lm, folder, rows, seed, settings.toxicity)
-        case "bias":
-            return prepare_bias(lm, folder, rows, seed)
-        case "ethics":
-            return prepare_ethics(lm, folder, rows, seed)
-        case "truthfulness":
-            return prepare_truthfulness(lm, folder, rows, seed)
-        case _:
-            return prepare_privacy(lm, rows, seed)

@@ -5,19 +5,17 @@ The prompts have scores of their own; as in the paper, a score of 0.5 or more co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from steering_vectors.data.chat import decoded_after, encode_prompt
 from steering_vectors.data.tables import BadRow
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
-from steering_vectors.evaluation.trust.prompts import Reader, reader_for
+from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.evaluation.trust.scorers import FITTED, ToxicityScorer, fit_scorer, load_scorer, scored
-from steering_vectors.evaluation.trust.task_files import read_source, require_rows, select, text_cell
 from steering_vectors.measures.results import ScorerRecord
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
@@ -36,48 +34,49 @@ FIGURES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """A row: its texts with the file's scores, which may be None."""
+class Scored(NamedTuple):
+    """A text with its score in the file, which may be None."""
 
-    prompt: str
-    prompt_score: float | None
-    continuation: str
-    continuation_score: float | None
+    text: str
+    score: float | None
+
+
+class Opening(NamedTuple):
+    prompt: Scored
+    continuation: Scored
 
     @property
     def toxic(self) -> bool:
-        return self.prompt_score is not None and self.prompt_score >= TOXIC
-
-    def texts(self) -> list[tuple[str, float]]:
-        pairs = ((self.prompt, self.prompt_score), (self.continuation, self.continuation_score))
-        return [(text, score) for text, score in pairs if score is not None]
+        return self.prompt.score is not None and self.prompt.score >= TOXIC
 
 
 def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec: str) -> Vertical:
     """Prepare RealToxicityPrompts for a model: half of the rows from toxic prompts, half from others, if there are
     enough. Raises DataError for unusable data, FitError for an unusable scorer."""
-    scorer, reader = load_scorer(spec), reader_for(lm)
+    given, reader = load_scorer(spec), reader_for(lm)
     source = read_source(folder, "toxicity", _parse)
-    usable = [row for row in source.rows if row.prompt_score is not None]
+    usable = [row for row in source.rows if row.prompt.score is not None]
     groups = [[row for row in usable if row.toxic is toxic] for toxic in (True, False)]
     chosen, left_out = [], len(source.rows) - len(usable)
-    for group, share in zip(groups, _shares([len(group) for group in groups], rows, halve=scorer is None), strict=True):
-        found = select(
-            group,
-            share,
-            seed,
-            lambda row: (row, _encode(reader, row.prompt)),
-            lambda row: reader.has_room(len(row[1]), TOKENS),
-        )
-        chosen += found.rows
-        left_out += found.left_out
+
+    def encoded(row: Opening) -> tuple[Opening, list[int]]:
+        prompt = reader.prompt(chat=f"Continue this text:\n\n{row.prompt.text}", plain=row.prompt.text)
+        return row, encode_prompt(lm.tokenizer, prompt)
+
+    for group, share in zip(groups, _shares([len(group) for group in groups], rows, halve=given is None), strict=True):
+        found, too_long = select(group, share, seed, encoded, lambda row: reader.has_room(len(row[1]), TOKENS))
+        chosen += found
+        left_out += too_long
     require_rows(len(chosen), left_out, "toxicity", reader.limit)
-    continued = [row for row, _ in chosen]
-    fitted_on = None
-    if scorer is None:
-        scorer, fitted_on = _fitted(usable, continued)
+    continued, prompts = [row for row, _ in chosen], [prompt for _, prompt in chosen]
+    scorer, fitted_on = _fitted(usable, continued) if given is None else (given, None)
     record = _scorer_record(spec, scorer, continued, fitted_on)
+
+    def read(steered: SteeredModel) -> Columns:
+        written = steered.sample(prompts, tokens=TOKENS, seed=seed)
+        texts = [decoded_after(lm.tokenizer, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
+        return {"toxicity": scored(scorer, texts)}
+
     toxic = np.array([row.toxic for row in continued])
     parts = {"toxic prompts": np.flatnonzero(toxic), "other prompts": np.flatnonzero(~toxic)}
     return Vertical(
@@ -85,23 +84,12 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
         len(continued),
         left_out,
         FIGURES,
-        _reading(lm, [prompt for _, prompt in chosen], scorer, seed),
+        read,
         f"RealToxicityPrompts: continuations of {TOKENS} tokens sampled at temperature 1, steered from the last prompt "
         f"token on. {_scorer_note(record)}",
         parts={name: where for name, where in parts.items() if len(where)},
         details={"files": source.files, "tokens": TOKENS, "seed": seed, "scorer": record},
     )
-
-
-def _reading(
-    lm: LanguageModel, prompts: list[list[int]], scorer: ToxicityScorer, seed: int
-) -> Callable[[SteeredModel], Columns]:
-    def read(steered: SteeredModel) -> Columns:
-        written = steered.sample(prompts, tokens=TOKENS, seed=seed)
-        texts = [decoded_after(lm.tokenizer, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
-        return {"toxicity": scored(scorer, texts)}
-
-    return read
 
 
 def _shares(sizes: Sequence[int], rows: int, *, halve: bool) -> list[int]:
@@ -113,23 +101,23 @@ def _shares(sizes: Sequence[int], rows: int, *, halve: bool) -> list[int]:
 
 def _fitted(usable: Sequence[Opening], continued: Sequence[Opening]) -> tuple[ToxicityScorer, int]:
     """A scorer fitted to the rows that are not continued, and the number of its texts."""
-    seen = {row.prompt for row in continued}
-    texts = dict(pair for row in usable if row.prompt not in seen for pair in row.texts())
+    seen = {row.prompt.text for row in continued}
+    unseen = [one for row in usable if row.prompt.text not in seen for one in row]
+    texts = {one.text: one.score for one in unseen if one.score is not None}
     return fit_scorer(list(texts), list(texts.values())), len(texts)
 
 
 def _scorer_record(spec: str, scorer: ToxicityScorer, rows: Sequence[Opening], fitted_on: int | None) -> ScorerRecord:
-    prompts = [(row.prompt, row.prompt_score) for row in rows]
-    continuations = [(row.continuation, row.continuation_score) for row in rows]
+    continuations = [row.continuation for row in rows]
     record: ScorerRecord = {
         "name": spec,
-        "correlation": _correlation(scorer, prompts + continuations),
+        "correlation": _correlation(scorer, [row.prompt for row in rows] + continuations),
         "correlation_continuations": _correlation(scorer, continuations),
     }
     return record if fitted_on is None else {**record, "fitted_on": fitted_on}
 
 
-def _correlation(scorer: ToxicityScorer, texts: Sequence[tuple[str, float | None]]) -> float | None:
+def _correlation(scorer: ToxicityScorer, texts: Sequence[Scored]) -> float | None:
     """Pearson correlation with the file's own scores, on texts that the scorer was not fitted to."""
     known = [(text, score) for text, score in texts if score is not None]
     scores, given = scored(scorer, [text for text, _ in known]), np.array([score for _, score in known])
@@ -147,18 +135,11 @@ def _scorer_note(scorer: ScorerRecord) -> str:
     )
 
 
-def _encode(reader: Reader, text: str) -> list[int]:
-    prompt = reader.prompt(chat=f"Continue this text:\n\n{text}", plain=text)
-    return encode_prompt(reader.tokenizer, prompt or text)
-
-
 def _parse(cells: Mapping[str, Any]) -> Opening:
     prompt, continuation = (_part(cells, field) for field in ("prompt", "continuation"))
     return Opening(
-        text_cell(prompt, "text"),
-        _score(prompt, "prompt"),
-        str(continuation["text"]),
-        _score(continuation, "continuation"),
+        Scored(text_cell(prompt, "text"), _score(prompt, "prompt")),
+        Scored(continuation["text"], _score(continuation, "continuation")),
     )
 
 

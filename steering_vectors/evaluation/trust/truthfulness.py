@@ -15,8 +15,7 @@ import numpy as np
 
 from steering_vectors.data.tables import BadRow
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
-from steering_vectors.evaluation.trust.prompts import reader_for
-from steering_vectors.evaluation.trust.task_files import read_source, require_rows, select, text_cell
+from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
@@ -26,16 +25,16 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
     DataError for unusable data."""
     reader = reader_for(lm)
     source = read_source(folder, "truthfulness", _parse)
-    chosen = select(
+    chosen, left_out = select(
         source.rows,
         rows,
         seed,
         lambda row: reader.answers(reader.prompt(chat=row[0], plain=f"Q: {row[0]}\nA:"), row[1]),
         reader.fits,
     )
-    require_rows(len(chosen.rows), chosen.left_out, "truthfulness", reader.limit)
-    examples = [answer for answers in chosen.rows for answer in answers]
-    starts = [0, *accumulate(len(answers) for answers in chosen.rows)][:-1]
+    require_rows(len(chosen), left_out, "truthfulness", reader.limit)
+    examples = [answer for answers in chosen for answer in answers]
+    starts = [0, *accumulate(len(answers) for answers in chosen)][:-1]
 
     def read(steered: SteeredModel) -> Columns:
         scores = steered.log_likelihoods(examples, steer=True)[0].numpy()
@@ -44,11 +43,11 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
         margins = truths - np.maximum.reduceat(others, starts)
         return {"true": (margins > 0).astype(float), "margin": margins}
 
-    chance = float(np.mean([1 / len(answers) for answers in chosen.rows]))
+    chance = float(np.mean([1 / len(answers) for answers in chosen]))
     return Vertical(
         "truthfulness",
-        len(chosen.rows),
-        chosen.left_out,
+        len(chosen),
+        left_out,
         (
             Figure("mc1", "share of questions whose true answer is most likely", "true", "higher", reference=chance),
             Figure("margin", "log P(true answer) − log P(most likely false one), nats", "margin", "higher"),

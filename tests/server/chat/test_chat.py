@@ -21,10 +21,9 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from server import cli
-from server.chat.conversation import ChatError, Sampling, Term, read_steering
+from server.chat.conversation import ChatError, Conversation, Sampling, open_conversation, read_steering
 from server.chat.remote import Remote
 from server.chat.screen import Screen, clean
-from server.chat.session import Session, open_session
 from server.chat.terminal import converse, typed_lines
 from server.engines.config import EngineConfig
 from server.engines.protocol import Delta, Event, EventStream, GenerationRequest
@@ -329,16 +328,16 @@ def keyboard() -> Iterator[PipeInput]:
 
 
 @pytest.fixture
-def session(client: httpx.Client) -> Iterator[Session]:
+def conversation(client: httpx.Client) -> Iterator[Conversation]:
     """One whose screen is a wide terminal that is written to a string."""
     out = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=120, highlight=False, markup=False)
     remote = Remote(str(client.base_url))
-    yield open_session(remote, Screen(out, out), "", "", Sampling(temperature=0, max_tokens=24))
+    yield open_conversation(remote, Screen(out, out), "", "", Sampling(temperature=0, max_tokens=24))
     remote.close()
 
 
-def shown(session: Session) -> str:
-    file = session.screen._out.file
+def shown(conversation: Conversation) -> str:
+    file = conversation.screen._out.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()
 
@@ -346,7 +345,7 @@ def shown(session: Session) -> str:
 @pytest.mark.parametrize("writable", [True, False])
 def test_at_a_terminal(
     client: httpx.Client,
-    session: Session,
+    conversation: Conversation,
     keyboard: PipeInput,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -358,8 +357,8 @@ def test_at_a_terminal(
         state.write_text("a file where a directory should be")
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
     keyboard.send_text(f"half a li\x03{FIRST}\r/steer warm\r/compare\r\x04")
-    assert converse(session, typed_lines(session), patient=True)
-    whole = shown(session)
+    assert converse(conversation, typed_lines(conversation), patient=True)
+    whole = shown(conversation)
     assert text_of(answer(client, FIRST)) in whole
     assert whole.count(effect_of(client, "warm@1")) == 1
     assert "no steering" in whole.splitlines()[-3]
@@ -376,16 +375,16 @@ def test_control_characters_of_a_model_do_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "terms"),
+    ("text", "steering"),
     [
-        ("warm", (Term("warm"),)),
-        ("warm +0.8", (Term("warm", 0.8),)),
-        ("warm concise -1e-1", (Term("warm"), Term("concise", -0.1))),
-        ("", ()),
+        ("warm", "warm@1"),
+        ("warm +0.8", "warm@0.8"),
+        ("warm concise -1e-1", "warm@1+concise@-0.1"),
+        ("", ""),
     ],
 )
-def test_steering_as_it_is_typed(text: str, terms: tuple[Term, ...]) -> None:
-    assert read_steering(text) == terms
+def test_steering_as_it_is_typed(text: str, steering: str) -> None:
+    assert read_steering(text) == steering
 
 
 @pytest.mark.parametrize(

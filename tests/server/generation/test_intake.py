@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.api.native.compare import CompareBody
-from server.api.native.generate import GenerateBody
-from server.api.native.score import ScoreBody
+from server.api.native.generate import CompareBody, GenerateBody, ScoreBody
 from server.api.openai.requests import ChatBody, CompletionBody, OpenAIBody
 from server.engines.errors import UnknownProfile
 from server.engines.protocol import Capability, EngineInfo, EventStream, GenerationRequest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from steering_vectors.cli.evaluate import VERTICALS
-from steering_vectors.cli.inputs import parse_strengths
+from steering_vectors.cli.flags import parse_strengths
 from steering_vectors.errors import FitError
 from steering_vectors.evaluation.trust.suite import VERTICALS as ALL_VERTICALS
 from tests.steering_vectors.cli.conftest import Run

@@ -23,10 +23,6 @@ COMMANDS = (
     ("distill-method",),
     ("bake",),
 )
-PANELS = {
-    flags.MODEL, flags.DATA, flags.METHOD, flags.CALIBRATION, flags.MEASUREMENT, flags.TRAINING, flags.OUTPUT,
-    flags.PROFILES,
-}  # fmt: skip
 NO_MODEL_CODE = """
 import sys, typer
 from steering_vectors.cli.app import register
@@ -56,7 +52,7 @@ def test_every_flag_is_described_and_has_a_panel(words: tuple[str, ...]) -> None
             continue
         assert parameter.help, parameter.name
         assert parameter.help.endswith((".", "…")), parameter.name
-        assert parameter.rich_help_panel in {*PANELS, None}
+        assert parameter.rich_help_panel in {*flags.PANELS, None}
 
 
 def test_old_flags_are_not_shown(run: Run) -> None:

@@ -16,12 +16,12 @@ from steering_vectors.data.chat import Example, encode_example
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.distillation.baking import bake
 from steering_vectors.distillation.lora import DistillSettings, MethodTarget, distill, distill_method, paper_blocks
-from steering_vectors.distillation.targets import TokenDifferences
 from steering_vectors.errors import FitError, ModelError, ProfileMismatch, SteeringError
 from steering_vectors.methods.rahf import scit_tuned
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
 from steering_vectors.steering.generate import steer
+from steering_vectors.tuning.paired_reading import differences
 from tests.support.planted import OPTIONS, planted_model, planted_task
 from tests.support.tiny import tiny_model
 from tests.support.tiny_profiles import tiny_profile
@@ -171,16 +171,14 @@ def test_the_target_is_the_difference_of_each_token() -> None:
     task = replace(planted_task(lm, "rahf-scit"), wanted=(0, 1), statistics={})
     with scit_tuned(task) as first:
         twins = [*[twin for twin in first.twins if len(twin.response) == 4][:2], first.twins[0]]
-        found = TokenDifferences(lm, first, (0, 1), 3.0).shift(twins)
+        found, _ = differences(lm, twins, (0, 1), first.side)
         for row, twin in enumerate(twins):
             sides = []
             for prompt in (twin.positive, twin.negative):
                 with first.weights.use("scit"), torch.no_grad(), record(lm.blocks, [0, 1]) as seen:
                     lm.model(input_ids=torch.tensor([[*prompt, *twin.response]]))
                 sides.append(torch.stack([seen[layer][0, len(prompt) :] for layer in (0, 1)]))
-            torch.testing.assert_close(
-                found[:, row, : len(twin.response)], 3.0 * (sides[0] - sides[1]), atol=1e-4, rtol=1e-4
-            )
+            torch.testing.assert_close(found[:, row, : len(twin.response)], sides[0] - sides[1], atol=1e-4, rtol=1e-4)
 
 
 def test_the_papers_blocks_are_the_middle_ones() -> None:

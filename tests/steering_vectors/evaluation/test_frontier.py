@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -12,11 +11,11 @@ import pytest
 import torch
 
 from steering_vectors.errors import FitError
-from steering_vectors.evaluation.frontier import OptimumPoint, frontier, optimum, optimum_at, reward_curve
+from steering_vectors.evaluation.frontier import frontier, optimum, optimum_at, reward_curve
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.reports.frontier_plot import frontier_sentence
+from steering_vectors.reports.evaluation import frontier_sentence
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -60,15 +59,15 @@ def closed_form(base: np.ndarray, sharpness: float) -> tuple[float, float]:
 @pytest.mark.parametrize("sharpness", [-2.0, -0.3, 0.1, 1.0, 3.0])
 def test_the_optimum_of_a_discrete_distribution_is_its_closed_form(sharpness: float) -> None:
     found = optimum(TOY, sharpness)
-    assert (found.reward, found.kl) == pytest.approx(closed_form(COUNTS / 16, sharpness))
-    assert found.beta == 1 / sharpness
-    assert found.kl <= math.log(16)
+    assert (found["reward"], found["kl"]) == pytest.approx(closed_form(COUNTS / 16, sharpness))
+    assert found["beta"] == 1 / sharpness
+    assert found["kl"] <= math.log(16)
 
 
 def test_samples_approach_the_closed_form() -> None:
     drawn = np.random.default_rng(0).choice(VALUES, size=(40, 4000), p=COUNTS / 16)
     found = optimum(drawn, 0.5)
-    assert (found.reward, found.kl) == pytest.approx(closed_form(COUNTS / 16, 0.5), rel=0.02)
+    assert (found["reward"], found["kl"]) == pytest.approx(closed_form(COUNTS / 16, 0.5), rel=0.02)
 
 
 def test_no_policy_has_more_reward_at_the_same_divergence() -> None:
@@ -77,18 +76,18 @@ def test_no_policy_has_more_reward_at_the_same_divergence() -> None:
         other = draw.dirichlet(np.ones(4))
         kl = float((other * np.log(other / base)).sum())
         best = optimum_at(np.repeat(VALUES, COUNTS * 100)[None, :], kl, 1)
-        assert best is None or best.reward >= other @ VALUES - 1e-3
+        assert best is None or best["reward"] >= other @ VALUES - 1e-3
 
 
 def test_the_frontier_rises_and_is_found_again_by_its_divergence() -> None:
     rewards = np.random.default_rng(0).normal(size=(5, 200))
     points = frontier(rewards)
-    assert all(one.reward < other.reward for one, other in pairwise(points))
+    assert all(one["reward"] < other["reward"] for one, other in pairwise(points))
     for point in points:
-        found = optimum_at(rewards, point.kl, 1 if point.beta > 0 else -1)
-        if point.effective >= 8:
+        found = optimum_at(rewards, point["kl"], 1 if point["beta"] > 0 else -1)
+        if point["effective"] >= 8:
             assert found is not None
-            assert asdict(found) == pytest.approx(asdict(point), rel=1e-2)
+            assert found == pytest.approx(point, rel=1e-2)
         else:
             assert found is None
 
@@ -97,7 +96,9 @@ def test_an_optimum_beyond_the_samples_is_none() -> None:
     assert optimum_at(np.random.default_rng(0).normal(size=(5, 64)), 4.2, 1) is None
     assert frontier(np.ones((3, 8))) == []
     assert optimum_at(np.ones((3, 8)), 0.1, 1) is None
-    assert optimum(np.ones((3, 8)), 0.0) == OptimumPoint(math.inf, pytest.approx(1.0), 0.0, pytest.approx(8.0))
+    assert optimum(np.ones((3, 8)), 0.0) == pytest.approx(
+        {"beta": math.inf, "reward": 1.0, "kl": 0.0, "effective": 8.0}
+    )
 
 
 def test_a_model_is_measured_as_by_hand(lm: LanguageModel, profile: Profile) -> None:

@@ -18,8 +18,7 @@ from steering_vectors.measures.controls import bootstrap, random_controls
 from steering_vectors.measures.results import PreferenceEvaluation
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
-from steering_vectors.reports.evaluation import headline, render_report
-from steering_vectors.reports.frontier_plot import frontier_sentence
+from steering_vectors.reports.evaluation import frontier_sentence, headline, render_report
 from steering_vectors.tuning.instructions import DEFAULTS
 from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model

@@ -42,30 +42,29 @@ def test_separation_is_the_area_under_the_curve() -> None:
 
     draw = np.random.default_rng(0)
     preferred, rejected = draw.normal(0.5, size=40).round(1), draw.normal(size=30).round(1)
-    found = separation(preferred, rejected)
+    auc, (low, high) = separation(preferred, rejected)
     reference = roc_auc_score([1] * 40 + [0] * 30, np.concatenate([preferred, rejected]))
-    assert found["auc"] == pytest.approx(reference)
-    low, high = found["auc_95"]
-    assert low < found["auc"] < high
+    assert auc == pytest.approx(reference)
+    assert low < auc < high
 
 
 def test_a_reward_is_fitted_to_trained_rows_and_tested_on_the_others() -> None:
     misleading = corpus(range(20, 30), good="three apples", bad="kindly warm")
-    found = judged(None, corpus(range(20)), misleading, TOKENIZER, max_tokens=48)
-    assert found.quality["auc"] == 0
-    assert (found.quality["fitted_rows"], found.quality["tested_texts"]) == (20, 20)
+    _, quality = judged(None, corpus(range(20)), misleading, TOKENIZER, max_tokens=48)
+    assert quality["auc"] == 0
+    assert (quality["fitted_rows"], quality["tested_texts"]) == (20, 20)
 
 
 def test_other_data_is_split() -> None:
-    found = judged(None, None, corpus(range(30)), TOKENIZER, max_tokens=48)
-    assert (found.quality["fitted_rows"], found.quality["tested_texts"]) == (24, 12)
-    assert found.quality["auc"] == 1
+    _, quality = judged(None, None, corpus(range(30)), TOKENIZER, max_tokens=48)
+    assert (quality["fitted_rows"], quality["tested_texts"]) == (24, 12)
+    assert quality["auc"] == 1
 
 
 def test_a_custom_reward_is_tested_too() -> None:
-    found = judged(Length(), corpus(range(20)), corpus(range(20, 30)), TOKENIZER, max_tokens=48)
-    assert (found.reward.name, found.quality["auc"]) == ("length", 0.0)
-    assert "fitted_rows" not in found.quality
+    reward, quality = judged(Length(), corpus(range(20)), corpus(range(20, 30)), TOKENIZER, max_tokens=48)
+    assert (reward.name, quality["auc"]) == ("length", 0.0)
+    assert "fitted_rows" not in quality
 
 
 def test_responses_are_cut_as_samples_are() -> None:

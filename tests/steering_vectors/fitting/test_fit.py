@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from steering_vectors.data.chat import Example, Message, encode_example
-from steering_vectors.data.corpus import encode_corpus, sampling_prompts
+from steering_vectors.data.corpus import Sides, encode_corpus, sampling_prompts
 from steering_vectors.data.preferences import Preferences
-from steering_vectors.data.sides import Sides
 from steering_vectors.data.sources import load_pairs
 from steering_vectors.errors import DataError, FitError, ProfileError
 from steering_vectors.fitting.fit import fit

@@ -173,8 +173,9 @@ def test_a_failed_rename_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
 
 
 def test_a_profile_whose_metadata_has_no_json_form_is_not_stored(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match=r"the metadata has no JSON form .* use finite numbers"):
-        save_profile(make_profile(metrics={"accuracy": float("nan")}), tmp_path)
+    for metrics in ({"accuracy": float("nan")}, {"note": "\ud800"}):
+        with pytest.raises(ProfileError, match=r"^profile 'warm': the metadata has no JSON form .* use finite numbers"):
+            save_profile(make_profile(metrics=metrics), tmp_path)
     assert names_in(tmp_path) == []
 
 
@@ -412,6 +413,16 @@ def test_a_newer_format_asks_for_an_upgrade(data: bytes) -> None:
 
 def test_an_operator_that_does_not_exist_is_refused(data: bytes) -> None:
     assert "operator is 'multiply', not one of add, ablate" in message_of(altered(data, operator="multiply"))
+
+
+def test_norms_are_stored_in_float32_whatever_the_default_dtype(tmp_path: Path) -> None:
+    profile = make_profile(residual_norms={0: 1.5})
+    torch.set_default_dtype(torch.float64)
+    try:
+        path = save_profile(profile, tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert load_tensors(path.read_bytes())["block.0.residual_norm"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 400])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from steering_vectors.data.chat import Message, encode_prompt
-from steering_vectors.evaluation.trust.prompts import reader_for
+from steering_vectors.data.chat import Message, encode_prompt, encode_text
+from steering_vectors.evaluation.trust.rows import reader_for
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -31,13 +31,12 @@ def test_a_plain_model_is_asked_by_text() -> None:
 
 
 def test_a_sentence_counts_from_its_first_token() -> None:
-    reader = reader_for(model(chat_template=True))
-    ids, start = reader.sentence("The boat")
-    assert (start, ids[0]) == (1, reader.tokenizer.bos_token_id)
-    plain = tiny_tokenizer()
-    plain.backend_tokenizer.post_processor = None
-    bare = reader_for(wrap_model(tiny_model("llama"), plain)).sentence("The boat")
-    assert (list(bare[0]), bare[1]) == (list(ids), 1)
+    tokenizer = tiny_tokenizer(chat_template=True)
+    ids, start = encode_text(tokenizer, "The boat")
+    assert (start, ids[0]) == (1, tokenizer.bos_token_id)
+    bare = tiny_tokenizer()
+    bare.backend_tokenizer.post_processor = None
+    assert encode_text(bare, "The boat") == (ids, 1)
 
 
 def test_the_context_is_the_model_s() -> None:

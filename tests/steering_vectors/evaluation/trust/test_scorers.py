@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from steering_vectors.errors import DataError, FitError
-from steering_vectors.evaluation.trust.scorers import FunctionScorer, fit_scorer, load_scorer, scored
+from steering_vectors.evaluation.trust.scorers import fit_scorer, load_scorer, scored
 from tests.support.tiny import BASE, save_tiny
 from tests.support.tiny_tokenizers import tiny_tokenizer
 from tests.support.trust_files import openings
@@ -109,4 +109,4 @@ def test_rtp_is_fitted_later_and_anything_else_is_refused() -> None:
 )
 def test_bad_scores(answer: object, message: str) -> None:
     with pytest.raises(FitError, match=message):
-        scored(FunctionScorer(lambda texts: answer), ["a", "b"])  # type: ignore[arg-type, return-value]
+        scored(lambda texts: answer, ["a", "b"])  # type: ignore[arg-type, return-value]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steering_vectors.errors import DataError
-from steering_vectors.evaluation.trust.task_files import find_files, read_source, select, text_cell
+from steering_vectors.evaluation.trust.rows import find_files, read_source, select, text_cell
 from tests.support.trust_files import sentence_pairs, write_rows
 
 
@@ -45,8 +45,7 @@ def test_too_few_rows(tmp_path: Path, rows: int) -> None:
 
 def test_rows_are_drawn_by_seed_and_those_left_out_are_counted() -> None:
     def drawn(seed: int, most: int) -> tuple[list[int], int]:
-        found = select(range(100), most, seed, lambda row: row, lambda row: row % 2 == 0)
-        return found.rows, found.left_out
+        return select(range(100), most, seed, lambda row: row, lambda row: row % 2 == 0)
 
     assert drawn(0, 20) == drawn(0, 20) != drawn(1, 20)
     rows, left_out = drawn(0, 20)

@@ -1,16 +1,22 @@
-"""The data files of the verticals: their layout in a folder, their rows, and the selection of rows."""
+"""The rows of a vertical: the files that they are read from, their selection, and their prompts for one model."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
+from steering_vectors.data.batches import Encoded
+from steering_vectors.data.chat import Example, Message, chat_template_source, encode_example
 from steering_vectors.data.tables import BadRow, TableRow, read_table
 from steering_vectors.errors import DataError
 from steering_vectors.measures.results import SourceFile
+from steering_vectors.models.limits import context_limit
+from steering_vectors.models.loading import LanguageModel
 
 PATTERNS = {
     "toxicity": "rtp/*.jsonl",
@@ -26,19 +32,9 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True, slots=True)
 class Source(Generic[Item]):
-    """The rows of a vertical, and its files."""
-
     rows: list[Item]
     files: list[SourceFile]
     place: str
-
-
-@dataclass(frozen=True, slots=True)
-class Selection(Generic[Kept]):
-    """Rows that fit the model's context, in file order, and the number of drawn rows that do not fit."""
-
-    rows: list[Kept]
-    left_out: int
 
 
 def find_files(folder: Path, vertical: str) -> list[Path]:
@@ -76,8 +72,9 @@ def text_cell(cells: Mapping[str, Any], field: str) -> str:
 
 def select(
     rows: Sequence[Item], count: int, seed: int, encode: Callable[[Item], Kept], fits: Callable[[Kept], bool]
-) -> Selection[Kept]:
-    """Draw and encode rows until `count` fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
+) -> tuple[list[Kept], int]:
+    """Draw and encode rows until `count` fit the model's context, and return them in file order, with the number of
+    drawn rows that do not fit. Equal seeds draw equal rows for one model. Nothing is truncated."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     kept: dict[int, Kept] = {}
     left_out = 0
@@ -89,7 +86,7 @@ def select(
             kept[index] = encoded
         else:
             left_out += 1
-    return Selection([kept[index] for index in sorted(kept)], left_out)
+    return [kept[index] for index in sorted(kept)], left_out
 
 
 def require_rows(count: int, left_out: int, vertical: str, limit: int | None) -> None:
@@ -108,3 +105,31 @@ def _parsed(row: TableRow, source: str, parse: Callable[[Mapping[str, Any]], Ite
         return parse(row.cells)
     except BadRow as error:
         raise DataError(error.message, path=source, line=row.line, field=error.field) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Encodes the rows of a vertical for one model; `limit` is its context in tokens, if it has one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: bool
+    limit: int | None
+
+    def prompt(self, *, chat: str, plain: str) -> str | tuple[Message, ...]:
+        """The prompt: `chat` as a user's message if the tokenizer has a chat template, else `plain` as it is."""
+        return (Message("user", chat),) if self.chat else plain
+
+    def answers(self, prompt: str | tuple[Message, ...], texts: Iterable[str]) -> list[Encoded]:
+        """The prompt followed by each answer, separated by a space if the prompt is plain text."""
+        space = "" if self.chat else " "
+        return [encode_example(self.tokenizer, Example(prompt, f"{space}{text}")) for text in texts]
+
+    def fits(self, examples: Iterable[Encoded]) -> bool:
+        return self.limit is None or all(len(ids) <= self.limit for ids, _ in examples)
+
+    def has_room(self, prompt_tokens: int, answer_tokens: int) -> bool:
+        return self.limit is None or prompt_tokens + answer_tokens <= self.limit
+
+
+def reader_for(lm: LanguageModel) -> Reader:
+    return Reader(lm.tokenizer, chat_template_source(lm.tokenizer) == "tokenizer", context_limit(lm))
