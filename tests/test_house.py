@@ -38,7 +38,6 @@ ORDER = (
     "server.engines.errors",
     "server.engines.config",
     "server.engines.protocol",
-    "server.engines.codec",
     "server.engines.mailbox",
     "server.engines.process",
     "server.engines.detokenizer",
@@ -180,7 +179,7 @@ def test_server_starts_without_heavy_packages() -> None:
 def test_what_stands_before_an_engine_knows_no_torch() -> None:
     """An engine may run elsewhere: what talks to it, and how a request becomes messages for it, imports no torch."""
     names = [name for name in MODULES if name.startswith("server.generation.")]
-    names += [f"server.engines.{name}" for name in ("errors", "config", "protocol", "codec", "mailbox", "process")]
+    names += [f"server.engines.{name}" for name in ("errors", "config", "protocol", "mailbox", "process")]
     code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"

@@ -57,17 +57,6 @@ class Detokenizer:
     end at the same character, the longest counts. `matched_stop` is then set, and no text follows.
     """
 
-    __slots__ = (
-        "_context",
-        "_context_text",
-        "_open",
-        "_prompt_ids",
-        "_reading",
-        "_stops",
-        "_tokenizer",
-        "_unsettled_prompt",
-    )
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._reading = _reading(tokenizer)
@@ -80,7 +69,6 @@ class Detokenizer:
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string that ended the text, or None."""
         return self._stops.matched
 
     def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:
@@ -134,8 +122,6 @@ class Detokenizer:
 class _StopStrings:
     """Passes text on up to the first stop string; holds back an end that may be the start of one."""
 
-    __slots__ = ("_held", "_stops", "matched")
-
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
@@ -160,35 +146,24 @@ class _StopStrings:
 
 
 class _Reading:
-    """What is known of how a tokenizer's decoder reads tokens. By default nothing: all text waits for the end."""
+    """What is known of how a tokenizer's decoder reads tokens. Of one that is not of a known kind, not `local`, nothing
+    is: all text waits for the end."""
 
-    byte_level = False
-
-    def end_of(self, ids: Sequence[int]) -> list[int]:
-        """The last ids, enough to decode what follows them as if all had been there."""
-        return list(ids)
-
-    def shows(self, token_id: int) -> bool:
-        """Whether the decoder sees the token: it leaves out special ones and ids beyond the vocabulary."""
-        return True
-
-    def settles(self, token_id: int) -> bool:
-        """Whether no later token changes how tokens up to this one read (but for an incomplete last character)."""
-        return False
-
-
-class _LocalReading(_Reading):
-    """A decoder of the known kinds, see the module's text."""
-
-    def __init__(self, backend: Any, kinds: Sequence[str]) -> None:
-        added = backend.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._token = backend.id_to_token
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        steps = _decoder_steps(tokenizer)
+        kinds = {step["type"] for step in steps or ()}
+        self._local = steps is not None and _is_local(steps)
         self._byte_fallback = "ByteFallback" in kinds
-        self.byte_level = "ByteLevel" in kinds
+        self.byte_level = self._local and "ByteLevel" in kinds
+        if self._local:
+            self._token = tokenizer.backend_tokenizer.id_to_token
+            self._special = frozenset(special_tokens(tokenizer).values())
 
     def end_of(self, ids: Sequence[int]) -> list[int]:
-        """At least 4 tokens that are not empty, and the whole of a byte-fallback run that is still open."""
+        """The last ids, enough to decode what follows them as if all had been there: at least 4 tokens that are not
+        empty, and the whole of a byte-fallback run that is still open."""
+        if not self._local:
+            return list(ids)
         end: list[int] = []
         texts, closed = 0, False
         for token_id in reversed(ids):
@@ -201,10 +176,12 @@ class _LocalReading(_Reading):
         return end[::-1]
 
     def shows(self, token_id: int) -> bool:
-        return token_id not in self._special and self._token(token_id) is not None
+        """Whether the decoder sees the token: it leaves out special ones and ids beyond the vocabulary."""
+        return not self._local or (token_id not in self._special and self._token(token_id) is not None)
 
     def settles(self, token_id: int) -> bool:
-        return not (self._byte_fallback and _BYTE_TOKEN.fullmatch(self._token(token_id)))
+        """Whether no later token changes how tokens up to this one read (but for an incomplete last character)."""
+        return self._local and not (self._byte_fallback and _BYTE_TOKEN.fullmatch(self._token(token_id)))
 
 
 _SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, Mapping[str, int]] = WeakKeyDictionary()
@@ -214,10 +191,7 @@ _READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, _Reading] = WeakKeyDiction
 def _reading(tokenizer: PreTrainedTokenizerBase) -> _Reading:
     """What is known of this tokenizer; remembered, because large tokenizers take milliseconds to look through."""
     if tokenizer not in _READINGS:
-        steps = _decoder_steps(tokenizer)
-        local = steps is not None and _is_local(steps)
-        kinds = [step["type"] for step in steps or ()]
-        _READINGS[tokenizer] = _LocalReading(tokenizer.backend_tokenizer, kinds) if local else _Reading()
+        _READINGS[tokenizer] = _Reading(tokenizer)
     return _READINGS[tokenizer]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 from server.engines.protocol import Event, Finished
 
@@ -20,7 +21,6 @@ class Mailbox:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
-        """Called in the mailbox's loop."""
         self.events.put_nowait(event)
 
 
@@ -84,6 +84,16 @@ def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *g
     """Call a function in another thread's loop. Nothing happens in a loop that is closed: nobody waits there."""
     with suppress(RuntimeError):  # it may close at any time
         loop.call_soon_threadsafe(function, *given)
+
+
+def settle(waiting: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    """Give a future its outcome, unless whoever waited for it was cancelled."""
+    if waiting.done():
+        return
+    if error is not None:
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(value)
 
 
 def _put_all(entries: list[tuple[Mailbox, Event]]) -> None:

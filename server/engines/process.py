@@ -1,8 +1,9 @@
 """An engine in a process of its own, behind the same protocol.
 
-The two processes exchange pickled frames over a socket pair. A frame from the child holds everything that happened in
-one turn of its event loop, so that all events of a step travel together. If the child dies, the requests under way end
-with an error, and a new child is started, which gets the same profiles.
+The two processes exchange pickled frames over a socket pair. A frame to the child is a call: a number, a method of the
+engine and its arguments. A frame from the child holds all answers and events of one turn of its event loop, so that all
+events of a step travel together. If the child dies, the requests under way end with an error, and a new child is
+started, which gets the same profiles.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engines.errors import Conflict, Unavailable
-from server.engines.mailbox import Mailbox, Receiver, call_in
+from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
     Engine,
     EngineInfo,
     EngineStats,
-    Event,
     EventStream,
     Finished,
+    FinishReason,
     GenerationRequest,
     PlanEffect,
     SteeringChange,
@@ -46,7 +49,6 @@ logger = logging.getLogger(__name__)
 LENGTH = struct.Struct("!Q")  # ahead of each frame
 MAX_RESTART_DELAY_S = 30.0
 CLOSE_SECONDS = 20.0
-METHODS = ("submit", "set_steering", "cancel", "explain", "load_profile", "unload_profile", "close")
 TOTALS = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "steered_tokens")
 ENDED = "the engine's process ended: try again in a moment"
 
@@ -55,20 +57,20 @@ class ProcessEngine:
     """Implements `protocol.Engine`. `ProcessEngine.start` makes one; `make`, which can be pickled, makes the engine in
     the child."""
 
+    info: EngineInfo
+    _process: asyncio.subprocess.Process
+    _writer: asyncio.StreamWriter
+    _keeper: asyncio.Task[None]
+
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._loop = asyncio.get_running_loop()
-        self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._before = EngineStats()  # the totals of children that have died
-        self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._numbers = count()  # of calls
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._next_call = 0
-        self._mailboxes: dict[str, Mailbox] = {}  # by live id
-        self._prompts: dict[str, int] = {}  # tokens, by live id
-        self._profiles: dict[str, tuple[Profile, int]] = {}  # by version, with how often it was loaded
+        self._live: dict[str, tuple[Mailbox, int]] = {}  # by id, with the number of the prompt's tokens
+        self._profiles: list[Profile] = []  # each as often as it was loaded
         self._ready = False
         self._closing = False
 
@@ -77,36 +79,35 @@ class ProcessEngine:
         """Start the child and wait until its engine is made. Raises what `make` raises."""
         engine = cls(make)
         reader = await engine._launch()
-        engine._ready = True
         engine._keeper = asyncio.create_task(engine._keep(reader), name="trimtab-engine-process")
         return engine
 
-    @property
-    def info(self) -> EngineInfo:
-        assert self._info is not None
-        return self._info
-
-    @property
-    def pid(self) -> int:
-        """The process id of the child."""
-        assert self._process is not None
-        return self._process.pid
-
     async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
-        ids = [name for request in requests for name in request.ids]
-        if live := next((name for name in ids if name in self._mailboxes), None):
+        lengths = {name: len(request.prompt_ids) for request in requests for name in request.ids}
+        submitting = asyncio.create_task(self._submit(tuple(requests), lengths))
+
+        def drop(done: asyncio.Task[Receiver]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._cancel_later(tuple(lengths))
+
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(drop)  # the child accepts it all the same
+            raise
+
+    async def _submit(self, requests: tuple[GenerationRequest, ...], lengths: Mapping[str, int]) -> Receiver:
+        if live := next((name for name in lengths if name in self._live), None):
             raise Conflict(f"a generation with id {live!r} is running already", param="ids")
         mailbox = Mailbox()
-        self._check_ready()
-        for request in requests:
-            self._mailboxes.update(dict.fromkeys(request.ids, mailbox))
-            self._prompts.update(dict.fromkeys(request.ids, len(request.prompt_ids)))
+        self._live.update({name: (mailbox, length) for name, length in lengths.items()})
         try:
-            await self._call("submit", tuple(requests))
-        except BaseException:
-            self._forget(ids)
+            await self._call("submit", requests)
+        except Exception:
+            for name in lengths:
+                self._live.pop(name, None)
             raise
-        return Receiver(mailbox, ids, self._cancel_later)
+        return Receiver(mailbox, lengths, self._cancel_later)
 
     async def set_steering(self, id: str, plan: SteeringPlan) -> SteeringChange:
         changed: SteeringChange = await self._call("set_steering", id, plan)
@@ -121,24 +122,20 @@ class ProcessEngine:
 
     async def load_profile(self, profile: Profile) -> None:
         await self._call("load_profile", profile)
-        _, count = self._profiles.get(profile.version, (profile, 0))
-        self._profiles[profile.version] = (profile, count + 1)
+        self._profiles.append(profile)
 
     async def unload_profile(self, version: str) -> None:
-        if version not in self._profiles:
-            return
-        profile, count = self._profiles.pop(version)
-        if count > 1:
-            self._profiles[version] = (profile, count - 1)
-        if self._ready:
-            await self._call("unload_profile", version)
+        places = [place for place, profile in enumerate(self._profiles) if profile.version == version]
+        if places:
+            del self._profiles[places[0]]
+            if self._ready:
+                await self._call("unload_profile", version)
 
     def stats(self) -> EngineStats:
         now, before = self._stats, self._before
         totals = {name: getattr(now, name) + getattr(before, name) for name in TOTALS}
-        reasons = now.finished.keys() | before.finished.keys()
-        finished = {reason: now.finished.get(reason, 0) + before.finished.get(reason, 0) for reason in reasons}
-        return replace(now, **totals, finished=finished, restarts=before.restarts)
+        finished = Counter(now.finished) + Counter(before.finished)
+        return replace(now, **totals, finished=dict(finished), restarts=before.restarts)
 
     async def close(self) -> None:
         if self._closing:
@@ -148,26 +145,40 @@ class ProcessEngine:
             with suppress(Unavailable, TimeoutError):
                 await asyncio.wait_for(self._call("close"), CLOSE_SECONDS)
         self._ready = False
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
         await self._reap()
         self._lose("cancelled", None)
 
     # The child's life.
 
     async def _launch(self) -> asyncio.StreamReader:
-        """Start a child, and return once its engine is made and holds all profiles."""
+        """Start a child with the same import path, and return once its engine is made and holds all profiles."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = await asyncio.to_thread(_spawn, theirs)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                f"from server.engines.process import serve; serve({theirs.fileno()})",
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(place or str(Path.cwd()) for place in sys.path)},
+            )
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        _write(self._writer, (self._make, logging.getLogger().getEffectiveLevel()))
-        made = await _read(reader)
-        if isinstance(made, Exception):
+        given = tuple(self._profiles)
+        _write(self._writer, (self._make, logging.getLogger().getEffectiveLevel(), given))
+        try:
+            made = await _read(reader)
+            if isinstance(made, Exception):
+                raise made
+        except Exception:
             await self._reap()
-            raise made
-        self._info, self._stats = made
+            raise
+        self.info, self._stats = made
+        self._ready = True
+        unloaded = Counter(one.version for one in given) - Counter(one.version for one in self._profiles)
+        for version in unloaded.elements():  # meanwhile
+            self._send("unload_profile", version)
         return reader
 
     async def _keep(self, reader: asyncio.StreamReader) -> None:
@@ -188,78 +199,50 @@ class ProcessEngine:
     async def _restart(self) -> asyncio.StreamReader:
         delay = 0.0
         while True:
-            await asyncio.sleep(delay)
-            delay = min(2 * delay + 0.5, MAX_RESTART_DELAY_S)
             try:
-                reader = await self._launch()
-                await self._load_again(reader)
+                return await self._launch()
             except Exception as error:
+                delay = min(2 * delay + 0.5, MAX_RESTART_DELAY_S)
                 logger.error("the engine could not be started again (%s); next try in %.1f s", error, delay)
-                await self._reap()
-                continue
-            self._ready = True
-            return reader
-
-    async def _load_again(self, reader: asyncio.StreamReader) -> None:
-        """Give a new child the profiles of the one before."""
-        given = dict(self._profiles)
-        waiting = {self._put("load_profile", profile) for profile, count in given.values() for _ in range(count)}
-        while waiting:
-            happened, self._stats = await _read(reader)
-            waiting.difference_update(number for number, _, _ in happened)
-        for version, (_, count) in given.items():
-            for _ in range(count - self._profiles.get(version, (None, 0))[1]):  # unloaded meanwhile
-                self._put("unload_profile", version)
+                await asyncio.sleep(delay)
 
     async def _reap(self) -> None:
         """Close the connection, and wait for the child to end."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._process is not None:
-            await asyncio.to_thread(_wait, self._process)
+        self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
 
-    def _lose(self, reason: Any, error: str | None) -> None:
+    def _lose(self, reason: FinishReason, error: str | None) -> None:
         """End all that waits for a child that is gone."""
         self._stats = EngineStats()
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
-            if not call.done():
-                call.set_exception(Unavailable(ENDED, code="restarting"))
-        mailboxes, prompts = self._mailboxes, self._prompts
-        self._mailboxes, self._prompts = {}, {}
-        for name, mailbox in mailboxes.items():
-            mailbox.put(Finished(name, reason, prompt_tokens=prompts[name], error=error))
+        for call in self._calls.values():
+            settle(call, None, Unavailable(ENDED, code="restarting"))
+        for name, (mailbox, length) in self._live.items():
+            mailbox.put(Finished(name, reason, prompt_tokens=length, error=error))
+        self._live.clear()
 
     # Messages.
 
-    def _check_ready(self) -> None:
+    def _send(self, method: str, *arguments: Any) -> int:
+        """Send a call; returns its number. Raises Unavailable if there is no child."""
         if not self._ready:
             if self._closing:
                 raise Unavailable("the engine is shut down")
             raise Unavailable("the engine is being started again: try again in a moment", code="restarting")
-
-    def _send(self, method: str, *arguments: Any) -> int:
-        """Send a call; returns its number."""
-        self._check_ready()
-        return self._put(method, *arguments)
-
-    def _put(self, method: str, *arguments: Any) -> int:
-        assert self._writer is not None
-        number, self._next_call = self._next_call, self._next_call + 1
+        number = next(self._numbers)
         _write(self._writer, (number, method, arguments))
         return number
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         number = self._send(method, *arguments)
-        answer = self._calls[number] = self._loop.create_future()
+        self._calls[number] = self._loop.create_future()
         try:
-            return await answer
-        except asyncio.CancelledError:
-            with suppress(Unavailable):
-                self._send("drop", number)
-            raise
+            return await self._calls[number]
         finally:
-            self._calls.pop(number, None)
+            del self._calls[number]
 
     def _receive(self, frame: tuple[list[Any], EngineStats]) -> None:
         """Take in what happened in one turn of the child."""
@@ -267,22 +250,12 @@ class ProcessEngine:
         for item in happened:
             if isinstance(item, tuple):
                 number, value, error = item
-                answer = self._calls.get(number)
-                if answer is None or answer.done():
-                    continue
-                if error is not None:
-                    answer.set_exception(error)
-                else:
-                    answer.set_result(value)
-            elif (mailbox := self._mailboxes.get(item.id)) is not None:
-                mailbox.put(item)
+                if number in self._calls:
+                    settle(self._calls[number], value, error)
+            elif item.id in self._live:
+                self._live[item.id][0].put(item)
                 if isinstance(item, Finished):
-                    self._forget([item.id])
-
-    def _forget(self, ids: Sequence[str]) -> None:
-        for name in ids:
-            self._mailboxes.pop(name, None)
-            self._prompts.pop(name, None)
+                    del self._live[item.id]
 
     def _cancel_later(self, ids: Sequence[str]) -> None:
         """Cancel choices whose stream was closed. May be called from any thread."""
@@ -290,7 +263,7 @@ class ProcessEngine:
         def cancel() -> None:
             with suppress(Unavailable):
                 for name in ids:
-                    if name in self._mailboxes:
+                    if name in self._live:
                         self._send("cancel", name)
 
         call_in(self._loop, cancel)
@@ -302,63 +275,35 @@ class _Child:
     def __init__(self, engine: Engine, writer: asyncio.StreamWriter) -> None:
         self._engine = engine
         self._writer = writer
-        self._happened: list[Any] = []
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._streams: dict[int, asyncio.Task[None]] = {}
-        self._ids: dict[int, list[str]] = {}  # of the streams
+        self._happened: list[Any] = []  # in this turn: events, and answers as (number, value, error)
+        self._calls: set[asyncio.Task[None]] = set()
 
     async def run(self, reader: asyncio.StreamReader) -> None:
         """Carry out calls until the parent closes the connection."""
         with suppress(EOFError, OSError):
             while True:
-                number, method, arguments = await _read(reader)
-                if method == "drop":
-                    self._drop(*arguments)
-                    continue
-                task = asyncio.create_task(self._answer(number, method, arguments))
-                self._tasks[number] = task
-                task.add_done_callback(lambda _, number=number: self._tasks.pop(number, None))  # type: ignore[misc]
+                call = asyncio.create_task(self._carry_out(*await _read(reader)))
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
         await self._engine.close()
 
-    def _drop(self, number: int) -> None:
-        """Nobody waits for a call any more: cancel it, or what it began. The last events of what it began are sent all
-        the same, since the parent learns from them that it has ended."""
-        if number in self._ids:
-            self._tasks[-number - 1] = asyncio.create_task(self._cancel(number))
-        elif (task := self._tasks.get(number)) is not None:
-            task.cancel()
-
-    async def _cancel(self, number: int) -> None:
-        for name in self._ids.get(number, ()):
-            await self._engine.cancel(name)
-        self._tasks.pop(-number - 1, None)
-
-    async def _answer(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        value: Any = None
-        error: Exception | None = None
+    async def _carry_out(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
-            assert method in METHODS
             value = await getattr(self._engine, method)(*arguments)
-            if method == "close":
-                await asyncio.gather(*self._streams.values(), return_exceptions=True)
-        except Exception as failure:
-            error = _sendable(failure)
-        if method == "submit" and error is None:
+        except Exception as error:
+            self._happen((number, None, _sendable(error)))
+            return
+        if method == "submit":
             self._happen((number, None, None))
-            self._ids[number] = [name for request in arguments[0] for name in request.ids]
-            self._streams[number] = asyncio.create_task(self._forward(number, value))
-        else:
-            self._happen((number, value, error))
-
-    async def _forward(self, number: int, stream: EventStream) -> None:
-        try:
-            async for event in stream:
+            async for event in value:
                 self._happen(event)
-        finally:
-            await stream.aclose()
-            del self._streams[number], self._ids[number]
+            return
+        if method == "close":
+            others = [call for call in self._calls if call is not asyncio.current_task()]
+            await asyncio.gather(*others, return_exceptions=True)  # all events come first
+        self._happen((number, value, None))
 
-    def _happen(self, item: tuple[int, Any, Exception | None] | Event) -> None:
+    def _happen(self, item: Any) -> None:
         """Send an answer or an event at the end of this turn, with all others of the turn."""
         if not self._happened:
             asyncio.get_running_loop().call_soon(self._flush)
@@ -380,9 +325,11 @@ async def _serve(connection: socket.socket) -> None:
 
     reader, writer = await asyncio.open_unix_connection(sock=connection)
     try:
-        make, level = await _read(reader)
+        make, level, profiles = await _read(reader)
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
         engine = await asyncio.to_thread(run_apart, make)
+        for profile in profiles:
+            await engine.load_profile(profile)
     except EOFError:
         return
     except Exception as error:
@@ -394,27 +341,6 @@ async def _serve(connection: socket.socket) -> None:
     gc.freeze()  # the model's objects stay: leave them out of garbage collections, which would hold up streams
     _write(writer, (engine.info, engine.stats()))
     await _Child(engine, writer).run(reader)
-
-
-def _spawn(connection: socket.socket) -> subprocess.Popen[bytes]:
-    """A child that runs this Python with the same import path."""
-    descriptor = connection.fileno()
-    code = f"from server.engines.process import serve; serve({descriptor})"
-    path = os.pathsep.join(place or str(Path.cwd()) for place in sys.path)
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(CLOSE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _write(writer: asyncio.StreamWriter, message: Any) -> None:

@@ -1,7 +1,7 @@
 """What the server may ask of an engine, and what an engine answers.
 
-Every message is a frozen dataclass of plain values: it can be pickled, written as JSON (`server.engines.codec`) and
-sent to another process. Nothing here imports torch or transformers.
+Every message is a frozen dataclass of plain values, which can be pickled and sent to another process. Nothing here
+imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -156,12 +156,6 @@ class StrengthSchedule:
                 return end
         return None
 
-    @property
-    def extremes(self) -> tuple[float, float]:
-        """The least and the greatest strength: a straight line has both at its ends."""
-        strengths = [strength for _, strength in self.points]
-        return min(strengths), max(strengths)
-
 
 @dataclass(frozen=True, slots=True)
 class PlanTerm:
@@ -185,9 +179,9 @@ class PlanTerm:
         return self.strength if self.schedule is None else self.schedule.at(token)
 
     @property
-    def extremes(self) -> tuple[float, float]:
-        """The least and the greatest strength."""
-        return (self.strength, self.strength) if self.schedule is None else self.schedule.extremes
+    def acts(self) -> bool:
+        """Whether it has a strength other than 0 at any token."""
+        return bool(self.strength) if self.schedule is None else any(strength for _, strength in self.schedule.points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +216,15 @@ class SteeringPlan:
 
     def next_change(self, token: int) -> int | None:
         """The first later token at which a strength changes; None if there is none."""
-        return min(_next_changes(self.terms, token), default=None)
+        found = (term.schedule.next_change(token) for term in self.terms if term.schedule is not None)
+        return min((change for change in found if change is not None), default=None)
 
     def changes(self, end: int) -> list[int]:
         """Token 0, and every token before `end` at which a strength changes."""
-        return _changes(self.terms, end)
+        tokens = [0]
+        while (later := self.next_change(tokens[-1])) is not None and later < end:
+            tokens.append(later)
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,12 +253,10 @@ class GenerationRequest:
 
     @property
     def n(self) -> int:
-        """How many choices are asked for."""
         return len(self.ids)
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """The profile versions that an engine needs."""
         return (*self.plan.versions, *self.projections)
 
 
@@ -328,28 +324,22 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class AppliedTerm:
-    """What one profile did in a segment, for the receipt.
+    """What a term of a plan did in a segment, for the receipt.
 
-    `strength` is the one that was asked for at the segment's first token; behind a closed gate nothing acted. `layers`
-    is empty if the strength was 0 throughout, or behind a closed gate. `steered_tokens` counts the positions at which
-    the profile acted. `calibrated`: the profile was used as it was calibrated.
+    `layers` are those at which it acted: none if the strength was 0 throughout, or behind a closed gate.
+    `steered_tokens` counts the positions. `calibrated`: the profile was used as it was calibrated.
     """
 
-    profile: str
-    version: str
+    term: PlanTerm
     operator: Operator
-    strength: float
     layers: tuple[int, ...]
     calibrated: bool
     steered_tokens: int = 0
-    schedule: StrengthSchedule | None = None
     gate_closed: bool = False
 
     def at(self, token: int) -> float:
         """The strength that acted when a token was drawn; tokens count from the beginning of the segment."""
-        if self.gate_closed:
-            return 0.0
-        return self.strength if self.schedule is None else self.schedule.at(token)
+        return 0.0 if self.gate_closed else self.term.at(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,15 +348,8 @@ class Segment:
     new segment, a change of a running request does."""
 
     from_token: int
+    plan: SteeringPlan
     terms: tuple[AppliedTerm, ...]
-    apply_to: ApplyTo = "generated"
-    preserve_norm: bool = False
-    allow_beyond_safe: bool = False
-    steered_tokens: int = 0
-
-    def changes(self, end: int) -> list[int]:
-        """Token 0, and every token before `end` at which a strength changes; tokens count from the segment's first."""
-        return _changes(self.terms, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +457,7 @@ class EngineStats:
 
 
 class EventStream(Protocol):
-    """The events of all choices of one `submit`, an async iterator. `aclose` (or dropping the stream) cancels what has
+    """The events of all choices of one `submit`, an async iterator. `aclose`, or dropping the stream, cancels what has
     not finished."""
 
     def __aiter__(self) -> EventStream: ...
@@ -516,9 +499,7 @@ class Engine(Protocol):
         """End a choice with reason "cancelled"; False if it is not live."""
         ...
 
-    async def explain(self, plan: SteeringPlan) -> PlanEffect:
-        """What a plan would do."""
-        ...
+    async def explain(self, plan: SteeringPlan) -> PlanEffect: ...
 
     async def load_profile(self, profile: Profile) -> None:
         """Check that a profile fits the model, and hold its vectors by version.
@@ -537,16 +518,3 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Cancel what runs and free the model. May be called again."""
         ...
-
-
-def _next_changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], token: int) -> list[int]:
-    """For each schedule the first later token at which its strength changes, if there is one."""
-    found = (term.schedule.next_change(token) for term in terms if term.schedule is not None)
-    return [change for change in found if change is not None]
-
-
-def _changes(terms: Sequence[PlanTerm] | Sequence[AppliedTerm], end: int) -> list[int]:
-    tokens = [0]
-    while (later := min(_next_changes(terms, tokens[-1]), default=end)) < end:
-        tokens.append(later)
-    return tokens

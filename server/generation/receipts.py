@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment
+from server.engines.protocol import AppliedTerm, ApplyTo, Finished, Operator, Segment, SteeringPlan
 from server.http.answers import about
 
 Point = tuple[int, Segment]  # a token of the completion from which strengths held, and the segment it lies in
@@ -117,50 +117,51 @@ def receipt(finished: Sequence[Finished]) -> list[SteeringReceipt]:
     If the steering changed, `strength`, `layers` and `apply_to` are those of the last steering that named the profile,
     and `timeline` has its strengths; of several choices, those of the one with the most changes.
     """
-    versions = dict.fromkeys(term.version for one in finished for segment in one.segments for term in segment.terms)
+    segments = [segment for one in finished for segment in one.segments]
+    versions = dict.fromkeys(version for segment in segments for version in segment.plan.versions)
     if not versions:
         return []
     points = max((_points(one) for one in finished), key=len)
     return [_entry(version, points, finished) for version in versions]
 
 
-def applied_entry(term: AppliedTerm, segment: Segment, strength: float) -> SteeringReceipt:
+def applied_entry(applied: AppliedTerm, plan: SteeringPlan, strength: float) -> SteeringReceipt:
     entry: SteeringReceipt = {
-        "name": term.profile,
-        "version": term.version,
+        "name": applied.term.profile,
+        "version": applied.term.version,
         "strength": strength,
-        "operator": term.operator,
-        "layers": list(term.layers) if strength else [],
-        "apply_to": segment.apply_to,
-        "steered_tokens": term.steered_tokens,
-        "calibrated": term.calibrated,
+        "operator": applied.operator,
+        "layers": list(applied.layers) if strength else [],
+        "apply_to": plan.apply_to,
+        "steered_tokens": applied.steered_tokens,
+        "calibrated": applied.calibrated,
     }
-    if segment.preserve_norm:
+    if plan.preserve_norm:
         entry["preserve_norm"] = True
-    if segment.allow_beyond_safe:
+    if plan.allow_beyond_safe:
         entry["allow_beyond_safe"] = True
     return entry
 
 
 def _entry(version: str, points: Sequence[Point], finished: Sequence[Finished]) -> SteeringReceipt:
     naming = [
-        (segment, term, end)
+        (segment, applied, end)
         for one in finished
         for segment, end in _with_ends(one)
-        for term in segment.terms
-        if term.version == version
+        for applied in segment.terms
+        if applied.term.version == version
     ]
-    segment, term, end = naming[-1]
-    last = term.strength if term.schedule is None else term.schedule.at(end - 1 - segment.from_token)
-    entry = applied_entry(term, segment, last)
-    entry["calibrated"] = all(term.calibrated for _, term, _ in naming)
-    entry["steered_tokens"] = sum(term.steered_tokens for _, term, _ in naming)
+    segment, applied, end = naming[-1]
+    term = applied.term
+    entry = applied_entry(applied, segment.plan, term.at(end - 1 - segment.from_token))
+    entry["calibrated"] = all(applied.calibrated for _, applied, _ in naming)
+    entry["steered_tokens"] = sum(applied.steered_tokens for _, applied, _ in naming)
     if decisions := [one.gates[term.profile] for one in finished if term.profile in one.gates]:
         entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
     if len(points) > 1:
         timeline: list[StrengthPoint] = []
         for token, segment in points:
-            acting = (term.at(token - segment.from_token) for term in segment.terms if term.version == version)
+            acting = (one.at(token - segment.from_token) for one in segment.terms if one.term.version == version)
             strength = next(acting, 0.0)
             if not timeline or timeline[-1]["strength"] != strength:
                 timeline.append({"from_token": token, "strength": strength})
@@ -181,5 +182,5 @@ def _points(finished: Finished) -> list[Point]:
     return [
         (segment.from_token + token, segment)
         for segment, end in _with_ends(finished)
-        for token in segment.changes(end - segment.from_token)
+        for token in segment.plan.changes(end - segment.from_token)
     ]

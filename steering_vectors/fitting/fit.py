@@ -18,7 +18,6 @@ from steering_vectors.errors import FitError
 from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate_on, check_budget
 from steering_vectors.fitting.gates import GatePrompts, fit_gate
 from steering_vectors.fitting.layers import AUTO, Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
-from steering_vectors.fitting.notes import data_notes, effect_notes
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
@@ -30,6 +29,8 @@ from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
 
 NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
+FEW_ROWS = 100
+NEAR_CHANCE = 0.55  # projection accuracy
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,7 @@ class _Fit:
         gate = None
         if settings.gate is not None:
             gate = fit_gate(lm, settings.gate, seed=settings.seed, progress=self._progress)
-        limit = context_limit(lm)
-        corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
+        corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows)
         parts = self._split(corpus)
         statistics = self._capture(parts.train)
         profile = replace(
@@ -197,7 +197,11 @@ class _Fit:
             residual_norms={layer: one.residual_norm for layer, one in statistics.items()},
             data=_data_record(corpus, parts),
         )
-        metrics: Metrics = {"projection_accuracy": self._accuracies(profile, parts.heldout, statistics)}
+        measured = parts.heldout.sides().thinned(REPORT_ROWS)
+        accuracies = projection_accuracies(
+            lm, statistics, profile.directions, measured, tokens=settings.tokens, batch_tokens=settings.batch_tokens
+        )
+        metrics: Metrics = {"projection_accuracy": accuracies}
         if parts.choosing is not None:
             choice = self._choose_layers(profile, parts)
             metrics["layer_choice"] = _layer_scores(choice)
@@ -212,9 +216,12 @@ class _Fit:
                 progress=self._progress,
             )
         with steerable(lm) as steered:
-            metrics["propensity"] = propensity_report(steered, profile, parts.heldout.sides().thinned(REPORT_ROWS))
-        notes = [*data_notes(profile.data), *self._sample_notes(parts.train), *effect_notes(profile, metrics)]
-        metrics["notes"] = notes
+            metrics["propensity"] = propensity_report(steered, profile, measured)
+        metrics["notes"] = [
+            *_data_notes(profile.data),
+            *self._sample_notes(parts.train),
+            *_effect_notes(profile, metrics),
+        ]
         return replace(profile, metrics=metrics, gate=gate)
 
     def _blank(self) -> Profile:
@@ -291,30 +298,12 @@ class _Fit:
                 raise FitError(f"layer {layer}: the direction {fault}")
         return {layer: direction for layer, direction in found.items() if not faults[layer]}
 
-    def _accuracies(
-        self, profile: Profile, heldout: Corpus, statistics: Mapping[int, LayerStatistics]
-    ) -> dict[str, float]:
-        found = projection_accuracies(
-            self._lm,
-            statistics,
-            profile.directions,
-            heldout.sides().thinned(REPORT_ROWS),
-            tokens=self._settings.tokens,
-            batch_tokens=self._settings.batch_tokens,
-        )
-        return {str(layer): accuracy for layer, accuracy in found.items()}
-
     def _choose_layers(self, profile: Profile, parts: Parts) -> LayerChoice:
         evidence = Evidence(parts.choosing_prompts, token_log_odds(parts.train.sides(), self._lm.vocab_size))
         settings = self._settings
         with steerable(self._lm) as steered:
             return choose_layers(
-                steered,
-                profile,
-                evidence,
-                kl_budget=settings.kl_budget,
-                seed=settings.seed,
-                progress=self._progress,
+                steered, profile, evidence, kl_budget=settings.kl_budget, seed=settings.seed, progress=self._progress
             )
 
     def _sample_notes(self, train: Corpus) -> list[str]:
@@ -365,3 +354,33 @@ def _data_record(corpus: Corpus, parts: Parts) -> DataRecord:
         "long_rows_skipped": corpus.long_rows,
         "duplicates": pairs.duplicates,
     }
+
+
+def _data_notes(data: DataRecord) -> list[str]:
+    """Warnings about the rows of a fit."""
+    notes = []
+    if data["rows"] < FEW_ROWS:
+        notes.append(f"only {data['rows']} rows: below {FEW_ROWS} the direction and the metrics are noisy")
+    if data["duplicates"]:
+        notes.append(f"{data['duplicates']} rows repeat an earlier one")
+    if data["bad_rows_skipped"]:
+        notes.append(f"{data['bad_rows_skipped']} bad rows were skipped")
+    if data["long_rows_skipped"]:
+        notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
+    return notes
+
+
+def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
+    """Warnings about a profile's effect, from its calibration and its held-out metrics."""
+    cost, notes = profile.calibration, []
+    if max(metrics["projection_accuracy"][str(layer)] for layer in profile.layers) < NEAR_CHANCE:
+        notes.append("the direction hardly separates held-out responses; try more rows or another --method")
+    low, *_, high = metrics["propensity"]["strengths"]
+    if high["margin"] <= low["margin"]:
+        notes.append("preferred held-out responses do not become more likely from strength -1 to +1")
+    if cost.get("unreached"):
+        notes.append(
+            f"the KL budget of {cost['kl_budget']:g} was not reached: at strength 1 the shift is as long as the "
+            f"residual stream, and KL is {cost['kl_at_1']:.3g}"
+        )
+    return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 import torch
@@ -77,8 +77,16 @@ def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress
     _, _, gate = max(tried, key=lambda one: one[:2])
     if gate is None:
         raise FitError("no block separates the labelled prompts; check the labels")
-    found = similarities(means[:, layers.index(gate.layer)], gate.direction)
-    return _with_metrics(gate, found, labels, held, prompts)
+    fired = _fired(similarities(means[:, layers.index(gate.layer)], gate.direction), gate.threshold, gate.side)
+    metrics: GateMetrics = {
+        "f1_train": f1_score(fired[~held], labels[~held]),
+        "f1_heldout": f1_score(fired[held], labels[held]),
+        "prompts": [len(prompts.opening), len(prompts.others)],
+        "heldout": int(held.sum()),
+        "source": PurePath(prompts.source).name,
+        "sha256": prompts.sha256,
+    }
+    return replace(gate, metrics=metrics)
 
 
 def f1_score(fired: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -130,13 +138,15 @@ def _best(
     if not bool(direction.any()) or not bool(direction.isfinite().all()):
         return 0.0, 0.0, None
     values = similarities(train, direction)
+    ordered = values.sort().values
     tried = [
         (f1_score(_fired(values, threshold, side), wanted), threshold, side)
-        for threshold in _thresholds(values)
+        for threshold in ((ordered[1:] + ordered[:-1]) / 2).tolist()
         for side in SIDES
     ]
     middle, apart = _middle(values[wanted], values[~wanted])
-    near = [one for one in tried if one[0] >= max(tried)[0] - TIE]
+    best = max(f1 for f1, _, _ in tried)
+    near = [one for one in tried if one[0] >= best - TIE]
     f1, threshold, side = min(near, key=lambda one: abs(one[1] - middle))
     return f1, apart, Gate(layer, direction, threshold, "above" if side == "above" else "below")
 
@@ -148,25 +158,5 @@ def _middle(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     return float(middle), float((one.mean() - other.mean()).abs() / (first + second))
 
 
-def _thresholds(values: torch.Tensor) -> list[float]:
-    ordered = values.sort().values
-    return [float(middle) for middle in (ordered[1:] + ordered[:-1]) / 2]
-
-
 def _fired(values: torch.Tensor, threshold: float, side: str) -> torch.Tensor:
     return values >= threshold if side == "above" else values <= threshold
-
-
-def _with_metrics(
-    gate: Gate, found: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, prompts: GatePrompts
-) -> Gate:
-    fired = _fired(found, gate.threshold, gate.side)
-    metrics: GateMetrics = {
-        "f1_train": f1_score(fired[~held], labels[~held]),
-        "f1_heldout": f1_score(fired[held], labels[held]),
-        "prompts": [len(prompts.opening), len(prompts.others)],
-        "heldout": int(held.sum()),
-        "source": PurePath(prompts.source).name,
-        "sha256": prompts.sha256,
-    }
-    return Gate(gate.layer, gate.direction, gate.threshold, gate.side, metrics)

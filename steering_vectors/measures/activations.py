@@ -70,7 +70,6 @@ class NormHistogram:
         self._counts = torch.zeros(self.PER_OCTAVE * self.OCTAVES, dtype=torch.int64)
 
     def add(self, values: torch.Tensor) -> None:
-        """Count float values of any shape."""
         octaves = values.flatten().double().cpu().clamp_min(2.0**-self.OCTAVES).log2() + self.OCTAVES / 2
         bins = (octaves * self.PER_OCTAVE).floor().long().clamp(0, len(self._counts) - 1)
         self._counts += torch.bincount(bins, minlength=len(self._counts))
@@ -128,59 +127,33 @@ def capture(
     blocks would exceed SAMPLE_BYTES. Raises FitError, with the block, if an activation is not finite.
     """
     layers = sorted(set(layers))
-    size = _sample_size(len(layers), lm.hidden_size) if keep_sample else 0
-    sides = _sides(len(positives), len(negatives), size, len(layers), lm.hidden_size, paired, seed)
+    size = min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * 4 * len(layers) * lm.hidden_size)) if keep_sample else 0
+    draw = random.Random(seed)
+    kept = _kept(len(positives), size, draw)
+    others = kept if paired else _kept(len(negatives), size, draw)
+    slots = {row: slot for slot, row in enumerate([*kept, *(len(positives) + row for row in others)])}
+    sample = torch.zeros(len(layers), len(slots), lm.hidden_size)
+    sums = torch.zeros(2, len(layers), lm.hidden_size, dtype=torch.float64)
     histograms = [NormHistogram() for _ in layers]
     examples = [*positives, *negatives]
     for part in pooled(lm, examples, layers, tokens=tokens, batch_tokens=batch_tokens, progress=progress):
         _check_finite(part, layers)
-        for index, vectors in zip(part.indices, part.vectors.cpu(), strict=True):
-            side, row = (0, index) if index < len(positives) else (1, index - len(positives))
-            sides[side].add(row, vectors)
+        for index, vectors in zip(part.indices, part.vectors.cpu(), strict=True):  # [layers, hidden]
+            sums[int(index >= len(positives))] += vectors
+            if index in slots:
+                sample[:, slots[index]] = vectors
         for histogram, norms in zip(histograms, part.norms.cpu(), strict=True):
             histogram.add(norms)
+    means = [sums[side] / max(len(examples), 1) for side, examples in enumerate((positives, negatives))]
+    samples = sample[:, : len(kept)], sample[:, len(kept) :]
     return {
-        layer: LayerStatistics(
-            sides[0].mean(k), sides[1].mean(k), sides[0].sample[k], sides[1].sample[k], histograms[k].median(), paired
-        )
+        layer: LayerStatistics(means[0][k], means[1][k], samples[0][k], samples[1][k], histograms[k].median(), paired)
         for k, layer in enumerate(layers)
     }
 
 
-class _Side:
-    """The running sums and the sample of one side."""
-
-    def __init__(self, kept: Sequence[int], layers: int, hidden: int) -> None:
-        self._slots = {row: slot for slot, row in enumerate(kept)}
-        self._sum = torch.zeros(layers, hidden, dtype=torch.float64)
-        self._count = 0
-        self.sample = torch.zeros(layers, len(kept), hidden)
-
-    def add(self, row: int, vectors: torch.Tensor) -> None:  # [layers, hidden]
-        self._sum += vectors
-        self._count += 1
-        if row in self._slots:
-            self.sample[:, self._slots[row]] = vectors
-
-    def mean(self, k: int) -> torch.Tensor:
-        return self._sum[k] / max(self._count, 1)
-
-
-def _sides(
-    positives: int, negatives: int, size: int, layers: int, hidden: int, paired: bool, seed: int
-) -> tuple[_Side, _Side]:
-    draw = random.Random(seed)
-    first = _kept(positives, size, draw)
-    second = first if paired else _kept(negatives, size, draw)
-    return _Side(first, layers, hidden), _Side(second, layers, hidden)
-
-
 def _kept(rows: int, size: int, draw: random.Random) -> list[int]:
     return list(range(rows)) if rows <= size else sorted(draw.sample(range(rows), size))
-
-
-def _sample_size(layers: int, hidden: int) -> int:
-    return min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * 4 * layers * hidden))
 
 
 def _block_outputs(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -194,21 +167,14 @@ def _block_outputs(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> di
 
 def _pool(batch: Batch, outputs: dict[int, torch.Tensor], tokens: Tokens) -> Pooled:
     vectors, norms = [], []
+    response = batch.response.unsqueeze(-1)
     for _, hidden in sorted(outputs.items()):  # [rows, positions, hidden]
         norms.append(torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)[batch.response])
-        vectors.append(_last(batch, hidden) if tokens == "last" else _mean(batch, hidden))
+        if tokens == "last":
+            vectors.append(hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1].float())
+        else:
+            vectors.append(hidden.float().masked_fill(~response, 0).sum(1) / response.sum(1))
     return Pooled(batch.indices, torch.stack(vectors, dim=1), torch.stack(norms))
-
-
-def _last(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-    rows = torch.arange(len(batch.indices), device=hidden.device)
-    return hidden[rows, batch.lengths - 1].float()
-
-
-def _mean(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-    response = batch.response.unsqueeze(-1)
-    total = hidden.float().masked_fill(~response, 0).sum(1)
-    return total / response.sum(1)
 
 
 def _check_finite(part: Pooled, layers: Sequence[int]) -> None:

@@ -14,7 +14,6 @@ from steering_vectors.profiles.profile import Profile
 
 
 def measured_profile(lm: LanguageModel, profile: Profile) -> MeasuredProfile:
-    """The profile and the model of a measurement."""
     return {
         "profile": profile.name,
         "version": profile.version,
@@ -63,7 +62,6 @@ def resample(statistic: Callable[[np.ndarray], float], rows: int, *, draws: int 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The central 95 % interval of the values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -88,5 +88,4 @@ def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND)
 
 
 def curve_record(points: Sequence[CurvePoint]) -> list[CurvePointRecord]:
-    """The curve in the form of a profile's metadata."""
     return [CurvePointRecord(strength=one.strength, kl=one.kl, perplexity=one.perplexity) for one in points]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from steering_vectors.data.batches import Encoded
 from steering_vectors.data.corpus import Sides
 from steering_vectors.measures.activations import LayerStatistics, Tokens, pooled
 from steering_vectors.measures.steered_model import SteeredModel
@@ -47,7 +46,10 @@ def token_log_odds(sides: Sides, vocab_size: int) -> torch.Tensor:
     Each count is smoothed by 2, shared between the sides by their size, so an unseen token has log-odds 0. Values are
     clipped to ±2.
     """
-    counts = [_token_counts(examples, vocab_size) for examples in (sides.positives, sides.negatives)]
+    counts = []
+    for examples in (sides.positives, sides.negatives):
+        tokens = torch.tensor([token for ids, start in examples for token in ids[start:]])
+        counts.append(torch.bincount(tokens, minlength=vocab_size).double())
     total = counts[0].sum() + counts[1].sum()
     logs = [((one + 2 * one.sum() / total) / one.sum()).log() for one in counts]
     return (logs[0] - logs[1]).clamp(-2, 2).float()
@@ -88,7 +90,7 @@ def projection_accuracies(
     *,
     tokens: Tokens,
     batch_tokens: int,
-) -> dict[int, float]:
+) -> dict[str, float]:
     """The accuracy of the projection h·d on held-out examples, per block, averaged over both sides.
 
     The threshold is midway between the means of the training sides.
@@ -101,9 +103,4 @@ def projection_accuracies(
     for part in pooled(lm, examples, layers, tokens=tokens, batch_tokens=batch_tokens):
         above[list(part.indices)] = (((part.vectors.cpu() - middle) * stack).sum(-1) > 0).double()
     hits, misses = above[: len(sides.positives)].mean(0), above[len(sides.positives) :].mean(0)
-    return {layer: float((hits[k] + 1 - misses[k]) / 2) for k, layer in enumerate(layers)}
-
-
-def _token_counts(examples: Sequence[Encoded], vocab_size: int) -> torch.Tensor:
-    tokens = torch.tensor([token for ids, start in examples for token in ids[start:]])
-    return torch.bincount(tokens, minlength=vocab_size).double()
+    return {str(layer): float((hits[k] + 1 - misses[k]) / 2) for k, layer in enumerate(layers)}

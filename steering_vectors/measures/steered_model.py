@@ -5,7 +5,7 @@ Steering begins at the last prompt token. The batched sampler uses no padding, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ class SteeredModel:
 
     def __init__(self, lm: LanguageModel, bank: SteeringBank, selector: PositionSelector) -> None:
         self.lm = lm
+        self.batch_tokens = DEFAULT_BATCH_TOKENS  # of one pass
         self._bank = bank
         self._selector = selector
 
@@ -40,40 +41,32 @@ class SteeredModel:
         """Steer the following passes with this profile, at any strength."""
         self._bank.write(0, Mixture((Term(profile, strength),), allow_beyond_safe=True))
 
-    def log_likelihoods(
-        self, examples: Sequence[Encoded], *, steer: bool, batch_tokens: int = DEFAULT_BATCH_TOKENS
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_likelihoods(self, examples: Sequence[Encoded], *, steer: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(log P(response | prompt) in nats, number of tokens counted) per example, float64 `[examples]` each.
 
         The first token of a response is counted if there is a token before it.
         """
-        sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
-        for batch, index, valid in self._scored(examples, batch_tokens):
-            log_probs = self._log_probs(batch, index, steer)
-            targets = batch.ids.gather(1, (index + 1).clamp_max(batch.ids.shape[1] - 1)).unsqueeze(-1)
-            chosen = log_probs.gather(-1, targets).squeeze(-1).double() * valid
-            sums[list(batch.indices)] = chosen.sum(1).cpu()
-            counts[list(batch.indices)] = valid.sum(1).double().cpu()
-        return sums, counts
 
-    def divergences(
-        self, examples: Sequence[Encoded], *, batch_tokens: int = DEFAULT_BATCH_TOKENS
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def chosen(batch: Batch, index: torch.Tensor) -> torch.Tensor:
+            targets = batch.ids.gather(1, (index + 1).clamp_max(batch.ids.shape[1] - 1)).unsqueeze(-1)
+            return self._log_probs(batch, index, steer).gather(-1, targets).squeeze(-1)
+
+        return self._summed(examples, chosen)
+
+    def divergences(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """(Σ KL(steered‖base) in nats over the response, number of tokens counted) per example, float64."""
-        sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
-        for batch, index, valid in self._scored(examples, batch_tokens):
-            steered, base = self._log_probs(batch, index, True), self._log_probs(batch, index, False)
-            divergence = kl_divergence(steered, base).double() * valid  # [rows, k]
-            sums[list(batch.indices)] = divergence.sum(1).cpu()
-            counts[list(batch.indices)] = valid.sum(1).double().cpu()
-        return sums, counts
+
+        def divergence(batch: Batch, index: torch.Tensor) -> torch.Tensor:
+            return kl_divergence(self._log_probs(batch, index, True), self._log_probs(batch, index, False))
+
+        return self._summed(examples, divergence)
 
     def predictions(self, examples: Sequence[Encoded], *, steer: bool) -> Iterator[torch.Tensor]:
         """Yield a batch's log-probabilities where responses are predicted, float32 `[positions, vocabulary]`.
 
         The order of positions is the same at every call with these examples.
         """
-        for batch, index, valid in self._scored(examples, DEFAULT_BATCH_TOKENS):
+        for batch, index, valid in self._scored(examples):
             yield self._log_probs(batch, index, steer)[valid]
 
     def sample(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[list[int]]:
@@ -94,11 +87,19 @@ class SteeredModel:
         texts = self.sample(prompts, tokens=tokens, seed=seed)
         return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
 
-    def _scored(
-        self, examples: Sequence[Encoded], batch_tokens: int
-    ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    def _summed(
+        self, examples: Sequence[Encoded], values: Callable[[Batch, torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of values `[rows, k]` over each response, and the number of tokens counted."""
+        sums, counts = torch.zeros(2, len(examples), dtype=torch.float64)
+        for batch, index, valid in self._scored(examples):
+            sums[list(batch.indices)] = (values(batch, index).double() * valid).sum(1).cpu()
+            counts[list(batch.indices)] = valid.sum(1).double().cpu()
+        return sums, counts
+
+    def _scored(self, examples: Sequence[Encoded]) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         """Yield batches, the positions `[rows, k]` whose logits predict the response, and a mask of the valid ones."""
-        budget = min(batch_tokens, MAX_LOGITS // self.lm.vocab_size)
+        budget = min(self.batch_tokens, MAX_LOGITS // self.lm.vocab_size)
         for batch in batches(examples, budget, self.lm.device):
             first = batch.starts.clamp_min(1)
             counts = (batch.lengths - first).clamp_min(0)
@@ -121,7 +122,9 @@ class SteeredModel:
     def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:
         """Sample all rows together from the end of the shortest prompt. Longer prompts first keep their own tokens."""
         tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
-        ids, ends = _padded(prompts, tokens).to(self.lm.device), lengths + tokens
+        width = max(map(len, prompts)) + tokens
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]  # aligned on the left
+        ids, ends = torch.tensor(padded, device=self.lm.device), lengths + tokens
         eos = torch.tensor(sorted(eos_ids(self.lm)), dtype=torch.long, device=self.lm.device)
         cache: dict[str, Any] = {}
         for position in range(int(lengths.min()), ids.shape[1]):
@@ -176,12 +179,6 @@ def _similar(lengths: Sequence[int], tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
-
-
-def _padded(prompts: Sequence[Sequence[int]], tokens: int) -> torch.Tensor:
-    """The prompts, aligned on the left, with zeros for the samples, `[rows, longest + tokens]`."""
-    width = max(map(len, prompts)) + tokens
-    return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
 
 
 def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
@@ -62,20 +64,10 @@ def _stored_entries(file: Path) -> Iterator[str]:
 
 def _entry(name: str, tensor: torch.Tensor | object) -> str:
     shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else list(tensor.get_shape())  # type: ignore[attr-defined]
-    values = [float(tensor[_index(shape, k)]) for k in range(SAMPLES)] if all(shape) else []  # type: ignore[index]
+    last = math.prod(shape) - 1
+    places = [np.unravel_index(k * last // (SAMPLES - 1), shape) for k in range(SAMPLES)] if all(shape) else []
+    values = [float(tensor[tuple(map(int, place))]) for place in places]  # type: ignore[index]
     return json.dumps([name, shape, values])
-
-
-def _index(shape: list[int], k: int) -> tuple[int, ...]:
-    """The index of the k-th of SAMPLES evenly spaced values of a tensor of this shape."""
-    total = 1
-    for size in shape:
-        total *= size
-    flat, index = (k * (total - 1)) // max(SAMPLES - 1, 1), []
-    for size in reversed(shape):
-        index.append(flat % size)
-        flat //= size
-    return tuple(reversed(index))
 
 
 def _digest(config: PretrainedConfig, entries: list[str]) -> str:

@@ -13,7 +13,6 @@ STATE_ARGUMENTS = ("past_key_values", "cache_params", "state")
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has this argument."""
     return argument in inspect.signature(model.forward).parameters
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from steering_vectors.errors import FitError
-from steering_vectors.models.masks import hide
 
 
 def block_output(output: Any) -> torch.Tensor:
@@ -23,7 +22,6 @@ def block_output(output: Any) -> torch.Tensor:
 
 
 def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
-    """`output` with its residual stream replaced, in the same form."""
     if isinstance(output, torch.Tensor):
         return hidden
     return type(output)((hidden, *output[1:]))
@@ -31,7 +29,6 @@ def with_block_output(output: Any, hidden: torch.Tensor) -> Any:
 
 @contextmanager
 def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks when the context ends."""
     try:
         yield
     finally:
@@ -87,10 +84,28 @@ def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]
         yield
 
 
+def hide(mask: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
+    """A mask `[rows, 1, q, k]` under which `columns` (bool `[rows, positions]`) are seen by themselves alone.
+
+    `mask` is what a block takes: None for causal attention, bool (True is seen), or numbers added to the scores. The
+    result has the same dtype, bool for None. Raises FitError for any other form (two dimensions, or made for another
+    kernel).
+    """
+    length = columns.shape[1]
+    if mask is None:
+        places = torch.arange(length, device=columns.device)
+        mask = (places.unsqueeze(1) >= places).expand(1, 1, length, length)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-2:] != (length, length):
+        raise FitError("the blocks' attention masks have a form in which no token can be hidden")
+    barred = ~columns[:, None, :, None] & columns[:, None, None, :]
+    if mask.dtype == torch.bool:
+        return mask & ~barred
+    return mask.masked_fill(barred, torch.finfo(mask.dtype).min)
+
+
 def hook_outputs(
     blocks: Sequence[nn.Module], hook_for: Callable[[int], Callable[[nn.Module, Any, Any], Any]]
 ) -> list[RemovableHandle]:
-    """Register a hook on each block, made for its layer."""
     return [block.register_forward_hook(hook_for(layer)) for layer, block in enumerate(blocks)]
 
 
@@ -158,18 +173,5 @@ def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]
         return hook
 
     with registered([module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules]):
-        run()
-    return calls
-
-
-def trace_inputs(modules: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn.Module, torch.Tensor]]:
-    """The modules that were called while `run` runs, in order, each with its first tensor argument."""
-    calls: list[tuple[nn.Module, torch.Tensor]] = []
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        calls.append((module, given))
-
-    with registered([module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]):
         run()
     return calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,6 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
 from steering_vectors.errors import ModelError, first_line
-from steering_vectors.models.adapters import merge_adapter
 from steering_vectors.models.blocks import find_blocks, hidden_size_of
 from steering_vectors.models.fingerprint import fingerprint_checkpoint, fingerprint_parameters
 from steering_vectors.profiles.profile import ModelIdentity
@@ -21,6 +21,7 @@ from steering_vectors.profiles.profile import ModelIdentity
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,7 +75,7 @@ def load_model(
     if dtype == "auto" and not tensor_parallel:
         network = cast(PreTrainedModel, network.to(computing_dtype(network.dtype, network.device)))
     if adapter is not None:
-        network = merge_adapter(network, adapter)
+        network = _merged(network, adapter)
     return wrap_model(network, tokenizer, name=_served_name(model))
 
 
@@ -107,13 +108,10 @@ def identify(model: PreTrainedModel, *, num_layers: int, name: str | None = None
 def _check_source(source: str) -> None:
     """Raise ModelError for what is wrong with a directory, in fewer words than transformers."""
     directory = Path(source).expanduser()
-    if directory.is_dir():
-        _check_directory(directory)
-    elif source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise ModelError(f"there is no model directory {source}")
-
-
-def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+            raise ModelError(f"there is no model directory {source}")
+        return
     if not (directory / "config.json").exists():
         raise ModelError(f"{directory} holds no config.json: it is not a model's directory")
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
@@ -154,6 +152,27 @@ def _load_network(source: str, dtype: torch.dtype | str, device: str | None) -> 
             "the checkpoint is incomplete, or it is not one of a causal language model"
         )
     return cast(PreTrainedModel, network)
+
+
+def _merged(network: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The network with the updates of a LoRA in peft's format added to its weights. It is another model then, so its
+    path is cleared."""
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no {name}: it is not an adapter in peft's format (safetensors)")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("an adapter needs peft: pip install 'trimtab[rahf]'") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute of transformers by its old name
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            merged = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+    except Exception as error:  # anything can be wrong in these files
+        raise ModelError(f"adapter {folder} cannot be put into this model: {first_line(error)}") from error
+    merged.config.name_or_path = ""
+    return cast(PreTrainedModel, merged.eval().requires_grad_(False))
 
 
 def _served_name(model: str) -> str:

@@ -24,7 +24,6 @@ def staged(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def tensor_on(values: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A tensor of these values on the model's device."""
     return sent(torch.tensor(values, dtype=dtype), device)
 
 

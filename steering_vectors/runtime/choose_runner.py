@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,12 +16,10 @@ import torch
 from steering_vectors.errors import ModelError
 from steering_vectors.models.forward import last_logits
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.runtime.cpu.fused_blocks import can_fuse
-from steering_vectors.runtime.cpu.fused_runner import FusedRunner
-from steering_vectors.runtime.cuda_graphs import GraphRunner
+from steering_vectors.runtime.cpu.fused_blocks import FusedRunner, can_fuse
 from steering_vectors.runtime.row_runners import RecomputingRunner, RowRunner
 from steering_vectors.runtime.runner import BatchedRunner, RowInput, Runner
-from steering_vectors.runtime.static_decoding import StaticRunner
+from steering_vectors.runtime.static_decoding import GraphRunner, StaticRunner
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
@@ -40,12 +39,11 @@ def choose_runner(
     `static` asks for decoding over static buffers, which a CUDA device replays as graphs: on any device and nothing
     else if True, never if False, on CUDA if it agrees if None.
     """
-    candidates = _candidates(language_model, bank, context, static)
     reasons = []
-    for make in candidates:
+    for make in _candidates(language_model, static):
         runner: Runner | None = None
         try:
-            runner = make()
+            runner = make(language_model, bank, context=context)
             error = disagreement(runner, language_model)
         except Exception as failure:  # an architecture may fail in any way; the next candidate is tried
             reasons.append(f"{runner.path if runner else 'set-up'}: {type(failure).__name__}: {failure}")
@@ -63,23 +61,19 @@ def choose_runner(
     raise ModelError(f"{kind} cannot be served: " + "; ".join(reasons))
 
 
-def _candidates(
-    language_model: LanguageModel, bank: AcceleratedBank, context: int, static: bool | None
-) -> list[Callable[[], Runner]]:
+def _candidates(language_model: LanguageModel, static: bool | None) -> list[Callable[..., Runner]]:
     """The runners to try, fastest first."""
     on_cuda = language_model.device.type == "cuda"
-    kind = GraphRunner if on_cuda else StaticRunner
-    over_buffers: list[Callable[[], Runner]] = [lambda: kind(language_model, bank, context=context)]
+    over_buffers = GraphRunner if on_cuda else StaticRunner
     if static:
-        return over_buffers
-    fused: list[Callable[[], Runner]] = [lambda: FusedRunner(language_model, bank, context=context)]
+        return [over_buffers]
     return [
-        *(over_buffers if on_cuda and static is None else []),
-        *(fused if can_fuse(language_model.blocks) else []),
-        lambda: BatchedRunner(language_model, bank, context=context),
-        lambda: RowRunner(language_model, bank, context=context, chunked=True),
-        lambda: RowRunner(language_model, bank, context=context, chunked=False),
-        lambda: RecomputingRunner(language_model, bank, context=context),
+        *([over_buffers] if on_cuda and static is None else []),
+        *([FusedRunner] if can_fuse(language_model.blocks) else []),
+        BatchedRunner,
+        partial(RowRunner, chunked=True),
+        partial(RowRunner, chunked=False),
+        RecomputingRunner,
     ]
 
 
@@ -91,9 +85,11 @@ def disagreement(runner: Runner, language_model: LanguageModel) -> float:
     with torch.inference_mode():
         for batch in _batches(rows, runner.chunked):
             logits = runner.forward(batch).logits
-            for index, row in enumerate(batch):
-                ids = dict(rows)[row.slot][0]
-                errors.append(_error(logits[index], _reference(language_model, ids[: row.end])))
+            for found, row in zip(logits.float(), batch, strict=True):
+                ids = torch.tensor([dict(rows)[row.slot][0][: row.end]], device=language_model.device)
+                expected = last_logits(language_model.model(input_ids=ids, use_cache=False))[0].float()
+                error = (found - expected).norm() / expected.norm().clamp_min(1e-9)
+                errors.append(float(error.nan_to_num(nan=float("inf"))))
     for slot in slots:
         runner.release(slot)
     return max(errors)
@@ -120,13 +116,3 @@ def _probes(language_model: LanguageModel, context: int) -> list[tuple[list[int]
         ids = torch.randint(0, language_model.vocab_size, (prompt + DECODED,), generator=generator)
         probes.append((ids.tolist(), prompt))
     return probes
-
-
-def _reference(language_model: LanguageModel, ids: list[int]) -> torch.Tensor:
-    tensor = torch.tensor([ids], device=language_model.device)
-    return last_logits(language_model.model(input_ids=tensor, use_cache=False))[0]
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-9)
-    return float(error.max().nan_to_num(nan=float("inf")))

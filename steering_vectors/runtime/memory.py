@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -33,7 +32,8 @@ class MemoryNeed:
     """Bytes measured on a device.
 
     `total` is the device's memory and `used` what is taken with the model loaded and nothing running. A pass takes
-    `one_pass` more, of which `row` for each row; a slot keeps `column` for each position and `slot` besides.
+    `one_pass` more, of which `row` for each row. A slot keeps `column` for the keys and values of each position, and
+    `slot` for its shifts and logits.
     """
 
     total: int
@@ -48,50 +48,23 @@ class MemoryNeed:
         return self.column * (context + 1) + self.slot + self.row
 
     def room(self, utilization: float) -> int:
-        """Bytes left for slots."""
         return int(utilization * self.total) - self.used - self.one_pass
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """The slots and the context to run with, and why."""
-
-    slots: int
-    context: int
-    need: MemoryNeed
-    utilization: float
-
-    def __str__(self) -> str:
-        need = self.need
-        return (
-            f"{self.slots} slots of {self.context} tokens take {_gib(self.slots * need.slot_of(self.context))}, "
-            f"the model {_gib(need.used)}, a pass {_gib(need.one_pass)}: of {_gib(need.total)}, "
-            f"{self.utilization:.0%} may be used"
-        )
-
-
-class Meter(Protocol):
-    """A device's memory, in bytes."""
-
-    def used_and_total(self) -> tuple[int, int]:
-        """What all processes on the device use now, and what there is."""
-
-    def peak(self, work: Callable[[], None]) -> int:
-        """The most memory that `work` took at any time, beside what was taken before."""
-
-
 class CudaMeter:
-    """The memory of a CUDA device, as reported by its driver and torch's allocator."""
+    """The memory of a CUDA device in bytes, as reported by its driver and torch's allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def used_and_total(self) -> tuple[int, int]:
+        """What all processes on the device use now, and what there is."""
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free, total
 
     def peak(self, work: Callable[[], None]) -> int:
+        """The most memory that `work` took at any time, beside what was taken before."""
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
@@ -102,13 +75,13 @@ class CudaMeter:
 
 def plan_memory(
     language_model: LanguageModel,
-    meter: Meter,
+    meter: CudaMeter,
     *,
     slots: int | None,
     context: int,
     tokens: int,
     utilization: float | None,
-) -> MemoryPlan | None:
+) -> int | None:
     """The slots that fit, by measurement.
 
     Warns and returns None if the model does not run over the slot cache, because the size of its own state is unknown.
@@ -129,20 +102,24 @@ def plan_memory(
             ) from error
         logger.warning("memory is not planned: the model does not run over slots (%s)", first_line(error))
         return None
-    found = plan(need, slots=slots, context=context, utilization=utilization or UTILIZATION)
-    logger.info("memory: %s", found)
-    return found
+    return plan(need, slots=slots, context=context, utilization=utilization or UTILIZATION)
 
 
-def plan(need: MemoryNeed, *, slots: int | None, context: int, utilization: float = UTILIZATION) -> MemoryPlan:
-    """The given number of slots, or as many as fit up to MAX_SLOTS.
+def plan(need: MemoryNeed, *, slots: int | None, context: int, utilization: float = UTILIZATION) -> int:
+    """The given number of slots, or as many as fit up to MAX_SLOTS; the log says why.
 
     Raises ModelError, which names what would fit, if they do not fit or if none does.
     """
     room = need.room(utilization)
     fitting = max(0, room // need.slot_of(context))
     if (slots or 1) <= fitting:
-        return MemoryPlan(slots or min(fitting, MAX_SLOTS), context, need, utilization)
+        found = slots or min(fitting, MAX_SLOTS)
+        logger.info(
+            "memory: %s",
+            f"{found} slots of {context} tokens take {_gib(found * need.slot_of(context))}, the model "
+            f"{_gib(need.used)}, a pass {_gib(need.one_pass)}: of {_gib(need.total)}, {utilization:.0%} may be used",
+        )
+        return found
     wanted = "one slot" if slots in (None, 1) else f"{slots} slots"
     raise ModelError(
         f"{wanted} of {context} tokens need {_gib((slots or 1) * need.slot_of(context))} of the device's memory, and "
@@ -152,58 +129,39 @@ def plan(need: MemoryNeed, *, slots: int | None, context: int, utilization: floa
 
 
 @torch.inference_mode()
-def measure(language_model: LanguageModel, meter: Meter, *, context: int, tokens: int) -> MemoryNeed:
+def measure(language_model: LanguageModel, meter: CudaMeter, *, context: int, tokens: int) -> MemoryNeed:
     """What passes of so many prompt tokens need: the widest that an engine makes, at the far end of the context.
 
     Raises what the model raises if it cannot run over slots.
     """
-    measured = _MeasuredSlots(language_model, context)
-    try:
-        measured.run(1, 1)  # allocates what is made at the first use
-        one = meter.peak(partial(measured.run, 1, tokens))
-        two = meter.peak(partial(measured.run, ROWS, tokens))
-        column, slot = measured.column, measured.slot
-    finally:
-        measured.close()
-    del measured  # so that it is not counted as used
-    used, total = meter.used_and_total()
+    one, two, column, slot = _measured(language_model, meter, context, tokens)
+    used, total = meter.used_and_total()  # without what was made to measure
     return MemoryNeed(total=total, used=used, one_pass=one, row=max(0, two - one), column=column, slot=slot)
 
 
-class _MeasuredSlots:
-    """A runner with a few slots, to be measured."""
+def _measured(language_model: LanguageModel, meter: CudaMeter, context: int, tokens: int) -> tuple[int, int, int, int]:
+    """Bytes of a pass over one row and over two, of a column and of a slot."""
+    bank = SteeringBank.over(language_model, rows=ROWS)
+    runner = BatchedRunner(language_model, bank, context=context)
 
-    def __init__(self, language_model: LanguageModel, context: int) -> None:
-        self._bank = SteeringBank.over(language_model, rows=ROWS)
-        self._runner = BatchedRunner(language_model, self._bank, context=context)
-        self._vocabulary = language_model.vocab_size
-
-    @property
-    def column(self) -> int:
-        """Bytes of the keys and values of one position."""
-        states = [state for layer in self._runner.cache.layers for state in (layer.keys, layer.values)]
-        return sum(state.element_size() * state[0, :, 0].numel() for state in states)
-
-    @property
-    def slot(self) -> int:
-        """Bytes of a row's shifts and of its logits."""
-        shift = self._bank.shift
-        return shift[:, 0].numel() * shift.element_size() + 4 * self._vocabulary
-
-    def run(self, rows: int, tokens: int) -> None:
-        """A pass of so many prompt tokens in all, at the end of the context, each of which is scored."""
-        context = self._runner.context
+    def run(rows: int, tokens: int) -> None:
+        """A pass of so many tokens in all, each of which is scored."""
         width = min(context, max(1, tokens // rows))
         batch = [RowInput(row, [0] * width, context - width, wanted=width) for row in range(rows)]
-        for logits in self._runner.forward_all(batch).logits:
+        for logits in runner.forward_all(batch).logits:
             logits.float().logsumexp(dim=-1)
 
-    def close(self) -> None:
-        self._runner.close()
+    try:
+        run(1, 1)  # allocates what is made at the first use
+        one, two = (meter.peak(partial(run, rows, tokens)) for rows in (1, ROWS))
+        states = [state for layer in runner.cache.layers for state in (layer.keys, layer.values)]
+        column = sum(state.element_size() * state[0, :, 0].numel() for state in states)
+        return one, two, column, bank.shift[:, 0].nbytes + 4 * language_model.vocab_size
+    finally:
+        runner.close()
 
 
 def _remedy(need: MemoryNeed, room: int, slots: int, fitting: int) -> str:
-    """The flags that would make it fit."""
     remedies = [f"--slots {fitting}"] if fitting else []
     columns = (room // slots - need.slot - need.row) // max(1, need.column) - 1
     if columns >= CONTEXT_STEP:

@@ -11,7 +11,7 @@ import torch
 from steering_vectors.errors import ModelError
 from steering_vectors.models.forward import last_logits, state_argument, takes
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.runtime.runner import Logits, Output, RowInput, Runner, output_of
+from steering_vectors.runtime.runner import Output, Residuals, RowInput, Runner, output_of
 from steering_vectors.steering.bank import SteeringBank
 
 
@@ -19,20 +19,23 @@ class _OneByOne(Runner):
     """Computes each row in a forward pass of its own."""
 
     def forward(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[torch.Tensor]:
-        rows = [self._row(row, read) for row in batch]
-        return _merged(torch.stack([row.logits[-1] for row in rows]), rows)
+        output = self.forward_all(batch, read)
+        return Output(torch.stack([logits[-1] for logits in output.logits]), output.residuals, output.sums)
 
     def forward_all(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[list[torch.Tensor]]:
-        rows = [self._row(row, read) for row in batch]
-        return _merged([one.logits[-row.wanted :] for row, one in zip(batch, rows, strict=True)], rows)
+        logits: list[torch.Tensor] = []
+        residuals: dict[int, Residuals] = {}
+        sums: dict[int, Residuals] = {}
+        for row in batch:
+            output = self._row(row, read)
+            logits.append(output.logits[-row.wanted :])
+            residuals.update(output.residuals)
+            sums.update(output.sums)
+        return Output(logits, residuals, sums)
 
     @abstractmethod
     def _row(self, row: RowInput, read: Sequence[int]) -> Output[torch.Tensor]:
         """The logits of all of a row's tokens, `[tokens, vocabulary]`."""
-
-
-def _merged(logits: Logits, rows: Sequence[Output[torch.Tensor]]) -> Output[Logits]:
-    return Output(logits, [one for row in rows for one in row.residuals], [one for row in rows for one in row.sums])
 
 
 class RowRunner(_OneByOne):
@@ -65,7 +68,7 @@ class RowRunner(_OneByOne):
         with self.bank.step(slice(row.slot, row.slot + 1), where), self._recording(read) as recorded:
             output = self.model(**inputs)
         self._states[row.slot] = output[self._state_name]
-        return output_of(last_logits(output, len(row.ids)), recorded, [(0, slice(None))])
+        return output_of(last_logits(output, len(row.ids)), recorded, {row.slot: (0, slice(None))})
 
 
 class RecomputingRunner(_OneByOne):
@@ -87,4 +90,4 @@ class RecomputingRunner(_OneByOne):
         where = torch.tensor([whole.steered()], device=self.device)
         with self.bank.step(slice(row.slot, row.slot + 1), where), self._recording(read) as recorded:
             output = self.model(input_ids=ids, use_cache=False)
-        return output_of(last_logits(output, len(row.ids)), recorded, [(0, slice(row.start, row.end))])
+        return output_of(last_logits(output, len(row.ids)), recorded, {row.slot: (0, slice(row.start, row.end))})

@@ -7,9 +7,9 @@ runner with the plain model before it is used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,15 +55,12 @@ class RowInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output(Generic[Logits]):
-    """What one forward pass computed, one entry for each row of the batch.
-
-    `residuals` holds the requested block outputs at each row's last token, `sums` their sum over the row's tokens.
-    Both are empty if no layers were requested.
-    """
+    """What one forward pass computed: the logits of each row of the batch, and by slot the requested block outputs at
+    the row's last token (`residuals`) and summed over its tokens (`sums`)."""
 
     logits: Logits
-    residuals: Sequence[Residuals] = ()
-    sums: Sequence[Residuals] = ()
+    residuals: Mapping[int, Residuals] = field(default_factory=dict)
+    sums: Mapping[int, Residuals] = field(default_factory=dict)
 
 
 class Runner(ABC):
@@ -145,7 +142,7 @@ class BatchedRunner(Runner):
         wanted = self._tensor([[min(first + place, width - 1) for place in range(most)] for first in firsts])
         selected, recorded = self._pass(slots, rows, width, wanted, read)
         places = _places(batch, rows)
-        logits = [selected[place, : row.wanted] for row, (place, _) in zip(batch, places, strict=True)]
+        logits = [selected[places[row.slot][0], : row.wanted] for row in batch]
         return output_of(logits, recorded, places)
 
     def _pass(
@@ -216,22 +213,23 @@ class BatchedRunner(Runner):
         return tensor_on(values, self.device)
 
 
-def _places(batch: Sequence[RowInput], rows: Sequence[RowInput]) -> list[tuple[int, slice]]:
-    """Where each row of the batch stands among the rows computed, and the positions of its tokens there."""
+def _places(batch: Sequence[RowInput], rows: Sequence[RowInput]) -> dict[int, tuple[int, slice]]:
+    """By slot of the batch, its place among the rows computed, and the positions of its tokens there."""
     places = {row.slot: place for place, row in enumerate(rows)}
-    return [(places[row.slot], slice(len(row.ids))) for row in batch]
+    return {row.slot: (places[row.slot], slice(len(row.ids))) for row in batch}
 
 
 def output_of(
-    logits: Logits, recorded: Mapping[int, torch.Tensor], places: Iterable[tuple[int, slice]]
+    logits: Logits, recorded: Mapping[int, torch.Tensor], places: Mapping[int, tuple[int, slice]]
 ) -> Output[Logits]:
-    """An output with the residuals of some rows at some positions of block outputs `[rows, positions, hidden]`."""
+    """An output with the residuals of slots, each from a row and positions of block outputs `[rows, positions,
+    hidden]`."""
     if not recorded:
         return Output(logits)
-    residuals: list[Residuals] = []
-    sums: list[Residuals] = []
-    for row, positions in places:
+    residuals: dict[int, Residuals] = {}
+    sums: dict[int, Residuals] = {}
+    for slot, (row, positions) in places.items():
         states = torch.stack([hidden[row, positions].float() for hidden in recorded.values()])
-        residuals.append(dict(zip(recorded, states[:, -1], strict=True)))
-        sums.append(dict(zip(recorded, states.sum(1), strict=True)))
+        residuals[slot] = dict(zip(recorded, states[:, -1], strict=True))
+        sums[slot] = dict(zip(recorded, states.sum(1), strict=True))
     return Output(logits, residuals, sums)

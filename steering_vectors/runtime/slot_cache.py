@@ -113,14 +113,12 @@ class SlotCache(Cache):  # type: ignore[misc]
             _current.metadata = None
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the keys and values of a slot's first so many positions to another."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys[target, :, :length] = layer.keys[source, :, :length]
                 layer.values[target, :, :length] = layer.values[source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
-        """Exchange the keys and values of two slots' first so many positions."""
         for layer in self.layers:
             if layer.is_initialized:
                 for states in (layer.keys, layer.values):
@@ -151,33 +149,20 @@ def _row_mask(original: Callable[..., Any], *, as_bias: bool) -> Callable[..., A
     """A mask maker that evaluates the model's mask function at each row's own positions in a forward pass over the slot
     cache, and is `original` everywhere else."""
 
-    def make(
-        *,
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        mask_function: Callable[..., torch.Tensor],
-        dtype: torch.dtype = torch.float32,
-        **arguments: Any,
-    ) -> Any:
+    def make(**arguments: Any) -> Any:
         metadata = _current.metadata
         if metadata is None:
-            return original(
-                batch_size=batch_size,
-                q_length=q_length,
-                kv_length=kv_length,
-                mask_function=mask_function,
-                dtype=dtype,
-                **arguments,
-            )
+            return original(**arguments)
+        count, queries, length = (arguments[name] for name in ("batch_size", "q_length", "kv_length"))
         device = metadata.positions.device
-        rows = torch.arange(batch_size, device=device)[:, None, None, None]
+        rows = torch.arange(count, device=device)[:, None, None, None]
         heads = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-        keys = torch.arange(kv_length, device=device)[None, None, None, :]
-        mask = mask_function(rows, heads, metadata.positions[:, None, :, None], keys)
-        mask = mask.expand(batch_size, 1, q_length, kv_length)
+        keys = torch.arange(length, device=device)[None, None, None, :]
+        mask = arguments["mask_function"](rows, heads, metadata.positions[:, None, :, None], keys)
+        mask = mask.expand(count, 1, queries, length)
         if not as_bias:
             return mask
+        dtype = arguments.get("dtype", torch.float32)
         return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
 
     return make

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,14 +25,12 @@ from steering_vectors.steering.accelerated_bank import AcceleratedBank
 logger = logging.getLogger(__name__)
 
 MIN_COLUMNS = 128
+WARM_UP = 2  # runs of a step before it is recorded as a CUDA graph
 ID, POSITION, COLUMN, PLACE = range(4)
 
 
-class Replay(Protocol):
-    """Runs a step again, over the current contents of its buffers."""
-
-    def __call__(self) -> None: ...
-
+Replay = Callable[[], None]
+"""Runs a step again, over the current contents of its buffers."""
 
 Recorder = Callable[[Callable[[], None]], Replay]
 """Makes a step replayable. It may run the step any number of times first: the inputs are the real ones."""
@@ -118,7 +116,10 @@ class StaticRunner(BatchedRunner):
                 output = self.model(
                     input_ids=inputs[:, ID : ID + 1], past_key_values=self.cache, use_cache=True, **arguments
                 )
-            self._keep(output.logits[:, -1])
+            logits = output.logits[:, -1]
+            if self._logits_buffer is None:
+                self._logits_buffer = logits.new_empty(self.bank.num_rows, logits.shape[-1])
+            self._logits_buffer[:rows].copy_(logits)
 
         return compute
 
@@ -143,7 +144,46 @@ class StaticRunner(BatchedRunner):
             len(row.ids) == 1 and (row.steered_from is None or row.start >= row.steered_from) for row in batch
         )
 
-    def _keep(self, logits: torch.Tensor) -> None:
-        if self._logits_buffer is None:
-            self._logits_buffer = logits.new_empty(self.bank.num_rows, logits.shape[-1])
-        self._logits_buffer[: len(logits)].copy_(logits)
+
+class GraphRecorder:
+    """Records steps on one CUDA device as graphs. The tensors that a step reads must stay at their addresses.
+
+    All graphs share one memory pool, which is safe because they never run at the same time and copy their results to a
+    buffer outside of the pool.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Replay:
+        """Run the step a few times, so that everything made at first use exists, then record it.
+
+        Raises RuntimeError if the step does what a graph cannot hold, such as waiting for the device.
+        """
+        current = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(current):  # a recording that fails would leave the side stream the current one
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP):
+                    step()
+            current.wait_stream(self._stream)
+            # other threads may use the device meanwhile, to check a profile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                step()
+        return graph.replay
+
+
+class GraphRunner(StaticRunner):
+    """The static runner on a CUDA device, its steps replayed as graphs.
+
+    A graph is recorded when its pair of buckets first comes up, which takes as long as a few tens of steps. There are
+    dozens of pairs, few of which a server meets, so recording all of them would only delay the start.
+    """
+
+    path = "batched, CUDA graphs"
+
+    def __init__(self, language_model: LanguageModel, bank: AcceleratedBank, *, context: int) -> None:
+        super().__init__(language_model, bank, context=context, record=GraphRecorder(language_model.device))

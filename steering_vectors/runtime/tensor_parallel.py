@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.profiles.mixture import Mixture
 from steering_vectors.runtime.runner import Output, RowInput, Runner
 from steering_vectors.runtime.slot_cache import Columns
 from steering_vectors.steering.bank import SteeringBank
@@ -35,10 +34,6 @@ class Channel:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         self._group = dist.new_group(backend="gloo", timeout=IDLE)
 
-    @property
-    def processes(self) -> int:
-        return dist.get_world_size()
-
     def send(self, *message: Any) -> None:
         dist.broadcast_object_list([message], src=0, group=self._group)
 
@@ -49,7 +44,7 @@ class Channel:
 
     def minimum(self, number: int) -> int:
         """The smallest of all processes' numbers; every process must call this."""
-        numbers: list[Any] = [None] * self.processes
+        numbers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(numbers, number, group=self._group)
         return int(min(numbers))
 
@@ -64,7 +59,7 @@ class LeadingRunner(Runner):
         super().__init__(language_model, runner.bank, context=runner.context)
         self._runner, self._channel = runner, channel
         self.chunked = runner.chunked
-        self.path = f"{runner.path}, in {channel.processes} processes"
+        self.path = f"{runner.path}, in {dist.get_world_size()} processes"
         runner.bank.watch(lambda row, mixture: channel.send("steer", row, mixture))
 
     def forward(self, batch: Sequence[RowInput], read: Sequence[int] = ()) -> Output[torch.Tensor]:
@@ -110,36 +105,25 @@ class LeadingColumns:
         self._columns.swap(one, other, length)
 
 
-class Follower:
-    """Another process: repeats what the first one does until that one closes.
+@torch.inference_mode()
+def repeat(channel: Channel, runner: Runner, bank: SteeringBank) -> None:
+    """What the other processes do: repeat what the first one does until that one closes.
 
     An error ends the process, and torchrun then ends all of them: processes that disagree must not go on.
     """
-
-    def __init__(self, runner: Runner, bank: SteeringBank, channel: Channel) -> None:
-        self._runner, self._bank, self._channel = runner, bank, channel
-
-    @torch.inference_mode()
-    def run(self) -> None:
-        # the first process ends the others, after it has answered waiting requests
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        while (message := self._channel.receive())[0] != "close":
-            self._follow(*message)
-        self._channel.close()
-        self._runner.close()
-        self._bank.detach()
-
-    def _follow(self, kind: str, *details: Any) -> None:
-        if kind == "steer":
-            self._steer(*details)
-        elif kind in ("forward", "forward_all", "release", "zero_slot"):
-            getattr(self._runner, kind)(*details)
-        else:
-            getattr(self._runner.columns, kind)(*details)
-
-    def _steer(self, row: int, mixture: Mixture | None) -> None:
-        if mixture is None:
-            self._bank.clear(row)
-        else:
-            self._bank.write(row, mixture)
+    # the first process ends the others, after it has answered waiting requests
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    while (message := channel.receive()) != ("close",):
+        match message:
+            case ("steer", row, None):
+                bank.clear(row)
+            case ("steer", row, mixture):
+                bank.write(row, mixture)
+            case ("copy" | "swap" as method, *details):
+                getattr(runner.columns, method)(*details)
+            case (method, *details):
+                getattr(runner, method)(*details)
+    channel.close()
+    runner.close()
+    bank.detach()

@@ -58,7 +58,7 @@ def steer(
         )
     timeline = Timeline(prompt_length)
     network, bank = _written_bank(model, mixture, allow_model_mismatch)
-    where = timeline.where if mixture.apply_to == "generated" else _everywhere
+    where = timeline.where if mixture.apply_to == "generated" else lambda *_: None
     bank.attach()
     try:
         with bank.steps(network, where), _announcing(network, timeline.begin):
@@ -105,7 +105,8 @@ class Timeline:
 
     def where(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """The steered positions of the next pass, bool `[1, positions]`; None for all of them."""
-        inputs = _inputs(args, kwargs)
+        given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
+        inputs: torch.Tensor = next(one for one in given if one is not None)  # [rows, positions, …]
         length = inputs.shape[1]
         past = self._past(length, kwargs)
         self._seen = past + length
@@ -153,7 +154,9 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
 
     def announced(*args: Any, **kwargs: Any) -> Any:
         _check_padding(kwargs.get("attention_mask"))
-        with begin(_prompt_length(args, kwargs)):
+        given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        # without a prompt, generate starts from a single BOS token
+        with begin(next((int(one.shape[1]) for one in given if one is not None), 1)):
             return generate(*args, **kwargs)
 
     model.generate = announced
@@ -173,28 +176,9 @@ def _check_padding(mask: Any) -> None:
         )
 
 
-def _prompt_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Positions of generate's prompt; without one it starts from a single BOS token."""
-    for given in (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")):
-        if given is not None:
-            return int(given.shape[1])
-    return 1
-
-
-def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """A forward pass's inputs, `[rows, positions]` or `[rows, positions, hidden]`."""
-    given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1])
-    tensor: torch.Tensor = next(tensor for tensor in given if tensor is not None)
-    return tensor
-
-
 def _length(cache: Any) -> int | None:
     """Positions that a cache holds; None if it has no length, as those of recurrent models."""
     try:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):
         return None
-
-
-def _everywhere(_args: Sequence[Any], _kwargs: Mapping[str, Any]) -> None:
-    return None

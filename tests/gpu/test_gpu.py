@@ -151,9 +151,9 @@ def test_memory_is_planned() -> None:
     language_model = on_cuda("llama")
     meter = CudaMeter(language_model.device)
     sizes = {"context": checked_context(language_model, None), "tokens": 64}
-    plan = plan_memory(language_model, meter, slots=None, utilization=None, **sizes)
-    assert plan is not None
-    engine_options = {"slots": plan.slots, "context": plan.context}
+    slots = plan_memory(language_model, meter, slots=None, utilization=None, **sizes)
+    assert slots is not None
+    engine_options = {"slots": slots, "context": sizes["context"]}
     assert len(run_all(language_model, [request([5, 6, 7], max_tokens=4)], **engine_options)) == 1
     used, total = meter.used_and_total()
     with pytest.raises(ModelError, match="--gpu-memory-utilization"):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from server.engines.protocol import GenerationRequest
-from server.engines.torch.engine import make_follower
+from server.engines.torch.build import follow_engine
 from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.runtime.tensor_parallel import Channel
 from tests.support.running import plan, prompts, random_profile, request, run_all, steps
@@ -36,7 +36,7 @@ def main() -> None:
     channel = Channel("cpu")
     language_model = load_model(sys.argv[1], dtype="float32", tensor_parallel=True)
     if os.environ["RANK"] != "0":
-        make_follower(language_model, SLOTS, CONTEXT, channel).run()
+        follow_engine(language_model, SLOTS, CONTEXT, channel)
         return
     found = run_all(
         language_model, requests(language_model), slots=SLOTS, context=CONTEXT, prefill_chunk=16, channel=channel

@@ -12,7 +12,7 @@ from server.api.dependencies import ReadyDep, refuse_steering_header
 from server.api.document import declare
 from server.api.fields.body import Body, Examples
 from server.api.fields.steering import Steering
-from server.engines.protocol import MAX_SCHEDULE_TOKEN, GenerationRequest, Segment, capabilities_needed
+from server.engines.protocol import MAX_SCHEDULE_TOKEN, GenerationRequest, capabilities_needed
 from server.generation.client_errors import client_errors
 from server.generation.intake import check_capabilities
 from server.generation.receipts import SteeringReceipt, applied_entry
@@ -105,7 +105,7 @@ async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDe
         "id": generation_id,
         "from_token": changed.from_token,
         "position": changed.position,
-        "steering": [applied_entry(term, changed.segment, term.strength) for term in changed.segment.terms],
+        "steering": [applied_entry(one, plan, one.term.at(0)) for one in changed.segment.terms],
     }
 
 
@@ -115,11 +115,10 @@ async def resolve(body: ResolveBody, service: ReadyDep) -> ResolveAnswer:
     with client_errors():
         plan = pinned(body.steering.plan(), service.registry.find)
         effect = await service.engine.explain(plan)
-    start = Segment(0, (), plan.apply_to, plan.preserve_norm, plan.allow_beyond_safe)
     answer: ResolveAnswer = {
         "steering": [
             {
-                **applied_entry(term.applied, start, term.applied.strength),
+                **applied_entry(term.applied, plan, term.applied.term.at(0)),
                 "method": term.method,
                 "unit": term.unit,
                 "max_strength": term.max_strength,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
 from server.engines.detokenizer import Detokenizer, special_tokens
 from server.engines.errors import reject
 from server.engines.protocol import EngineInfo, GenerationRequest, SteeringPlan
-from server.engines.torch.constraints.matching import CompiledGrammar
+from server.engines.torch.constraints.matching import CompiledGrammar, Matcher
 from server.engines.torch.plans import ResolvedPlan, SteeringState
 from server.engines.torch.sampling.request_sampler import RequestSampler, check_vocabulary
 from server.engines.torch.scheduling.request_state import RequestState
@@ -20,11 +20,10 @@ from steering_vectors.profiles.profile import Profile
 class Admission:
     """Checks requests and plans for one model, and makes the states of requests."""
 
-    def __init__(self, info: EngineInfo, *, dtype: torch.dtype, eos_ids: frozenset[int], chunked: bool) -> None:
+    def __init__(self, info: EngineInfo, *, dtype: torch.dtype, eos_ids: frozenset[int]) -> None:
         self._info = info
         self._dtype = dtype
         self._eos_ids = eos_ids
-        self._chunked = chunked
 
     def states(
         self, request: GenerationRequest, profiles: Mapping[str, Profile], grammar: CompiledGrammar | None
@@ -32,8 +31,11 @@ class Admission:
         """The states of a request's choices. Raises RequestError that names the field of the protocol."""
         self._check(request)
         plan = self.resolve(request.plan, profiles)
-        check_gates(request, plan, chunked=self._chunked)
-        stop_ids, stop_strings = self._stops(request)
+        if plan.gates and "gates" not in self._info.capabilities:
+            raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
+        if plan.gates and request.prompt_logprobs is not None:
+            raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
+        stop_ids = self._stop_ids(request)
         return [
             RequestState(
                 name,
@@ -49,10 +51,10 @@ class Admission:
                     eos_ids=self._eos_ids,
                     prompt_ids=request.prompt_ids,
                     choice=choice,
-                    matcher=None if grammar is None else grammar.matcher(),
+                    matcher=None if grammar is None else Matcher(grammar),
                     stop_ids=stop_ids,
                 ),
-                Detokenizer(self._info.tokenizer, request.prompt_ids, stop_strings),
+                Detokenizer(self._info.tokenizer, request.prompt_ids, request.sampling.stop),
                 stop_ids,
                 tuple(profiles[version] for version in request.projections),
                 request.versions,
@@ -61,22 +63,33 @@ class Admission:
         ]
 
     def resolve(self, plan: SteeringPlan, profiles: Mapping[str, Profile]) -> ResolvedPlan:
-        """The plan with its profiles. Raises SteeringError."""
         resolved = ResolvedPlan(plan, profiles)
         resolved.check(self._dtype)
         return resolved
 
     def _check(self, request: GenerationRequest) -> None:
-        writes = request.sampling.max_tokens != 0
-        check_prompt(request.prompt_ids, vocabulary=self._info.vocab_size, context=self._info.context, writes=writes)
-        check_vocabulary(request.sampling, self._info.vocab_size)
+        prompt, vocabulary, context = request.prompt_ids, self._info.vocab_size, self._info.context
+        reject(not prompt, "the prompt is empty", "prompt_ids")
+        reject(
+            any(not 0 <= token < vocabulary for token in prompt),
+            f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
+            "prompt_ids",
+        )
+        if len(prompt) + (request.sampling.max_tokens != 0) > context:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the context holds {context}, prompt and completion together: "
+                "shorten the prompt",
+                param="prompt_ids",
+                code="context_length_exceeded",
+            )
+        check_vocabulary(request.sampling, vocabulary)
         endless = request.constraint is not None and request.sampling.ignore_eos
         reject(endless, "ignore_eos cannot be used with a constraint, whose texts end: leave it out", "ignore_eos")
         if request.divergence and self._info.slots < 2:
             raise RequestError("divergence needs a second slot", param="divergence", code="too_few_slots")
 
-    def _stops(self, request: GenerationRequest) -> tuple[dict[int, int | str], tuple[str, ...]]:
-        """The tokens that end the text, each with what is reported, and the strings to look for in the text."""
+    def _stop_ids(self, request: GenerationRequest) -> dict[int, int | str]:
+        """The tokens that end the text, each with what is reported."""
         special = special_tokens(self._info.tokenizer) if request.sampling.stop else {}
         stop_ids: dict[int, int | str] = {}
         for text in request.sampling.stop:
@@ -89,33 +102,7 @@ class Admission:
                     param="stop",
                 )
         stop_ids.update((token_id, token_id) for token_id in request.sampling.stop_token_ids)
-        return stop_ids, request.sampling.stop
-
-
-def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context: int, writes: bool) -> None:
-    """Raise RequestError if a prompt is empty, has an id outside of the vocabulary, or does not fit the context, with
-    room for a token if any is to be generated."""
-    reject(not prompt_ids, "the prompt is empty", "prompt_ids")
-    reject(
-        any(not 0 <= token < vocabulary for token in prompt_ids),
-        f"the prompt has a token id outside of the vocabulary, 0 to {vocabulary - 1}",
-        "prompt_ids",
-    )
-    if len(prompt_ids) > context - writes:
-        raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens; the context holds {context}, prompt and completion together: "
-            "shorten the prompt",
-            param="prompt_ids",
-            code="context_length_exceeded",
-        )
-
-
-def check_gates(request: GenerationRequest, plan: ResolvedPlan, *, chunked: bool) -> None:
-    """Raise SteeringError for a profile with a gate where the prompt cannot decide it."""
-    if plan.gates and not chunked:
-        raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
-    if plan.gates and request.prompt_logprobs is not None:
-        raise SteeringError("a profile with a gate cannot score a prompt: it is the prompt that decides it")
+        return stop_ids
 
 
 def check_no_new_gates(known: Collection[str], plan: ResolvedPlan) -> None:

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 
 from server.engines.config import DEFAULT_SLOTS, EngineConfig
-from server.engines.torch.engine import TorchEngine, make_follower
+from server.engines.torch.engine import TorchEngine, make_runner
 from server.engines.torch.scheduling.scheduler import IDLE_PREFILL_FACTOR
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.limits import checked_context
 from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.memory import CudaMeter, plan_memory
-from steering_vectors.runtime.tensor_parallel import Channel
+from steering_vectors.runtime.tensor_parallel import Channel, repeat
 
 
 def build_engine(config: EngineConfig) -> TorchEngine:
@@ -28,7 +28,13 @@ def follow(config: EngineConfig) -> None:
     """Hold a part of the model for the process that serves, until that one ends. Raises ModelError."""
     channel = Channel(config.device)
     language_model, slots, context = _loaded(config, channel)
-    make_follower(language_model, slots, context, channel).run()
+    follow_engine(language_model, slots, context, channel)
+
+
+def follow_engine(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> None:
+    """Repeat what the engine of the process that serves does."""
+    bank, runner = make_runner(language_model, slots, context, False)
+    repeat(channel, runner, bank)
 
 
 def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageModel, int, int]:
@@ -55,7 +61,7 @@ def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, in
     slots = config.slots or DEFAULT_SLOTS
     if language_model.device.type != "cuda":
         return slots, context
-    plan = plan_memory(
+    fitting = plan_memory(
         language_model,
         CudaMeter(language_model.device),
         slots=config.slots,
@@ -63,7 +69,7 @@ def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, in
         tokens=IDLE_PREFILL_FACTOR * config.prefill_chunk,
         utilization=config.gpu_memory_utilization,
     )
-    return (slots if plan is None else plan.slots), context
+    return fitting or slots, context
 
 
 def _check_device(device: str) -> None:

@@ -7,7 +7,8 @@ import logging
 import math
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +17,10 @@ from typing import Any, TypeVar
 import torch
 
 from server.engines.config import DEFAULT_CONFIG, DEFAULT_SLOTS, EngineConfig
-from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration
-from server.engines.mailbox import Mailbox, Receiver, call_in
+from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration, UnknownProfile
+from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
     ALL_CAPABILITIES,
-    Constraint,
     EngineInfo,
     EngineStats,
     EventStream,
@@ -30,15 +30,14 @@ from server.engines.protocol import (
     SteeringPlan,
 )
 from server.engines.torch.admission import Admission, check_no_new_gates
-from server.engines.torch.constraints.cache import Grammars
-from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler
-from server.engines.torch.loaded_profiles import LoadedProfiles
+from server.engines.torch.constraints.matching import GrammarCompiler, Grammars
 from server.engines.torch.loop import EngineLoop
 from server.engines.torch.plans import ResolvedPlan
 from server.engines.torch.scheduling.budget import PrefillBudget
 from server.engines.torch.scheduling.prefix_reuse import PrefixCache
 from server.engines.torch.scheduling.request_state import RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
+from steering_vectors.errors import ProfileError
 from steering_vectors.models.limits import checked_context, eos_ids
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import unit_shifts
@@ -46,7 +45,7 @@ from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.threads import run_apart, use_threads
 from steering_vectors.runtime.runner import Runner
-from steering_vectors.runtime.tensor_parallel import Channel, Follower, LeadingRunner
+from steering_vectors.runtime.tensor_parallel import Channel, LeadingRunner
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class TorchEngine:
     """Implements `protocol.Engine`.
 
     Of `config` only what runs the model is used here; `build_engine` loads it. `channel` leads to the processes that
-    hold the model's other parts, each of which runs `make_follower` at the same time.
+    hold the model's other parts, each of which calls `build.follow_engine` at the same time.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class TorchEngine:
         self._loop = EngineLoop(
             self._runner, self._bank, self._scheduler, budget, eos_ids=self._eos_ids, ended=self._ended
         )
-        self._info = EngineInfo(
+        self.info = EngineInfo(
             name="torch",
             model_name=language_model.name,
             identity=language_model.identity,
@@ -97,9 +96,7 @@ class TorchEngine:
             path=self._runner.path,
             capabilities=ALL_CAPABILITIES if self._runner.chunked else ALL_CAPABILITIES - {"gates"},
         )
-        self._admission = Admission(
-            self._info, dtype=language_model.dtype, eos_ids=self._eos_ids, chunked=self._runner.chunked
-        )
+        self._admission = Admission(self.info, dtype=language_model.dtype, eos_ids=self._eos_ids)
         self._profiles = LoadedProfiles()
         self._requests: dict[str, RequestState | None] = {}  # by id, None while one is being admitted
         self._ended_ids: dict[str, None] = {}  # the latest last
@@ -118,34 +115,25 @@ class TorchEngine:
 
     # Called from the event loop.
 
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
     async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
         self._check_open()
-        ids = [name for request in requests for name in request.ids]
-        seen: set[str] = set()
-        for name in ids:
-            if name in self._requests or name in seen:
-                raise Conflict(f"a generation with id {name!r} is running already", param="ids")
-            seen.add(name)
-        if len(self._requests) + len(ids) > self._info.capacity:
+        ids = Counter(name for request in requests for name in request.ids)
+        if taken := next((name for name, count in ids.items() if count > 1 or name in self._requests), None):
+            raise Conflict(f"a generation with id {taken!r} is running already", param="ids")
+        if len(self._requests) + len(ids) > self.info.capacity:
             raise Overloaded(f"{len(self._requests)} requests are running or waiting already: try again later")
         pins = [version for request in requests for _ in request.ids for version in request.versions]
         profiles = self._profiles.acquire(pins)
         self._requests.update(dict.fromkeys(ids))
         try:
-            grammars = await self._compile({request.constraint for request in requests if request.constraint})
+            constraints = {request.constraint for request in requests}
+            grammars = {one: None if one is None else await self._grammars.get(one) for one in constraints}
 
             def admit() -> list[RequestState]:
-                found = ((request, request.constraint) for request in requests)
                 return [
                     state
-                    for request, constraint in found
-                    for state in self._admission.states(
-                        request, profiles, None if constraint is None else grammars[constraint]
-                    )
+                    for request in requests
+                    for state in self._admission.states(request, profiles, grammars[request.constraint])
                 ]
 
             states = await self._aside(admit)
@@ -167,7 +155,7 @@ class TorchEngine:
         try:
             resolved = await self._aside(lambda: self._admission.resolve(plan, profiles))
             changed: asyncio.Future[SteeringChange] = asyncio.get_running_loop().create_future()
-            self._send(lambda: _settle(changed, lambda: self._change(id, resolved)))
+            self._send(lambda: _carry_out(changed, lambda: self._change(id, resolved)))
         except BaseException:
             self._profiles.release(plan.versions)
             raise
@@ -186,7 +174,7 @@ class TorchEngine:
 
     async def load_profile(self, profile: Profile) -> None:
         self._check_open()
-        profile.check_model(self._info.identity, allow_mismatch=self._config.allow_model_mismatch)
+        profile.check_model(self.info.identity, allow_mismatch=self._config.allow_model_mismatch)
         await self._aside(lambda: unit_shifts(profile, None))
         self._profiles.add(profile)
 
@@ -194,17 +182,12 @@ class TorchEngine:
         self._profiles.release((version,))
 
     def stats(self) -> EngineStats:
-        counts = self._loop.counts
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             profiles=len(self._profiles),
-            steps=counts["steps"],
-            prompt_tokens=counts["prompt"],
-            cached_tokens=counts["cached"],
-            generated_tokens=counts["generated"],
-            steered_tokens=counts["steered"],
             finished=dict(self._loop.finished),
+            **self._loop.counts,
         )
 
     async def close(self) -> None:
@@ -230,9 +213,6 @@ class TorchEngine:
         if id in self._ended_ids:
             raise Conflict(f"generation {id!r} has ended: its steering cannot be changed", param="id")
         raise UnknownGeneration(f"there is no generation {id!r} here", param="id")
-
-    async def _compile(self, constraints: set[Constraint]) -> dict[Constraint, CompiledGrammar]:
-        return {constraint: await self._grammars.get(constraint) for constraint in constraints}
 
     async def _aside(self, work: Callable[[], Result]) -> Result:
         """Run work that would hold up the event loop."""
@@ -285,7 +265,6 @@ class TorchEngine:
             self._loop.end("error", f"{type(error).__name__} while computing a step", running_only=True)
 
     def step(self) -> None:
-        """One step of all requests."""
         self._loop.step()
 
     def _take_commands(self, *, wait: bool) -> None:
@@ -321,16 +300,50 @@ class TorchEngine:
             del self._ended_ids[next(iter(self._ended_ids))]
 
 
-def make_follower(language_model: LanguageModel, slots: int, context: int, channel: Channel) -> Follower:
-    """What a process that does not serve does beside the one that does."""
-    bank, runner = make_runner(language_model, slots, context, False)
-    return Follower(runner, bank, channel)
+class LoadedProfiles:
+    """The profiles that an engine holds, by version: each stays as long as it is loaded, or a request holds it. May be
+    used from any thread."""
+
+    def __init__(self) -> None:
+        self._profiles: dict[str, Profile] = {}
+        self._uses: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._profiles)
+
+    def add(self, profile: Profile) -> None:
+        """Hold a profile once more. Raises ProfileError for one that was never stored, which has no version."""
+        if not profile.version:
+            raise ProfileError(f"profile {profile.name!r} has no version: store it in a file first")
+        with self._lock:
+            self._profiles.setdefault(profile.version, profile)
+            self._uses[profile.version] += 1
+
+    def acquire(self, versions: Iterable[str]) -> dict[str, Profile]:
+        """Hold all of these versions once more. Raises UnknownProfile, and then holds none."""
+        wanted = tuple(versions)
+        with self._lock:
+            for version in wanted:
+                if version not in self._profiles:
+                    raise UnknownProfile(f"no profile of version {version[:8]!r} is loaded", param="version")
+            self._uses.update(wanted)
+            return {version: self._profiles[version] for version in wanted}
+
+    def release(self, versions: Iterable[str]) -> None:
+        """Let go of versions, and drop those that nobody holds any more."""
+        with self._lock:
+            for version in versions:
+                if version not in self._profiles:
+                    continue
+                self._uses[version] -= 1
+                if self._uses[version] <= 0:
+                    del self._uses[version], self._profiles[version]
 
 
 def make_runner(
     language_model: LanguageModel, slots: int, context: int, static: bool | None
 ) -> tuple[AcceleratedBank, Runner]:
-    """The bank that steers the model, and the runner that computes it."""
     bank = AcceleratedBank.over(language_model, rows=slots)
     bank.attach()
     return bank, choose_runner(language_model, bank, context=context, static=static)
@@ -342,19 +355,10 @@ def _set_thread_name() -> None:
         Path("/proc/thread-self/comm").write_text(threading.current_thread().name)
 
 
-def _settle(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
+def _carry_out(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
     """Do some work and give its outcome to the one who waits for it in another thread."""
     try:
         outcome: tuple[Any, Exception | None] = (work(), None)
     except Exception as error:
         outcome = (None, error)
-    call_in(waiting.get_loop(), _resolve, waiting, *outcome)
-
-
-def _resolve(waiting: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if waiting.done():
-        return
-    if error is not None:
-        waiting.set_exception(error)
-    else:
-        waiting.set_result(value)
+    call_in(waiting.get_loop(), settle, waiting, *outcome)

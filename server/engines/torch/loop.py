@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from server.engines.mailbox import Outbox
 from server.engines.protocol import Delta, Event, Finished, FinishReason, PromptLogprobs, SteeringChange, TokenLogprob
-from server.engines.torch.batches import BatchOutput, run_batch
 from server.engines.torch.plans import ResolvedPlan
 from server.engines.torch.sampling.sample import NonFiniteLogits, sample
 from server.engines.torch.scheduling.budget import PrefillBudget
 from server.engines.torch.scheduling.request_state import Chunk, RequestState
 from server.engines.torch.scheduling.scheduler import Scheduler
-from server.engines.torch.token_details import Residuals, TokenDetails, decide_gates, score_prompts, token_details
+from server.engines.torch.token_details import TokenDetails, decide_gates, score_prompt, token_details
 from steering_vectors.errors import SteeringError
 from steering_vectors.models.transfers import picked
-from steering_vectors.runtime.runner import Runner
+from steering_vectors.runtime.runner import Output, Residuals, RowInput, Runner
 from steering_vectors.steering.bank import SteeringBank
 
 NOT_FINITE = "the model's logits are not finite; the strength may be too high"
@@ -50,7 +50,7 @@ class EngineLoop:
         self._eos_ids = eos_ids
         self._ended = ended
         self.outbox = Outbox()
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # by field of EngineStats
         self.finished: Counter[str] = Counter()
 
     def add(self, states: Sequence[RequestState]) -> None:
@@ -68,7 +68,6 @@ class EngineLoop:
             self.finish(state, reason, error)
 
     def step(self) -> None:
-        """One step of all requests."""
         self.counts["steps"] += 1
         for state in self._scheduler.admit():
             self._write(state)
@@ -112,7 +111,7 @@ class EngineLoop:
                 self._runner.zero_slot(slot)
         self._scheduler.remove(state, keep=keep)
         self._ended(state)
-        self.counts["cached"] += state.cached
+        self.counts["cached_tokens"] += state.cached
         self.finished[reason] += 1
         if rest:
             self._send(state, Delta(state.id, rest, ()))
@@ -140,9 +139,9 @@ class EngineLoop:
         batch = [chunk for chunk in batch if chunk.state.finish is None]
         if not batch:
             return
-        output = run_batch(self._runner, batch)
-        if output.all_logits:
-            self._score(batch, output)
+        output, scored = run_batch(self._runner, batch)
+        if scored:
+            self._score(batch, scored)
         self._advance(batch, output)
         seconds, tokens = time.perf_counter() - began, sum(map(len, batch))
         if tokens == len(batch):
@@ -150,24 +149,26 @@ class EngineLoop:
         else:
             self._budget.note_prompts(tokens, seconds)
 
-    def _score(self, batch: Sequence[Chunk], output: BatchOutput) -> None:
+    def _score(self, batch: Sequence[Chunk], scored: Sequence[torch.Tensor]) -> None:
         """Note the log-probabilities of prompt tokens, and send them when the prompt is complete."""
-        states = [chunk.state for chunk in batch]
-        scores = score_prompts(states, [chunk.scored_from for chunk in batch], output.all_logits)
-        for chunk, state, new in zip(batch, states, scores, strict=True):
+        for chunk, logits in zip(batch, scored, strict=True):
+            state = chunk.state
+            # one row at a time: logits that fit the caches are read twice for the price of once
+            new = score_prompt(state, chunk.scored_from, logits)
             if any(math.isnan(one.logprob) for one in new):
                 self._fail(state)
             elif chunk.end == state.prompt_length:
                 self._send(state, PromptLogprobs(state.id, tuple(state.prompt_scores)))
                 state.prompt_scores = []
 
-    def _advance(self, batch: Sequence[Chunk], output: BatchOutput) -> None:
+    def _advance(self, batch: Sequence[Chunk], output: Output[torch.Tensor]) -> None:
         """Continue from the logits of each chunk's last token."""
         for chunk in batch:
             state = chunk.state
             if state.finish is not None:
                 continue
-            self._count(chunk)
+            self.counts["prompt_tokens"] += max(0, min(chunk.end, state.prompt_length) - chunk.start)
+            self.counts["steered_tokens"] += chunk.steered_positions
             self._scheduler.advance(chunk)
             if state.steering.undecided and decide_gates(state, output.sums[chunk.slot]):
                 self._write(state)
@@ -178,8 +179,7 @@ class EngineLoop:
             logits = output.logits if len(drawing) == len(batch) else picked(output.logits, drawing)
             self._draw([batch[place].state for place in drawing], logits, output.residuals)
 
-    def _draw(self, states: list[RequestState], logits: torch.Tensor, residuals: dict[int, Residuals]) -> None:
-        """Draw the next token of each row."""
+    def _draw(self, states: list[RequestState], logits: torch.Tensor, residuals: Mapping[int, Residuals]) -> None:
         try:
             tokens = sample(logits, [state.sampler for state in states])
         except NonFiniteLogits as failure:
@@ -197,7 +197,7 @@ class EngineLoop:
         sampling = state.request.sampling
         state.ids.append(token)
         state.sampler.observe(token)
-        self.counts["generated"] += 1
+        self.counts["generated_tokens"] += 1
         if token in state.stop_ids:
             self.finish(state, "stop", matched=state.stop_ids[token], ending=details.logprobs)
         elif token in self._eos_ids and not sampling.ignore_eos:
@@ -205,8 +205,7 @@ class EngineLoop:
         else:
             text = state.detokenizer.push([token], stops=self._stops_count(state))
             self._send(
-                state,
-                Delta(state.id, text, (token,), details.logprobs, details.divergences, details.projections),
+                state, Delta(state.id, text, (token,), details.logprobs, details.divergences, details.projections)
             )
             if state.detokenizer.matched_stop is not None:
                 self.finish(state, "stop", matched=state.detokenizer.matched_stop)
@@ -220,9 +219,8 @@ class EngineLoop:
         if state.sampler.problem is not None:
             self.finish(state, "error", state.sampler.problem, error_param="constraint")
         else:
-            steered = (
-                any(any(term.extremes) for term in state.steering.plan.plan.terms) or state.steering.steered_tokens
-            )
+            terms = state.steering.plan.plan.terms
+            steered = state.steering.steered_tokens or any(term.acts for term in terms)
             self.finish(state, "error", NOT_FINITE, error_param="strength" if steered else None)
 
     def _write(self, state: RequestState) -> None:
@@ -240,7 +238,37 @@ class EngineLoop:
         if state.mailbox is not None:
             self.outbox.put(state.mailbox, event)
 
-    def _count(self, chunk: Chunk) -> None:
-        prompt = chunk.state.prompt_length
-        self.counts["prompt"] += max(0, min(chunk.end, prompt) - chunk.start)
-        self.counts["steered"] += chunk.steered_positions
+
+def run_batch(runner: Runner, batch: Sequence[Chunk]) -> tuple[Output[torch.Tensor], Sequence[torch.Tensor]]:
+    """One forward pass: the output for each chunk's last token and, where the batch scores, each chunk's logits from
+    the first scored token on, `[tokens, vocabulary]`. Those of the unsteered slots are left with their requests."""
+    rows = [
+        RowInput(
+            chunk.slot, chunk.ids, chunk.start, chunk.state.steering.steered_from, max(1, chunk.end - chunk.scored_from)
+        )
+        for chunk in batch
+    ]
+    compared = [chunk for chunk in batch if chunk.state.unsteered_slot is not None]
+    if compared:
+        rows += [RowInput(chunk.state.unsteered_slot or 0, chunk.ids, chunk.start) for chunk in compared]
+        rows.sort(key=lambda row: row.slot)
+    places = {row.slot: place for place, row in enumerate(rows)}
+    read = layers_to_read(batch)
+    if batch[0].scores:
+        every = runner.forward_all(rows, read)
+        scored = [every.logits[places[chunk.slot]] for chunk in batch]
+        return Output(torch.stack([one[-1] for one in scored]), every.residuals, every.sums), scored
+    output = runner.forward(rows, read)
+    for chunk in compared:
+        chunk.state.unsteered_logits = output.logits[places[chunk.state.unsteered_slot or 0]]
+    if compared:
+        output = replace(output, logits=picked(output.logits, [places[chunk.slot] for chunk in batch]))
+    return output, ()
+
+
+def layers_to_read(batch: Sequence[Chunk]) -> list[int]:
+    """The blocks whose output is projected before the next tokens are drawn, or decides a gate."""
+    projected = {
+        layer for chunk in batch if chunk.samples for profile in chunk.state.projected for layer in profile.layers
+    }
+    return sorted(projected.union(gate.layer for chunk in batch for gate in chunk.state.steering.undecided.values()))

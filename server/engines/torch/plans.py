@@ -27,8 +27,6 @@ from steering_vectors.profiles.mixture import LARGEST, ROUNDING, Mixture, Term, 
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.bank import shifts_in
 
-Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
-TermStrengths = np.ndarray[tuple[int], np.dtype[np.float64]]  # [tokens]
 Strengths = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # [terms, tokens]
 
 MAX_CACHED_MIXTURES = 64
@@ -59,7 +57,7 @@ class ResolvedPlan:
     def gates(self) -> dict[str, Gate]:
         """By profile, the gates of the terms that ever have a strength."""
         pairs = zip(self.plan.terms, self.profiles, strict=True)
-        return {profile.name: profile.gate for term, profile in pairs if profile.gate and any(term.extremes)}
+        return {profile.name: profile.gate for term, profile in pairs if profile.gate and term.acts}
 
     def at(self, token: int, opened: frozenset[str] = frozenset()) -> Steering:
         """What holds at a token; profiles whose gate is not among the opened ones do nothing."""
@@ -78,14 +76,20 @@ class ResolvedPlan:
 
         Strengths are looked at where they can be largest: at the points of the schedules and right beside them.
         """
-        tokens = self._critical_tokens()
-        strengths = self._strengths(tokens)
+        found = [self.plan.strengths(token) for token in self._critical_tokens()]
+        strengths: Strengths = np.array(found).T
         suspects = {0, *strengths.argmin(1).tolist(), *strengths.argmax(1).tolist()}
         if not self.plan.allow_beyond_safe:
             suspects.update(self._beyond_the_sum(strengths))
         for place in sorted(suspects):
-            self._mixture(self.plan.strengths(int(tokens[place])), allow_beyond_safe=self.plan.allow_beyond_safe)
-        self._check_overflow(tokens, strengths, dtype)
+            self._mixture(found[place], allow_beyond_safe=self.plan.allow_beyond_safe)
+        # no shift is larger than the sum of the terms' largest entries; where that is too large, the shift is computed
+        bounds = self._bounds(strengths)
+        places = [int(place) for place in np.argsort(-bounds) if not bounds[place] <= torch.finfo(dtype).max]
+        for place in places[:MAX_EXACT_CHECKS]:
+            shifts_in(self._mixture(found[place], allow_beyond_safe=True), dtype)
+        if len(places) > MAX_EXACT_CHECKS:
+            raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
 
     def effect(self, dtype: torch.dtype) -> PlanEffect:
         """What the plan does at its first token."""
@@ -130,19 +134,11 @@ class ResolvedPlan:
             closed,
         )
 
-    def _critical_tokens(self) -> Tokens:
+    def _critical_tokens(self) -> list[int]:
         """Between two points all strengths are straight, so that sums of their sizes are largest at the ends; and which
         terms act only changes at a point."""
         points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
-        near = {max(0, point + offset) for point in points for offset in (-1, 0, 1)}
-        return np.array(sorted(near | {0}), dtype=np.int64)
-
-    def _strengths(self, tokens: Tokens) -> Strengths:
-        """Of each term at each of these tokens."""
-        rows = np.zeros((max(1, len(self.plan.terms)), len(tokens)))
-        for row, term in zip(rows, self.plan.terms, strict=False):
-            row[:] = _strengths_of(term, tokens)
-        return rows
+        return sorted({0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))})
 
     def _beyond_the_sum(self, strengths: Strengths) -> list[int]:
         """The first place at which the strengths add up to more than the safe range of a profile that acts there."""
@@ -154,25 +150,15 @@ class ResolvedPlan:
         least = np.where(sizes > 0, limits, np.inf).min(0)
         return [int(place) for place in np.flatnonzero(sizes.sum(0) > least * (1 + ROUNDING))[:1]]
 
-    def _check_overflow(
-        self,
-        tokens: Tokens,
-        strengths: Strengths,
-        dtype: torch.dtype,
-    ) -> None:
-        """No shift is larger than the sum of the terms' largest entries; where that is too large, look at the shift."""
-        largest = torch.finfo(dtype).max
-        bounds = np.zeros(len(tokens))
+    def _bounds(self, strengths: Strengths) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """A bound on the size of any shift's entries at each place."""
+        bounds = np.zeros(strengths.shape[1])
         with np.errstate(over="ignore"):
-            for row, term, profile in zip(strengths, self.plan.terms, self.profiles, strict=False):
+            for row, term, profile in zip(strengths, self.plan.terms, self.profiles, strict=True):
                 if profile.operator == "add":
                     sizes = np.abs(row) * profile.unit
                     bounds += np.where(sizes > LARGEST, np.inf, sizes * unit_shifts(profile, term.layers).bound)
-        places = [int(place) for place in np.argsort(-bounds) if not bounds[place] <= largest]
-        for place in places[:MAX_EXACT_CHECKS]:
-            shifts_in(self._mixture(self.plan.strengths(int(tokens[place])), allow_beyond_safe=True), dtype)
-        if len(places) > MAX_EXACT_CHECKS:
-            raise SteeringError("the shift overflows the model's dtype: use a smaller strength", param="strength")
+        return bounds
 
 
 class SteeringState:
@@ -218,7 +204,6 @@ class SteeringState:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The plans so far."""
         return (*self._ended, self._segment())
 
     def change(self, token: int, plan: ResolvedPlan) -> Segment:
@@ -236,7 +221,6 @@ class SteeringState:
         return True
 
     def decide(self, token: int, gates: Mapping[str, GateDecision]) -> None:
-        """Open the gates that the prompt opens."""
         self.gates.update(gates)
         self.change(token, self.plan)
 
@@ -266,20 +250,12 @@ class SteeringState:
             self._calibrated[index] = self._calibrated[index] and calibrated
 
     def _segment(self) -> Segment:
-        plan = self.plan.plan
-        parts = zip(plan.terms, self.plan.profiles, self._calibrated, self._steered, strict=True)
+        parts = zip(self.plan.plan.terms, self.plan.profiles, self._calibrated, self._steered, strict=True)
         terms = [
             applied(term, profile, calibrated, steered, closed=self._is_closed(profile))
             for term, profile, calibrated, steered in parts
         ]
-        return Segment(
-            self._from_token,
-            tuple(terms),
-            plan.apply_to,
-            plan.preserve_norm,
-            plan.allow_beyond_safe,
-            self._positions,
-        )
+        return Segment(self._from_token, self.plan.plan, tuple(terms))
 
     def _is_closed(self, profile: Profile) -> bool:
         return profile.name in self.conditions and not (profile.name in self.gates and self.gates[profile.name].opened)
@@ -288,28 +264,6 @@ class SteeringState:
 def applied(
     term: PlanTerm, profile: Profile, calibrated: bool, steered: int = 0, *, closed: bool = False
 ) -> AppliedTerm:
-    """One entry of a receipt."""
-    acts = any(term.extremes) and not closed
+    acts = term.acts and not closed
     layers = profile.layers if term.layers is None else tuple(sorted(set(term.layers)))
-    return AppliedTerm(
-        profile.name,
-        profile.version,
-        profile.operator,
-        term.at(0),
-        layers if acts else (),
-        calibrated,
-        steered,
-        term.schedule,
-        closed,
-    )
-
-
-def _strengths_of(term: PlanTerm, tokens: Tokens) -> float | TermStrengths:
-    if term.schedule is None:
-        return term.strength
-    points, strengths = zip(*term.schedule.points, strict=True)
-    if term.schedule.interpolation == "linear":
-        line: TermStrengths = np.interp(tokens, points, strengths)
-        return line
-    found: TermStrengths = np.array(strengths)[np.searchsorted(points, tokens, side="right") - 1]
-    return found
+    return AppliedTerm(term, profile.operator, layers if acts else (), calibrated, steered, closed)

@@ -11,10 +11,7 @@ from server.engines.protocol import GateDecision, TokenLogprob
 from server.engines.torch.sampling.logprobs import divergence, token_logprobs
 from server.engines.torch.sampling.projections import projection
 from server.engines.torch.scheduling.request_state import RequestState
-from steering_vectors.profiles.gate import Gate
-
-Residuals = Mapping[int, torch.Tensor]
-"""Block outputs `[hidden]` by layer."""
+from steering_vectors.runtime.runner import Residuals
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +24,7 @@ class TokenDetails:
 
 
 def token_details(
-    states: Sequence[RequestState],
-    logits: torch.Tensor,
-    tokens: Sequence[int],
-    residuals: Mapping[int, Residuals],
+    states: Sequence[RequestState], logits: torch.Tensor, tokens: Sequence[int], residuals: Mapping[int, Residuals]
 ) -> list[TokenDetails]:
     """The details of the tokens just drawn from logits `[rows, vocabulary]`; `residuals` are by slot."""
     logprobs = _logprobs(states, logits, tokens)
@@ -38,26 +32,21 @@ def token_details(
         TokenDetails(
             logprobs.get(place, ()),
             () if state.unsteered_logits is None else (divergence(logits[place], state.unsteered_logits),),
-            _projections(state, residuals),
+            (tuple(projection(profile, residuals[state.slot]) for profile in state.projected),)
+            if state.projected
+            else (),
         )
         for place, state in enumerate(states)
     ]
 
 
-def score_prompts(
-    states: Sequence[RequestState], starts: Sequence[int], found: Sequence[torch.Tensor]
-) -> list[list[TokenLogprob]]:
-    """Log-probabilities of the prompt tokens that chunks predict, whose logits `[tokens, vocabulary]` begin at these
-    positions; they are added to the states' scores."""
-    scores = []
-    for state, start, logits in zip(states, starts, found, strict=True):
-        request = state.request
-        wanted = request.prompt_ids[start + 1 : start + 1 + len(logits)]
-        # one row at a time: logits that fit the caches are read twice for the price of once
-        new = token_logprobs(logits[: len(wanted)], wanted, [request.prompt_logprobs or 0] * len(wanted))
-        state.prompt_scores += new
-        scores.append(new)
-    return scores
+def score_prompt(state: RequestState, start: int, logits: torch.Tensor) -> list[TokenLogprob]:
+    """Log-probabilities of the prompt tokens that logits `[tokens, vocabulary]` from position `start` on predict; they
+    are added to the state's scores."""
+    wanted = state.request.prompt_ids[start + 1 : start + 1 + len(logits)]
+    new = token_logprobs(logits[: len(wanted)], wanted, [state.request.prompt_logprobs or 0] * len(wanted))
+    state.prompt_scores += new
+    return new
 
 
 def decide_gates(state: RequestState, sums: Residuals) -> bool:
@@ -68,8 +57,10 @@ def decide_gates(state: RequestState, sums: Residuals) -> bool:
         state.gate_sums[name] = state.gate_sums.get(name, 0) + sums[gate.layer]
     if state.computed < state.prompt_length - 1:
         return False
-    means = {name: total / state.computed for name, total in state.gate_sums.items()}
-    decisions = {name: _decision(gate, means[name]) for name, gate in undecided.items()}
+    decisions = {}
+    for name, gate in undecided.items():
+        similarity = gate.similarity((state.gate_sums[name] / state.computed).cpu())
+        decisions[name] = GateDecision(similarity, gate.opens(similarity))
     state.steering.decide(state.completion_length, decisions)
     return True
 
@@ -84,14 +75,3 @@ def _logprobs(
     places = list(wanted)
     found = token_logprobs(logits[places], [tokens[place] for place in places], list(wanted.values()))
     return {place: (one,) for place, one in zip(places, found, strict=True)}
-
-
-def _projections(state: RequestState, residuals: Mapping[int, Residuals]) -> tuple[tuple[float, ...], ...]:
-    if not state.projected:
-        return ()
-    return (tuple(projection(profile, residuals[state.slot]) for profile in state.projected),)
-
-
-def _decision(gate: Gate, mean: torch.Tensor) -> GateDecision:
-    similarity = gate.similarity(mean.cpu())
-    return GateDecision(similarity, gate.opens(similarity))

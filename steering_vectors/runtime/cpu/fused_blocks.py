@@ -15,8 +15,19 @@ import torch
 from torch import nn
 
 from steering_vectors.errors import ModelError
-from steering_vectors.runtime.cpu.kernels import MAX_HEAD_SIZE, SUFFIXES, Heads, Kernels, PassInputs, WholeBlock, load
-from steering_vectors.runtime.cpu.packing import PackedLinear, joined_weight
+from steering_vectors.models.loading import LanguageModel
+from steering_vectors.runtime.cpu.kernels import (
+    MAX_HEAD_SIZE,
+    SUFFIXES,
+    Heads,
+    Kernels,
+    PassInputs,
+    Product,
+    WholeBlock,
+    load,
+)
+from steering_vectors.runtime.cpu.packing import PackedLinear, joint_product
+from steering_vectors.runtime.runner import BatchedRunner
 from steering_vectors.runtime.slot_cache import SlotCache, active_metadata
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
@@ -30,13 +41,24 @@ def can_fuse(blocks: Sequence[nn.Module]) -> bool:
     return load() is not None and all(map(is_llama_like, blocks))
 
 
-def fused_blocks(blocks: Sequence[nn.Module], bank: AcceleratedBank) -> list[FusedBlock]:
-    """A faster forward for each block, not attached yet. Raises ModelError if the blocks cannot be fused."""
-    kernels = load()
-    if kernels is None or not can_fuse(blocks):
-        raise ModelError("these blocks cannot be fused")
-    current = _CurrentPass()
-    return [FusedBlock(kernels, block, layer, current, bank) for layer, block in enumerate(blocks)]
+class FusedRunner(BatchedRunner):
+    """Replaces the forward of each block while it is open. Raises ModelError if the blocks cannot be fused."""
+
+    path = "batched, fused blocks"
+
+    def __init__(self, language_model: LanguageModel, bank: AcceleratedBank, *, context: int) -> None:
+        kernels, blocks, current = load(), language_model.blocks, _CurrentPass()
+        if kernels is None or not can_fuse(blocks):
+            raise ModelError("these blocks cannot be fused")
+        self._fused = [FusedBlock(kernels, block, layer, current, bank) for layer, block in enumerate(blocks)]
+        super().__init__(language_model, bank, context=context)
+        for block in self._fused:
+            block.attach()
+
+    def close(self) -> None:
+        super().close()
+        for block in self._fused:
+            block.detach()
 
 
 def is_llama_like(block: Any) -> bool:
@@ -84,10 +106,10 @@ class FusedBlock:
         self._plain = block.forward
         attention, mlp = block.self_attn, block.mlp
         self._first, self._second = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        self._joined = joined_weight([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._output = joined_weight([attention.o_proj])
-        self._gate_up = joined_weight([mlp.gate_proj, mlp.up_proj])
-        self._down = joined_weight([mlp.down_proj])
+        self._joined = joint_product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._output = joint_product([attention.o_proj])
+        self._gate_up = joint_product([mlp.gate_proj, mlp.up_proj])
+        self._down = joint_product([mlp.down_proj])
         size = attention.head_dim
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self._heads = Heads(
@@ -100,8 +122,8 @@ class FusedBlock:
             0.0 if query_norm is None else _norm(query_norm)[1],
         )
         self._takes_prompts = kernels.takes_prompts(self._heads, block.input_layernorm.weight.dtype)
-        products = [weight.kernel for weight in (self._joined, self._output, self._gate_up, self._down)]
-        known = [product for product in products if product is not None]
+        products = (self._joined, self._output, self._gate_up, self._down)
+        known = [product for product in products if isinstance(product, Product)]
         self._whole: WholeBlock | None = None
         if len(known) == len(products) and bank.shift.dtype == torch.bfloat16:
             self._whole = WholeBlock(kernels, (self._first, self._second), self._heads, known)
@@ -128,11 +150,11 @@ class FusedBlock:
 
     def _in_parts(self, hidden: torch.Tensor, layer: Any, given: PassInputs) -> torch.Tensor:
         kernels = self._kernels
-        joined = self._joined.product(kernels.norm(hidden, *self._first))
+        joined = self._joined(kernels.norm(hidden, *self._first))
         seen = kernels.attend(self._heads, joined, layer.keys, layer.values, given)
-        hidden = self._output.product(seen, added=hidden)
-        both = self._gate_up.product(kernels.norm(hidden, *self._second))
-        return self._down.product(kernels.gated(both), added=hidden)
+        hidden = self._output(seen, added=hidden)
+        both = self._gate_up(kernels.norm(hidden, *self._second))
+        return self._down(kernels.gated(both), added=hidden)
 
 
 def _linear_layers(block: Any) -> list[nn.Module]:
@@ -142,7 +164,6 @@ def _linear_layers(block: Any) -> list[nn.Module]:
 
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
-    """Weight and epsilon of an RMS norm."""
     epsilon = _epsilon(module)
     assert epsilon is not None
     return module.weight.detach(), epsilon

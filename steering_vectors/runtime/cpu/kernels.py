@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from steering_vectors.runtime.cpu.layouts import LANES, packed_codes, packed_scales, packed_weight
 from steering_vectors.runtime.cpu.quantization import Quantized
 
 logger = logging.getLogger(__name__)
@@ -27,6 +26,7 @@ AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512v
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {"int8": 1, "int4": 2}  # as in products.hpp
 MAX_HEAD_SIZE = 512
+LANES = 16  # outputs in a block of weights; the last block is padded with zeros
 
 
 class _Pass(Structure):
@@ -78,12 +78,8 @@ def load() -> Kernels | None:
 
 def compiled() -> list[Path]:
     """The compiled libraries that this processor can run, fastest first."""
-    return [path for name in NAMES if _runs(name) and (path := _path(name)) is not None]
-
-
-def _path(name: str) -> Path | None:
-    places = (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES)
-    return next((place for place in places if place.exists()), None)
+    paths = (Path(__file__).with_name(name + end) for name in NAMES if _runs(name) for end in EXTENSION_SUFFIXES)
+    return [path for path in paths if path.exists()]
 
 
 def _runs(name: str) -> bool:
@@ -195,7 +191,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
-        given = self.given
+        given, x = self.given, x.contiguous()
         out = x.new_empty((*x.shape[:-1], given.outputs))
         given.x, given.out, given.rows = x.data_ptr(), out.data_ptr(), x.numel() // given.inputs
         given.added = None if added is None else added.data_ptr()
@@ -225,11 +221,7 @@ class WholeBlock:
     """A whole decoder block in one call, made of its norms (weight and epsilon), heads and products."""
 
     def __init__(
-        self,
-        kernels: Kernels,
-        norms: Sequence[tuple[torch.Tensor, float]],
-        heads: Heads,
-        products: Sequence[Product],
+        self, kernels: Kernels, norms: Sequence[tuple[torch.Tensor, float]], heads: Heads, products: Sequence[Product]
     ) -> None:
         self._function, self._heads, self._kept = kernels.block, heads, (*norms, *products)
         first, second = (_Norm(weight.data_ptr(), epsilon) for weight, epsilon in norms)
@@ -287,3 +279,58 @@ class Heads:
             keys=keys.data_ptr(),
             values=values.data_ptr(),
         )
+
+
+# The layouts in which the kernels read weights, as defined in `tiles.hpp` and `quantized.hpp`.
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 weight `[outputs, inputs]` as `[blocks, inputs / 2, 16, 2]`."""
+    whole = _whole(weight)
+    return whole.view(-1, LANES, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+def packed_codes(weight: Quantized) -> torch.Tensor:
+    """8-bit codes as bytes `[blocks, vectors, 64]`, or 4-bit codes as 16-bit words `[blocks, vectors, 32]`.
+
+    A vector holds two pairs of inputs in 8 bits, four in 4 bits.
+    """
+    if weight.kind == "int8":
+        return _bytes(_pairs(weight.codes, 2))
+    return _words(_pairs(weight.codes, 4))
+
+
+def packed_scales(weight: Quantized) -> torch.Tensor:
+    """The scales of a quantised weight as `[blocks, groups, 16]`."""
+    return _whole(weight.scales).view(-1, LANES, weight.scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def _whole(rows: torch.Tensor) -> torch.Tensor:
+    """The rows in bfloat16, with zeros appended to fill the last block."""
+    count = -(-len(rows) // LANES) * LANES
+    whole = torch.zeros(count, rows.shape[1], dtype=torch.bfloat16)
+    whole[: len(rows)] = rows
+    return whole
+
+
+def _pairs(codes: torch.Tensor, steps: int) -> torch.Tensor:
+    """Codes as `[blocks, vectors, steps, 32]`: a step is one pair of inputs of sixteen outputs."""
+    outputs, inputs = codes.shape
+    blocks, vectors = -(-outputs // LANES), -(-inputs // (2 * steps))
+    whole = torch.zeros(blocks * LANES, vectors * 2 * steps, dtype=torch.int8)
+    whole[:outputs, :inputs] = codes
+    return whole.view(blocks, LANES, vectors, steps, 2).permute(0, 2, 3, 1, 4).reshape(blocks, vectors, steps, 32)
+
+
+def _bytes(codes: torch.Tensor) -> torch.Tensor:
+    """Sign and magnitude, eight codes of one pair beside eight of the other."""
+    signed = codes.abs() | (codes < 0).to(torch.int8) * -128
+    return signed.view(*codes.shape[:3], 4, 8).transpose(2, 3).contiguous()
+
+
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """Words of four nibbles, one of each pair."""
+    nibbles = (codes & 15).to(torch.int32)
+    words = sum(nibbles[:, :, pair] << 4 * pair for pair in range(4))
+    assert isinstance(words, torch.Tensor)
+    return words.to(torch.uint16).contiguous()

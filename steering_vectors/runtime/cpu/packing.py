@@ -10,33 +10,60 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from steering_vectors.errors import ModelError
-from steering_vectors.models.hooks import trace_inputs
+from steering_vectors.models.hooks import trace_calls
+from steering_vectors.runtime.cpu.kernels import Kernels, Product, load
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, joined, quantize
-from steering_vectors.runtime.cpu.weights import PackedWeight, has_quantized, pack_quantized, pack_weight
 
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float32)
+ROWS = 1  # the batch size oneDNN optimises its layout for; measured, it is no worse for sixteen
 TOLERANCE = 0.03  # relative error of logits that sums in another order make in bfloat16
 MIN_SHARE = 0.5  # of the weights besides embeddings and output layer that must be quantised
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """What `pack` did: the layers it replaced, and their products in one pass."""
+class OneDnnProduct:
+    """x Wᵀ + b over a weight in oneDNN's layout."""
 
-    layers: int
-    products: int
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._bias = bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return found if added is None else found.add_(added)
 
 
-class _Product:
+PackedProduct = Product | OneDnnProduct
+
+
+def packed_product(layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> PackedProduct:
+    """The product with these layers' weights, which are copied: by this package's kernels if the weights are quantised,
+    or in bfloat16 where the processor has the instructions, else by oneDNN."""
+    kernels, bias = _kernels(), _joined_bias(layers)
+    if quantized:
+        assert kernels is not None, "checked before the layers were quantised"
+        return kernels.quantized(joined(quantized), bias)
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
+        return kernels.packed(weight, bias)
+    return OneDnnProduct(weight, bias)
+
+
+def _kernels() -> Kernels | None:
+    kernels = load()
+    return kernels if kernels is not None and kernels.has_products else None
+
+
+class _JointProduct:
     """x Wᵀ + b over a packed weight, for one layer or several with the same input.
 
     The first layer that is called computes for all, and each takes its part once.
@@ -44,18 +71,15 @@ class _Product:
 
     def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
         self._sizes = [layer.out_features for layer in layers]
-        if quantized:
-            self.weight = pack_quantized(joined(quantized), _joined_bias(layers))
-        else:
-            self.weight = pack_weight(torch.cat([layer.weight.detach() for layer in layers]), _joined_bias(layers))
+        self.product = packed_product(layers, quantized)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
     def part(self, index: int, given: torch.Tensor) -> torch.Tensor:
         if len(self._sizes) == 1:
-            return self.weight.product(given)
+            return self.product(given)
         if self._input is not given or self._parts[index] is None:
-            self._input, self._parts = given, list(torch.split(self.weight.product(given), self._sizes, dim=-1))
+            self._input, self._parts = given, list(torch.split(self.product(given), self._sizes, dim=-1))
         part = self._parts[index]
         assert part is not None
         self._parts[index] = None
@@ -64,28 +88,29 @@ class _Product:
         return part
 
 
-def joined_weight(layers: Sequence[PackedLinear]) -> PackedWeight:
-    """The joint weight of these layers. Raises ModelError if they were not packed as one, in this order."""
-    products = {layer.product for layer in layers}
-    if len(products) != 1 or [layer.index for layer in layers] != list(range(len(layers))):
+def joint_product(layers: Sequence[PackedLinear]) -> PackedProduct:
+    """The one product of these layers. Raises ModelError if they were not packed as one, in this order."""
+    joint = {layer.joint for layer in layers}
+    if len(joint) != 1 or [layer.index for layer in layers] != list(range(len(layers))):
         raise ModelError("these layers do not share one weight")
-    return products.pop().weight
+    return joint.pop().product
 
 
 class PackedLinear(nn.Module):
     """Replaces an `nn.Linear` and computes the same up to the order of sums."""
 
-    def __init__(self, layer: nn.Linear, product: _Product, index: int) -> None:
+    def __init__(self, layer: nn.Linear, joint: _JointProduct, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.product, self.index = product, index
+        self.joint, self.index = joint, index
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return self.product.part(self.index, given)
+        return self.joint.part(self.index, given)
 
 
-def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
+def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
     """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
+    Returns for each product of such a pass how many layers it joins.
 
     With a `kind`, their weights are quantised first. Raises ModelError if this CPU has no such products for the model,
     or if the model's code uses more of a linear layer than its product; the model cannot be used then.
@@ -98,9 +123,11 @@ def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
     groups = _groups(model)
     quantized = {} if kind is None else quantize_layers(model, groups, kind, remedy)
     plain = _dry_run(model)
-    packed = _swap(model, groups, quantized)
+    _swap(model, groups, quantized)
+    sizes = [len(group) for group in groups]
     del groups, quantized  # the plain weights
-    _leave_file(model)
+    for parameter in model.parameters():  # a view of the mapped checkpoint file would keep all of the file in memory
+        parameter.data = parameter.data.clone()
     _trim_heap()
     try:
         error = float((_dry_run(model) - plain).norm() / plain.norm())
@@ -108,24 +135,16 @@ def pack(model: nn.Module, kind: Kind | None = None) -> Packed:
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
     if not error <= TOLERANCE:
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
-    return packed
+    return sizes
 
 
-def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> Packed:
+def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> None:
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for group in groups:
-        product = _Product(group, [quantized[layer] for layer in group if layer in quantized])
+        joint = _JointProduct(group, [quantized[layer] for layer in group if layer in quantized])
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
-            setattr(parent, name, PackedLinear(layer, product, index))
-    return Packed(sum(map(len, groups)), len(groups))
-
-
-def _leave_file(model: nn.Module) -> None:
-    """Copy the weights that were not packed: while one of them is a view of the mapped checkpoint file, all of the file
-    stays in memory."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+            setattr(parent, name, PackedLinear(layer, joint, index))
 
 
 def _trim_heap() -> None:
@@ -146,13 +165,13 @@ def packs(model: nn.Module) -> bool:
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
     """The linear layers called in a dry run. Consecutive ones with the very same input tensor form a group."""
     layers = [module for module in model.modules() if type(module) is nn.Linear and module.weight.dtype in DTYPES]
-    calls = trace_inputs(layers, lambda: _dry_run(model))
-    counts = {id(layer): sum(other is layer for other, _ in calls) for layer, _ in calls}
+    calls = trace_calls([(str(place), layer) for place, layer in enumerate(layers)], lambda: _dry_run(model))
+    counts = Counter(call.name for call in calls)
     groups: list[list[nn.Linear]] = []
     last: torch.Tensor | None = None
-    for layer, given in calls:
-        assert isinstance(layer, nn.Linear)
-        if counts[id(layer)] > 1:
+    for call in calls:
+        layer, given = layers[int(call.name)], call.given[0]
+        if counts[call.name] > 1:
             last = None
         elif given is last and groups[-1][0].weight.dtype == layer.weight.dtype:
             groups[-1].append(layer)
@@ -164,7 +183,6 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
 
 @torch.inference_mode()
 def _dry_run(model: nn.Module) -> torch.Tensor:
-    """The logits of two tokens."""
     ids = torch.arange(1, 3, device=next(model.parameters()).device).unsqueeze(0)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
     return logits
@@ -183,7 +201,7 @@ def _check_quantizes(model: nn.Module, kind: Kind, remedy: str) -> None:
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
         raise ModelError(f"--quantize {kind} is for a CPU, not for {parameter.device}: use --device cpu, or {remedy}")
-    if not has_quantized():
+    if _kernels() is None:
         raise ModelError(
             f"--quantize {kind} needs a processor with AVX512-BF16 and AVX512-VBMI (from Zen 4 or Sapphire Rapids on) "
             f"and the kernels that are compiled at installation where there is a C++ compiler; {remedy}"
@@ -206,7 +224,8 @@ def quantize_layers(
     layers = [layer for group in groups for layer in group]
     if odd := next((layer.in_features for layer in layers if layer.in_features % 2), None):
         raise ModelError(f"a linear layer of {odd} inputs cannot be quantised, an odd number; {remedy}")
-    output = _output_layer(model)
+    find = getattr(model, "get_output_embeddings", None)
+    output: nn.Module | None = find() if callable(find) else None
     share = _share(model, [layer for layer in layers if layer is not output], output)
     if share < MIN_SHARE:
         raise ModelError(
@@ -223,11 +242,6 @@ def quantize_layers(
     message = "%d linear layers are quantised to %s, %.1f %% of the weights besides embeddings and the output layer"
     logger.info(message, len(layers), kind, 100 * share)
     return quantized
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
 
 
 def _share(model: nn.Module, layers: Sequence[nn.Linear], output: nn.Module | None) -> float:

@@ -46,8 +46,9 @@ def test_scores_and_divergences_equal_plain_passes(architecture: str) -> None:
     profile = profile_for(lm)
     with steerable(lm) as steered:
         steered.write(profile, 1.0)
-        scores = [steered.log_likelihoods(EXAMPLES, steer=steer, batch_tokens=16) for steer in (False, True)]
-        divergences, counts = steered.divergences(EXAMPLES, batch_tokens=16)
+        steered.batch_tokens = 16
+        scores = [steered.log_likelihoods(EXAMPLES, steer=steer) for steer in (False, True)]
+        divergences, counts = steered.divergences(EXAMPLES)
     for i, (ids, start) in enumerate(EXAMPLES):
         first = max(start, 1)
         logs = [plain_logits(lm, one, list(ids), start).log_softmax(-1)[first - 1 : -1] for one in (None, profile)]

@@ -8,9 +8,8 @@ import torch
 from steering_vectors.errors import FitError
 from steering_vectors.methods.tuned import mean_log_likelihoods
 from steering_vectors.models.hiding import check_hiding
-from steering_vectors.models.hooks import hiding, record
+from steering_vectors.models.hooks import hide, hiding, record
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.models.masks import hide
 from steering_vectors.tuning.paired_reading import Twin, pad_id, readings
 from tests.support.tiny import REQUIRED, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer

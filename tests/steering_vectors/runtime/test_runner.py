@@ -50,8 +50,8 @@ def test_every_row_has_its_logits_residuals_and_sums(make: Callable[..., Runner]
                 torch.testing.assert_close(output.logits[place], logits[-1], atol=1e-4, rtol=1e-3)
                 for layer in READ:
                     own = states[layer][row.start :]
-                    torch.testing.assert_close(output.residuals[place][layer], own[-1], atol=1e-4, rtol=1e-3)
-                    torch.testing.assert_close(output.sums[place][layer], own.sum(0), atol=1e-4, rtol=1e-3)
+                    torch.testing.assert_close(output.residuals[row.slot][layer], own[-1], atol=1e-4, rtol=1e-3)
+                    torch.testing.assert_close(output.sums[row.slot][layer], own.sum(0), atol=1e-4, rtol=1e-3)
                 done[row.slot] = row.end
         runner.close()
 
@@ -64,10 +64,10 @@ def test_wanted_logits_come_with_residuals(make: Callable[..., Runner]) -> None:
         runner = make(lm, bank, context=32)
         batch = [RowInput(0, texts[0], 0, wanted=4), RowInput(2, texts[1], 0, wanted=1)]
         output = runner.forward_all(batch, READ)
-        for row, logits, residuals in zip(batch, output.logits, output.residuals, strict=True):
+        for row, logits in zip(batch, output.logits, strict=True):
             expected, states = plain_pass(lm, list(row.ids))
             torch.testing.assert_close(logits, expected[-row.wanted :], atol=1e-4, rtol=1e-3)
-            torch.testing.assert_close(residuals[2], states[2][-1], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(output.residuals[row.slot][2], states[2][-1], atol=1e-4, rtol=1e-3)
         runner.close()
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_read_unless_asked_for(make: Callable[..., Runner]) -> None:
     with attached_bank(lm, 1) as bank:
         runner = make(lm, bank, context=32)
         output = runner.forward([RowInput(0, ids, 0)])
-        assert (list(output.residuals), list(output.sums)) == ([], [])
+        assert (output.residuals, output.sums) == ({}, {})
         assert runner.forward([RowInput(0, [7], 5)], READ).residuals
         assert not runner.forward([RowInput(0, [7], 6)]).residuals
         runner.close()

@@ -1,4 +1,4 @@
-"""Grammars compiled by llguidance, the state of each row in its grammar, and the tokens that a batch of rows may take.
+"""Grammars compiled and kept, the state of each row in its grammar, and the tokens that a batch of rows may take.
 
 The text ends where the grammar lets it end: end-of-sequence tokens are allowed there, and a row whose grammar allows
 nothing more is complete. llguidance is an optional package, imported when the first constraint is compiled.
@@ -6,10 +6,12 @@ nothing more is complete. llguidance is an optional package, imported when the f
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from server.engines.errors import reject
+from server.engines.errors import Overloaded, Unavailable, reject
 from server.engines.protocol import Constraint
 from server.engines.torch.constraints.lark import NOT_CARRIED_OUT, attributes, special_tokens, stands_for
 from steering_vectors.errors import RequestError, first_line
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 MAX_LEXER_STATES = 50_000  # of a lexer, which has a kilobyte or two for each
 MIN_CORES_FOR_THREADS = 4  # with fewer, handing work to another thread costs more than it saves
 MAX_REASON = 500  # characters
+THREADS = 2  # that compile
+MAX_UNFINISHED = 32  # grammars
+MAX_CACHED_GRAMMARS = 16  # some grow to tens of megabytes while texts are written by them
+MAX_USES = 128  # of one grammar: its rows share what its lexer may spend
 _BLANKS = r" |\n {0,16}"  # a space, or a line's indentation; free, a model that has lost its way writes them for ever
 
 FIELD = "constraint"  # of the protocol
@@ -46,14 +52,11 @@ class _Backend:
 class Matcher:
     """The state of one row in its grammar. Belongs to the engine's thread."""
 
-    __slots__ = ("grammar", "state")
-
     def __init__(self, grammar: CompiledGrammar) -> None:
         self.grammar = grammar
         self.state = grammar.start.deep_copy()
 
     def advance(self, token_id: int) -> None:
-        """Take the token that was chosen."""
         self.state.consume_token(token_id)
 
     @property
@@ -74,14 +77,9 @@ class CompiledGrammar:
     """A constraint, ready for any number of rows. They share what the lexer has learnt, and what it may spend: where
     one has `failed`, those that begin thereafter may fail too."""
 
-    constraint: Constraint
     backend: _Backend
     start: LLMatcher
     failed: bool = False
-
-    def matcher(self) -> Matcher:
-        """A row's own, at the start of its text."""
-        return Matcher(self)
 
 
 class GrammarCompiler:
@@ -108,7 +106,7 @@ class GrammarCompiler:
         reject(state.is_error(), f"constraint cannot be compiled: {_reason(state)}", FIELD)
         if constraint.kind == "lark":
             self._check_grammar(constraint)
-        return CompiledGrammar(constraint, backend, state)
+        return CompiledGrammar(backend, state)
 
     def _check_grammar(self, constraint: Constraint) -> None:
         """Refuse what llguidance reads but leaves to others to do, and an end before the end."""
@@ -126,8 +124,7 @@ class GrammarCompiler:
 
     def _shared(self) -> _Backend:
         with self._making:
-            if self._backend is None:
-                self._backend = self._make()
+            self._backend = self._backend or self._make()
             return self._backend
 
     def _make(self) -> _Backend:
@@ -177,7 +174,6 @@ def _masks(backend: _Backend, states: Sequence[LLMatcher]) -> NDArray[np.int32]:
 
 
 def _definition(constraint: Constraint) -> str:
-    """The constraint as llguidance writes grammars."""
     from llguidance import LLMatcher
 
     if constraint.kind == "json":
@@ -193,3 +189,67 @@ def _reason(state: LLMatcher) -> str:
     """What llguidance says, on one line of bounded length."""
     reason = " ".join(state.get_error().removesuffix("<non-verbose/>").split())
     return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]} …"
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A constraint that was asked for."""
+
+    future: Future[CompiledGrammar]
+    uses: int = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether it must be compiled anew."""
+        if not self.future.done():
+            return False
+        failed = self.future.cancelled() or self.future.exception() is not None
+        return failed or self.uses >= MAX_USES or self.future.result().failed
+
+
+class Grammars:
+    """The compiled grammars of one engine. Methods may be called from the event loop only."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="trimtab-grammars")
+        self._entries: dict[Constraint, _Entry] = {}  # the latest last
+        self._closed = False
+
+    async def get(self, constraint: Constraint) -> CompiledGrammar:
+        """The compiled grammar of a constraint. Raises RequestError as the compiler does, Overloaded if too many
+        constraints wait, Unavailable once this is closed."""
+        entry = self._entries.pop(constraint, None)
+        if entry is None or entry.spent:
+            entry = self._begin(constraint)
+        self._entries[constraint] = entry
+        entry.uses += 1
+        answer = asyncio.wrap_future(entry.future)
+        answer.add_done_callback(lambda one: one.cancelled() or one.exception())  # not to be logged if nobody waits
+        try:
+            return await asyncio.shield(answer)  # another may wait for the same
+        except asyncio.CancelledError:
+            if entry.future.cancelled():
+                raise _closed() from None
+            raise
+
+    def close(self) -> None:
+        """Compile nothing more; what is being compiled is finished."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, constraint: Constraint) -> _Entry:
+        if self._closed:
+            raise _closed()
+        self._entries = {one: entry for one, entry in self._entries.items() if not entry.spent}
+        finished = [one for one, entry in self._entries.items() if entry.future.done()]
+        waiting = len(self._entries) - len(finished)
+        if waiting >= MAX_UNFINISHED:
+            raise Overloaded(f"{waiting} constraints are being compiled or wait for it: try again later")
+        for one in finished[: max(0, len(finished) - MAX_CACHED_GRAMMARS + 1)]:
+            del self._entries[one]
+        return _Entry(self._threads.submit(self._compiler.compile, constraint))
+
+
+def _closed() -> Unavailable:
+    return Unavailable("the engine is shut down")

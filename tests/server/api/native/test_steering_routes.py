@@ -122,7 +122,6 @@ def test_a_changed_steering_holds_from_the_acknowledged_token_on(
     assert ids != recomputed([(0, mix(warm, before))])
     assert [segment.from_token for segment in end.segments] == [0, change.from_token]
     counts = (change.from_token if before else 0, 24 - change.from_token if after else 0)
-    assert tuple(segment.steered_tokens for segment in end.segments) == counts
     assert tuple(segment.terms[0].steered_tokens for segment in end.segments) == counts
 
 
@@ -131,8 +130,8 @@ def test_a_schedule_equals_a_recomputation(engine: HeldEngine, warm: Profile) ->
     ids, end, _ = asyncio.run(written(engine, asked(plan(warm, steps(*points)))))
     assert ids == recomputed([(token, mix(warm, strength)) for token, strength in points])
     (segment,) = end.segments
-    assert segment.changes(24) == [0, 5, 6, 15]
-    assert segment.steered_tokens == segment.terms[0].steered_tokens == 15
+    assert segment.plan.changes(24) == [0, 5, 6, 15]
+    assert segment.terms[0].steered_tokens == 15
 
 
 def test_a_straight_schedule_equals_a_recomputation(engine: HeldEngine, warm: Profile) -> None:
@@ -160,7 +159,7 @@ def test_a_change_may_be_a_schedule_that_counts_from_its_own_first_token(
     later = [(first + token, mix(warm, schedule.at(token))) for token in range(5)]
     assert ids == recomputed([(0, mix(warm, 0.2)), *later])
     assert [segment.from_token for segment in end.segments] == [0, first]
-    assert change.segment.terms[0].schedule == schedule
+    assert change.segment.plan.terms[0].schedule == schedule
 
 
 def test_the_whole_prompt_of_a_waiting_request_is_under_the_changed_steering(engine: HeldEngine, warm: Profile) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from server.engines.protocol import Constraint, SamplingParameters
-from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, allowed_tokens
+from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, Matcher, allowed_tokens
 from server.engines.torch.engine import TorchEngine
 from server.engines.torch.sampling.request_sampler import RequestSampler
 from server.engines.torch.sampling.sample import sample
@@ -399,7 +399,7 @@ def test_a_constraint_bars_after_penalties_and_bias() -> None:
     logits = torch.zeros(2, 400)
     logits[:, a] = 2.0
     before = logits.clone()
-    bound = RequestSampler(wish, vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5], matcher=grammar.matcher())
+    bound = RequestSampler(wish, vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5], matcher=Matcher(grammar))
     free = RequestSampler(SamplingParameters(temperature=0), vocab_size=400, eos_ids=frozenset({1}), prompt_ids=[5])
     assert sample(logits, [bound, free]) == [b, a]
     assert torch.equal(logits, before)
@@ -415,10 +415,10 @@ def test_rows_of_one_grammar_move_apart(cores: int, monkeypatch: pytest.MonkeyPa
     tokenizer = tiny_tokenizer()
     a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
     assert (grammar.backend.executor is not None) == (cores == 8)
-    first, second = grammar.matcher(), grammar.matcher()
+    first, second = Matcher(grammar), Matcher(grammar)
     first.advance(a)
     second.advance(c)
-    allowed = allowed_tokens([first, second, grammar.matcher()], 400)
+    allowed = allowed_tokens([first, second, Matcher(grammar)], 400)
     assert allowed[0].nonzero()[0].tolist() == [b]
     assert allowed[1].nonzero()[0].tolist() == [d]
     assert {a, c} <= set(allowed[2].nonzero()[0].tolist())

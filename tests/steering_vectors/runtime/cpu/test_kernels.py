@@ -16,8 +16,7 @@ from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
-from steering_vectors.runtime.cpu.fused_blocks import can_fuse
-from steering_vectors.runtime.cpu.fused_runner import FusedRunner
+from steering_vectors.runtime.cpu.fused_blocks import FusedRunner, can_fuse
 from steering_vectors.runtime.cpu.kernels import Heads, Kernels, PassInputs, WholeBlock, compiled, load
 from steering_vectors.runtime.cpu.packing import pack, packs
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, quantize

@@ -36,9 +36,9 @@ def test_logits_are_those_of_the_plain_model(architecture: str) -> None:
     with torch.inference_mode():
         plain = model(input_ids=ids, use_cache=False).logits
         before = len(linears(model))
-        packed = pack(model)
-        assert packed.layers == before - len(linears(model))
-        assert 0 < packed.products <= packed.layers
+        joined = pack(model)
+        assert 0 < sum(joined) == before - len(linears(model))
+        assert all(joined)
         for _ in range(2):
             torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, plain, rtol=1e-4, atol=1e-4)
 
@@ -46,11 +46,9 @@ def test_logits_are_those_of_the_plain_model(architecture: str) -> None:
 def test_layers_of_one_input_are_one_product() -> None:
     model = tiny_model("qwen2")  # with biases on queries, keys and values
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    packed = pack(model)
-    blocks = len(model.model.layers)
-    assert (packed.layers, packed.products) == (7 * blocks + 1, 4 * blocks + 1)
-    assert attention.q_proj.product is attention.k_proj.product is attention.v_proj.product
-    assert mlp.gate_proj.product is mlp.up_proj.product is not mlp.down_proj.product
+    assert pack(model) == [3, 1, 2, 1] * len(model.model.layers) + [1]
+    assert attention.q_proj.joint is attention.k_proj.joint is attention.v_proj.joint
+    assert mlp.gate_proj.joint is mlp.up_proj.joint is not mlp.down_proj.joint
 
 
 def test_joined_layers_read_the_current_input() -> None:
@@ -69,7 +67,7 @@ def test_joined_layers_read_the_current_input() -> None:
     plain = [nn.Linear(8, 4), nn.Linear(8, 6, bias=False)]
     for mine, theirs in zip(plain, (model.one, model.other), strict=True):
         mine.load_state_dict(theirs.state_dict())
-    assert (pack(model).layers, pack(model).layers) == (2, 0)
+    assert (pack(model), pack(model)) == ([2], [])
     calls: list[tuple[Callable[[torch.Tensor], torch.Tensor], nn.Linear]] = list(
         zip((model.one, model.other), plain, strict=True)
     )

@@ -13,10 +13,15 @@ import pytest
 
 from server.engines.errors import Overloaded, Unavailable
 from server.engines.protocol import Constraint
-from server.engines.torch.constraints import cache as grammars
-from server.engines.torch.constraints.cache import Grammars
+from server.engines.torch.constraints import matching as grammars
 from server.engines.torch.constraints.lark import attributes, special_tokens, stands_for
-from server.engines.torch.constraints.matching import CompiledGrammar, GrammarCompiler, allowed_tokens
+from server.engines.torch.constraints.matching import (
+    CompiledGrammar,
+    GrammarCompiler,
+    Grammars,
+    Matcher,
+    allowed_tokens,
+)
 from steering_vectors.errors import RequestError
 from tests.support.serving import demo_engine, live_server
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -149,12 +154,12 @@ def test_what_was_used_often_or_has_failed_is_compiled_anew(compiler: HeldCompil
         assert len({id(one) for one in worn}) == 2
         assert worn[-2] is worn[0] is not worn[-1]
         hostile = await kept.get(regex(HOSTILE))
-        matcher, a = hostile.matcher(), tiny_tokenizer().convert_tokens_to_ids("a")
+        matcher, a = Matcher(hostile), tiny_tokenizer().convert_tokens_to_ids("a")
         while allowed_tokens([matcher], 400).any():
             matcher.advance(a)
-        assert not allowed_tokens([hostile.matcher()], 400).any()  # its lexer is used up for all
+        assert not allowed_tokens([Matcher(hostile)], 400).any()  # its lexer is used up for all
         anew = await kept.get(regex(HOSTILE))
-        assert allowed_tokens([anew.matcher()], 400).any()
+        assert allowed_tokens([Matcher(anew)], 400).any()
         for _ in range(2):
             with pytest.raises(RequestError):
                 await kept.get(regex("("))
