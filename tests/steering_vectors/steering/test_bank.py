@@ -80,6 +80,7 @@ def count_hooks(model: PreTrainedModel) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", STEERABLE)
 def test_invariant_2_the_shift_is_added_at_exactly_the_steered_positions(architecture: str) -> None:
     model = tiny_model(architecture)
@@ -403,6 +404,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", KINDS)
 def test_a_row_that_is_written_again_is_as_in_a_fresh_bank(first: str) -> None:
     """For every kind of mixture before and after."""
@@ -457,6 +459,7 @@ def test_a_step_ends_when_the_pass_fails() -> None:
     assert count_hooks(model) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", *TUPLES])
 def test_the_accelerated_bank_steers_as_the_plain_one_does(architecture: str) -> None:
     """Random changes and steps give equal buffers and bitwise equal logits."""

@@ -85,6 +85,7 @@ def test_weights_act_only_while_they_are_used(lm: LanguageModel, make: Make, tmp
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_run_lowers_its_loss(lm: LanguageModel, make: Make, tmp_path: Path) -> None:
     weights, losses = make(lm), []

@@ -29,6 +29,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 LOOKS_AT_WEIGHTS = ["falcon_mamba", "mamba", "mamba2"]  # their code reads the dtype of the output layer's weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", sorted(set(STEERABLE) - set(LOOKS_AT_WEIGHTS)))
 def test_logits_are_those_of_the_plain_model(architecture: str) -> None:
     model = tiny_model(architecture)
@@ -101,6 +102,7 @@ def test_bfloat16_agrees_within_its_rounding() -> None:
     assert error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux")
 def test_packing_unmaps_the_checkpoint(tmp_path: Path) -> None:
     def is_mapped() -> bool:
@@ -115,6 +117,7 @@ def test_packing_unmaps_the_checkpoint(tmp_path: Path) -> None:
     assert not is_mapped()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_oss"])
 def test_greedy_tokens_stay_the_same(architecture: str) -> None:
     plain = wrap_model(tiny_model(architecture), tiny_tokenizer())

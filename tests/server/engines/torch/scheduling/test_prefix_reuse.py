@@ -279,6 +279,7 @@ def test_without_a_copier_nothing_is_shared() -> None:
         assert one.cached == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_comes_and_goes_keys_are_those_of_a_run_from_scratch(seed: int) -> None:
     """Requests that fork from each other, steered in all ways, changed and ended at any time."""
