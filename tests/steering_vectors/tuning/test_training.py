@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(lm: LanguageModel, tmp_path: Pat
 
 def test_full_tuning_refuses_narrow_weights() -> None:
     narrow = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
-    with pytest.raises(FitError, match="full fine-tuning needs --dtype float32"):
+    with pytest.raises(FitError, match="full fine-tuning needs dtype float32"):
         full(narrow)
 
 

@@ -86,7 +86,7 @@ BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_
 def test_a_processor_without_bfloat16_is_refused() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     assert not packs(model)
-    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(model)
 
 
@@ -136,16 +136,16 @@ def test_greedy_tokens_stay_the_same(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", LOOKS_AT_WEIGHTS)
 def test_code_that_wants_more_than_a_product_is_refused(architecture: str) -> None:
-    with pytest.raises(ModelError, match=r"cannot be packed \(.*no attribute 'weight'\); leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match=r"cannot be packed \(.*no attribute 'weight'\); leave cpu_prepack out"):
         pack(tiny_model(architecture))
 
 
 @pytest.mark.skipif(BFLOAT16, reason="oneDNN packs bfloat16 on this processor")
 def test_a_processor_without_bfloat16_packing_is_refused() -> None:
-    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(tiny_model("llama").to(torch.bfloat16))
 
 
 def test_formats_without_packing_are_refused() -> None:
-    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(tiny_model("llama").to(torch.float16))
