@@ -43,7 +43,7 @@ test: lint types $(VENV)/.dev  ## Lint, type-check and run all tests, offline
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-fast: export HF_HUB_OFFLINE := 1
-test-fast: $(VENV)/.dev  ## Run the tests that are not marked slow (about three minutes)
+test-fast: $(VENV)/.dev  ## Run the tests that are not marked slow (about a minute)
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt tests/clients/node/package-lock.json

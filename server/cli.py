@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_o
 import typer
 from typer.core import TyperCommand
 
-from steering_vectors.cli.app import FAILED, INTERRUPTED, register
+from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
 
@@ -164,7 +164,9 @@ def main() -> None:
     try:
         app()
     except TrimtabError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from server.settings import Settings
+
+        print(f"error: {with_flags(str(error), Settings.model_fields)}", file=sys.stderr)
         sys.exit(FAILED)
     except KeyboardInterrupt:  # before a command has begun; each handles its own afterwards
         print("interrupted", file=sys.stderr)

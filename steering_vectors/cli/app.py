@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -61,7 +62,8 @@ def runnable(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**given)
         except TrimtabError as error:
-            print(f"error: {error}", file=sys.stderr)
+            names = [flag.name for group in flags.values() for flag in group]
+            print(f"error: {with_flags(str(error), names)}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as stop:
             print(STOPPED, file=sys.stderr)
@@ -69,3 +71,9 @@ def runnable(command: Callable[..., None]) -> Callable[..., None]:
 
     declare(run, [flag for group in flags.values() for flag in group])
     return run
+
+
+def with_flags(message: str, names: Iterable[str]) -> str:
+    """A message of the library in which settings of these names, if they have an underscore, are written as flags."""
+    known = {name for name in names if "_" in name}
+    return re.sub(r"\w+", lambda word: f"--{word[0].replace('_', '-')}" if word[0] in known else word[0], message)

@@ -83,7 +83,7 @@ def encode_corpus(
         raise DataError(
             f"{_name(side, number, example)} has {len(encoded[example][0])} tokens, but the model's context holds "
             f"{limit}; {pairs.rows - kept.rows} of {pairs.rows} rows are too long; leave them out with "
-            "--skip-long-rows (rows are never truncated)",
+            "skip_long_rows (rows are never truncated)",
             path=pairs.source or None,
         )
     kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")

@@ -138,7 +138,7 @@ def _turns(text: str, column: str) -> tuple[Message, ...]:
 
 def _cell(cells: Cells, column: str) -> Any:
     if column not in cells:
-        raise BadRow("it is missing; if the column has another name, pass --columns", column)
+        raise BadRow("it is missing; if the column has another name, name it in columns", column)
     return cells[column]
 
 

@@ -12,7 +12,7 @@ from steering_vectors.data.tables import BadRow, Table, read_table
 from steering_vectors.errors import DataError
 
 MAX_SKIP_MESSAGES = 5
-REMEDY = "correct the row, or skip such rows with --skip-bad-rows"
+REMEDY = "correct the row, or skip such rows with skip_bad_rows"
 DEMO = "demo:"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "preferences"
 TRAINING = ".train.jsonl"
@@ -92,7 +92,7 @@ def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
             fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]
             if wanted is all and len(fits) > 1:
                 raise DataError(
-                    f"the columns fit the formats {' and '.join(fits)}; choose one with --columns",
+                    f"the columns fit the formats {' and '.join(fits)}; choose one with columns",
                     path=table.source,
                 )
             if fits:
@@ -105,7 +105,7 @@ def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
     found = ", ".join(map(str, row.cells)) or "none"
     raise DataError(
         f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
-        "--columns prompt=question,chosen=good,rejected=bad",
+        "columns prompt=question,chosen=good,rejected=bad",
         path=table.source,
         line=row.line,
     )

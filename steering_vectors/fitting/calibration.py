@@ -234,7 +234,7 @@ def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded]) -
     sums, counts = steered.divergences(texts)
     total, count = float(sums.sum()), int(counts.sum())
     if not math.isfinite(total):
-        raise FitError("the steered model's logits are not finite: load the model with --dtype float32")
+        raise FitError("the steered model's logits are not finite: load the model with dtype float32")
     written = [list(ids[start:]) for ids, start in texts]
     characters = sum(len(text) for text in steered.lm.tokenizer.batch_decode(written, skip_special_tokens=True))
     return Cost(total / max(count, 1), total / characters if characters else None, count)

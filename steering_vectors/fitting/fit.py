@@ -314,7 +314,7 @@ class _Fit:
 
 def _fault(direction: torch.Tensor, statistics: LayerStatistics) -> str:
     if not bool(torch.isfinite(direction).all()):
-        return "has a NaN or infinite entry; load the model with --dtype float32"
+        return "has a NaN or infinite entry; load the model with dtype float32"
     if float(direction.norm()) <= NEGLIGIBLE * statistics.residual_norm:
         return "is zero: preferred and rejected responses have equal means; check the labels, or use other layers"
     return ""
@@ -374,7 +374,7 @@ def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
     """Warnings about a profile's effect, from its calibration and its held-out metrics."""
     cost, notes = profile.calibration, []
     if max(metrics["projection_accuracy"][str(layer)] for layer in profile.layers) < NEAR_CHANCE:
-        notes.append("the direction hardly separates held-out responses; try more rows or another --method")
+        notes.append("the direction hardly separates held-out responses; try more rows or another method")
     low, *_, high = metrics["propensity"]["strengths"]
     if high["margin"] <= low["margin"]:
         notes.append("preferred held-out responses do not become more likely from strength -1 to +1")

@@ -181,6 +181,6 @@ def _check_finite(part: Pooled, layers: Sequence[int]) -> None:
     for k, layer in enumerate(layers):
         if not bool(torch.isfinite(part.vectors[:, k]).all()):
             raise FitError(
-                f"block {layer}'s output is not finite for some examples: load the model with a wider --dtype "
+                f"block {layer}'s output is not finite for some examples: load the model with a wider dtype "
                 "(bfloat16 or float32)"
             )

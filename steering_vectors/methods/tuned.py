@@ -40,7 +40,7 @@ class TuningOptions(InstructionOptions):
 
     paper_epochs: ClassVar[float] = 2.0
 
-    tuning: str = option("lora", "lora or full; full needs --dtype float32.")
+    tuning: str = option("lora", "lora or full; full needs dtype float32.")
     epochs: float = option(0.0, "Passes over the training data. 0: the paper's number, or enough for 75 steps.")
     batch: int = option(16, "Samples per step.")
     learning_rate: float = option(0.0, "AdamW's peak learning rate. 0: 1e-3 for lora, 2e-5 for full.")

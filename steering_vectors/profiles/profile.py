@@ -131,7 +131,7 @@ class Profile:
         if ours.fingerprint != identity.fingerprint and not allow_mismatch:
             raise ProfileMismatch(
                 f"profile {self.name!r} was fitted on {ours.id!r}, whose weights differ from {identity.id!r}'s. "
-                "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
+                "Fit it again on this model, or set allow_model_mismatch to use it anyway."
             )
 
     def _fault(self, message: str) -> ProfileError:

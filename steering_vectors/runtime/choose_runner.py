@@ -57,7 +57,7 @@ def choose_runner(
             runner.close()
     kind = language_model.identity.architecture
     if static:
-        raise ModelError(f"{kind} cannot decode over static buffers ({'; '.join(reasons)}): leave --cuda-graphs out")
+        raise ModelError(f"{kind} cannot decode over static buffers ({'; '.join(reasons)}): leave cuda_graphs out")
     raise ModelError(f"{kind} cannot be served: " + "; ".join(reasons))
 
 

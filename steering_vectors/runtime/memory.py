@@ -92,13 +92,13 @@ def plan_memory(
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"a pass of {tokens} prompt tokens in a context of {context} does not fit the device's memory: take a "
-            f"smaller --prefill-chunk or --context ({first_line(error)})"
+            f"smaller prefill chunk or context ({first_line(error)})"
         ) from error
     except Exception as error:  # an architecture may fail in any way
         if utilization is not None:
             raise ModelError(
                 "this model's memory cannot be planned, since it does not run over slots "
-                f"({first_line(error)}): leave --gpu-memory-utilization out"
+                f"({first_line(error)}): leave gpu_memory_utilization out"
             ) from error
         logger.warning("memory is not planned: the model does not run over slots (%s)", first_line(error))
         return None
@@ -162,12 +162,12 @@ def _measured(language_model: LanguageModel, meter: CudaMeter, context: int, tok
 
 
 def _remedy(need: MemoryNeed, room: int, slots: int, fitting: int) -> str:
-    remedies = [f"--slots {fitting}"] if fitting else []
+    remedies = [f"{fitting} slots"] if fitting else []
     columns = (room // slots - need.slot - need.row) // max(1, need.column) - 1
     if columns >= CONTEXT_STEP:
-        remedies.append(f"--context {columns // CONTEXT_STEP * CONTEXT_STEP}")
+        remedies.append(f"a context of {columns // CONTEXT_STEP * CONTEXT_STEP}")
     if not remedies:
-        return "free memory, raise --gpu-memory-utilization, or serve a smaller model"
+        return "free memory, raise gpu_memory_utilization, or serve a smaller model"
     return f"{' or '.join(remedies)} would fit"
 
 

@@ -108,7 +108,7 @@ def mean_differences(
         if progress is not None:
             progress("contrast", done, len(twins))
     if not bool(total.isfinite().all()):
-        raise FitError("a block's output is not finite: load the model with --dtype float32")
+        raise FitError("a block's output is not finite: load the model with dtype float32")
     return {layer: total[k] / len(twins) for k, layer in enumerate(layers)}
 
 

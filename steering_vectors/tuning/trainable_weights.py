@@ -131,7 +131,7 @@ class FullWeights:
 
     def __init__(self, lm: LanguageModel, names: Sequence[str], last_block: int | None = None) -> None:
         if lm.dtype != torch.float32:
-            raise FitError("full fine-tuning needs --dtype float32, because smaller types round its steps to 0")
+            raise FitError("full fine-tuning needs dtype float32, because smaller types round its steps to 0")
         self._model = lm.model
         trained = [lm.model] if last_block is None else lm.blocks[: last_block + 1]
         inside = {id(p) for module in trained for p in module.parameters()}

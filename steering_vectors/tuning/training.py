@@ -148,7 +148,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], t
         torch.manual_seed(run.seed * 1_000_003 + run.step)
         loss = loss_of(run.step)
         if not math.isfinite(value := float(loss.detach())):
-            raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate or use --dtype float32")
+            raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate or use dtype float32")
         loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     with uninterrupted():  # a checkpoint needs weights, moments and step count of the same step

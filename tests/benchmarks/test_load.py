@@ -30,6 +30,7 @@ def jobs_for(target: Target) -> list[Job]:
     return make_jobs(target, 6, prompts=(4, 20), completions=(2, 8), seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["completions", "generate"])
 @pytest.mark.parametrize("rate", [None, 50.0])
 def test_load(client: httpx.Client, target: Target, route: str, rate: float | None) -> None:

@@ -156,10 +156,10 @@ def test_memory_is_planned() -> None:
     engine_options = {"slots": slots, "context": sizes["context"]}
     assert len(run_all(language_model, [request([5, 6, 7], max_tokens=4)], **engine_options)) == 1
     used, total = meter.used_and_total()
-    with pytest.raises(ModelError, match="--gpu-memory-utilization"):
+    with pytest.raises(ModelError, match="gpu_memory_utilization"):
         plan_memory(language_model, meter, slots=None, utilization=0.5 * used / total, **sizes)
 
 
 def test_graphs_that_are_asked_for_and_cannot_be_recorded_are_an_error() -> None:
-    with pytest.raises(ModelError, match="leave --cuda-graphs out"):
+    with pytest.raises(ModelError, match="leave cuda_graphs out"):
         TorchEngine(on_cuda("mamba"), EngineConfig(cuda_graphs=True))

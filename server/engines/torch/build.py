@@ -77,4 +77,4 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
-        raise ModelError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from error
+        raise ModelError(f"device {device!r} cannot be used here ({reason}); try device cpu") from error

@@ -43,7 +43,7 @@ def find_files(folder: Path, vertical: str) -> list[Path]:
     found = sorted(path for one in (pattern, f"{pattern}.gz") for path in folder.glob(one) if path.is_file())
     if not found:
         raise DataError(
-            f"there is no file {pattern} for the vertical {vertical}: add one, or remove the vertical from --verticals",
+            f"there is no file {pattern} for the vertical {vertical}: add one, or leave the vertical out",
             path=str(folder),
         )
     return found
@@ -94,7 +94,7 @@ def require_rows(count: int, left_out: int, vertical: str, limit: int | None) ->
     if count < MIN_ROWS:
         raise DataError(
             f"{vertical}: only {count} of {count + left_out} rows fit the model's context of {limit} tokens; at least "
-            f"{MIN_ROWS} are needed; remove {vertical} from --verticals, or use a model with a larger context"
+            f"{MIN_ROWS} are needed; leave the vertical out, or use a model with a larger context"
         )
 
 

@@ -49,7 +49,8 @@ def load_scorer(spec: str) -> ToxicityScorer | None:
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
         return _load_function(*spec.split(":"))
     raise FitError(
-        f"--toxicity {spec!r} is none of: {FITTED}; a directory with a sequence-classification model; module:callable"
+        f"toxicity scorer {spec!r} is none of: {FITTED}; a directory with a sequence-classification model; "
+        "module:callable"
     )
 
 
@@ -63,7 +64,7 @@ def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> ToxicityScorer:
     if len(texts) < MIN_TEXTS:
         raise DataError(
             f"toxicity: {len(texts)} scored texts are left to fit a scorer on, but {MIN_TEXTS} are needed; lower "
-            "--rows, or choose another scorer with --toxicity"
+            "rows, or choose another toxicity scorer"
         )
     words = TfidfVectorizer(analyzer="word", ngram_range=(1, 2), sublinear_tf=True)
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
@@ -87,15 +88,17 @@ def _load_model(directory: Path) -> ToxicityScorer:
             directory, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise FitError(f"--toxicity {directory}: no sequence-classification model can be loaded: {error}") from error
+        raise FitError(
+            f"toxicity scorer {directory}: no sequence-classification model can be loaded: {error}"
+        ) from error
     if missing := sorted(map(str, loading["missing_keys"])):  # transformers would draw them at random
-        raise FitError(f"--toxicity {directory}: not a classifier: it has no weights {', '.join(missing)}")
+        raise FitError(f"toxicity scorer {directory}: not a classifier: it has no weights {', '.join(missing)}")
     labels = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     found = [index for index, name in enumerate(labels) if name.casefold() in TOXIC_LABELS]
     if not found and len(labels) > 1:
         raise FitError(
-            f"--toxicity {directory}: none of its labels ({', '.join(labels)}) is called {' or '.join(TOXIC_LABELS)}; "
-            "rename the one that means toxic in id2label of config.json"
+            f"toxicity scorer {directory}: none of its labels ({', '.join(labels)}) is called "
+            f"{' or '.join(TOXIC_LABELS)}; rename the one that means toxic in id2label of config.json"
         )
     label = found[0] if found else 0
     independent = len(labels) == 1 or model.config.problem_type == "multi_label_classification"
@@ -120,7 +123,7 @@ def _load_function(module: str, name: str) -> ToxicityScorer:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise FitError(f"--toxicity {module}:{name} cannot be imported: {error}") from error
+        raise FitError(f"toxicity scorer {module}:{name} cannot be imported: {error}") from error
     if not callable(function):
-        raise FitError(f"--toxicity {module}:{name} is not callable; it must take a list of texts")
+        raise FitError(f"toxicity scorer {module}:{name} is not callable; it must take a list of texts")
     return function  # type: ignore[no-any-return]

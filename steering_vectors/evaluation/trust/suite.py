@@ -56,8 +56,8 @@ class TrustSettings:
         for vertical in filter(PATTERNS.get, self.verticals):
             if self.folder is None:
                 raise FitError(
-                    f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: pass the folder with --data, "
-                    "or remove the vertical from --verticals"
+                    f"the vertical {vertical} needs a folder with {PATTERNS[vertical]}: name the folder, "
+                    "or leave the vertical out"
                 )
             find_files(self.folder, vertical)  # here, before a model is loaded
 

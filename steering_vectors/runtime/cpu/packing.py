@@ -115,7 +115,7 @@ def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
     With a `kind`, their weights are quantised first. Raises ModelError if this CPU has no such products for the model,
     or if the model's code uses more of a linear layer than its product; the model cannot be used then.
     """
-    remedy = f"leave --{'cpu-prepack' if kind is None else 'quantize'} out"
+    remedy = f"leave {'cpu_prepack' if kind is None else 'quantize'} out"
     if kind is not None:
         _check_quantizes(model, kind, remedy)
     elif not packs(model):
@@ -200,15 +200,15 @@ def _check_quantizes(model: nn.Module, kind: Kind, remedy: str) -> None:
     """Raise ModelError, with the remedy, unless this machine has products of quantised weights for the model."""
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
-        raise ModelError(f"--quantize {kind} is for a CPU, not for {parameter.device}: use --device cpu, or {remedy}")
+        raise ModelError(f"quantize {kind} is for a CPU, not for {parameter.device}: use device cpu, or {remedy}")
     if _kernels() is None:
         raise ModelError(
-            f"--quantize {kind} needs a processor with AVX512-BF16 and AVX512-VBMI (from Zen 4 or Sapphire Rapids on) "
+            f"quantize {kind} needs a processor with AVX512-BF16 and AVX512-VBMI (from Zen 4 or Sapphire Rapids on) "
             f"and the kernels that are compiled at installation where there is a C++ compiler; {remedy}"
         )
     if parameter.dtype != torch.bfloat16:
         dtype = str(parameter.dtype).removeprefix("torch.")
-        raise ModelError(f"--quantize {kind} is for models in bfloat16, not {dtype}: use --dtype bfloat16, or {remedy}")
+        raise ModelError(f"quantize {kind} is for models in bfloat16, not {dtype}: use dtype bfloat16, or {remedy}")
 
 
 def quantize_layers(
@@ -229,7 +229,7 @@ def quantize_layers(
     share = _share(model, [layer for layer in layers if layer is not output], output)
     if share < MIN_SHARE:
         raise ModelError(
-            f"--quantize {kind} would reach {share:.0%} of this architecture's weights, as the others are not those of "
+            f"quantize {kind} would reach {share:.0%} of this architecture's weights, as the others are not those of "
             f"linear layers; {remedy}"
         )
     quantized = {}

@@ -149,6 +149,7 @@ def cut(ids: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
 Ids = st.lists(st.integers(0, 10**6), max_size=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*WINDOWED, *WHOLE, *STORED])
 @settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(prompt=Ids, completion=Ids, sizes=st.lists(st.integers(0, 4), max_size=4))
@@ -168,6 +169,7 @@ Byte = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace-fallback", "stories260k"])
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(

@@ -94,6 +94,7 @@ def as_json(form: TypeAdapter[Any], message: Any) -> str:
     return json.dumps(form.dump_python(message, mode="json"))  # pydantic's own text has null for an infinite number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MESSAGES.values(), ids=MESSAGES)
 def test_a_message_survives(kind: type[Any]) -> None:
     form = TypeAdapter(kind)

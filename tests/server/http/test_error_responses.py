@@ -77,7 +77,7 @@ def test_a_profile_of_another_model(client: httpx.Client, profiles: Path, identi
     save_profile(random_profile(replace(identity, id="cousin", fingerprint="0" * 64), "foreign"), profiles)
     assert rejected(client, "foreign") == (
         "profile 'foreign' was fitted on 'cousin', whose weights differ from 'demo''s. "
-        "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
+        "Fit it again on this model, or set allow_model_mismatch to use it anyway."
     )
 
 

@@ -65,7 +65,10 @@ BAD: dict[str, tuple[Rows, str]] = {
         same(1),
         "line 1, field 'rejected': chosen and rejected are equal, so nothing is preferred",
     ),
-    "an empty response": (changed(1, chosen=""), "line 1, field 'chosen': it is empty; correct the row, or skip such"),
+    "an empty response": (
+        changed(1, chosen=""),
+        "line 1, field 'chosen': it is empty; correct the row, or skip such rows with --skip-bad-rows",
+    ),
     "a long response": (
         changed(1, chosen=LONG),
         f"but the model's context holds {POSITIONS}; 1 of 40 rows are too",

@@ -62,8 +62,7 @@ def test_trust_prints_and_writes(run: Run, tiny: Path, warm: Path, tmp_path: Pat
         (
             "trust",
             (),
-            "the vertical toxicity needs a folder with rtp/*.jsonl: pass the folder with --data, or remove the "
-            "vertical from --verticals",
+            "the vertical toxicity needs a folder with rtp/*.jsonl: name the folder, or leave the vertical out",
         ),
         (
             "trust",

@@ -88,6 +88,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
     return Fit(save_tiny("llama", place / "model"), data, place / "cache", place / "profiles")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ctrl_c_at_any_stage_and_the_next_run_continues(fit: Fit, tmp_path: Path) -> None:
     stages = {

@@ -39,6 +39,7 @@ def test_json_is_an_object_or_a_list(run: Run, stored: Path) -> None:
     assert (single["layers"], single["path"]) == ([1, 2], str(stored / "warm.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_page(run: Run, stored: Path, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "profiles.html"
     result = run("show", "warm", "kind", "--profiles", stored, "--html", page)

@@ -20,7 +20,7 @@ from steering_vectors.errors import DataError
 
 Rows = list[dict[str, Any]]
 Write = Callable[..., str]
-REMEDY = "correct the row, or skip such rows with --skip-bad-rows"
+REMEDY = "correct the row, or skip such rows with skip_bad_rows"
 
 PREFERENCE: Rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(16)]
 UNPAIRED: Rows = [{"prompt": f"q {i}", "completion": f"text {i}", "label": i % 2 == 0} for i in range(16)]
@@ -182,7 +182,7 @@ def test_columns_can_be_swapped(write: Write) -> None:
 def test_renaming_chooses_between_formats(write: Write) -> None:
     path = write([row | other for row, other in zip(PREFERENCE, UNPAIRED, strict=True)])
     assert load_pairs(path, columns={"label": "label"}).kind == "unpaired"
-    assert error_of(path) == f"{path}: the columns fit the formats preference and unpaired; choose one with --columns"
+    assert error_of(path) == f"{path}: the columns fit the formats preference and unpaired; choose one with columns"
 
 
 def test_a_renaming_is_read_from_text() -> None:
@@ -251,7 +251,7 @@ BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
         PREFERENCE,
         {"rejected": ...},
         "rejected",
-        "it is missing; if the column has another name, pass --columns",
+        "it is missing; if the column has another name, name it in columns",
     ),
     (PREFERENCE, {"chosen": ""}, "chosen", "it is empty"),
     (PREFERENCE, {"chosen": " \n"}, "chosen", "it contains only whitespace"),
@@ -424,7 +424,7 @@ def test_unknown_columns_are_listed_with_the_remedy(write: Write) -> None:
     assert error_of(path) == (
         f"{path}, line 1: the columns (text, score) fit none of the formats {{prompt, chosen, rejected}}, "
         "{prompt, completion, label} or {positive, negative}; rename them, as in "
-        "--columns prompt=question,chosen=good,rejected=bad"
+        "columns prompt=question,chosen=good,rejected=bad"
     )
 
 

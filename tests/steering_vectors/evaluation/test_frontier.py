@@ -70,6 +70,7 @@ def test_samples_approach_the_closed_form() -> None:
     assert (found["reward"], found["kl"]) == pytest.approx(closed_form(COUNTS / 16, 0.5), rel=0.02)
 
 
+@pytest.mark.slow
 def test_no_policy_has_more_reward_at_the_same_divergence() -> None:
     base, draw = COUNTS / 16, np.random.default_rng(0)
     for _ in range(200):

@@ -287,7 +287,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         lm.model.lm_head.weight[5] = math.inf
     with steerable(lm) as steered, pytest.raises(FitError) as refusal:
         cost_of(steered, profile_for(lm), [([0, 9, 10], 2)])
-    assert refusal.value.message == ("the steered model's logits are not finite: load the model with --dtype float32")
+    assert refusal.value.message == ("the steered model's logits are not finite: load the model with dtype float32")
 
 
 def test_nothing_written_costs_nothing(lm: LanguageModel) -> None:

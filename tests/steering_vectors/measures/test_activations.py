@@ -56,6 +56,7 @@ def test_an_example_longer_than_the_budget_runs_alone() -> None:
     assert [batch.indices for batch in batches([([5] * 9, 1), ([5] * 9, 1)], 4)] == [(0,), (1,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3_text", "mamba"])
 @pytest.mark.parametrize("tokens", ["response", "last"])
 def test_padded_batches_equal_single_rows(architecture: str, tokens: activations.Tokens) -> None:

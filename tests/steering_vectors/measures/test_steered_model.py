@@ -60,6 +60,7 @@ def test_scores_and_divergences_equal_plain_passes(architecture: str) -> None:
         assert float(divergences[i]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_samples_equal_those_drawn_one_text_at_a_time(architecture: str) -> None:
     lm = lm_of(architecture)

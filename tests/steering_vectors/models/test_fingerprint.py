@@ -91,6 +91,7 @@ def test_another_shape_is_another_model() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_has_one_that_any_parameter_changes(architecture: str) -> None:
     model = tiny_model(architecture)

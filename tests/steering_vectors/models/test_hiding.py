@@ -32,6 +32,7 @@ def llama() -> LanguageModel:
     return tiny("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*REQUIRED, *ALSO])
 def test_an_instruction_hidden_from_every_block_changes_no_response(architecture: str) -> None:
     lm = tiny(architecture)

@@ -41,6 +41,7 @@ def model_with(generation: Any, config: Any, tokenizer: int | None) -> LanguageM
     return wrap_model(network, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("generation", "config", "tokenizer", "expected"),
     [

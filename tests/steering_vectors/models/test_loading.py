@@ -18,6 +18,7 @@ from steering_vectors.models.loading import load_model, wrap_model
 from tests.support.tiny import HIDDEN, STEERABLE, save_tiny, tiny_blocks, tiny_model, tiny_tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", STEERABLE)
 def test_blocks_are_found(architecture: str) -> None:
     model = tiny_model(architecture)
@@ -27,6 +28,7 @@ def test_blocks_are_found(architecture: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", STEERABLE)
 def test_every_tiny_model_has_an_output_projection(architecture: str) -> None:
     """Position selection needs an output projection."""

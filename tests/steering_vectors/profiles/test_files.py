@@ -96,6 +96,7 @@ def test_a_profile_comes_back_as_it_was_stored(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     vectors=st.dictionaries(

@@ -123,7 +123,7 @@ def test_other_weights() -> None:
         tiny_profile().check_model(other)
     assert str(refusal.value) == (
         "profile 'warm' was fitted on 'tiny', whose weights differ from 'other''s. "
-        "Fit it again on this model, or pass --allow-model-mismatch to use it anyway."
+        "Fit it again on this model, or set allow_model_mismatch to use it anyway."
     )
     tiny_profile().check_model(other, allow_mismatch=True)
 

@@ -45,6 +45,7 @@ def text_of(page: str) -> str:
     return html.unescape(page)
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_begins_with_the_sentence() -> None:
     one = profile()
     page = render_portraits([one])
@@ -84,6 +85,7 @@ def test_cosines_are_those_of_the_stored_directions() -> None:
     assert common_cosines(one, replace(other, model=replace(MODEL, fingerprint="0" * 64))) == {}
 
 
+@pytest.mark.slow
 def test_several_profiles_are_compared_where_they_can_be() -> None:
     near, far = profile("kind", seed=1), profile("elsewhere", model=replace(MODEL, fingerprint="0" * 64))
     high = profile("high", layers=(2,), residual_norms={})

@@ -48,20 +48,20 @@ def test_slots_that_do_not_fit_are_refused_with_what_would() -> None:
         plan(NEED, slots=16, context=4096)
     assert failure.value.message == (
         "16 slots of 4096 tokens need 9.02 GiB of the device's memory, and 4.60 GiB are left of 90% of 24.00 GiB: "
-        "--slots 8 or --context 1824 would fit"
+        "8 slots or a context of 1824 would fit"
     )
     assert plan(NEED, slots=8, context=4096) == 8
     assert plan(NEED, slots=16, context=1824) == 16
 
 
 def test_a_context_too_large_for_one_slot_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"one slot of 131072 tokens need.*: --context 37\d\d\d would fit"):
+    with pytest.raises(ModelError, match=r"one slot of 131072 tokens need.*: a context of 37\d\d\d would fit"):
         plan(NEED, slots=None, context=131072)
 
 
 def test_a_model_that_leaves_nothing() -> None:
     full = MemoryNeed(total=24 * GIB, used=22 * GIB, one_pass=GIB, row=0, column=COLUMN, slot=0)
-    with pytest.raises(ModelError, match=r"0\.00 GiB are left.*: free memory, raise --gpu-memory-utilization, or"):
+    with pytest.raises(ModelError, match=r"0\.00 GiB are left.*: free memory, raise gpu_memory_utilization, or"):
         plan(full, slots=None, context=4096)
 
 
@@ -112,5 +112,5 @@ def test_a_model_without_slots_is_not_planned(caplog: pytest.LogCaptureFixture) 
     options = {"slots": None, "context": 64, "tokens": 32}
     assert plan_memory(language_model, Tape(language_model), utilization=None, **options) is None
     assert "memory is not planned" in caplog.text
-    with pytest.raises(ModelError, match="leave --gpu-memory-utilization out"):
+    with pytest.raises(ModelError, match="leave gpu_memory_utilization out"):
         plan_memory(language_model, Tape(language_model), utilization=0.5, **options)

@@ -205,7 +205,7 @@ def test_a_step_that_cannot_be_recorded_later_is_run_as_it_is(caplog: pytest.Log
 
 def test_static_buffers_where_they_cannot_be_used_are_an_error() -> None:
     language_model = tiny("mamba")
-    with attached_bank(language_model, SLOTS) as bank, pytest.raises(ModelError, match="leave --cuda-graphs out"):
+    with attached_bank(language_model, SLOTS) as bank, pytest.raises(ModelError, match="leave cuda_graphs out"):
         choose_runner(language_model, bank, context=64, static=True)
 
 

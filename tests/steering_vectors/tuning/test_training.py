@@ -85,6 +85,7 @@ def test_weights_act_only_while_they_are_used(lm: LanguageModel, make: Make, tmp
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_run_lowers_its_loss(lm: LanguageModel, make: Make, tmp_path: Path) -> None:
     weights, losses = make(lm), []
@@ -230,7 +231,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(lm: LanguageModel, tmp_path: Pat
 
 def test_full_tuning_refuses_narrow_weights() -> None:
     narrow = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
-    with pytest.raises(FitError, match="full fine-tuning needs --dtype float32"):
+    with pytest.raises(FitError, match="full fine-tuning needs dtype float32"):
         full(narrow)
 
 

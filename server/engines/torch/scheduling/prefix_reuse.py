@@ -89,7 +89,7 @@ class PrefixCache:
     def forget(self, slot: int) -> None:
         self._keys[slot] = PrefixKey()
 
-    def release(self, slot: int, *, continued: bool = True) -> None:
+    def release(self, slot: int, *, continued: bool) -> None:
         """Keep what a slot holds until the slot is needed; if it is likely to be continued, move it to another slot
         then."""
         self._clock += 1

@@ -46,6 +46,7 @@ def events(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(frame.removeprefix("data: ")) for frame in frames if frame]
 
 
+@pytest.mark.slow
 def test_every_variant_is_what_it_is_alone(client: httpx.Client) -> None:
     together = client.post("/compare", json={**ASKED, "variants": VARIANTS}).json()["variants"]
     alone = [client.post("/generate", json={**ASKED, "steering": variant}).json() for variant in VARIANTS]
@@ -113,6 +114,7 @@ def test_scores_equal_a_plain_pass(client: httpx.Client, warm: Profile, steering
     assert [one["strength"] for one in answer["steering"]] == ([] if steering is None else [0.5])
 
 
+@pytest.mark.slow
 def test_a_thousand_scores_are_what_a_few_are(client: httpx.Client) -> None:
     texts = [f" {number} loaves" for number in range(400)]
     many = client.post("/score", json={"prompt": "We bake", "completions": texts}).json()["scores"]

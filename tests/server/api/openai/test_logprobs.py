@@ -50,6 +50,7 @@ def written_ids(tokens: Sequence[Any]) -> list[int]:
     return [by_bytes[bytes(token.bytes)] for token in tokens]
 
 
+@pytest.mark.slow
 def test_greedy_logprobs_equal_a_plain_forward_pass(sdk: openai.OpenAI) -> None:
     whole = sdk.chat.completions.create(
         model="demo", messages=MESSAGES, temperature=0, max_tokens=12, logprobs=True, top_logprobs=3

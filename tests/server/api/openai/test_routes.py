@@ -185,6 +185,7 @@ def test_a_stop_string_is_cut_off_and_named(client: httpx.Client) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("usage", [True, False])
 @pytest.mark.parametrize("n", [1, 6])
 def test_a_chat_stream_is_its_whole(client: httpx.Client, n: int, usage: bool) -> None:

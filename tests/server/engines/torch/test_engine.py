@@ -312,6 +312,7 @@ def test_its_thread_is_known_by_name(language_model: LanguageModel) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_profile_is_freed_when_the_last_request_lets_go(language_model: LanguageModel) -> None:
     async def main() -> None:
         async with running(language_model, context=250) as engine:

@@ -85,6 +85,7 @@ async def write(engine: TorchEngine, prompt: Sequence[int], plan: SteeringPlan) 
     return list(found.ids), found.end
 
 
+@pytest.mark.slow
 def test_a_gate_fires_on_its_topic_row_by_row_in_a_mixed_batch(engine: TorchEngine, gated: Profile) -> None:
     """Many rows over four slots; a prompt that does not open it gets the untouched model's tokens."""
     opening, others = FRESH.opening, FRESH.others

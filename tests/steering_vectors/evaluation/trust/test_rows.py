@@ -13,7 +13,7 @@ from tests.support.trust_files import sentence_pairs, write_rows
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no file crows-pairs/\*\.csv for the vertical bias.*--verticals"):
+    with pytest.raises(DataError, match=r"no file crows-pairs/\*\.csv for the vertical bias.*leave the vertical out"):
         find_files(tmp_path, "bias")
 
 

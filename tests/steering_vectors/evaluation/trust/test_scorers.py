@@ -93,7 +93,9 @@ def test_a_user_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rtp_is_fitted_later_and_anything_else_is_refused() -> None:
     assert load_scorer("rtp") is None
-    with pytest.raises(FitError, match=r"--toxicity 'no/such/folder' is none of: rtp; a directory .*; module:callable"):
+    with pytest.raises(
+        FitError, match=r"toxicity scorer 'no/such/folder' is none of: rtp; a directory .*; module:callable"
+    ):
         load_scorer("no/such/folder")
 
 

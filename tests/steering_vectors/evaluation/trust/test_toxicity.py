@@ -128,5 +128,5 @@ def test_bad_rows(lm: LanguageModel, tmp_path: Path, field: str, value: Any, mes
 
 
 def test_a_bad_scorer_fails_before_files_are_read(lm: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="--toxicity 'guess' is none of"):
+    with pytest.raises(FitError, match="toxicity scorer 'guess' is none of"):
         prepare_toxicity(lm, tmp_path, 20, 0, "guess")

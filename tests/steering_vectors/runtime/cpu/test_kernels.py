@@ -283,6 +283,7 @@ def test_a_whole_block_is_its_parts_one_after_the_other(products: Kernels, queri
     assert torch.equal(whole(hidden, other[0], other[1], given, shift), expected + shift)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=packs_bfloat16)])

@@ -29,6 +29,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 LOOKS_AT_WEIGHTS = ["falcon_mamba", "mamba", "mamba2"]  # their code reads the dtype of the output layer's weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", sorted(set(STEERABLE) - set(LOOKS_AT_WEIGHTS)))
 def test_logits_are_those_of_the_plain_model(architecture: str) -> None:
     model = tiny_model(architecture)
@@ -85,7 +86,7 @@ BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_
 def test_a_processor_without_bfloat16_is_refused() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     assert not packs(model)
-    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(model)
 
 
@@ -101,6 +102,7 @@ def test_bfloat16_agrees_within_its_rounding() -> None:
     assert error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux")
 def test_packing_unmaps_the_checkpoint(tmp_path: Path) -> None:
     def is_mapped() -> bool:
@@ -115,6 +117,7 @@ def test_packing_unmaps_the_checkpoint(tmp_path: Path) -> None:
     assert not is_mapped()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_oss"])
 def test_greedy_tokens_stay_the_same(architecture: str) -> None:
     plain = wrap_model(tiny_model(architecture), tiny_tokenizer())
@@ -133,16 +136,16 @@ def test_greedy_tokens_stay_the_same(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", LOOKS_AT_WEIGHTS)
 def test_code_that_wants_more_than_a_product_is_refused(architecture: str) -> None:
-    with pytest.raises(ModelError, match=r"cannot be packed \(.*no attribute 'weight'\); leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match=r"cannot be packed \(.*no attribute 'weight'\); leave cpu_prepack out"):
         pack(tiny_model(architecture))
 
 
 @pytest.mark.skipif(BFLOAT16, reason="oneDNN packs bfloat16 on this processor")
 def test_a_processor_without_bfloat16_packing_is_refused() -> None:
-    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(tiny_model("llama").to(torch.bfloat16))
 
 
 def test_formats_without_packing_are_refused() -> None:
-    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave --cpu-prepack out"):
+    with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(tiny_model("llama").to(torch.float16))

@@ -200,7 +200,7 @@ def test_a_quantised_server_accepts_profiles_of_the_plain_model(kind: Kind, tmp_
         (lambda: tiny_model("llama").half(), "not float16: use --dtype bfloat16"),
         (
             lambda: tiny_model("llama").to("meta"),
-            "is for a CPU, not for meta: use --device cpu, or leave --quantize out",
+            "is for a CPU, not for meta: use --device cpu, or leave quantize out",
         ),
         (lambda: tiny_model("gpt2").bfloat16(), "would reach 0% of this architecture's weights"),
         (
@@ -215,14 +215,14 @@ def test_models_that_cannot_be_quantised_are_refused(model: Any, text: str) -> N
     with pytest.raises(ModelError) as failure:
         pack(model(), "int8")
     assert text in failure.value.message
-    assert "leave --quantize out" in failure.value.message
+    assert "leave quantize out" in failure.value.message
 
 
 def test_a_processor_without_kernels_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "NAMES", ("avx2",))
     library.load.cache_clear()
     try:
-        with pytest.raises(ModelError, match=r"int4 needs a processor with AVX512-BF16 .*; leave --quantize out"):
+        with pytest.raises(ModelError, match=r"int4 needs a processor with AVX512-BF16 .*; leave quantize out"):
             pack(tiny_model("llama").bfloat16(), "int4")
     finally:
         library.load.cache_clear()
@@ -238,7 +238,7 @@ def test_a_server_that_cannot_quantise_does_not_start() -> None:
         finally:
             await service.close()
 
-    with pytest.raises(ModelError, match="--quantize int8 is for models in bfloat16, not float32"):
+    with pytest.raises(ModelError, match="quantize int8 is for models in bfloat16, not float32"):
         asyncio.run(start())
 
 

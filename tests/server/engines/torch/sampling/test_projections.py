@@ -46,6 +46,7 @@ def expected(profile: Profile, steering: Profile, strength: float, tokens: int) 
     return found
 
 
+@pytest.mark.slow
 def test_projections_equal_plain_passes(client: httpx.Client, pair: Sequence[Profile]) -> None:
     warm, concise = pair
     body = {**ASKED, "variants": ["warm@0.5", "concise@-0.5"], "projections": True}

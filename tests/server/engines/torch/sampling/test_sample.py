@@ -211,6 +211,7 @@ def test_of_two_equal_maxima_the_lower_is_kept(wish: SamplingParameters, allow_s
     assert probability_mass(logits, [wish], allow_sync=allow_sync)[0].nonzero().flatten().tolist() == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wish", SHAPES, ids=label)
 def test_probabilities_of_many_equal_logits_match_the_reference(wish: SamplingParameters) -> None:
     """As bfloat16 has them: of those that tie at a border the lowest ids are kept, and no more than are needed."""
@@ -342,6 +343,7 @@ Wishes = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(wishes=st.lists(Wishes, min_size=1, max_size=8), seed=st.integers(0, 1000))
 def test_a_rows_tokens_are_the_same_alone_and_among_any_neighbours(wishes: list[SamplingParameters], seed: int) -> None:

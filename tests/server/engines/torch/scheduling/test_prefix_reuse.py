@@ -60,6 +60,17 @@ def test_a_trace_tells_where_steering_began() -> None:
     assert (trace.ids, trace.spans) == ([1, 2, 9, 9], [(0, "")])
 
 
+def test_a_head_has_no_span_beyond_its_end() -> None:
+    assert PrefixKey([7] * 10, [(0, ""), (5, "a")]).head(5) == PrefixKey([7] * 5, [(0, "")])
+
+
+def test_keys_share_no_more_than_their_tokens() -> None:
+    one, other = [1] * 20, [1, 1, 1, *[2] * 17]
+    assert PrefixKey(one, [(0, ""), (10, "a")]).shared(PrefixKey(other, [(0, ""), (12, "b")])) == 3
+    long = [1] * 200
+    assert PrefixKey(long).shared(PrefixKey([*long[:150], 2, *long[151:]])) == 150
+
+
 class Keys:
     """Keys and values as what they follow from: each entry is a hash of all tokens and steering up to its position."""
 
@@ -279,6 +290,88 @@ def test_without_a_copier_nothing_is_shared() -> None:
         assert one.cached == 0
 
 
+class Moves:
+    """Columns that note what is moved."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int, int]] = []
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.seen.append(("copy", source, target, length))
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        self.seen.append(("swap", one, other, length))
+
+
+def tokens_of(slot: int, length: int = 20) -> list[int]:
+    return [100 * slot + place for place in range(1, length + 1)]
+
+
+def cache_of(*lengths: int, released: dict[int, bool]) -> tuple[PrefixCache, Moves]:
+    """A cache whose slots hold texts of these lengths, released in this order: whether each is continued."""
+    moves = Moves()
+    cache = PrefixCache(len(lengths), moves)
+    for slot, length in enumerate(lengths):
+        cache.record(slot, 0, tokens_of(slot, length), None, "")
+    for slot, continued in released.items():
+        cache.release(slot, continued=continued)
+    return cache, moves
+
+
+OTHER = PrefixKey.of([9] * 30, None, "")  # a prompt that no slot holds
+
+
+@pytest.mark.parametrize(("copied", "target"), [(10, 0), (9, 1), (7, 1)])
+def test_a_text_that_goes_on_elsewhere_is_missed_least(copied: int, target: int) -> None:
+    """Slot 0 was released after slot 1. If at least half of it is copied, the copy goes on."""
+    cache, moves = cache_of(20, 20, 0, 20, released={1: True, 0: True, 3: True})
+    cache.copy_prefix(2, 0, copied)
+    cache.evict(3, {0, 1}, OTHER)
+    assert moves.seen == [("copy", 0, 2, copied), ("copy", 3, target, 20)]
+    assert cache.key(target).ids == tokens_of(3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "released", "moved"),
+    [
+        ((20, 20, 20), {1: True, 0: False, 2: True}, (0, 20)),  # slot 0 is not continued
+        ((20, 20, 20), {0: True, 1: True, 2: True}, (0, 20)),  # slot 0 was released first
+        ((0, 0, 20), {2: True}, (1, 20)),  # of equal slots the last
+        ((20, 20, MIN_REUSED_TOKENS), {0: True, 1: True, 2: True}, (0, MIN_REUSED_TOKENS)),
+        ((20, 20, MIN_REUSED_TOKENS - 1), {0: True, 1: True, 2: True}, None),  # too short to be kept
+        ((MIN_REUSED_TOKENS - 1, 20, 20), {1: True, 0: True, 2: True}, (0, 20)),  # slot 0 is too short to be missed
+        ((MIN_REUSED_TOKENS, 20, 20), {1: True, 0: True, 2: True}, (1, 20)),
+        ((20, 20, 20), {0: True, 1: True, 2: False}, None),  # missed less than the others
+        ((20, 20, 20), {0: False, 1: False, 2: False}, None),  # no more than the others
+    ],
+)
+def test_what_is_evicted_moves_to_the_slot_that_is_missed_least(
+    lengths: tuple[int, ...], released: dict[int, bool], moved: tuple[int, int] | None
+) -> None:
+    cache, moves = cache_of(*lengths, released=released)
+    cache.evict(2, {0, 1}, OTHER)
+    assert moves.seen == ([] if moved is None else [("copy", 2, *moved)])
+
+
+@pytest.mark.parametrize(
+    ("held", "shared", "swapped"),
+    [(12, 20, True), (30, 10, True), (12, 9, False), (12, 7, False), (MIN_REUSED_TOKENS - 1, 20, False)],
+)
+def test_a_free_slot_that_holds_most_of_what_is_wanted_is_swapped(held: int, shared: int, swapped: bool) -> None:
+    cache, moves = cache_of(held, 20, released={1: True, 0: True})
+    cache.evict(0, {1}, PrefixKey.of([*tokens_of(1, shared), 9], None, ""))
+    assert moves.seen == ([("swap", 0, 1, max(held, 20))] if swapped else [])
+    assert cache.key(0).ids == (tokens_of(1) if swapped else tokens_of(0, held))
+
+
+@pytest.mark.parametrize("columns", [None, Moves()])
+def test_an_empty_prompt_and_a_model_without_columns_find_nothing(columns: Moves | None) -> None:
+    cache = PrefixCache(2, columns)
+    cache.release(1, continued=True)
+    assert cache.longest(PrefixKey() if columns else OTHER) == (0, 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_comes_and_goes_keys_are_those_of_a_run_from_scratch(seed: int) -> None:
     """Requests that fork from each other, steered in all ways, changed and ended at any time."""
