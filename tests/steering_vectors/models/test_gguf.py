@@ -19,6 +19,8 @@ from steering_vectors.models.loading import LanguageModel, load_model
 from tests.support.full_disk import full_disk
 from tests.support.gguf_files import Type, write_gguf
 
+pytestmark = pytest.mark.slow
+
 TEXT = "How do I bake 12 loaves of bread?\n\nIt's easy, "
 KINDS = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
 
