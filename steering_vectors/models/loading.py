@@ -130,8 +130,8 @@ def _check_source(source: str) -> None:
         )
     if not any(directory.glob("*.safetensors")):
         raise ModelError(
-            f"{directory} holds no safetensors weights, and of other formats only GGUF is read "
-            "(a pickle can run code): convert them, for example by loading the model elsewhere and calling save_pretrained"
+            f"{directory} holds no safetensors weights, and of other formats only GGUF is read (a pickle can run "
+            "code): convert them, for example by loading the model elsewhere and calling save_pretrained"
         )
 
 
