@@ -82,7 +82,7 @@ def choose_layers(
     evidence: Evidence,
     *,
     kl_budget: float,
-    seed: int = 0,
+    seed: int,
     progress: Progress | None = None,
 ) -> LayerChoice:
     """Choose the contiguous window of blocks with the largest effect towards the preferred side at equal cost.
@@ -110,6 +110,8 @@ def choose_layers(
 class WindowSearch:
     """Measures each window once, under equal conditions, and chooses the best."""
 
+    _best: WindowEffect  # the larger of each effect over the first single blocks
+
     def __init__(
         self,
         steered: SteeredModel,
@@ -125,7 +127,6 @@ class WindowSearch:
         self._log_odds = evidence.log_odds.to(steered.lm.device)
         self._base = list(steered.predictions(texts, steer=False))
         self._effects: dict[Window, WindowEffect] = {}
-        self._best = WindowEffect(0.0, 0.0)
 
     def choose(self) -> LayerChoice:
         layers = self._profile.layers
@@ -181,7 +182,7 @@ class WindowSearch:
         for steered, base in zip(self._steered.predictions(self._texts, steer=True), self._base, strict=True):
             divergence += float(kl_divergence(steered, base).double().sum())
             expected += float(((steered.exp() - base.exp()) @ self._log_odds).double().sum())
-        count = max(sum(len(base) for base in self._base), 1)
+        count = sum(len(base) for base in self._base)
         return divergence / count, expected / count
 
     def _reading(self, profile: Profile) -> float:
