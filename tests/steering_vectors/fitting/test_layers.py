@@ -44,7 +44,15 @@ def lm() -> LanguageModel:
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("auto", None), ("3", (3,)), ("1-3", (1, 2, 3)), ("5,3, 3", (3, 5)), ("0-1,4", (0, 1, 4)), ([2, 0], (0, 2))],
+    [
+        ("auto", None),
+        ("3", (3,)),
+        ("3-3", (3,)),
+        ("1-3", (1, 2, 3)),
+        ("5,3, 3", (3, 5)),
+        ("0-1,4", (0, 1, 4)),
+        ([2, 0], (0, 2)),
+    ],
 )
 def test_layers_are_read(text: str | list[int], layers: tuple[int, ...] | None) -> None:
     assert parse_layers(text, 8) == layers
@@ -232,6 +240,13 @@ def test_single_blocks_are_tried_over_the_model_and_then_around_the_best(lm: Lan
     assert choice.scores[23,] == (1.3 / 1.0 + 2.4 / 2.0) / 2
     assert choice.scores[1,] == (0.1 / 1.0 + 0.1 / 2.0) / 2
     assert search.calls == [*(("layers", done, 20) for done in range(1, 20)), ("layers", 19, 19)]
+
+
+def test_progress_ends_only_when_the_choice_does(lm: LanguageModel) -> None:
+    wider = {(22,): 2.0, (22, 23): 3.0, (22, 23, 24): 4.0, (22, 23, 24, 25): 5.0}
+    search = MadeEffects(lm, 40, {window: (value, value) for window, value in wider.items()})
+    assert search.choose().layers == (22, 23, 24, 25)
+    assert search.calls == [*(("layers", done, max(20, done + 1)) for done in range(1, 24)), ("layers", 23, 23)]
 
 
 @pytest.mark.parametrize(
