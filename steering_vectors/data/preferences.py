@@ -88,19 +88,25 @@ class Preferences:
         """Split the rows into (train, heldout), each in file order. Equal seeds give equal splits.
 
         Rows with the same prompt stay together, as do rows without a prompt that share a completion, so no held-out
-        prompt is trained on. Each part gets at least `min_side` rows, of each label if unpaired. Raises DataError if
-        such a split does not exist.
+        prompt is trained on. If there are too few prompts for that, rows with the same completion stay together. Each
+        part gets at least `min_side` rows, of each label if unpaired. Raises DataError if such a split does not exist.
         """
         if not 0 < heldout_fraction < 1:
             raise DataError(f"the held-out fraction must be between 0 and 1, not {heldout_fraction:g}")
-        held = self._held_out(heldout_fraction, seed, min_side)
-        train, heldout = self.select(set(range(self.rows)) - held), self.select(held)
-        if any(size < min_side for part in (train, heldout) for size in part._sizes(range(part.rows))):
-            raise DataError(
-                f"{self.source}: there are too few different prompts or texts to hold out {min_side} rows"
-                f"{'' if self.paired else ' of each label'} and train on as many; add rows with other prompts"
-            )
-        return train, heldout
+        for by_prompt in (True, False):
+            held = self._held_out(heldout_fraction, seed, min_side, by_prompt)
+            train, heldout = self.select(set(range(self.rows)) - held), self.select(held)
+            if all(size >= min_side for part in (train, heldout) for size in part._sizes(range(part.rows))):
+                return train, heldout
+        raise DataError(
+            f"{self.source}: there are too few different prompts or texts to hold out {min_side} rows"
+            f"{'' if self.paired else ' of each label'} and train on as many; add rows with other prompts"
+        )
+
+    def shares_prompts(self, other: Preferences) -> bool:
+        """Whether a prompt occurs in both."""
+        mine, theirs = ({one.prompt for one in (*part.positives, *part.negatives)} for part in (self, other))
+        return bool(mine & theirs - {None})
 
     def items(self) -> list[tuple[Example | None, Example | None]]:
         """One (positive, negative) per row. Unpaired: the positives come first, and the missing side is None."""
@@ -122,10 +128,10 @@ class Preferences:
         positive = sum(row < len(self.positives) for row in rows)
         return np.array([positive, len(rows) - positive])
 
-    def _held_out(self, fraction: float, seed: int, min_side: int) -> set[int]:
+    def _held_out(self, fraction: float, seed: int, min_side: int, by_prompt: bool) -> set[int]:
         """The rows of groups chosen at random up to the wanted sizes, then of the smallest until `min_side` is met."""
         wanted = np.maximum(min_side, np.round(fraction * self._sizes(range(self.rows))))
-        groups = [(rows, self._sizes(rows)) for rows in self._groups()]
+        groups = [(rows, self._sizes(rows)) for rows in self._groups(by_prompt)]
         random.Random(seed).shuffle(groups)
         held, chosen, rest = np.zeros_like(wanted), set[int](), []
         for rows, sizes in groups:
@@ -140,8 +146,8 @@ class Preferences:
                 held += sizes
         return chosen
 
-    def _groups(self) -> list[list[int]]:
-        """Group the rows so that no prompt (or text without a prompt) occurs in two groups."""
+    def _groups(self, by_prompt: bool) -> list[list[int]]:
+        """Group the rows so that no prompt (or text without a prompt) occurs in two groups; or else no completion."""
         leader = list(range(self.rows))
 
         def find(row: int) -> int:
@@ -153,7 +159,7 @@ class Preferences:
         for row, item in enumerate(self.items()):
             for example in item:
                 if example is not None:
-                    key = (example.completion,) if example.prompt is None else example.prompt
+                    key = example.prompt if by_prompt and example.prompt is not None else (example.completion,)
                     leader[find(row)] = find(first.setdefault(key, row))
         groups = defaultdict(list)
         for row in range(self.rows):

@@ -218,7 +218,7 @@ class _Fit:
         with steerable(lm) as steered:
             metrics["propensity"] = propensity_report(steered, profile, measured)
         metrics["notes"] = [
-            *_data_notes(profile.data),
+            *_data_notes(profile.data, parts),
             *self._sample_notes(parts.train),
             *_effect_notes(profile, metrics),
         ]
@@ -356,9 +356,13 @@ def _data_record(corpus: Corpus, parts: Parts) -> DataRecord:
     }
 
 
-def _data_notes(data: DataRecord) -> list[str]:
+def _data_notes(data: DataRecord, parts: Parts) -> list[str]:
     """Warnings about the rows of a fit."""
     notes = []
+    if parts.train.pairs.shares_prompts(parts.heldout.pairs):
+        notes.append(
+            "too few different prompts: held-out rows have other completions than trained ones, not other prompts"
+        )
     if data["rows"] < FEW_ROWS:
         notes.append(f"only {data['rows']} rows: below {FEW_ROWS} the direction and the metrics are noisy")
     if data["duplicates"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from steering_vectors.data.chat import Example, Message
@@ -136,9 +138,27 @@ def test_two_large_groups_are_one_for_each_side() -> None:
     assert (train.rows, heldout.rows) == (8, 8)
 
 
-def test_one_prompt_for_all_cannot_be_split() -> None:
+@pytest.mark.parametrize("prompts", [["same"] * 30, ["same"] * 28 + ["other"] * 2])
+def test_with_too_few_prompts_rows_are_parted_by_completion(prompts: list[str]) -> None:
+    positives = [Example(prompt, f"good {row // 2}") for row, prompt in enumerate(prompts)]
+    negatives = [Example(prompt, f"bad {row // 2}") for row, prompt in enumerate(prompts)]
+    for part in (
+        replace(paired([]), positives=tuple(positives), negatives=tuple(negatives)),
+        unpaired(positives, negatives),
+    ):
+        train, heldout = part.split()
+        assert train.shares_prompts(heldout)
+        texts = [{one.completion for one in (*half.positives, *half.negatives)} for half in (train, heldout)]
+        assert not texts[0] & texts[1]
+        assert heldout.rows == 6 if part.paired else 12
+    apart = paired([f"prompt {row}" for row in range(16)]).split()
+    assert not apart[0].shares_prompts(apart[1])
+    assert not unpaired([Example(None, "a")], []).shares_prompts(unpaired([Example(None, "b")], []))
+
+
+def test_one_row_for_all_cannot_be_split() -> None:
     with pytest.raises(DataError) as caught:
-        paired(["same"] * 30).split()
+        replace(paired([]), positives=(Example("same", "good"),) * 30, negatives=(Example("same", "bad"),) * 30).split()
     assert str(caught.value) == (
         "pairs.jsonl: there are too few different prompts or texts to hold out 4 rows and train on as many; "
         "add rows with other prompts"

@@ -163,6 +163,16 @@ def test_identical_sides_have_no_direction(lm: LanguageModel) -> None:
         fit(lm, None, replace(pairs, kind="unpaired", negatives=pairs.positives), layers="1")
 
 
+def test_one_prompt_for_all_rows_is_noted(lm: LanguageModel) -> None:
+    """All rows ask the same, and held-out rows have completions of their own."""
+    given = preferences()
+    sides = [tuple(replace(one, prompt="Ask again.") for one in side) for side in given.sides()]
+    profile = fit(lm, None, replace(given, positives=sides[0], negatives=sides[1]), layers="1")
+    assert profile.calibration["prompts"] == 1
+    assert profile.metrics["propensity"]["rows"] == 12
+    assert profile.metrics["notes"][0].startswith("too few different prompts: held-out rows have other completions")
+
+
 def test_an_unreached_budget_is_noted(lm: LanguageModel) -> None:
     profile = fit(lm, None, preferences(), layers="2", kl_budget=50.0)
     assert profile.calibration["unreached"] is True
