@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.engines.errors import UnknownModel, UnknownProfile
 from server.engines.protocol import PlanTerm, SteeringPlan
-from server.generation.steering_grammar import of_alias, only_one, parse_steering, pinned
+from server.generation.steering_grammar import of_alias, of_header, only_one, parse_steering, pinned
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 from tests.support.serving import random_profile
@@ -19,6 +19,9 @@ from tests.support.serving import random_profile
 IDENTITY = ModelIdentity("m", "M", 8, 4, "f")
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
 STRENGTHS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+PARAMS = {"warm@1e999": "strength", "warm@1+warm@2": "terms"}  # others are of the text as a whole
 
 
 def terms_of(plan: SteeringPlan) -> list[tuple[str, float]]:
@@ -68,6 +71,7 @@ def test_it_refuses(text: str, message: str) -> None:
     with pytest.raises(SteeringError) as failure:
         parse_steering(text)
     assert failure.value.message == message
+    assert failure.value.param == PARAMS.get(text, "steering")
 
 
 @given(st.dictionaries(NAMES, STRENGTHS, min_size=1, max_size=5))
@@ -158,8 +162,12 @@ def test_an_alias_without_a_steering_is_refused() -> None:
 
 @pytest.mark.parametrize("model", ["", "other", "demo2", "Demo", "demo@1"])
 def test_other_models_are_unknown(model: str) -> None:
-    with pytest.raises(UnknownModel):
+    with pytest.raises(UnknownModel) as failure:
         of_alias(model, "demo")
+    assert failure.value.message == (
+        f"model {model!r} is not served; this server has 'demo' and, steered, 'demo:PROFILE@STRENGTH'"
+    )
+    assert failure.value.param == "model"
 
 
 def test_only_one_source_may_steer() -> None:
@@ -169,6 +177,17 @@ def test_only_one_source_may_steer() -> None:
     with pytest.raises(SteeringError) as failure:
         only_one({"the alias": plan, "the field": plan})
     assert failure.value.message == "both the alias and the field steer: use only one of them"
+    assert failure.value.param == "steering"
+
+
+def test_every_source_says_where_it_applies() -> None:
+    wanted = (PlanTerm("warm", "", 0.5),)
+    for apply_to in ("generated", "all"):
+        plan = SteeringPlan(wanted, apply_to)
+        assert parse_steering("warm@0.5", apply_to) == of_header("warm@0.5", apply_to) == plan
+        assert of_alias("demo:warm@0.5", "demo", apply_to) == plan
+    assert of_header("warm@0.5") == SteeringPlan(wanted, "generated")
+    assert of_header(None) is None
 
 
 def find(reference: str) -> Profile:
