@@ -38,6 +38,19 @@ def test_what_is_learnt_follows_what_is_seen() -> None:
     assert budget.tokens() == pytest.approx(100, rel=0.02)
 
 
+def test_a_new_pass_counts_a_fifth() -> None:
+    budget = PrefillBudget(10_000)
+    for seconds in (0.1, 0.2):
+        budget.note_decoding(seconds)
+        budget.note_prompts(100, seconds)
+    for seconds in (0.1, 0.2, 0.4):
+        budget.note_prompts(100, seconds)
+    decoding, token = 0.12, 0.0
+    for number, seconds in enumerate((0.1, 0.2, 0.1, 0.2, 0.4)):
+        token = 0.8 * token + 0.2 * seconds if number else seconds
+    assert budget.tokens() == int(STALL_PASSES * decoding / (token / 100))
+
+
 def test_a_prompt_that_cannot_be_cut_is_not() -> None:
     budget = PrefillBudget(4096, math.inf)
     budget.note_decoding(0.001)
