@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, GgufConfig, Qwen2Config, Qwen2ForCausalLM
 
 from steering_vectors.errors import ModelError
@@ -25,8 +27,16 @@ TEXT = "How do I bake 12 loaves of bread?\n\nIt's easy, "
 KINDS = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, which is empty."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -43,16 +53,23 @@ def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
-def test_weights_are_those_that_transformers_reads(demo: LanguageModel, tmp_path: Path, kind: Type) -> None:
-    file = write_gguf(demo.model, demo.tokenizer, tmp_path / "demo.gguf", kind)
-    lm = load_model(str(file), dtype="float32")
+def test_weights_are_those_of_the_file_in_bfloat16(demo: LanguageModel, tmp_path: Path, kind: Type) -> None:
+    lm = load_model(str(write_gguf(demo.model, demo.tokenizer, tmp_path / "demo.gguf", kind)), dtype="float32")
+    expected = demo.model.state_dict()
+    for name, weight in lm.model.state_dict().items():
+        exact = expected[name]
+        if exact.dim() > 1:
+            exact = torch.from_numpy(dequantize(quantize(exact.numpy(), kind), kind))
+        assert torch.equal(weight, exact.to(torch.bfloat16).float()), name
+
+
+def test_logits_are_those_of_transformers(files: Path) -> None:
+    lm = load_model(str(files), dtype="float32")
     reference = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        files.parent, gguf_file=files.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     ).float()
     ids = lm.tokenizer(TEXT).input_ids
     assert torch.equal(logits(lm.model, ids), logits(reference, ids))
-    if kind in (Type.F16, Type.BF16):  # the demo's weights are bfloat16 numbers
-        assert torch.allclose(logits(lm.model, ids), logits(demo.model, ids), atol=2e-2 if kind is Type.F16 else 1e-5)
 
 
 def test_another_architecture(demo: LanguageModel, tmp_path: Path) -> None:
