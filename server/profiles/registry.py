@@ -53,7 +53,7 @@ class ProfileEntry:
 class ProfileRegistry:
     """Keeps the current version of every profile in `directory`; all methods are called from the event loop.
 
-    A file that appears or changes is read in a thread, once it has been the same for two looks in a row, then checked
+    A file that appears or changes is read in a thread, once two polls in a row found it unchanged, then checked
     by the engine, and swapped in whole.
     """
 
