@@ -201,7 +201,9 @@ def test_the_scores_are_those_of_a_computation_by_hand(
         )
         hand = ByHand(steered, profile, evidence, budget, 3)
         effects = {window: hand.effect(window) for window in choice.scores}
+        measured = WindowSearch(steered, profile, evidence, hand.texts, budget, 3, None)._measure((1,))
         assert (hand.cost((0,), norms[0] / float(directions[0].norm()))[0] > budget) == reached
+    assert (measured.lexical, measured.reading) == pytest.approx(effects[1,], rel=1e-3, abs=1e-4)
     best = [max(effects[0,][kind], effects[1,][kind]) for kind in (0, 1)]
     for window, effect in effects.items():
         shares = [effect[kind] / best[kind] for kind in (0, 1) if best[kind] > 0]
