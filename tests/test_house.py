@@ -21,6 +21,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 ORDER = (
     "steering_vectors.errors",
     "steering_vectors.progress",
+    "steering_vectors.cache_directory",
     "steering_vectors.profiles",
     "steering_vectors.models",
     "steering_vectors.steering",

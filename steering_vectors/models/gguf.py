@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from steering_vectors.cache_directory import cache_directory
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.fingerprint import SAMPLES
 
@@ -96,13 +96,6 @@ def converted_fingerprint(directory: Path) -> str | None:
     return str(json.loads(note.read_text(encoding="utf-8"))["fingerprint"]) if note.is_file() else None
 
 
-def cache_directory() -> Path:
-    """TRIMTAB_CACHE, or trimtab's folder in the user's cache."""
-    if given := os.environ.get("TRIMTAB_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
-
-
 @contextmanager
 def _published(target: Path) -> Iterator[Path]:
     """A folder that takes its name when everything is in it, and is removed if that fails."""
@@ -122,8 +115,6 @@ def _convert(file: Path, folder: Path) -> None:
             directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
-    except OSError:
-        raise
     except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"{file.name} cannot be converted by transformers: {first_line(error)}") from error
     _set_templates(tokenizer, reader)

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from steering_vectors.cache_directory import cache_directory
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.tuning.paired_reading import Twin
-
-VARIABLE = "TRIMTAB_CACHE"
-
-
-def cache_directory() -> Path:
-    """`TRIMTAB_CACHE`, else `trimtab` in the user's cache directory."""
-    if chosen := os.environ.get(VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trimtab"
 
 
 def tuned_directory(lm: LanguageModel, twins: Sequence[Sequence[Twin]], settings: Mapping[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,6 @@ def write_gguf(
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     """A byte-level BPE tokenizer, as llama.cpp's converter stores it."""
-    import json
-
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     special = {entry["id"] for entry in state["added_tokens"]}

@@ -13,9 +13,10 @@ import torch
 from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, GgufConfig, Qwen2Config, Qwen2ForCausalLM
 
+from steering_vectors.cache_directory import cache_directory
 from steering_vectors.errors import ModelError
 from steering_vectors.models import gguf as module
-from steering_vectors.models.gguf import cache_directory, convert_gguf, find_gguf, smollm2_file
+from steering_vectors.models.gguf import convert_gguf, find_gguf, smollm2_file
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, load_model
 from tests.support.full_disk import full_disk
