@@ -87,10 +87,11 @@ class Settings(BaseSettings):
         "On a CPU, reorder and join the weights of linear layers at start, and fuse the blocks of known architectures: "
         "several times as fast in bfloat16.",
     )
-    quantize: Literal["int8", "int4"] | None = _performance(
+    quantize: Literal["int8", "int4", "gguf"] | None = _performance(
         None,
         "On a CPU with AVX512-BF16, hold the weights of linear layers in 8 or 4 bits; includes --cpu-prepack. Small "
-        "batches are faster and memory is saved, at some cost in quality.",
+        "batches are faster and memory is saved, at some cost in quality. gguf keeps the codes of a GGUF file "
+        "(Q8_0, Q4_0, Q4_1), on any CPU with AVX2 and without a loss.",
     )
     threads: int | None = _performance(
         None, "Number of compute threads; by default one per available processor core.", ge=1, le=1024

@@ -37,7 +37,7 @@ class Version(TypedDict):
     transformers: Annotated[str, about("The version of transformers.", "5.23.0")]
     model: Annotated[str, about("The setting `--served-model-name`, else `--model`.", "demo")]
     dtype: Annotated[str, about("The setting `--dtype`.", "auto")]
-    quantize: Annotated[Literal["int8", "int4"] | None, about("The setting `--quantize`.")]
+    quantize: Annotated[Literal["int8", "int4", "gguf"] | None, about("The setting `--quantize`.")]
     device: Annotated[str, about("The setting `--device`.", "cpu")]
 
 

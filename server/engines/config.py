@@ -27,7 +27,7 @@ class EngineConfig:
     device: str = "cpu"
     tensor_parallel: bool = False
     cpu_prepack: bool = False
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Literal["int8", "int4", "gguf"] | None = None
     threads: int | None = None
     gpu_memory_utilization: float | None = None
 

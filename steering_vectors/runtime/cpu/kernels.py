@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from steering_vectors.models.gguf_codes import GROUP, Codes
 from steering_vectors.runtime.cpu.quantization import Quantized
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,9 @@ NAMES = ("avx512_bf16", "avx2")  # fastest first
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"}
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {"int8": 1, "int4": 2}  # as in products.hpp
+CODE_KINDS = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}  # as in codes.cpp
 MAX_HEAD_SIZE = 512
+OUTPUTS_PACKED = 4096  # at a time, whole blocks
 LANES = 16  # outputs in a block of weights; the last block is padded with zeros
 
 
@@ -50,6 +53,13 @@ class _Product(Structure):
         *((name, c_void_p) for name in ("x", "weight", "bias", "added", "out")),
         *((name, c_int64) for name in ("rows", "inputs", "outputs", "kind")),
         ("scales", c_void_p),
+    ]
+
+
+class _CodedProduct(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "weight", "bias", "added", "out")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "kind")),
     ]
 
 
@@ -108,6 +118,8 @@ class Kernels:
             gated.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
             attend.argtypes = [POINTER(_Attention)]
             norm.restype = gated.restype = attend.restype = None
+        self._coded_product = unlocked.coded_product
+        self._coded_product.argtypes, self._coded_product.restype = [POINTER(_CodedProduct)], None
         if self.has_products:
             self._product, self._attend_prompts = unlocked.product, unlocked.attend_prompts
             self._product.argtypes, self._product.restype = [POINTER(_Product)], None
@@ -164,6 +176,10 @@ class Kernels:
         codes, scales = packed_codes(weight), packed_scales(weight)
         return Product(self._product, codes, inputs, outputs, bias, KINDS[weight.kind], scales)
 
+    def coded(self, weight: Codes, bias: torch.Tensor | None = None) -> CodedProduct:
+        """x Wᵀ + b for a weight in the codes of a GGUF file, which is copied."""
+        return CodedProduct(self._coded_product, weight, bias)
+
 
 class Product:
     """x Wᵀ + b over a packed weight. One call at a time."""
@@ -194,6 +210,37 @@ class Product:
         given, x = self.given, x.contiguous()
         out = x.new_empty((*x.shape[:-1], given.outputs))
         given.x, given.out, given.rows = x.data_ptr(), out.data_ptr(), x.numel() // given.inputs
+        given.added = None if added is None else added.data_ptr()
+        self._function(given)
+        return out
+
+
+class CodedProduct:
+    """x Wᵀ + b in float32 over a weight in the codes of a GGUF file. One call at a time.
+
+    A bfloat16 input is converted, and the result rounded.
+    """
+
+    def __init__(self, function: Any, weight: Codes, bias: torch.Tensor | None) -> None:
+        self._function, self._kept = function, (packed_groups(weight), None if bias is None else bias.float())
+        packed, bias = self._kept
+        self.given = _CodedProduct(
+            weight=packed.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            inputs=weight.inputs,
+            outputs=weight.outputs,
+            kind=CODE_KINDS[weight.kind],
+        )
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        if x.dtype != torch.float32:
+            found = self(x.float()).to(x.dtype)
+            return found if added is None else found.add_(added)
+        given, x = self.given, x.contiguous()
+        out = x.new_empty((*x.shape[:-1], given.outputs))
+        given.x, given.out, given.rows = x.data_ptr(), out.data_ptr(), x.numel() // given.inputs
+        added = None if added is None else added.contiguous()
         given.added = None if added is None else added.data_ptr()
         self._function(given)
         return out
@@ -281,7 +328,7 @@ class Heads:
         )
 
 
-# The layouts in which the kernels read weights, as defined in `tiles.hpp` and `quantized.hpp`.
+# The layouts in which the kernels read weights, as defined in `tiles.hpp`, `quantized.hpp` and `codes.cpp`.
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -303,6 +350,30 @@ def packed_codes(weight: Quantized) -> torch.Tensor:
 def packed_scales(weight: Quantized) -> torch.Tensor:
     """The scales of a quantised weight as `[blocks, groups, 16]`."""
     return _whole(weight.scales).view(-1, LANES, weight.scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def packed_groups(weight: Codes) -> torch.Tensor:
+    """Codes of a GGUF file as bytes `[blocks, groups, bytes]`."""
+    blocks, groups = -(-weight.outputs // LANES), weight.inputs // GROUP
+    packed = torch.zeros(blocks, groups, LANES * weight.type.size, dtype=torch.uint8)
+    for first in range(0, weight.outputs, OUTPUTS_PACKED):
+        part = Codes(weight.kind, weight.groups[first : first + OUTPUTS_PACKED])
+        scales, least, codes = part.parts()
+        if part.type.bits == 4:
+            codes = codes[..., 0::2] | codes[..., 1::2] << 4
+        words = codes.unflatten(-1, (-1, 4))  # [outputs, groups, words, bytes]
+        halves = [one.unsqueeze(-1).contiguous().view(torch.uint8) for one in (scales, least) if one is not None]
+        fields = [*(half.unsqueeze(2) for half in halves), words]
+        bytes_ = [_interleaved(field) for field in fields]
+        packed[first // LANES :][: len(bytes_[0])] = torch.cat(bytes_, dim=-1)
+    return packed
+
+
+def _interleaved(fields: torch.Tensor) -> torch.Tensor:
+    """Fields `[outputs, groups, count, bytes]` as `[blocks, groups, count · 16 · bytes]`; missing outputs are zeros."""
+    missing = -len(fields) % LANES
+    whole = torch.nn.functional.pad(fields, (0, 0, 0, 0, 0, 0, 0, missing))
+    return whole.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1, 4).flatten(2)
 
 
 def _whole(rows: torch.Tensor) -> torch.Tensor:

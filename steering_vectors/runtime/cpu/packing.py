@@ -12,16 +12,23 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from steering_vectors.errors import ModelError
+from steering_vectors.models import gguf_codes
+from steering_vectors.models.gguf_codes import CODE_TYPES, Codes, load_codes
 from steering_vectors.models.hooks import trace_calls
-from steering_vectors.runtime.cpu.kernels import Kernels, Product, load
+from steering_vectors.runtime.cpu.kernels import CodedProduct, Kernels, Product, load
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, joined, quantize
 
 logger = logging.getLogger(__name__)
+
+Stored = Quantized | Codes | None  # a weight that is packed as such, or None for a plain one
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS = 1  # the batch size oneDNN optimises its layout for; measured, it is no worse for sixteen
@@ -42,16 +49,43 @@ class OneDnnProduct:
         return found if added is None else found.add_(added)
 
 
-PackedProduct = Product | OneDnnProduct
+class SideBySide:
+    """Products of the same input, whose outputs are concatenated."""
+
+    def __init__(self, products: Sequence[PackedProduct]) -> None:
+        self._products = products
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        found = torch.cat([product(x) for product in self._products], dim=-1)
+        return found if added is None else found.add_(added)
 
 
-def packed_product(layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> PackedProduct:
+PackedProduct = Product | CodedProduct | OneDnnProduct | SideBySide
+
+
+def packed_product(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> PackedProduct:
     """The product with these layers' weights, which are copied: by this package's kernels if the weights are quantised,
     or in bfloat16 where the processor has the instructions, else by oneDNN."""
+    runs = [list(run) for _, run in groupby(zip(layers, stored, strict=True), key=lambda pair: _kind(pair[1]))]
+    products = [_product_of([layer for layer, _ in run], [one for _, one in run]) for run in runs]
+    return products[0] if len(products) == 1 else SideBySide(products)
+
+
+def _kind(stored: Stored) -> str | None:
+    return None if stored is None else stored.kind
+
+
+def _product_of(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> PackedProduct:
+    """One product of weights of the same kind."""
     kernels, bias = _kernels(), _joined_bias(layers)
-    if quantized:
+    if quantized := [one for one in stored if isinstance(one, Quantized)]:
         assert kernels is not None, "checked before the layers were quantised"
         return kernels.quantized(joined(quantized), bias)
+    if codes := [one for one in stored if isinstance(one, Codes)]:
+        library = load()
+        assert library is not None, "checked before the codes were loaded"
+        return library.coded(gguf_codes.joined(codes), bias)
     weight = torch.cat([layer.weight.detach() for layer in layers])
     if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return kernels.packed(weight, bias)
@@ -69,9 +103,9 @@ class _JointProduct:
     The first layer that is called computes for all, and each takes its part once.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> None:
         self._sizes = [layer.out_features for layer in layers]
-        self.product = packed_product(layers, quantized)
+        self.product = packed_product(layers, stored)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
@@ -108,24 +142,31 @@ class PackedLinear(nn.Module):
         return self.joint.part(self.index, given)
 
 
-def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
+def pack(model: nn.Module, kind: Kind | Literal["gguf"] | None = None) -> list[int]:
     """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
     Returns for each product of such a pass how many layers it joins.
 
-    With a `kind`, their weights are quantised first. Raises ModelError if this CPU has no such products for the model,
-    or if the model's code uses more of a linear layer than its product; the model cannot be used then.
+    With a `kind`, their weights are quantised first; gguf takes the codes of the GGUF file that the model was converted
+    from. Raises ModelError if this CPU has no such products for the model, or if the model's code uses more of a linear
+    layer than its product; the model cannot be used then.
     """
     remedy = f"leave {'cpu_prepack' if kind is None else 'quantize'} out"
-    if kind is not None:
+    if kind == "gguf":
+        _check_codes(model, remedy)
+    elif kind is not None:
         _check_quantizes(model, kind, remedy)
     elif not packs(model):
         raise ModelError(f"oneDNN packs no weights of this kind here; {remedy}")
     groups = _groups(model)
-    quantized = {} if kind is None else quantize_layers(model, groups, kind, remedy)
+    stored: Mapping[nn.Linear, Stored] = {}
+    if kind == "gguf":
+        stored = take_codes(model, groups, remedy)
+    elif kind is not None:
+        stored = quantize_layers(model, groups, kind, remedy)
     plain = _dry_run(model)
-    _swap(model, groups, quantized)
+    _swap(model, groups, stored)
     sizes = [len(group) for group in groups]
-    del groups, quantized  # the plain weights
+    del groups, stored  # the plain weights
     for parameter in model.parameters():  # a view of the mapped checkpoint file would keep all of the file in memory
         parameter.data = parameter.data.clone()
     _trim_heap()
@@ -138,10 +179,10 @@ def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
     return sizes
 
 
-def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> None:
+def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], stored: Mapping[nn.Linear, Stored]) -> None:
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     for group in groups:
-        joint = _JointProduct(group, [quantized[layer] for layer in group if layer in quantized])
+        joint = _JointProduct(group, [stored.get(layer) for layer in group])
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
@@ -211,6 +252,52 @@ def _check_quantizes(model: nn.Module, kind: Kind, remedy: str) -> None:
         raise ModelError(f"quantize {kind} is for models in bfloat16, not {dtype}: use dtype bfloat16, or {remedy}")
 
 
+def _check_codes(model: nn.Module, remedy: str) -> None:
+    """Raise ModelError, with the remedy, unless this machine has products of a GGUF file's codes for the model."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        raise ModelError(f"quantize gguf is for a CPU, not for {parameter.device}: use device cpu, or {remedy}")
+    if load() is None:
+        raise ModelError(
+            "quantize gguf needs a processor with AVX2 and the kernels that are compiled at installation where there "
+            f"is a C++ compiler; {remedy}"
+        )
+    if not packs(model):
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        raise ModelError(f"quantize gguf computes in float32 here, not in {dtype}: use dtype float32, or {remedy}")
+
+
+def take_codes(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], remedy: str) -> dict[nn.Linear, Codes]:
+    """The codes of the layers whose GGUF type is one of CODE_TYPES. Each then has the plain weight that its codes stand
+    for, so that the packed model is compared with the same numbers.
+
+    Embeddings stay as they are, even if the output layer shares their weight. Raises ModelError if the model is not a
+    GGUF file, or if these layers are not most of its weights.
+    """
+    config = getattr(model, "config", None)
+    source = str(getattr(config, "name_or_path", ""))
+    known = load_codes(Path(source)) if source else {}
+    types = ", ".join(CODE_TYPES)
+    if not known:
+        raise ModelError(f"quantize gguf is for a GGUF file with weights of the types {types}, as it is; {remedy}")
+    names = {id(one): name for name, one in model.named_parameters(remove_duplicate=False) if name in known}
+    layers = [layer for group in groups for layer in group if id(layer.weight) in names]
+    share = _share_inside(model, layers)
+    if share < MIN_SHARE:
+        raise ModelError(
+            f"quantize gguf would reach {share:.0%} of this model's weights, as the others are not those of linear "
+            f"layers or not of the types {types}; {remedy}"
+        )
+    found = {}
+    for layer in layers:
+        found[layer] = known[names[id(layer.weight)]]
+        plain = found[layer].dequantized().to(layer.weight.dtype)
+        layer.weight = nn.Parameter(plain, requires_grad=False)  # a new one: embeddings may share the old one
+    message = "%d linear layers keep the file's codes, %.1f %% of the weights besides embeddings and the output layer"
+    logger.info(message, len(layers), 100 * share)
+    return found
+
+
 def quantize_layers(
     model: nn.Module, groups: Sequence[Sequence[nn.Linear]], kind: Kind, remedy: str
 ) -> dict[nn.Linear, Quantized]:
@@ -224,9 +311,7 @@ def quantize_layers(
     layers = [layer for group in groups for layer in group]
     if odd := next((layer.in_features for layer in layers if layer.in_features % 2), None):
         raise ModelError(f"a linear layer of {odd} inputs cannot be quantised, an odd number; {remedy}")
-    find = getattr(model, "get_output_embeddings", None)
-    output: nn.Module | None = find() if callable(find) else None
-    share = _share(model, [layer for layer in layers if layer is not output], output)
+    output, share = _output_layer(model), _share_inside(model, layers)
     if share < MIN_SHARE:
         raise ModelError(
             f"quantize {kind} would reach {share:.0%} of this architecture's weights, as the others are not those of "
@@ -244,8 +329,16 @@ def quantize_layers(
     return quantized
 
 
-def _share(model: nn.Module, layers: Sequence[nn.Linear], output: nn.Module | None) -> float:
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = find() if callable(find) else None
+    return found
+
+
+def _share_inside(model: nn.Module, layers: Sequence[nn.Linear]) -> float:
     """The share of these layers in all matrices but embeddings and the output layer."""
+    output = _output_layer(model)
+    layers = [layer for layer in layers if layer is not output]
     others = [module for module in model.modules() if module is not output and not isinstance(module, nn.Embedding)]
     every = sum(one.numel() for module in others for one in module.parameters(recurse=False) if one.dim() >= 2)
     return sum(layer.weight.numel() for layer in layers) / every if every else 0.0
