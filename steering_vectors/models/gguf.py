@@ -176,7 +176,7 @@ def _codes(network: PreTrainedModel, reader: Any) -> dict[str, Codes]:
         if rows.shape != tensor.data.shape:
             continue
         codes = Codes(kind, torch.from_numpy(np.array(rows)))
-        if torch.equal(codes.dequantized().to(weight.dtype), weight):
+        if torch.equal(codes.dequantized(weight.dtype), weight):
             found[names[tensor.name]] = codes
     return found
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 FILE = "codes.safetensors"  # in a converted checkpoint
 GROUP = 32  # inputs
+OUTPUTS = 2048  # converted at a time, a multiple of every block of outputs in a kernel's layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +74,20 @@ class Codes:
             return scales, least, torch.cat([stored & 15, stored >> 4], dim=-1)  # neighbours are sixteen apart
         return scales, least, stored ^ 128  # signed bytes
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight, float32 `[outputs, inputs]`."""
-        scales, least, codes = self.parts()
-        scales = scales.float().unsqueeze(-1)
-        lowest = scales * -self.type.middle if least is None else least.float().unsqueeze(-1)
-        # exact but for one rounding: a product has nineteen digits at most
-        return torch.addcmul(lowest, scales, codes.float()).flatten(1)
+    def split(self) -> list[Codes]:
+        """The weight in parts of OUTPUTS outputs."""
+        return [Codes(self.kind, groups) for groups in torch.split(self.groups, OUTPUTS)]
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight `[outputs, inputs]`, as float32 or rounded from there."""
+        whole = torch.empty(self.outputs, self.inputs, dtype=dtype)
+        for part, to in zip(self.split(), torch.split(whole, OUTPUTS), strict=True):
+            scales, least, codes = part.parts()
+            scales = scales.float().unsqueeze(-1)
+            lowest = scales * -self.type.middle if least is None else least.float().unsqueeze(-1)
+            # rounded once: a product has nineteen binary digits at most
+            to.copy_(torch.addcmul(lowest, scales, codes.float()).flatten(1))
+        return whole
 
 
 def joined(parts: Sequence[Codes]) -> Codes:
@@ -90,7 +98,9 @@ def joined(parts: Sequence[Codes]) -> Codes:
 
 
 def save_codes(codes: Mapping[str, Codes], folder: Path) -> None:
-    """Write weights, by the names of a checkpoint's parameters, into its folder."""
+    """Write weights, by the names of a checkpoint's parameters, into its folder; no file if there are none."""
+    if not codes:
+        return
     kinds = {name: one.kind for name, one in codes.items()}
     save_file({name: one.groups for name, one in codes.items()}, folder / FILE, metadata=kinds)
 

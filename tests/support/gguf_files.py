@@ -22,9 +22,11 @@ def write_gguf(
     path: Path,
     kind: Type = Type.F32,
     *,
+    kinds: Mapping[str, Type] | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Matrices are quantised to `kind`, vectors stay float32. `values` are more metadata, by key."""
+    """Matrices are quantised to `kind`, or as `kinds` has it by the end of a tensor's name; vectors stay float32.
+    `values` are more metadata, by key."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -57,7 +59,8 @@ def write_gguf(
             heads = config.num_attention_heads if "attn_q" in stored else config.num_key_value_heads
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         array = tensor.detach().to(torch.float32).contiguous().numpy()
-        chosen = kind if array.ndim > 1 else Type.F32
+        own = next((other for end, other in (kinds or {}).items() if stored.endswith(end)), kind)
+        chosen = own if array.ndim > 1 else Type.F32
         writer.add_tensor(stored, quantize(array, chosen), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

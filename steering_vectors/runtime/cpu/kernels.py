@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from steering_vectors.models.gguf_codes import GROUP, Codes
+from steering_vectors.models.gguf_codes import GROUP, OUTPUTS, Codes
 from steering_vectors.runtime.cpu.quantization import Quantized
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {"int8": 1, "int4": 2}  # as in products.hpp
 CODE_KINDS = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}  # as in codes.cpp
 MAX_HEAD_SIZE = 512
-OUTPUTS_PACKED = 4096  # at a time, whole blocks
 LANES = 16  # outputs in a block of weights; the last block is padded with zeros
 
 
@@ -355,17 +354,15 @@ def packed_scales(weight: Quantized) -> torch.Tensor:
 def packed_groups(weight: Codes) -> torch.Tensor:
     """Codes of a GGUF file as bytes `[blocks, groups, bytes]`."""
     blocks, groups = -(-weight.outputs // LANES), weight.inputs // GROUP
-    packed = torch.zeros(blocks, groups, LANES * weight.type.size, dtype=torch.uint8)
-    for first in range(0, weight.outputs, OUTPUTS_PACKED):
-        part = Codes(weight.kind, weight.groups[first : first + OUTPUTS_PACKED])
+    packed = torch.empty(blocks, groups, LANES * weight.type.size, dtype=torch.uint8)
+    for part, to in zip(weight.split(), torch.split(packed, OUTPUTS // LANES), strict=True):
         scales, least, codes = part.parts()
         if part.type.bits == 4:
             codes = codes[..., 0::2] | codes[..., 1::2] << 4
         words = codes.unflatten(-1, (-1, 4))  # [outputs, groups, words, bytes]
-        halves = [one.unsqueeze(-1).contiguous().view(torch.uint8) for one in (scales, least) if one is not None]
-        fields = [*(half.unsqueeze(2) for half in halves), words]
-        bytes_ = [_interleaved(field) for field in fields]
-        packed[first // LANES :][: len(bytes_[0])] = torch.cat(bytes_, dim=-1)
+        halves = [one[..., None, None].view(torch.uint8) for one in (scales, least) if one is not None]
+        fields = [*halves, words]
+        torch.cat([_interleaved(field) for field in fields], dim=-1, out=to)
     return packed
 
 

@@ -186,6 +186,7 @@ def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], stored: Mappi
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
+            layer.weight = None  # type: ignore[assignment]  # freed before the next is packed
 
 
 def _trim_heap() -> None:
@@ -291,7 +292,7 @@ def take_codes(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], remedy: 
     found = {}
     for layer in layers:
         found[layer] = known[names[id(layer.weight)]]
-        plain = found[layer].dequantized().to(layer.weight.dtype)
+        plain = found[layer].dequantized(layer.weight.dtype)
         layer.weight = nn.Parameter(plain, requires_grad=False)  # a new one: embeddings may share the old one
     message = "%d linear layers keep the file's codes, %.1f %% of the weights besides embeddings and the output layer"
     logger.info(message, len(layers), 100 * share)

@@ -243,5 +243,7 @@ def test_a_server_that_cannot_quantise_does_not_start() -> None:
 
 
 def test_other_numbers_of_bits_are_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"--quantize \(TRIMTAB_QUANTIZE\): input should be 'int8' or 'int4'"):
+    with pytest.raises(
+        ConfigurationError, match=r"--quantize \(TRIMTAB_QUANTIZE\): input should be 'int8', 'int4' or 'gguf'"
+    ):
         load_settings({"quantize": "int2"})
