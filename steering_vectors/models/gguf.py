@@ -8,6 +8,7 @@ the conversion.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -141,19 +142,18 @@ def _convert(file: Path, folder: Path) -> None:
 def _shared_reader(file: Path, reader: Any) -> Iterator[None]:
     """Gives transformers a reader of the file that it would make three times, and a table of tensor names that it would
     make for every module. They are most of a conversion's time."""
-    import gguf
-
-    read, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    library: Any = importlib.import_module("gguf")
+    read, name_map = library.GGUFReader, library.get_tensor_name_map
 
     def known(path: Any, *args: Any) -> Any:
         return reader if Path(path) == file and not args else read(path, *args)
 
     with _ONE_CONVERSION:
-        gguf.GGUFReader, gguf.get_tensor_name_map = known, cache(name_map)
+        library.GGUFReader, library.get_tensor_name_map = known, cache(name_map)
         try:
             yield
         finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = read, name_map
+            library.GGUFReader, library.get_tensor_name_map = read, name_map
 
 
 def _codes(network: PreTrainedModel, reader: Any) -> dict[str, Codes]:

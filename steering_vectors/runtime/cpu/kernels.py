@@ -359,7 +359,7 @@ def packed_groups(weight: Codes) -> torch.Tensor:
         scales, least, codes = part.parts()
         if part.type.bits == 4:
             codes = codes[..., 0::2] | codes[..., 1::2] << 4
-        words = codes.unflatten(-1, (-1, 4))  # [outputs, groups, words, bytes]
+        words = codes.reshape(*codes.shape[:2], -1, 4)  # [outputs, groups, words, bytes]
         halves = [one[..., None, None].view(torch.uint8) for one in (scales, least) if one is not None]
         fields = [*halves, words]
         torch.cat([_interleaved(field) for field in fields], dim=-1, out=to)
@@ -370,7 +370,7 @@ def _interleaved(fields: torch.Tensor) -> torch.Tensor:
     """Fields `[outputs, groups, count, bytes]` as `[blocks, groups, count · 16 · bytes]`; missing outputs are zeros."""
     missing = -len(fields) % LANES
     whole = torch.nn.functional.pad(fields, (0, 0, 0, 0, 0, 0, 0, missing))
-    return whole.unflatten(0, (-1, LANES)).permute(0, 2, 3, 1, 4).flatten(2)
+    return whole.view(-1, LANES, *fields.shape[1:]).permute(0, 2, 3, 1, 4).flatten(2)
 
 
 def _whole(rows: torch.Tensor) -> torch.Tensor:
