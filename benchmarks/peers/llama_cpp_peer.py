@@ -47,6 +47,19 @@ class Llama:
         self._steer(self._steered)
         return written
 
+    def after(self, prompt: list[int], written: list[int]) -> list[int]:
+        """The most likely token at each place of a continuation, given the tokens before it."""
+        self._clear()
+        given = [*prompt, *written[:-1]]
+        return self._compute([(token, place, 0, place >= len(prompt) - 1) for place, token in enumerate(given)])
+
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        """A prompt's greedy continuation."""
+        written = self.after(prompt, [0])
+        while len(written) < tokens:
+            written += self._compute([(written[-1], len(prompt) + len(written) - 1, 0, True)])
+        return written
+
     def _run(self, batch: Batch) -> tuple[list[list[int]], tuple[list[float], list[float]]]:
         """The tokens of each row, and the start and end times of the steps after the first token."""
         written = [self._prompts(batch)]
@@ -59,7 +72,7 @@ class Llama:
 
     def _prompts(self, batch: Batch) -> list[int]:
         """Compute all prompts and return the first token of each row."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        self._clear()
         last = batch.context - 1
         entries = [
             (token, position, row, position == last)
@@ -68,6 +81,9 @@ class Llama:
         ]
         parts = [entries[start : start + PREFILL_TOKENS] for start in range(0, len(entries), PREFILL_TOKENS)]
         return [token for part in parts for token in self._compute(part)]
+
+    def _clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def _compute(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
         """Decode entries of (token, position, row, whether logits are needed). Returns the most likely next tokens."""

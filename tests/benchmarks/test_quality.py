@@ -14,6 +14,7 @@ import torch
 from benchmarks.quality import dose_response, sentiment
 from benchmarks.quality.conditions import Instructed, Weights, mean_divergence, measure
 from benchmarks.quality.equal_kl import at_equal_kl, kl_on
+from benchmarks.quality.gguf_agreement import Agreement, agreement
 from benchmarks.quality.manners import MANNERS, judge
 from benchmarks.quality.rahf_report import marks_of, share, summary
 from benchmarks.speed.quantization import compared
@@ -262,3 +263,10 @@ def test_what_quantisation_costs() -> None:
     assert found["at 1"] == {"kl": pytest.approx(0, abs=1e-7), "same_first": 1.0, "perplexity": 3.5}
     assert found["steering_kl"] == pytest.approx(0, abs=1e-7)
     assert compared(plain, plain)["steering_kl"] == pytest.approx(half, rel=1e-5)
+
+
+def test_agreement_is_of_tokens_after_the_same_ids_and_of_whole_texts() -> None:
+    ours = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    after = [[1, 2, 3, 9], [5, 6, 7, 8]]
+    own = [[1, 2, 9, 9], [5, 6, 7, 8]]
+    assert agreement(ours, after, own) == Agreement(8, teacher_forced=7 / 8, free_running=6 / 8, same_texts=0.5)

@@ -23,8 +23,7 @@ constexpr int64_t GROUP = 32;   // inputs
 constexpr int64_t CHUNK = 256;  // inputs expanded at a time, whole groups
 constexpr int64_t SLAB = 240;   // rows whose sums are kept at a time
 constexpr int PARTS = LANES / WIDTH;
-constexpr int FEW = 4;                       // rows for which weights are expanded in registers
-constexpr int TILE = PARTS == 1 ? 12 : 6;    // rows whose sums the registers hold beside a block's weights
+constexpr int TILE = PARTS == 1 ? 12 : 6;  // rows whose sums the registers hold beside a block's weights
 
 }  // namespace
 
@@ -128,14 +127,18 @@ template <typename F, int ROWS> void few_rows(const CodedProduct& p, int64_t fir
 // Adds the products of ROWS rows and `count` expanded inputs to the sums, both [.., 16].
 template <int ROWS> void add_tile(const float* x, int64_t stride, const float* panel, int64_t count, float* kept) {
     Floats sums[ROWS][PARTS];
-    std::memcpy(sums, kept, sizeof sums);
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++)
+        for (int part = 0; part < PARTS; part++) sums[m][part] = loaded<Floats>(kept + m * LANES + part * WIDTH);
     for (int64_t input = 0; input < count; input++) {
         Floats weights[PARTS];
 #pragma GCC unroll 2
         for (int part = 0; part < PARTS; part++) weights[part] = loaded<Floats>(panel + input * LANES + part * WIDTH);
         add<PARTS, ROWS>(x + input, stride, weights, sums);
     }
-    std::memcpy(kept, sums, sizeof sums);
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++)
+        for (int part = 0; part < PARTS; part++) store(kept + m * LANES + part * WIDTH, sums[m][part]);
 }
 
 template <int ROWS>
@@ -170,9 +173,8 @@ template <typename F> void many_rows(const CodedProduct& p, int64_t first, int64
         }
 }
 
-// All rows by the blocks `first` … `last`.
+// All rows by the blocks `first` … `last`. From five rows on, the registers do not hold the sums beside a group's scales.
 template <typename F> void multiply(const CodedProduct& p, int64_t first, int64_t last) {
-    static_assert(FEW == 4);
     switch (p.rows) {
         case 1: return few_rows<F, 1>(p, first, last);
         case 2: return few_rows<F, 2>(p, first, last);
