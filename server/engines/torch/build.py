@@ -11,7 +11,7 @@ from server.engines.torch.engine import TorchEngine, make_runner
 from server.engines.torch.scheduling.scheduler import IDLE_PREFILL_FACTOR
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.limits import checked_context
-from steering_vectors.models.loading import LanguageModel, load_model
+from steering_vectors.models.loading import DTYPES, LanguageModel, computing_dtype, load_model
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.memory import CudaMeter, plan_memory
 from steering_vectors.runtime.tensor_parallel import Channel, repeat
@@ -44,15 +44,22 @@ def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageMode
     _check_device(config.device)
     language_model = load_model(
         config.model,
-        dtype=config.dtype,
+        dtype=config.dtype if config.quantize != "gguf" else "bfloat16",  # as stored: few weights are needed
         device=config.device,
         adapter=config.adapter,
         tensor_parallel=channel is not None,
     )
     if config.cpu_prepack or config.quantize is not None:
-        pack(language_model.model, config.quantize)
+        pack(language_model.model, config.quantize, dtype=_dtype_over_codes(config))
     slots, context = _sizes(config, language_model)
     return language_model, slots if channel is None else channel.minimum(slots), context
+
+
+def _dtype_over_codes(config: EngineConfig) -> torch.dtype | None:
+    """The dtype of a model over the codes of a GGUF file, whose plain weights are loaded in another."""
+    if config.quantize != "gguf":
+        return None
+    return DTYPES.get(config.dtype) or computing_dtype(torch.bfloat16, torch.device(config.device))
 
 
 def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -142,17 +143,20 @@ class PackedLinear(nn.Module):
         return self.joint.part(self.index, given)
 
 
-def pack(model: nn.Module, kind: Kind | Literal["gguf"] | None = None) -> list[int]:
+def pack(
+    model: nn.Module, kind: Kind | Literal["gguf"] | None = None, *, dtype: torch.dtype | None = None
+) -> list[int]:
     """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
     Returns for each product of such a pass how many layers it joins.
 
     With a `kind`, their weights are quantised first; gguf takes the codes of the GGUF file that the model was converted
-    from. Raises ModelError if this CPU has no such products for the model, or if the model's code uses more of a linear
-    layer than its product; the model cannot be used then.
+    from, and converts the rest of the model to `dtype`, if it is given. Raises ModelError if this CPU has no such
+    products for the model, or if the model's code uses more of a linear layer than its product; the model cannot be
+    used then.
     """
     remedy = f"leave {'cpu_prepack' if kind is None else 'quantize'} out"
     if kind == "gguf":
-        _check_codes(model, remedy)
+        _check_codes(model, dtype or next(model.parameters()).dtype, remedy)
     elif kind is not None:
         _check_quantizes(model, kind, remedy)
     elif not packs(model):
@@ -161,6 +165,7 @@ def pack(model: nn.Module, kind: Kind | Literal["gguf"] | None = None) -> list[i
     stored: Mapping[nn.Linear, Stored] = {}
     if kind == "gguf":
         stored = take_codes(model, groups, remedy)
+        model.to(dtype=dtype)
     elif kind is not None:
         stored = quantize_layers(model, groups, kind, remedy)
     plain = _dry_run(model)
@@ -198,10 +203,14 @@ def _trim_heap() -> None:
 def packs(model: nn.Module) -> bool:
     """Whether oneDNN packs weights of the model's dtype on its device, which for bfloat16 needs AVX512 or better."""
     parameter = next(model.parameters())
+    return parameter.device.type == "cpu" and _packs(parameter.dtype)
+
+
+def _packs(dtype: torch.dtype) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or parameter.device.type != "cpu" or parameter.dtype not in DTYPES:
+    if not available or dtype not in DTYPES:
         return False
-    return parameter.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
@@ -233,8 +242,12 @@ def _dry_run(model: nn.Module) -> torch.Tensor:
 def _joined_bias(layers: Sequence[nn.Linear]) -> torch.Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
+    (dtype,) = {layer.bias.dtype for layer in layers if layer.bias is not None}
     return torch.cat(
-        [torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias.detach() for layer in layers]
+        [
+            torch.zeros(layer.out_features, dtype=dtype) if layer.bias is None else layer.bias.detach()
+            for layer in layers
+        ]
     )
 
 
@@ -253,7 +266,7 @@ def _check_quantizes(model: nn.Module, kind: Kind, remedy: str) -> None:
         raise ModelError(f"quantize {kind} is for models in bfloat16, not {dtype}: use dtype bfloat16, or {remedy}")
 
 
-def _check_codes(model: nn.Module, remedy: str) -> None:
+def _check_codes(model: nn.Module, dtype: torch.dtype, remedy: str) -> None:
     """Raise ModelError, with the remedy, unless this machine has products of a GGUF file's codes for the model."""
     parameter = next(model.parameters())
     if parameter.device.type != "cpu":
@@ -263,14 +276,14 @@ def _check_codes(model: nn.Module, remedy: str) -> None:
             "quantize gguf needs a processor with AVX2 and the kernels that are compiled at installation where there "
             f"is a C++ compiler; {remedy}"
         )
-    if not packs(model):
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        raise ModelError(f"quantize gguf computes in float32 here, not in {dtype}: use dtype float32, or {remedy}")
+    if not _packs(dtype):
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(f"quantize gguf computes in float32 here, not in {name}: use dtype float32, or {remedy}")
 
 
 def take_codes(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], remedy: str) -> dict[nn.Linear, Codes]:
-    """The codes of the layers whose GGUF type is one of CODE_TYPES. Each then has the plain weight that its codes stand
-    for, so that the packed model is compared with the same numbers.
+    """The codes of the layers whose GGUF type is one of CODE_TYPES. Each of them gives up its plain weight, and makes
+    the one that its codes stand for whenever it is called, so that the packed model is compared with the same numbers.
 
     Embeddings stay as they are, even if the output layer shares their weight. Raises ModelError if the model is not a
     GGUF file, or if these layers are not most of its weights.
@@ -292,11 +305,15 @@ def take_codes(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], remedy: 
     found = {}
     for layer in layers:
         found[layer] = known[names[id(layer.weight)]]
-        plain = found[layer].dequantized(layer.weight.dtype)
-        layer.weight = nn.Parameter(plain, requires_grad=False)  # a new one: embeddings may share the old one
+        layer.forward = partial(_dequantised_product, found[layer], layer.bias)  # type: ignore[method-assign]
+        layer.weight = None  # type: ignore[assignment]
     message = "%d linear layers keep the file's codes, %.1f %% of the weights besides embeddings and the output layer"
     logger.info(message, len(layers), 100 * share)
     return found
+
+
+def _dequantised_product(codes: Codes, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, codes.dequantized(x.dtype), bias)
 
 
 def quantize_layers(

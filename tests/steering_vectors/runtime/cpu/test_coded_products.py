@@ -201,6 +201,7 @@ def test_a_server_keeps_the_codes_and_accepts_profiles_of_the_plain_model(demo: 
     save_profiles(tmp_path, plain.identity, "some")
     settings = Settings(model=str(file), slots=2, quantize="gguf", dtype="float32")
     engine = build_engine(settings.engine_config())
+    assert (engine.info.dtype, engine.info.identity) == ("float32", plain.identity)
     with live_server(engine, tmp_path, model=str(file), quantize="gguf") as client:
         assert client.get("/version").json()["quantize"] == "gguf"
         body = {"model": "demo", "prompt": "Hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
