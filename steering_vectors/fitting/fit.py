@@ -202,16 +202,18 @@ class _Fit:
             lm, statistics, profile.directions, measured, tokens=settings.tokens, batch_tokens=settings.batch_tokens
         )
         metrics: Metrics = {"projection_accuracy": accuracies}
+        start = None
         if parts.choosing is not None:
             choice = self._choose_layers(profile, parts)
             metrics["layer_choice"] = _layer_scores(choice)
-            profile = _restricted(profile, choice.layers)
+            profile, start = _restricted(profile, choice.layers), choice.coefficient
         if settings.calibrate:
             profile = calibrate_on(
                 lm,
                 profile,
                 parts.calibration_prompts,
                 kl_budget=settings.kl_budget,
+                start=start,
                 seed=settings.seed,
                 progress=self._progress,
             )
@@ -299,8 +301,9 @@ class _Fit:
         return {layer: direction for layer, direction in found.items() if not faults[layer]}
 
     def _choose_layers(self, profile: Profile, parts: Parts) -> LayerChoice:
-        evidence = Evidence(parts.choosing_prompts, token_log_odds(parts.train.sides(), self._lm.vocab_size))
-        settings = self._settings
+        assert parts.choosing is not None
+        log_odds = token_log_odds(parts.train.sides(), self._lm.vocab_size)
+        evidence, settings = Evidence(parts.choosing_prompts, parts.choosing.sides(), log_odds), self._settings
         with steerable(self._lm) as steered:
             return choose_layers(
                 steered, profile, evidence, kl_budget=settings.kl_budget, seed=settings.seed, progress=self._progress
@@ -330,13 +333,18 @@ def _restricted(profile: Profile, layers: Sequence[int]) -> Profile:
 
 def _layer_scores(choice: LayerChoice) -> LayerScores:
     """The scores by window, written as the `layers` that select it."""
-    scores = {
-        str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
-        for window, score in choice.scores.items()
-    }
+
+    def named(scores: Mapping[tuple[int, ...], float]) -> dict[str, float]:
+        return {
+            str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
+            for window, score in scores.items()
+        }
+
     return {
-        "criterion": "lexical shift and reading of steered texts at equal KL, best single layer 1",
-        "scores": scores,
+        "criterion": "first-order lexical shift and held-out margin at equal KL, best single layer 1; the best few by "
+        "lexical shift and reading of the texts they write",
+        "scores": named(choice.scores),
+        "sampled": named(choice.sampled),
     }
 
 

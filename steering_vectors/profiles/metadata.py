@@ -56,10 +56,14 @@ class PropensityReport(TypedDict):
 
 
 class LayerScores(TypedDict):
-    """The score of each window of blocks that the automatic choice tried, by the window's text (`5` or `5-7`)."""
+    """The score of each window of blocks that the automatic choice tried, by the window's text (`5` or `5-7`).
+
+    `sampled` are the scores of the best few from texts; format 1 profiles of older versions have none.
+    """
 
     criterion: str
     scores: dict[str, float]
+    sampled: NotRequired[dict[str, float]]
 
 
 class Metrics(TypedDict, total=False):

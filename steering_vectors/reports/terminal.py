@@ -102,10 +102,15 @@ def print_profile(profile: Profile, path: Path) -> None:
     console.print(_layer_table(profile))
     _print_propensity(console, profile.metrics)
     if choice := profile.metrics.get("layer_choice"):
-        scores = sorted(choice["scores"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{window}: {score:.4g}" for window, score in scores)
-        console.print(f"layer choice by {choice['criterion']}: {shown}")
+        console.print(f"layer choice by {choice['criterion']}: {_ranked(choice['scores'])}")
+        if sampled := choice.get("sampled"):
+            console.print(f"of these, by the texts they write: {_ranked(sampled)}")
     _print_notes(console, profile.metrics)
+
+
+def _ranked(scores: Mapping[str, float]) -> str:
+    ranked = sorted(scores.items(), key=lambda item: -item[1])
+    return ", ".join(f"{window}: {score:.4g}" for window, score in ranked)
 
 
 def _cost_line(calibration: Calibration) -> str:
