@@ -171,7 +171,7 @@ def unpack(model: nn.Module) -> None:
     for parent, name, packed in sorted(places, key=lambda place: place[2].index):
         of_joint.setdefault(packed.joint, []).append(packed.plain[0])
         setattr(parent, name, packed.plain[0])
-    del places, packed
+    del places
     while of_joint:
         joint, layers = of_joint.popitem()
         for layer, weight in zip(layers, joint.weights(), strict=True):
@@ -193,15 +193,13 @@ def _restore(model: nn.Module, kind: Kind | None) -> None:
 def _swap(model: nn.Module, groups: list[list[nn.Linear]], quantized: dict[nn.Linear, Quantized]) -> None:
     """Pack group after group and drop the plain weights of each, so that there are never two copies of all."""
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
-    layers = {layer for group in groups for layer in group}
-    others = [module for module in model.modules() if module not in layers]
-    shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
     for group in groups:
         joint = _JointProduct(group, [quantized.pop(layer) for layer in group if layer in quantized])
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
-            if id(layer.weight) not in shared:
+            if uses[id(layer.weight)] == 1:
                 layer.weight.data = layer.weight.data.new_empty(0)
             if layer.bias is not None:
                 layer.bias.data = layer.bias.data.clone()
