@@ -11,7 +11,7 @@ import ctypes
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -40,6 +40,11 @@ class OneDnnProduct:
         """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
         found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return found if added is None else found.add_(added)
+
+    def weight(self) -> torch.Tensor:
+        """The weight that was packed, `[outputs, inputs]`."""
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
 
 
 PackedProduct = Product | OneDnnProduct
@@ -72,6 +77,7 @@ class _JointProduct:
     def __init__(self, layers: Sequence[nn.Linear], quantized: Sequence[Quantized]) -> None:
         self._sizes = [layer.out_features for layer in layers]
         self.product = packed_product(layers, quantized)
+        self.is_quantized = bool(quantized)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
@@ -87,6 +93,10 @@ class _JointProduct:
             self._input = None
         return part
 
+    def weights(self) -> list[torch.Tensor]:
+        """The layers' weights, each in memory of its own."""
+        return [part.clone() for part in torch.split(self.product.weight(), self._sizes)]
+
 
 def joint_product(layers: Sequence[PackedLinear]) -> PackedProduct:
     """The one product of these layers. Raises ModelError if they were not packed as one, in this order."""
@@ -97,23 +107,28 @@ def joint_product(layers: Sequence[PackedLinear]) -> PackedProduct:
 
 
 class PackedLinear(nn.Module):
-    """Replaces an `nn.Linear` and computes the same up to the order of sums."""
+    """Replaces an `nn.Linear` and computes the same up to the order of sums.
+
+    `plain` is the layer, for `unpack`, in a tuple so that it is no child. It has no weight meanwhile, unless another
+    module has the same.
+    """
 
     def __init__(self, layer: nn.Linear, joint: _JointProduct, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.joint, self.index = joint, index
+        self.joint, self.index, self.plain = joint, index, (layer,)
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         return self.joint.part(self.index, given)
 
 
 def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
-    """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
-    Returns for each product of such a pass how many layers it joins.
+    """Replace the linear layers that a pass over two tokens calls. Until `unpack`, the model is for inference on this
+    CPU. Returns for each product of such a pass how many layers it joins.
 
     With a `kind`, their weights are quantised first. Raises ModelError if this CPU has no such products for the model,
-    or if the model's code uses more of a linear layer than its product; the model cannot be used then.
+    or if the model's code uses more of a linear layer than its product. The model is then as before, but if it was to
+    be quantised it cannot be used.
     """
     remedy = f"leave {'cpu_prepack' if kind is None else 'quantize'} out"
     if kind is not None:
@@ -123,28 +138,78 @@ def pack(model: nn.Module, kind: Kind | None = None) -> list[int]:
     groups = _groups(model)
     quantized = {} if kind is None else quantize_layers(model, groups, kind, remedy)
     plain = _dry_run(model)
-    _swap(model, groups, quantized)
     sizes = [len(group) for group in groups]
-    del groups, quantized  # the plain weights
-    for parameter in model.parameters():  # a view of the mapped checkpoint file would keep all of the file in memory
-        parameter.data = parameter.data.clone()
-    _trim_heap()
+    _swap(model, groups, quantized)
+    del quantized
+    _release_checkpoint(model)
     try:
         error = float((_dry_run(model) - plain).norm() / plain.norm())
     except Exception as failure:  # a model's code may do anything with a layer that is no nn.Linear
+        _restore(model, kind)
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
     if not error <= TOLERANCE:
+        _restore(model, kind)
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
     return sizes
 
 
-def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], quantized: Mapping[nn.Linear, Quantized]) -> None:
+def unpack(model: nn.Module) -> None:
+    """Put the layers that `pack` replaced back, with the same weights bit for bit. They are read from the products, one
+    after the other, so that there are never two copies of all.
+
+    Raises ModelError if the weights were quantised.
+    """
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, PackedLinear)
+    ]
+    if any(packed.joint.is_quantized for _, _, packed in places):
+        raise ModelError("quantised weights cannot be unpacked: load the model again")
+    of_joint: dict[_JointProduct, list[nn.Linear]] = {}
+    for parent, name, packed in sorted(places, key=lambda place: place[2].index):
+        of_joint.setdefault(packed.joint, []).append(packed.plain[0])
+        setattr(parent, name, packed.plain[0])
+    del places
+    while of_joint:
+        joint, layers = of_joint.popitem()
+        for layer, weight in zip(layers, joint.weights(), strict=True):
+            if not layer.weight.numel():
+                layer.weight.data = weight
+    _trim_heap()
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether any layer of the model is packed."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def _restore(model: nn.Module, kind: Kind | None) -> None:
+    if kind is None:
+        unpack(model)
+
+
+def _swap(model: nn.Module, groups: list[list[nn.Linear]], quantized: dict[nn.Linear, Quantized]) -> None:
+    """Pack group after group and drop the plain weights of each, so that there are never two copies of all."""
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+    uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
     for group in groups:
-        joint = _JointProduct(group, [quantized[layer] for layer in group if layer in quantized])
+        joint = _JointProduct(group, [quantized.pop(layer) for layer in group if layer in quantized])
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
+            if uses[id(layer.weight)] == 1:
+                layer.weight.data = layer.weight.data.new_empty(0)
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.clone()
+
+
+def _release_checkpoint(model: nn.Module) -> None:
+    """Copy what was not packed: a view of the mapped checkpoint file would keep all of the file in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    _trim_heap()
 
 
 def _trim_heap() -> None:
