@@ -88,4 +88,5 @@ def _output(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int) -
     ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
     with torch.no_grad(), record(blocks, [layer]) as outputs:
         model(input_ids=ids, use_cache=False)
-    return outputs[layer].float()
+    found: torch.Tensor = outputs[layer].float()
+    return found

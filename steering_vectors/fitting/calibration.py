@@ -117,9 +117,9 @@ def calibrate_on(
     prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
 
     1. A rough search on 48 texts samples them again at every candidate c, with the same random numbers.
-    2. Then 192 texts are sampled at the c that follows, as KL grows as c², and a second search measures KL on these texts alone, because the KL
-       of newly sampled texts jumps from one c to the next. It ends within 3 % of the budget. The step is repeated up
-       to three times while it moves c by more than 5 %.
+    2. Then 192 texts are sampled at the c that follows, as KL grows as c², and a second search measures KL on these
+       texts alone, because the KL of newly sampled texts jumps from one c to the next. It ends within 3 % of the
+       budget. The step is repeated up to three times while it moves c by more than 5 %.
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 

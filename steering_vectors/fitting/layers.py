@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.errors import FitError
 from steering_vectors.data.corpus import Sides
+from steering_vectors.errors import FitError
 from steering_vectors.fitting.calibration import MIN_KL, finite, largest_coefficient
 from steering_vectors.measures.divergence import kl_divergence
 from steering_vectors.measures.gradients import likelihood_gradients
 from steering_vectors.measures.steered_model import SteeredModel
+from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
@@ -36,10 +37,11 @@ Window = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """What windows are scored on: held-out prompts and examples, and the log-odds of tokens in the training data."""
+    """What windows are scored on: held-out prompts, the gradients of the margin of held-out examples by layer (see
+    `margin_gradients`), and the log-odds of tokens in the training data."""
 
     prompts: Sequence[Sequence[int]]
-    sides: Sides
+    gradients: Mapping[int, torch.Tensor]  # [hidden] float32
     log_odds: torch.Tensor  # [vocabulary] float32
 
 
@@ -55,8 +57,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """The chosen blocks, the coefficient at which they cost about the budget, and the score of each window: by estimate,
-    and of the best few by the texts that they write."""
+    """The chosen blocks, the coefficient at which they cost about the budget, and the score of each window: by
+    estimate, and of the best few by the texts that they write."""
 
     layers: Window
     coefficient: float
@@ -86,6 +88,17 @@ def candidate_layers(num_layers: int) -> Window:
     return tuple(range(max(1, int(CANDIDATE_SHARE * num_layers))))
 
 
+def margin_gradients(lm: LanguageModel, sides: Sides, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """By layer, the gradient `[hidden]` of the margin log P(preferred) − log P(rejected) in nats per token, over at
+    most 48 examples of each side, with respect to a shift there.
+
+    The weights must not be packed, as products of packed weights have no gradients.
+    """
+    few = sides.thinned(PULL_ROWS)
+    found = [likelihood_gradients(lm, side, layers) for side in (few.positives, few.negatives)]
+    return dict(zip(layers, found[0] - found[1], strict=True))
+
+
 def choose_layers(
     steered: SteeredModel,
     profile: Profile,
@@ -103,8 +116,7 @@ def choose_layers(
 
     - lexical: the change of the next token's expected log-odds E_{v~p}[log P(v|preferred)/P(v|rejected)] in these
       texts.
-    - pull: the change of the held-out margin, log P(preferred) − log P(rejected) per token. One backward pass over at
-      most 48 examples of each side gives its gradient for all blocks.
+    - pull: the change of the held-out margin, from its gradients.
 
     Single blocks come first: at most 16 over the model, then those around the best. The best one grows by its lower or
     upper neighbour while that raises the estimate, the mean of both effects, by 5 %, up to four blocks.
@@ -140,7 +152,6 @@ class WindowSearch:
         self._log_odds = evidence.log_odds.to(steered.lm.device)
         self._texts = steered.kept(texts, profile.layers)
         self._ratio = FIRST_RATIO
-        self._gradients = self._margin_gradients()
         self._estimates: dict[Window, Estimate] = {}
         self._readings: dict[Window, float] = {}
 
@@ -209,7 +220,7 @@ class WindowSearch:
             kl, lexical = self._cost(replace(profile, unit=first))
         coefficient = min(first * (self._budget / max(kl, MIN_KL)) ** 0.5, largest)
         self._ratio = coefficient / largest
-        slopes = [self._gradients[layer] @ shift for layer, shift in profile.injected().items()]
+        slopes = [self._evidence.gradients[layer] @ shift for layer, shift in profile.injected().items()]
         return Estimate(coefficient, lexical * coefficient / first, coefficient * float(sum(slopes)))
 
     def _cost(self, profile: Profile) -> tuple[float, float]:
@@ -241,12 +252,6 @@ class WindowSearch:
         directions = torch.stack([self._profile.directions[layer] for layer in self._profile.layers])
         gains = ((written[0] - written[1]) * directions).sum(-1) / directions.square().sum(-1)
         return float(gains.mean())
-
-    def _margin_gradients(self) -> dict[int, torch.Tensor]:
-        """By layer, the gradient `[hidden]` of the held-out margin per token with respect to a shift there."""
-        sides, layers = self._evidence.sides.thinned(PULL_ROWS), self._profile.layers
-        found = [likelihood_gradients(self._steered.lm, side, layers) for side in (sides.positives, sides.negatives)]
-        return dict(zip(layers, found[0] - found[1], strict=True))
 
     def _report(self, *, done: bool = False) -> None:
         if self._progress is not None:

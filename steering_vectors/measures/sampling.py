@@ -34,7 +34,8 @@ class Sampled:
     """Texts by prompt, and what the unsteered model reads in them.
 
     `divergences` is Σ KL(steered‖base) in nats and `likelihoods` Σ log P_base over each text's tokens, float64
-    `[texts]`. `activations` `[layers, hidden]` is the unsteered blocks' mean output over all tokens but the texts' last.
+    `[texts]`. `activations` `[layers, hidden]` is the unsteered blocks' mean output over all tokens but each text's
+    last.
     """
 
     texts: list[list[int]]
@@ -219,12 +220,11 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 def _rows_that_fit(lm: LanguageModel, context: int) -> int:
     """An even number of slots whose keys and values take CACHE_BYTES, or CACHE_SHARE of a large model's weights."""
     config = lm.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    size = getattr(config, "head_dim", None) or lm.hidden_size // getattr(config, "num_attention_heads", 1)
-    weight = next(lm.model.parameters())
-    position = 2 * lm.num_layers * heads * size * weight.element_size()
-    weights = sum(one.numel() * one.element_size() for one in lm.model.parameters())
-    budget = max(CACHE_BYTES, int(CACHE_SHARE * weights))
+    queries = int(getattr(config, "num_attention_heads", 1) or 1)
+    heads = int(getattr(config, "num_key_value_heads", None) or queries)
+    size = int(getattr(config, "head_dim", None) or lm.hidden_size // queries)
+    position = 2 * lm.num_layers * heads * size * lm.dtype.itemsize
+    budget = max(CACHE_BYTES, int(CACHE_SHARE * sum(one.nbytes for one in lm.model.parameters())))
     return 2 * max(1, min(MAX_ROWS, budget // (position * (context + 1))) // 2)
 
 
@@ -239,7 +239,7 @@ def similar(lengths: Sequence[int], size: int) -> list[list[int]]:
     return groups
 
 
-def _common(heads: Sequence[Sequence[int]]) -> int:
+def _common(heads: Sequence[tuple[int, ...]]) -> int:
     """The number of tokens with which all begin."""
     first, last = min(heads), max(heads)
     return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))

@@ -1,7 +1,7 @@
 """A model steered by one profile, for offline measurements: log-probabilities, divergences and samples.
 
-Steering begins at the last prompt token. Logits are computed for a bounded number of positions at a time, so memory does
-not grow with the vocabulary times the tokens of a batch.
+Steering begins at the last prompt token. Logits are computed for a bounded number of positions at a time, so memory
+does not grow with the vocabulary times the tokens of a batch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
+from steering_vectors.runtime.cpu.choose_packing import packed
 from steering_vectors.steering.bank import SteeringBank
 
 CACHES = ("past_key_values", "cache_params")  # other models are recomputed (RWKV's state is wrong in batches)
@@ -91,7 +92,7 @@ class SteeredModel:
         The order of positions is the same at every call with these examples.
         """
         for scored in self.scored(examples):
-            yield from map(self._log_probs, self.final(scored, steer).split(self._positions_at_once))
+            yield from map(self._log_probs, torch.split(self.final(scored, steer), self._positions_at_once))
 
     def sample(self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int) -> list[list[int]]:
         """Continue each prompt by up to `tokens` tokens at temperature 1, steered. The EOS token is included.
@@ -151,7 +152,7 @@ class SteeredModel:
     def chosen(self, final: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log P of the tokens `[positions]` at positions with these inputs of the output projection."""
         size = self._positions_at_once
-        parts = zip(final.split(size), targets.split(size), strict=True)
+        parts = zip(torch.split(final, size), torch.split(targets, size), strict=True)
         found = [self._log_probs(part).gather(1, tokens.unsqueeze(1)).squeeze(1) for part, tokens in parts]
         return torch.cat(found)
 
@@ -164,7 +165,7 @@ class SteeredModel:
         """`compare` of the log-probabilities at positions with these inputs of the output projection, `[positions,
         …]`."""
         size = self._positions_at_once
-        parts = zip(steered.split(size), base.split(size), strict=True)
+        parts = zip(torch.split(steered, size), torch.split(base, size), strict=True)
         return torch.cat([compare(self._log_probs(one), self._log_probs(other)) for one, other in parts])
 
     def final(self, scored: Scored, steer: bool, resume: tuple[int, torch.Tensor] | None = None) -> torch.Tensor:
@@ -329,17 +330,21 @@ def add_sums(sums: torch.Tensor, counts: torch.Tensor, scored: Scored, values: t
 
 @contextmanager
 def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
-    """Attach a steering bank of one row to a model. Raises ModelError if the model has no output projection."""
-    projection = lm.model.get_output_embeddings()
-    if projection is None:
-        raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
-    bank = SteeringBank.over(lm, rows=1)
-    selector = PositionSelector(projection)
-    bank.attach()
-    steered = SteeredModel(lm, bank, selector)
-    try:
-        yield steered
-    finally:
-        steered.close()
-        bank.detach()
-        selector.remove()
+    """Attach a steering bank of one row to a model, whose weights are packed meanwhile where that is faster.
+
+    Raises ModelError if the model has no output projection.
+    """
+    with packed(lm):
+        projection = lm.model.get_output_embeddings()
+        if projection is None:
+            raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
+        bank = SteeringBank.over(lm, rows=1)
+        selector = PositionSelector(projection)
+        bank.attach()
+        steered = SteeredModel(lm, bank, selector)
+        try:
+            yield steered
+        finally:
+            steered.close()
+            bank.detach()
+            selector.remove()

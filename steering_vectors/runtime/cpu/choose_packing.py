@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.cpu.fused_blocks import could_fuse
-from steering_vectors.runtime.cpu.packing import is_packed, pack, packs
+from steering_vectors.runtime.cpu.packing import is_packed, pack, packs, unpack
 
 MACHINES = ("x86_64", "amd64")  # where it was measured
 
@@ -33,6 +35,18 @@ def pack_if_faster(language_model: LanguageModel) -> str:
     if not sizes:
         return "plain: the model has no linear layers that can be packed"
     return f"packed: {sum(sizes)} linear layers in {len(sizes)} products, {_dtype(language_model)}"
+
+
+@contextmanager
+def packed(language_model: LanguageModel) -> Iterator[None]:
+    """Inside, the weights are packed where that is faster, for inference only; afterwards they are as before."""
+    before = is_packed(language_model.model)
+    pack_if_faster(language_model)
+    try:
+        yield
+    finally:
+        if not before and is_packed(language_model.model):
+            unpack(language_model.model)
 
 
 def _reason_for_plain(language_model: LanguageModel) -> str | None:
