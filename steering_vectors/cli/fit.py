@@ -8,7 +8,9 @@ from typing import Annotated, Literal, cast
 
 import typer
 
+import steering_vectors
 from steering_vectors.cli import flags
+from steering_vectors.reports.terminal import print_fit, progress_on_stderr
 
 METHODS = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit, rahf-dual"
 
@@ -43,13 +45,7 @@ def fit(
     as_json: flags.AsJson = False,
 ) -> None:
     """Fit a profile to preference data and store it."""
-    from steering_vectors.fitting.fit import FitSettings
-    from steering_vectors.fitting.fit import fit as fit_profile
-    from steering_vectors.fitting.gates import load_gate_prompts
-    from steering_vectors.profiles.files import save_profile
-    from steering_vectors.reports.terminal import progress_on_stderr
-
-    settings = FitSettings(
+    settings = steering_vectors.FitSettings(
         name=name,
         description=description,
         method=method,
@@ -60,15 +56,15 @@ def fit(
         heldout_fraction=heldout_fraction,
         kl_budget=kl_budget,
         calibrate=not no_calibrate,
-        gate=None if gate is None else load_gate_prompts(gate),
+        gate=None if gate is None else steering_vectors.load_gate_prompts(gate),
         seed=seed,
         batch_tokens=batch_tokens,
         skip_long_rows=data.skip_long_rows,
     )
     pairs, lm = data.load(), model.load()
     with progress_on_stderr(quiet=as_json) as progress:
-        profile = fit_profile(lm, pairs, settings, progress=progress)
-    _print_fitted(save_profile(profile, out), as_json)
+        profile = steering_vectors.fit(lm, pairs, settings, progress=progress)
+    _store(profile, out, as_json)
 
 
 def methods(as_json: flags.AsJson = False) -> None:
@@ -122,31 +118,24 @@ def calibrate(
 
     Rows that the profile was trained on are left out.
     """
-    from steering_vectors.fitting.calibration import CalibrationSettings
-    from steering_vectors.fitting.calibration import calibrate as calibrate_profile
-    from steering_vectors.profiles.files import load_profile, save_profile
-    from steering_vectors.reports.terminal import progress_on_stderr
-
     path = flags.find_profile(profile, profiles)
-    settings = CalibrationSettings(
+    settings = steering_vectors.CalibrationSettings(
         kl_budget=kl_budget,
         perplexity_bound=perplexity_bound,
         seed=seed,
         skip_long_rows=data.skip_long_rows,
         allow_model_mismatch=allow_model_mismatch,
     )
-    pairs, stored, lm = data.load(), load_profile(path), model.load()
+    pairs, stored, lm = data.load(), steering_vectors.load_profile(path), model.load()
     with progress_on_stderr(quiet=as_json) as progress:
-        calibrated = calibrate_profile(lm, stored, pairs, settings, progress=progress)
-    _print_fitted(save_profile(calibrated, out or path.parent), as_json)
+        calibrated = steering_vectors.calibrate(lm, stored, pairs, settings, progress=progress)
+    _store(calibrated, out or path.parent, as_json)
 
 
-def _print_fitted(path: Path, as_json: bool) -> None:
-    from steering_vectors.profiles.files import load_profile, profile_summary
-    from steering_vectors.reports.terminal import print_fit
-
-    profile = load_profile(path)
+def _store(fitted: steering_vectors.Profile, directory: Path, as_json: bool) -> None:
+    path = steering_vectors.save_profile(fitted, directory)
+    profile = steering_vectors.load_profile(path)
     if as_json:
-        print(json.dumps({"path": str(path), **profile_summary(profile)}, ensure_ascii=False))
+        print(json.dumps({"path": str(path), **steering_vectors.profile_summary(profile)}, ensure_ascii=False))
     else:
         print_fit(profile, path)

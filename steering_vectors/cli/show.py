@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import steering_vectors
 from steering_vectors.cli import flags
+from steering_vectors.reports.terminal import print_profile
 
 
 def show(
@@ -18,16 +20,17 @@ def show(
     as_json: flags.AsJson = False,
 ) -> None:
     """Print everything that profiles hold except their vectors, or draw it as a page."""
-    from steering_vectors.profiles.files import load_profile, profile_summary
-    from steering_vectors.reports.profiles import render_portraits
-    from steering_vectors.reports.terminal import print_profile
-
     paths = [flags.find_profile(one, profiles) for one in profile]
-    stored = [load_profile(path) for path in paths]
+    stored = [steering_vectors.load_profile(path) for path in paths]
     if html is not None:
+        from steering_vectors.reports.profiles import render_portraits
+
         flags.write_text(html, render_portraits(stored))
     if as_json:
-        found = [{"path": str(path), **profile_summary(one)} for path, one in zip(paths, stored, strict=True)]
+        found = [
+            {"path": str(path), **steering_vectors.profile_summary(one)}
+            for path, one in zip(paths, stored, strict=True)
+        ]
         print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
     elif html is not None:
         print(f"page: {html}")
