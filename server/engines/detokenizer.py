@@ -1,6 +1,7 @@
-"""Token ids to text, whole (`decode_text`) or while tokens arrive (`Detokenizer`), and stop strings.
+"""Token ids to text while tokens arrive, and stop strings.
 
-The joined stream equals the whole text for any ids, at a cost per token that does not grow with length.
+The joined stream equals the whole text (`decoded_after`) for any ids, at a cost per token that does not grow with the
+length.
 
 **Why a window is enough.** The decoders of `tokenizers` rewrite tokens one by one, with four exceptions, all of them
 local. A start of text may lose a space: every window but the first begins with tokens that were sent before, whose text
@@ -21,20 +22,12 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from steering_vectors.data.chat import decoded, text_after
+
 _CONTEXT = 4  # tokens, of a byte or more each: the longest UTF-8 sequence
 _LONGEST_CONTEXT = 16  # where the window is cut back to _CONTEXT
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-def decode_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
-    """The text of a completion: decode(prompt + completion) without decode(prompt), special tokens skipped.
-
-    Spaces are not cleaned up. Where the completion changes how the prompt's end reads (it completes a character, say),
-    the text is what follows the longest common prefix. Bytes that are not UTF-8 become U+FFFD; nothing raises. Stop
-    strings are not looked for.
-    """
-    return _after(_decode(tokenizer, prompt_ids), _decode(tokenizer, [*prompt_ids, *completion_ids]))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
@@ -89,32 +82,27 @@ class Detokenizer:
         self._context, self._context_text = [], ""
         return rest + self._stops.finish()
 
-    def _read_prompt(self) -> None:
-        """Make the prompt's end the first context."""
-        if self._prompt_ids is None:
-            return
-        self._context = self._reading.end_of(self._prompt_ids)
-        self._context_text = _decode(self._tokenizer, self._context)
-        self._unsettled_prompt = self._settled(self._context_text) != self._context_text
-        self._prompt_ids = None
-
     def _settled(self, text: str) -> str:
         """Without a last character that may be an incomplete one."""
         return text.removesuffix(_REPLACEMENT) if self._reading.byte_level else text
 
     def _advance(self, count: int, visible: Callable[[str], str]) -> str:
         """Move `count` open tokens into the context; returns what `visible` lets see of the text they add."""
-        self._read_prompt()
+        if self._prompt_ids is not None:  # the prompt's end is the first context
+            self._context = self._reading.end_of(self._prompt_ids)
+            self._context_text = decoded(self._tokenizer, self._context)
+            self._unsettled_prompt = self._settled(self._context_text) != self._context_text
+            self._prompt_ids = None
         context = self._context + self._open[:count]
         del self._open[:count]
-        text = _decode(self._tokenizer, context)
-        new = _after(self._settled(self._context_text), visible(text))
+        text = decoded(self._tokenizer, context)
+        new = text_after(self._settled(self._context_text), visible(text))
         if new and self._unsettled_prompt:  # the prompt's own U+FFFD was not completed: it belongs to the prompt
             self._unsettled_prompt = False
             new = new.removeprefix(_REPLACEMENT)
         if len(context) > _LONGEST_CONTEXT:
             context = self._reading.end_of(context)
-            text = _decode(self._tokenizer, context)
+            text = decoded(self._tokenizer, context)
         self._context, self._context_text = context, text
         return new
 
@@ -239,18 +227,6 @@ def _is_local_step(step: Mapping[str, Any], *, fused: bool) -> bool:
             return not fused
         case kind:
             return bool(kind == "Fuse")
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _after(before: str, whole: str) -> str:
-    """`whole` without its longest common prefix with `before`."""
-    if whole.startswith(before):
-        return whole[len(before) :]
-    pairs = enumerate(zip(before, whole, strict=False))
-    return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -18,9 +18,8 @@ import typer
 from steering_vectors.cli.deprecated import DistillCommand, EvaluateGroup, evaluate_suites
 from steering_vectors.cli.distill import bake, distill, distill_method
 from steering_vectors.cli.evaluate import preferences, trust
-from steering_vectors.cli.fit import calibrate, fit, methods
+from steering_vectors.cli.fit import calibrate, fit, methods, show
 from steering_vectors.cli.flags import declare, parameters_of
-from steering_vectors.cli.show import show
 from steering_vectors.errors import TrimtabError
 
 FAILED, INTERRUPTED = 2, 130

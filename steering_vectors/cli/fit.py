@@ -1,4 +1,4 @@
-"""`trimtab fit`, `trimtab methods` and `trimtab calibrate`."""
+"""`trimtab fit`, `trimtab methods`, `trimtab calibrate` and `trimtab show`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 import steering_vectors
 from steering_vectors.cli import flags
-from steering_vectors.reports.terminal import print_fit, progress_on_stderr
+from steering_vectors.reports.terminal import print_fit, print_profile, progress_on_stderr
 
 METHODS = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit, rahf-dual"
 
@@ -132,10 +132,41 @@ def calibrate(
     _store(calibrated, out or path.parent, as_json)
 
 
+def show(
+    profile: flags.ProfileNames,
+    profiles: flags.Profiles = Path("profiles"),
+    html: Annotated[
+        Path | None, flags.in_output(help="Write an HTML page with plots to this file instead of printing.")
+    ] = None,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Print everything that profiles hold except their vectors, or draw it as a page."""
+    paths = [flags.find_profile(one, profiles) for one in profile]
+    stored = [steering_vectors.load_profile(path) for path in paths]
+    if html is not None:
+        from steering_vectors.reports.profiles import render_portraits
+
+        flags.write_text(html, render_portraits(stored))
+    if as_json:
+        found = [_with_path(path, one) for path, one in zip(paths, stored, strict=True)]
+        print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
+    elif html is not None:
+        print(f"page: {html}")
+    else:
+        for number, (path, one) in enumerate(zip(paths, stored, strict=True)):
+            if number:
+                print()
+            print_profile(one, path)
+
+
 def _store(fitted: steering_vectors.Profile, directory: Path, as_json: bool) -> None:
     path = steering_vectors.save_profile(fitted, directory)
     profile = steering_vectors.load_profile(path)
     if as_json:
-        print(json.dumps({"path": str(path), **steering_vectors.profile_summary(profile)}, ensure_ascii=False))
+        print(json.dumps(_with_path(path, profile), ensure_ascii=False))
     else:
         print_fit(profile, path)
+
+
+def _with_path(path: Path, profile: steering_vectors.Profile) -> dict[str, object]:
+    return {"path": str(path), **steering_vectors.profile_summary(profile)}

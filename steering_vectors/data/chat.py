@@ -135,15 +135,24 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
     return (ids, start) if start or first is None else ([first, *ids], 1)
 
 
-def decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """Decode the text that token ids add to a prompt, without special tokens and with its leading space.
+def decoded_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that token ids add to a prompt: decode(before + ids) without decode(before), special tokens skipped.
 
-    If the ids change the end of the prompt's text (by completing a character), the common prefix is removed instead.
+    Spaces are not cleaned up. Where the ids change how the prompt's end reads (they complete a character, say), the
+    text is what follows the longest common prefix. Bytes that are not UTF-8 become U+FFFD; nothing raises.
     """
-    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    pairs = enumerate(zip(start, whole, strict=False))
+    return text_after(decoded(tokenizer, before), decoded(tokenizer, [*before, *ids]))
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def text_after(before: str, whole: str) -> str:
+    """`whole` without its longest common prefix with `before`."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    pairs = enumerate(zip(before, whole, strict=False))
     return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
@@ -163,8 +172,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _refuse_variables(names: Collection[str], reason: str) -> None:
     if names:
         raise RequestError(
-            f"chat_template_kwargs cannot set {min(names)!r}: {reason}; leave it out",
-            param="chat_template_kwargs",
+            f"chat_template_kwargs cannot set {min(names)!r}: {reason}; leave it out", param="chat_template_kwargs"
         )
 
 
@@ -189,7 +197,3 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: st
         return ids
     shorter = _tokenize(tokenizer, text[1:], False)
     return shorter if decoded_after(tokenizer, before, shorter) == text else ids
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _read_jsonl(data: bytes) -> Iterator[TableRow]:
                 yield TableRow(number, error)
 
 
-def _read_json(data: bytes) -> Iterator[TableRow]:
+def _read_json(data: bytes) -> Iterable[TableRow]:
     try:
         value = _parse_json(_text(data))
     except BadRow as error:
@@ -121,19 +122,14 @@ def _read_json(data: bytes) -> Iterator[TableRow]:
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise BadRow("must be a list of objects, or an object with a list of objects in 'data'")
-    for number, row in enumerate(rows, start=1):
-        yield _object(number, row)
+    return starmap(_object, enumerate(rows, start=1))
 
 
-def _read_csv(data: bytes) -> Iterator[TableRow]:
-    return _delimited(_text(data), delimiter=",", strict=True)
-
-
-def _read_tsv(data: bytes) -> Iterator[TableRow]:
+def _read_tsv(data: bytes) -> Iterable[TableRow]:
     """Cells are quoted as in CSV. If the quotes do not match, they are read as plain characters."""
     text = _text(data)
     try:
-        return iter(list(_delimited(text, delimiter="\t", strict=True)))
+        return list(_delimited(text, delimiter="\t", strict=True))
     except BadRow:
         return _delimited(text, delimiter="\t", quoting=csv.QUOTE_NONE)
 
@@ -166,7 +162,7 @@ def _records(reader: Any) -> Iterator[TableRow]:
         raise BadRow(f"the row that begins on line {begin} has invalid quoting ({error}); correct it") from error
 
 
-def _read_parquet(data: bytes) -> Iterator[TableRow]:
+def _read_parquet(data: bytes) -> Iterable[TableRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -176,14 +172,13 @@ def _read_parquet(data: bytes) -> Iterator[TableRow]:
         rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadRow(f"not a complete Parquet file ({error}); copy it again") from error
-    for number, row in enumerate(rows, start=1):
-        yield TableRow(number, row)
+    return starmap(TableRow, enumerate(rows, start=1))
 
 
-READERS = {
+READERS: dict[str, Callable[[bytes], Iterable[TableRow]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
+    ".csv": lambda data: _delimited(_text(data), delimiter=",", strict=True),
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
@@ -204,7 +199,7 @@ def _read_hub(source: str) -> Table:
     rows = [dict(row) for row in _one_split(found, split, source)]
     canonical = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return Table(source, digest, [TableRow(number, row) for number, row in enumerate(rows, start=1)])
+    return Table(source, digest, list(starmap(TableRow, enumerate(rows, start=1))))
 
 
 def _one_split(found: Any, split: str | None, source: str) -> Any:

@@ -90,9 +90,16 @@ def publish(data: bytes, name: str, directory: str | Path) -> Path:
     temporary = target.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(temporary, data)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_directory(target.parent)
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ProfileError(f"{target}: cannot be written ({error}); check the directory and its free space") from error
     finally:
@@ -181,21 +188,6 @@ def _encode(profile: Profile) -> bytes:
     return data
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read(data: bytes, name: str, source: str) -> Profile:
     try:
         return _decode(data, name)
@@ -212,9 +204,12 @@ def _decode(data: bytes, name: str) -> Profile:
     directions = _directions(tensors, fields.pop("layers"), model)
     norms = _residual_norms(tensors, model)
     version = hashlib.sha256(data).hexdigest()
-    gate_fields = fields.pop("gate", None)
+    gate_fields, gate = fields.pop("gate", None), None
     try:
-        gate = _gate(tensors, gate_fields, model)
+        if (gate_fields is None) != (GATE_TENSOR not in tensors):
+            raise ProfileError("only one of the metadata and the tensors has a gate")
+        if gate_fields is not None:
+            gate = Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **gate_fields)
         return Profile(model=model, directions=directions, residual_norms=norms, version=version, gate=gate, **fields)
     except ProfileError as error:
         raise ProfileError(f"{error.message}; {REFIT}") from error
@@ -232,14 +227,10 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
         raise ProfileError(f"not a profile: the metadata of this safetensors file has no key {METADATA_KEY!r}; {REFIT}")
     if unknown := sorted(set(metadata) - {METADATA_KEY}):
         raise ProfileError(f"the metadata has the unknown key {unknown[0]!r}; {UPGRADE}")
-    _check_names(tensors)
-    return tensors, metadata[METADATA_KEY]
-
-
-def _check_names(tensors: Mapping[str, Any]) -> None:
     for name in sorted(tensors):
         if name != GATE_TENSOR and not TENSOR_NAME.fullmatch(name):
             raise ProfileError(f"the file has the unknown tensor {name!r}; {UPGRADE}")
+    return tensors, metadata[METADATA_KEY]
 
 
 def _fields(text: str) -> dict[str, Any]:
@@ -293,12 +284,6 @@ def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdent
     if model.hidden_size < 1 or model.num_layers < 1:
         raise ProfileError(f"its model has hidden size {model.hidden_size} and {model.num_layers} blocks; {REFIT}")
     return {layer: _tensor(tensors, f"block.{layer}.direction", [model.hidden_size]) for layer in present}
-
-
-def _gate(tensors: Mapping[str, Any], fields: dict[str, Any] | None, model: ModelIdentity) -> Gate | None:
-    if (fields is None) != (GATE_TENSOR not in tensors):
-        raise ProfileError(f"only one of the metadata and the tensors has a gate; {REFIT}")
-    return None if fields is None else Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **fields)
 
 
 def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[int, float]:

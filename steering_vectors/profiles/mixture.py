@@ -1,11 +1,10 @@
-"""Mixtures: profiles with strengths, the shifts they add up to, their safe range and their receipts."""
+"""Mixtures: profiles with strengths, the shifts they add up to, and their safe range."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -162,28 +161,6 @@ class Mixture:
             if not self.is_idle(term)
         ]
         return hashlib.sha256(repr((content, self.preserve_norm)).encode()).hexdigest()
-
-    def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:
-        """The applied steering, one entry per profile, for the `steering` field of a response."""
-        return [self._receipt_of(term, steered_tokens) for term in self.terms]
-
-    def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
-        idle = self.is_idle(term)
-        entry: dict[str, Any] = {
-            "name": term.profile.name,
-            "version": term.profile.version,
-            "strength": term.strength,
-            "operator": term.profile.operator,
-            "layers": [] if idle else list(term.active_layers),
-            "apply_to": self.apply_to,
-            "steered_tokens": 0 if idle else steered_tokens,
-            "calibrated": self.is_calibrated(term),
-        }
-        if self.preserve_norm:
-            entry["preserve_norm"] = True
-        if self.allow_beyond_safe:
-            entry["allow_beyond_safe"] = True
-        return entry
 
     def is_calibrated(self, term: Term) -> bool:
         """Whether the KL budget holds for this use: the profile alone, at all its layers, as it was calibrated."""

@@ -118,16 +118,12 @@ class SteeringBank:
         """Call `watcher` before each change with the row and its mix, None for a row that is cleared."""
         self._watcher = watcher
 
-    def check(self, mixture: Mixture) -> Shifts:
-        """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
-        return shifts_in(mixture, self._shift.dtype)
-
     def write(self, row: int, mixture: Mixture) -> None:
         """Give a row its mix: summed in float32, cast once to the model's dtype.
 
         Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
         """
-        shifts = self.check(mixture)
+        shifts = shifts_in(mixture, self._shift.dtype)
         self._announce(row, mixture)
         self._replace(row, mixture, shifts)
 

@@ -57,7 +57,15 @@ def steer(
             f"profile {name!r} has a gate, which only a server decides: use replace(profile, gate=None)"
         )
     timeline = Timeline(prompt_length)
-    network, bank = _written_bank(model, mixture, allow_model_mismatch)
+    if isinstance(model, LanguageModel):
+        network, blocks, identity = model.model, model.blocks, model.identity
+    else:
+        network, blocks = model, find_blocks(model)
+        identity = identify(model, num_layers=len(blocks))
+    for term in mixture.terms:
+        term.profile.check_model(identity, allow_mismatch=allow_model_mismatch)
+    bank = SteeringBank(blocks, rows=1, hidden_size=identity.hidden_size, dtype=network.dtype, device=network.device)
+    bank.write(0, mixture)
     where = timeline.where if mixture.apply_to == "generated" else lambda *_: None
     bank.attach()
     try:
@@ -65,22 +73,6 @@ def steer(
             yield mixture
     finally:
         bank.detach()
-
-
-def _written_bank(
-    model: PreTrainedModel | LanguageModel, mixture: Mixture, allow_mismatch: bool
-) -> tuple[PreTrainedModel, SteeringBank]:
-    """The model to run, and a bank of one row that holds the mix."""
-    if isinstance(model, LanguageModel):
-        network, blocks, identity = model.model, model.blocks, model.identity
-    else:
-        network, blocks = model, find_blocks(model)
-        identity = identify(model, num_layers=len(blocks))
-    for term in mixture.terms:
-        term.profile.check_model(identity, allow_mismatch=allow_mismatch)
-    bank = SteeringBank(blocks, rows=1, hidden_size=identity.hidden_size, dtype=network.dtype, device=network.device)
-    bank.write(0, mixture)
-    return network, bank
 
 
 class Timeline:

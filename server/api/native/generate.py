@@ -22,15 +22,7 @@ from server.api.openai.responses import finite
 from server.engines.protocol import Delta, Finished, GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan
 from server.generation.choices import Choice, Generations, Result
 from server.generation.intake import Ask
-from server.generation.receipts import (
-    Ending,
-    Projections,
-    Receipts,
-    Usage,
-    ending,
-    receipt,
-    usage,
-)
+from server.generation.receipts import Ending, Projections, Receipts, Usage, ending, receipt, usage
 from server.generation.steering_grammar import EXAMPLE, HEADER, of_header, only_one
 from server.generation.token_texts import TokenTexts
 from server.http.answers import about
@@ -164,7 +156,7 @@ class GenerateBody(TextBody, ConstrainedBody):
     def ask(self, served: str, header: str | None) -> Ask:
         return Ask(
             (self.the_prompt(),),
-            encoding=self,
+            encoding=self.encoding(),
             plans={"steering" if self.profile is None else "profile": self._plan(header)},
             common=GenerationRequest((), (), self.sampling()),
             constraints=self.constraints(),
@@ -202,7 +194,7 @@ class CompareBody(TextBody):
     def ask(self, served: str, header: str | None) -> Ask:
         return Ask(
             (self.the_prompt(),),
-            encoding=self,
+            encoding=self.encoding(),
             plans={f"variants[{place}]": variant.plan() for place, variant in enumerate(self.variants)},
             common=GenerationRequest((), (), self.sampling(), divergence=self.kl),
             projections=self.projections,
@@ -234,7 +226,7 @@ class ScoreBody(OnePromptBody):
             )
         return Ask(
             (self.the_prompt(),),
-            encoding=self,
+            encoding=self.encoding(),
             plans={"steering": plan},
             common=GenerationRequest((), (), SamplingParameters(max_tokens=0), prompt_logprobs=self.top_logprobs),
             completions=self.completions,

@@ -59,7 +59,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
         prompt_logprobs = logprobs if echo else None
         return Ask(
             prompts,
-            encoding=self,
+            encoding=self.encoding(),
             plans={"steering": self._plan(served, header, echo)},
             common=GenerationRequest((), (), self.sampling(), logprobs=logprobs, prompt_logprobs=prompt_logprobs),
             n=self.n,

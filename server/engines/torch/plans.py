@@ -68,7 +68,11 @@ class ResolvedPlan:
         if found is None:
             if len(self._cache) >= MAX_CACHED_MIXTURES:
                 self._cache.clear()
-            found = self._cache[key] = self._make(strengths, closed)
+            # the safe range was checked when the plan was accepted
+            mixture = self._mixture(strengths, allow_beyond_safe=True, closed=closed)
+            acts = tuple(not mixture.is_idle(term) for term in mixture.terms)
+            calibrated = tuple(mixture.is_calibrated(term) for term in mixture.terms)
+            found = self._cache[key] = Steering(mixture, mixture.digest(), acts, calibrated)
         return found
 
     def check(self, dtype: torch.dtype) -> None:
@@ -111,16 +115,6 @@ class ResolvedPlan:
             norm = float(shift.double().norm())  # the squares of finite entries may overflow in the model's dtype
             blocks.append(BlockEffect(layer, norm, usual))
         return PlanEffect(tuple(terms), tuple(blocks))
-
-    def _make(self, strengths: tuple[float, ...], closed: frozenset[str]) -> Steering:
-        # the safe range was checked when the plan was accepted
-        mixture = self._mixture(strengths, allow_beyond_safe=True, closed=closed)
-        return Steering(
-            mixture,
-            mixture.digest(),
-            tuple(not mixture.is_idle(term) for term in mixture.terms),
-            tuple(mixture.is_calibrated(term) for term in mixture.terms),
-        )
 
     def _mixture(
         self, strengths: tuple[float, ...], *, allow_beyond_safe: bool, closed: frozenset[str] = frozenset()

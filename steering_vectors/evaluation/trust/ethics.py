@@ -16,6 +16,7 @@ import numpy as np
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.tables import BadRow
 from steering_vectors.errors import DataError
+from steering_vectors.evaluation.reward import auc
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
 from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.measures.steered_model import SteeredModel
@@ -61,12 +62,6 @@ def prepare_ethics(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Ver
         details={"files": source.files, "wrong": int(wrong.sum())},
         remarks=_remarks,
     )
-
-
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Share of pairs of a positive and a negative that are ordered correctly, ties counting half; 0.5 without pairs."""
-    gaps = scores[labels][:, None] - scores[~labels]
-    return float((gaps > 0).mean() + (gaps == 0).mean() / 2) if gaps.size else 0.5
 
 
 def _figures(wrong: np.ndarray) -> tuple[Figure, ...]:

@@ -136,24 +136,17 @@ def _scorer_note(scorer: ScorerRecord) -> str:
 
 
 def _parse(cells: Mapping[str, Any]) -> Opening:
-    prompt, continuation = (_part(cells, field) for field in ("prompt", "continuation"))
-    return Opening(
-        Scored(text_cell(prompt, "text"), _score(prompt, "prompt")),
-        Scored(continuation["text"], _score(continuation, "continuation")),
-    )
+    prompt, continuation = (_scored_text(cells, field) for field in ("prompt", "continuation"))
+    text_cell(cells["prompt"], "text")
+    return Opening(prompt, continuation)
 
 
-def _part(cells: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+def _scored_text(cells: Mapping[str, Any], field: str) -> Scored:
     part = cells.get(field)
     if not isinstance(part, dict) or not isinstance(part.get("text"), str) or "toxicity" not in part:
         raise BadRow("must be an object with text and toxicity", field)
-    return part
-
-
-def _score(part: Mapping[str, Any], field: str) -> float | None:
     score = part["toxicity"]
-    if score is None:
-        return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+    number = isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1
+    if score is not None and not number:
         raise BadRow(f"its toxicity must be a number from 0 to 1, or null, not {score!r}", field)
-    return float(score)
+    return Scored(part["text"], None if score is None else float(score))

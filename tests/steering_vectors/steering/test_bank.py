@@ -291,7 +291,7 @@ def test_a_sum_of_profiles_that_overflows_is_refused(layers: tuple[int, ...], un
     bank, ones = empty_bank(1, torch.float16, AcceleratedBank), {layer: torch.ones(HIDDEN) for layer in layers}
     profiles = [replace(tiny_profile(name=name, layers=layers, unit=unit), directions=ones) for name in ("a", "b")]
     for profile in profiles:
-        bank.check(mix((profile, 1.0)))
+        bank.write(0, mix((profile, 1.0)))
     both = mix((profiles[0], 1.0), (profiles[1], 1.0))
     if refused:
         with pytest.raises(SteeringError, match="the shift overflows the model's dtype: use a smaller strength"):

@@ -57,8 +57,8 @@ class RequestSampler:
     """The state of sampling of one choice.
 
     Prompt ids must lie in the vocabulary. Choice i of a request draws from (seed, i); without a seed one is taken from
-    the operating system. `stop_ids` end the text besides `eos_ids`; None means those of the parameters. Raises
-    RequestError as `check_vocabulary` does.
+    the operating system. `stop_ids` end the text besides `eos_ids`; None means those of the parameters, whose ids must
+    lie in the vocabulary too (`check_vocabulary`).
     """
 
     __slots__ = ("_chosen", "_random", "_unused", "bias", "counts", "forbidden", "matcher", "parameters")
@@ -74,16 +74,16 @@ class RequestSampler:
         matcher: Matcher | None = None,
         stop_ids: Collection[int] | None = None,
     ) -> None:
-        check_vocabulary(parameters, vocab_size)
         self.parameters = parameters
         self.matcher = matcher
         bias = parameters.logit_bias
         self.bias = (np.array([*bias], np.int64), np.array([*bias.values()], np.float32)) if bias else None
         self.counts = _initial_counts(parameters, prompt_ids)
-        ending = parameters.stop_token_ids if stop_ids is None else stop_ids
-        self.forbidden = None
+        self.forbidden: TokenIds | None = None
         if parameters.min_tokens:
-            self.forbidden = _ending_ids(ending, frozenset() if parameters.ignore_eos else eos_ids, vocab_size)
+            stops = parameters.stop_token_ids if stop_ids is None else stop_ids
+            ending = {*stops, *(() if parameters.ignore_eos else eos_ids)}
+            self.forbidden = np.array(sorted(token for token in ending if token < vocab_size), dtype=np.int64)
         self._chosen = 0
         self._random = random.Random(_stream_seed(parameters.seed, choice))
         self._unused: list[float] = []
@@ -136,9 +136,3 @@ def _initial_counts(parameters: SamplingParameters, prompt_ids: Sequence[int]) -
     if parameters.repetition_penalty != 1:
         return _TokenCounts(prompt_ids)
     return _TokenCounts(()) if parameters.presence_penalty or parameters.frequency_penalty else None
-
-
-def _ending_ids(stop_ids: Collection[int], eos_ids: frozenset[int], vocab_size: int) -> TokenIds:
-    """The tokens that would end the text."""
-    ending = {token_id for token_id in {*stop_ids, *eos_ids} if token_id < vocab_size}
-    return np.array(sorted(ending), dtype=np.int64)
