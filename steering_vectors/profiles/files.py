@@ -28,7 +28,7 @@ from safetensors.torch import save as to_safetensors
 from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.gate import Gate
 from steering_vectors.profiles.metadata import ProfileSummary
-from steering_vectors.profiles.profile import FORMAT_VERSION, NAME_PATTERN, NAME_RULE, ModelIdentity, Profile
+from steering_vectors.profiles.profile import FORMAT_VERSION, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "trimtab"
@@ -66,7 +66,9 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
     """Write `directory/NAME.safetensors` atomically, replace an existing file, and return the path.
 
     `created_at` (UTC) and `trimtab_version` are filled in if they are empty. Residual norms are rounded to float32. The
-    bytes are read back before the file is replaced. Raises ProfileError if the profile cannot be stored.
+    bytes are read back before the file is replaced. A hidden temporary file beside the target is written, fsynced and
+    renamed, so a reader sees either the old file or the new one. Creates the directory. Raises ProfileError if the
+    profile cannot be stored.
     """
     stamped = replace(
         profile,
@@ -74,20 +76,9 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
         trimtab_version=profile.trimtab_version or installed_version(),
     )
     data = _encode(stamped)
-    read_profile(data, stamped.name)
-    return publish(data, stamped.name, directory)
-
-
-def publish(data: bytes, name: str, directory: str | Path) -> Path:
-    """Write the bytes of a profile, already checked with `read_profile`, to `directory` under `name`.
-
-    A hidden temporary file beside the target is written, fsynced and renamed, so a reader sees either the old file or
-    the new one. Creates the directory. Raises ProfileError if the file cannot be written.
-    """
-    if not NAME_PATTERN.fullmatch(name):
-        raise ProfileError(f"{name!r} is not a profile name; {NAME_RULE}")
-    target = Path(directory) / f"{name}{SUFFIX}"
-    temporary = target.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
+    read_profile(data, profile.name)
+    target = Path(directory) / f"{profile.name}{SUFFIX}"
+    temporary = target.with_name(f".{profile.name}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:

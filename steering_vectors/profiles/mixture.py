@@ -65,11 +65,6 @@ class Term:
     def active_layers(self) -> tuple[int, ...]:
         return self.profile.layers if self.layers is None else tuple(sorted(set(self.layers)))
 
-    @property
-    def subset(self) -> tuple[int, ...] | None:
-        """The active blocks, or None if they are all of the profile's."""
-        return None if self.layers is None or self.active_layers == self.profile.layers else self.active_layers
-
     def shift(self) -> Shifts:
         """α · unit · direction at each active block, float32."""
         unit = unit_shifts(self.profile, self.layers)
@@ -156,7 +151,7 @@ class Mixture:
         if self.is_neutral:
             return ""
         content = [
-            (term.profile.version or term.profile.content_digest(), float(term.strength), term.subset)
+            (term.profile.version or term.profile.content_digest(), float(term.strength), term.active_layers)
             for term in self.terms
             if not self.is_idle(term)
         ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
 from steering_vectors.errors import SteeringError
@@ -205,14 +206,12 @@ class SteeringBank:
         return hook
 
     def _steered_output(self, layer: int, output: Any, step: Step) -> Any:
-        return with_block_output(output, self._steer(layer, block_output(output), step))
-
-    def _steer(self, layer: int, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        hidden = block_output(output)
         shift = step.shifts[layer].to(hidden)
         steered = hidden + (shift if step.where is None else shift * step.where.unsqueeze(-1))
         if not self.only_adds:
             self._steer_rows(layer, hidden, steered, step)
-        return steered
+        return with_block_output(output, steered)
 
     def _steer_rows(self, layer: int, before: torch.Tensor, after: torch.Tensor, step: Step) -> None:
         """Apply the operators that differ in kind between rows, one row at a time, in float32, into `after`."""
@@ -222,8 +221,9 @@ class SteeringBank:
             if not pairs and not preserve:
                 continue
             hidden = ablated(after[index].float(), pairs)
-            if preserve:
-                hidden = with_norm_of(before[index].float(), hidden)
+            if preserve:  # a zero vector stays zero
+                norms = [vector_norm(each, dim=-1, keepdim=True) for each in (before[index].float(), hidden)]
+                hidden = hidden * (norms[0] / norms[1].clamp_min(MIN_NORM))
             hidden = hidden.to(after.dtype)
             where = None if step.where is None else step.where[index].unsqueeze(-1)
             after[index] = hidden if where is None else torch.where(where, hidden, before[index])
@@ -241,10 +241,3 @@ def ablated(hidden: torch.Tensor, pairs: Sequence[tuple[float, torch.Tensor]]) -
     for beta, unit in pairs:
         hidden = hidden - beta * (hidden @ unit).unsqueeze(-1) * unit
     return hidden
-
-
-def with_norm_of(reference: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`hidden` scaled to the norms of `reference`, both float32 `[…, hidden]`; a zero vector stays zero."""
-    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (reference, hidden)]
-    scaled: torch.Tensor = hidden * (norms[0] / norms[1].clamp_min(MIN_NORM))
-    return scaled

@@ -23,7 +23,7 @@ from server.engines.protocol import Delta, Finished, GenerationRequest, PlanTerm
 from server.generation.choices import Choice, Generations, Result
 from server.generation.intake import Ask
 from server.generation.receipts import Ending, Projections, Receipts, Usage, ending, receipt, usage
-from server.generation.steering_grammar import EXAMPLE, HEADER, of_header, only_one
+from server.generation.steering_grammar import EXAMPLE, only_one
 from server.generation.token_texts import TokenTexts
 from server.http.answers import about
 from server.http.json_bodies import StrictRoute
@@ -172,9 +172,8 @@ class GenerateBody(TextBody, ConstrainedBody):
         sources = {
             "the field profile": SteeringPlan((PlanTerm(self.profile, "", strength),)) if self.profile else None,
             "the field steering": None if self.steering is None else self.steering.plan(),
-            f"the header {HEADER}": of_header(header),
         }
-        return only_one(sources) or SteeringPlan()
+        return only_one(sources, header)
 
 
 class CompareBody(TextBody):
@@ -218,8 +217,7 @@ class ScoreBody(OnePromptBody):
     )
 
     def ask(self, served: str, header: str | None) -> Ask:
-        field = None if self.steering is None else self.steering.plan()
-        plan = only_one({"the field steering": field, f"the header {HEADER}": of_header(header)}) or SteeringPlan()
+        plan = only_one({"the field steering": None if self.steering is None else self.steering.plan()}, header)
         if any(term.schedule is not None for term in plan.terms):
             raise SteeringError(
                 "completions are scored under a constant steering: leave the schedule out", param="schedule"

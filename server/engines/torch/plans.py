@@ -245,14 +245,12 @@ class SteeringState:
 
     def _segment(self) -> Segment:
         parts = zip(self.plan.plan.terms, self.plan.profiles, self._calibrated, self._steered, strict=True)
+        closed = {name for name in self.conditions if name not in self.gates or not self.gates[name].opened}
         terms = [
-            applied(term, profile, calibrated, steered, closed=self._is_closed(profile))
+            applied(term, profile, calibrated, steered, closed=profile.name in closed)
             for term, profile, calibrated, steered in parts
         ]
         return Segment(self._from_token, self.plan.plan, tuple(terms))
-
-    def _is_closed(self, profile: Profile) -> bool:
-        return profile.name in self.conditions and not (profile.name in self.gates and self.gates[profile.name].opened)
 
 
 def applied(

@@ -59,19 +59,15 @@ def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float], allow_sync
 def _zero_below(
     scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor, allow_sync: bool
 ) -> None:
-    keep = likeliest_mask(rows_of(scaled, index), weight, need, allow_sync=allow_sync)
-    part = rows_of(mass, index).mul_(keep)
-    if part is not mass:
-        mass[tensor_on(list(index), mass.device)] = part
-
-
-def likeliest_mask(scaled: Tensor, weight: Tensor, need: Tensor, *, allow_sync: bool) -> Tensor:
-    """Mask `[rows, vocabulary]` of the fewest likeliest tokens whose weights sum to `need` `[rows, 1]` or more.
+    """Zero the mass of all but the fewest likeliest tokens whose weights sum to `need` `[rows, 1]` or more.
 
     Equal values are kept from the lowest id on. Needs 0 < need ≤ sum. With `allow_sync` a histogram and a sort of one
     bucket, which is fastest on a CPU; else a radix select, which copies nothing to the host.
     """
-    return (_by_histogram if allow_sync else _by_radix_select)(scaled, weight, need)
+    likeliest_mask = _by_histogram if allow_sync else _by_radix_select  # [rows, vocabulary]
+    part = rows_of(mass, index).mul_(likeliest_mask(rows_of(scaled, index), weight, need))
+    if part is not mass:
+        mass[tensor_on(list(index), mass.device)] = part
 
 
 def _by_histogram(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
