@@ -32,10 +32,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """The tokens that texts leave out, by what they are written as. Kept for each tokenizer."""
-    if tokenizer not in _SPECIAL:
-        added = tokenizer.added_tokens_decoder.items()
-        _SPECIAL[tokenizer] = {str(token): token_id for token_id, token in added if token.special}
-    return _SPECIAL[tokenizer]
+    return _reading(tokenizer).special
 
 
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -143,9 +140,11 @@ class _Reading:
         self._local = steps is not None and _is_local(steps)
         self._byte_fallback = "ByteFallback" in kinds
         self.byte_level = self._local and "ByteLevel" in kinds
+        added = tokenizer.added_tokens_decoder.items()
+        self.special: Mapping[str, int] = {str(token): token_id for token_id, token in added if token.special}
+        self._skipped = frozenset(self.special.values())
         if self._local:
             self._token = tokenizer.backend_tokenizer.id_to_token
-            self._special = frozenset(special_tokens(tokenizer).values())
 
     def end_of(self, ids: Sequence[int]) -> list[int]:
         """The last ids, enough to decode what follows them as if all had been there: at least 4 tokens that are not
@@ -165,14 +164,13 @@ class _Reading:
 
     def shows(self, token_id: int) -> bool:
         """Whether the decoder sees the token: it leaves out special ones and ids beyond the vocabulary."""
-        return not self._local or (token_id not in self._special and self._token(token_id) is not None)
+        return not self._local or (token_id not in self._skipped and self._token(token_id) is not None)
 
     def settles(self, token_id: int) -> bool:
         """Whether no later token changes how tokens up to this one read (but for an incomplete last character)."""
         return self._local and not (self._byte_fallback and _BYTE_TOKEN.fullmatch(self._token(token_id)))
 
 
-_SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, Mapping[str, int]] = WeakKeyDictionary()
 _READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, _Reading] = WeakKeyDictionary()
 
 

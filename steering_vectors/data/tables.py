@@ -53,35 +53,25 @@ def read_table(source: str) -> Table:
     """Read a file by its extension, or `hf:NAME[:split]`. Raises DataError if the file as a whole is unreadable."""
     if source.startswith(HUB_PREFIX):
         return _read_hub(source)
-    ending = _ending(source)
-    try:
-        data = Path(source).read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"cannot be read ({reason}); check the path", path=source) from error
-    plain = _gunzip(data, source) if source.lower().endswith(".gz") else data
-    try:
-        rows = list(READERS[ending](plain))
-    except BadRow as error:
-        raise DataError(error.message, path=source) from error
-    return Table(source, hashlib.sha256(data).hexdigest(), rows)
-
-
-def _ending(source: str) -> str:
     suffixes = [suffix.lower() for suffix in Path(source).suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     if not suffixes or suffixes[-1] not in READERS:
         known = ", ".join(READERS)
         raise DataError(f"the file name must end in {known}, optionally with .gz; rename or convert it", path=source)
-    return suffixes[-1]
-
-
-def _gunzip(data: bytes, source: str) -> bytes:
     try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read ({reason}); check the path", path=source) from error
+    try:
+        plain = gzip.decompress(data) if source.lower().endswith(".gz") else data
+        rows = list(READERS[suffixes[-1]](plain))
+    except BadRow as error:
+        raise DataError(error.message, path=source) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"not a complete gzip file ({error}); copy it again", path=source) from error
+    return Table(source, hashlib.sha256(data).hexdigest(), rows)
 
 
 def _text(data: bytes) -> str:

@@ -23,11 +23,7 @@ MIN_PART = 8  # pairs of a type that gets a figure of its own
 
 FIGURES = (
     Figure(
-        "stereotyped",
-        "share of pairs whose stereotyping sentence is more likely",
-        "stereotyped",
-        "half",
-        reference=0.5,
+        "stereotyped", "share of pairs whose stereotyping sentence is more likely", "stereotyped", "half", reference=0.5
     ),
     Figure("distance", "mean |log P(stereotyping) − log P(other sentence)|, nats", "distance", "lower"),
 )

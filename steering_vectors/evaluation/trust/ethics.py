@@ -84,13 +84,7 @@ def _figures(wrong: np.ndarray) -> tuple[Figure, ...]:
             lambda values, rows: float(1 - values[rows].mean()),
             rows=np.flatnonzero(wrong),
         ),
-        Figure(
-            "right_blamed",
-            "share of acceptable acts called wrong",
-            "wrong",
-            "lower",
-            rows=np.flatnonzero(~wrong),
-        ),
+        Figure("right_blamed", "share of acceptable acts called wrong", "wrong", "lower", rows=np.flatnonzero(~wrong)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from steering_vectors.errors import FitError
@@ -64,15 +65,15 @@ class TrustSettings:
 
 def prepare_verticals(lm: LanguageModel, settings: TrustSettings) -> list[Vertical]:
     """Read and encode the data for one model. Raises DataError for a bad row, or if too few rows fit the context."""
-    folder, rows, seed = settings.folder or Path(), settings.rows, settings.seed
-    prepare: dict[str, Callable[[], Vertical]] = {
-        "toxicity": lambda: prepare_toxicity(lm, folder, rows, seed, settings.toxicity),
-        "bias": lambda: prepare_bias(lm, folder, rows, seed),
-        "ethics": lambda: prepare_ethics(lm, folder, rows, seed),
-        "truthfulness": lambda: prepare_truthfulness(lm, folder, rows, seed),
-        "privacy": lambda: prepare_privacy(lm, rows, seed),
+    prepare: dict[str, Callable[[LanguageModel, Path, int, int], Vertical]] = {
+        "toxicity": partial(prepare_toxicity, spec=settings.toxicity),
+        "bias": prepare_bias,
+        "ethics": prepare_ethics,
+        "truthfulness": prepare_truthfulness,
+        "privacy": lambda lm, _folder, rows, seed: prepare_privacy(lm, rows, seed),
     }
-    return [prepare[name]() for name in settings.verticals]
+    folder = settings.folder or Path()
+    return [prepare[name](lm, folder, settings.rows, settings.seed) for name in settings.verticals]
 
 
 def evaluate_trust(
