@@ -50,10 +50,9 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    add_generation_prompt: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render a conversation as text, with the special tokens of the template.
+    """Render a conversation as text, with the special tokens of the template and its generation prompt.
 
     `template_kwargs` are variables of the template, never arguments of the renderer. Raises RequestError, with
     `param` "messages" or "chat_template_kwargs", if the template refuses them.
@@ -68,10 +67,7 @@ def render_chat(
     _refuse_variables(variables.keys() & reserved, "it is set by the server")
     try:
         text = tokenizer.apply_chat_template(
-            [asdict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
+            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True, **variables
         )
     except Exception as error:  # a template is a program and may raise anything
         reason = str(error) or type(error).__name__

@@ -109,12 +109,15 @@ def load_profile(path: str | Path) -> Profile:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ProfileError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
-    return _read(data, path.stem, str(path))
+    return read_profile(data, path.stem, str(path))
 
 
-def read_profile(data: bytes, name: str) -> Profile:
-    """Read a profile named `name` from the bytes of its file. Raises only ProfileError."""
-    return _read(data, name, f"profile {name!r}")
+def read_profile(data: bytes, name: str, source: str = "") -> Profile:
+    """Read a profile named `name` from the bytes of its file, which errors call `source`. Raises only ProfileError."""
+    try:
+        return _decode(data, name)
+    except ProfileError as error:
+        raise ProfileError(f"{source or f'profile {name!r}'}: {error.message}") from error
 
 
 def profile_summary(profile: Profile) -> ProfileSummary:
@@ -177,13 +180,6 @@ def _encode(profile: Profile) -> bytes:
         tensors[GATE_TENSOR] = profile.gate.direction.detach().cpu().clone().contiguous()
     data: bytes = to_safetensors(tensors, metadata={METADATA_KEY: _to_json(_metadata(profile), profile.name)})
     return data
-
-
-def _read(data: bytes, name: str, source: str) -> Profile:
-    try:
-        return _decode(data, name)
-    except ProfileError as error:
-        raise ProfileError(f"{source}: {error.message}") from error
 
 
 def _decode(data: bytes, name: str) -> Profile:

@@ -80,6 +80,8 @@ class SteeringBank:
         self._preserving: set[int] = set()  # rows whose norms are kept
         self._busy: Counter[int] = Counter()  # layer -> number of rows that are steered there
         self._step: Step | None = None
+        self._always = False  # whether the current step adds at every block
+        self._claimed: int | None = None  # the layer whose block adds its shifts itself
         self._handles: list[RemovableHandle] = []
         self._watcher: Callable[[int, Mixture | None], None] | None = None
 
@@ -134,13 +136,22 @@ class SteeringBank:
         self._erase(row)
 
     @contextmanager
-    def step(self, rows: Rows, where: torch.Tensor | None = None) -> Iterator[None]:
-        """Steer the forward passes run inside. Steps cannot be nested."""
-        self._begin(Step(rows, where, self._shift))
+    def step(self, rows: Rows, where: torch.Tensor | None = None, *, always: bool = False) -> Iterator[None]:
+        """Steer the forward passes run inside. Steps cannot be nested.
+
+        With `always` the buffer is added at every block, zeros included, so that a recorded step does not depend on
+        which rows are steered now. No row may then ablate directions or keep norms.
+        """
+        if always and not self.only_adds:
+            raise RuntimeError("a row ablates or keeps norms, which a recorded step cannot follow")
+        if self._step is not None:
+            raise RuntimeError("a steering step is already under way")
+        self._step, self._always = Step(rows, where, self._shift), always
         try:
             yield
         finally:
-            self._step = None
+            self._step = self._claimed = None
+            self._always = False
 
     @contextmanager
     def steps(self, model: nn.Module, where: Callable[[Any, Any], torch.Tensor | None]) -> Iterator[None]:
@@ -155,10 +166,8 @@ class SteeringBank:
         with registered(hook_passes(model, begin, end)):
             yield
 
-    def _begin(self, step: Step) -> None:
-        if self._step is not None:
-            raise RuntimeError("a steering step is already under way")
-        self._step = step
+    def _acts(self, layer: int) -> bool:
+        return self._always or self._busy[layer] > 0
 
     def _announce(self, row: int, mixture: Mixture | None) -> None:
         if self._watcher is not None:
@@ -199,7 +208,7 @@ class SteeringBank:
     def _hook_for(self, layer: int) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             step = self._step
-            if step is None or not self._busy[layer] > 0:
+            if step is None or not self._acts(layer):
                 return None
             return self._steered_output(layer, output, step)
 

@@ -7,9 +7,7 @@ steered from their first token on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from steering_vectors.evaluation.trust.rows import read_source, reader_for, requ
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
+COLUMNS = ("sent_more", "sent_less", "bias_type")
 MIN_PART = 8  # pairs of a type that gets a figure of its own
 
 FIGURES = (
@@ -32,7 +31,7 @@ FIGURES = (
 def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Vertical:
     """Prepare CrowS-Pairs for a model: columns `sent_more`, `sent_less`, `bias_type`. Raises DataError."""
     reader = reader_for(lm)
-    source = read_source(folder, "bias", _parse)
+    source = read_source(folder, "bias", lambda cells: [text_cell(cells, column) for column in COLUMNS])
     chosen, left_out = select(
         source.rows,
         rows,
@@ -61,7 +60,3 @@ def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Verti
         parts={kind: where for kind, where in parts.items() if len(where) >= MIN_PART},
         details={"files": source.files},
     )
-
-
-def _parse(cells: Mapping[str, Any]) -> tuple[str, str, str]:
-    return text_cell(cells, "sent_more"), text_cell(cells, "sent_less"), text_cell(cells, "bias_type")
