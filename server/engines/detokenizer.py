@@ -77,7 +77,7 @@ class Detokenizer:
         silent = self._prompt_ids is not None and not self._open
         rest = "" if silent else self._stops.push(self._advance(len(self._open), str), stops)
         self._context, self._context_text = [], ""
-        return rest + self._stops.finish()
+        return rest + self._stops.held
 
     def _settled(self, text: str) -> str:
         """Without a last character that may be an incomplete one."""
@@ -109,25 +109,21 @@ class _StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self.held = ""
         self.matched: str | None = None
 
     def push(self, text: str, stops: bool) -> str:
         if self.matched is not None:
             return ""
-        text = self._held + text
+        text = self.held + text
         found = stops and [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
             end, _, self.matched = min(found)
-            self._held = ""
+            self.held = ""
             return text[: end - len(self.matched)]
         sent = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[sent:]
+        self.held = text[sent:]
         return text[:sent]
-
-    def finish(self) -> str:
-        rest, self._held = self._held, ""
-        return rest
 
 
 class _Reading:

@@ -195,11 +195,9 @@ class SteeringPlan:
     def __post_init__(self) -> None:
         if self.apply_to not in get_args(ApplyTo):
             raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="apply_to")
-        seen: set[str] = set()
-        for term in self.terms:
-            if term.profile in seen:
-                raise SteeringError(f"profile {term.profile!r} occurs twice in one steering", param="terms")
-            seen.add(term.profile)
+        names = [term.profile for term in self.terms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SteeringError(f"profile {twice[0]!r} occurs twice in one steering", param="terms")
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from server.generation.receipts import Ending, Projections, Receipts, Usage, end
 from server.generation.steering_grammar import EXAMPLE, only_one
 from server.generation.token_texts import TokenTexts
 from server.http.answers import about
-from server.http.json_bodies import StrictRoute
+from server.http.middleware import StrictRoute
 from server.http.sse import EventStreamResponse, while_connected
 from steering_vectors.errors import SteeringError
 
