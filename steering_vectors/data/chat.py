@@ -111,7 +111,10 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tupl
     tokenizer adds it, else none. The others are the ids that the model would have generated. Raises RequestError if the
     chat template refuses the prompt, DataError if the completion has no token.
     """
-    before = _bos(tokenizer) if example.prompt is None else encode_prompt(tokenizer, example.prompt)
+    if example.prompt is not None:
+        before = encode_prompt(tokenizer, example.prompt)
+    else:
+        before = [token for token in _tokenize(tokenizer, "", True)[:1] if token == tokenizer.bos_token_id]
     try:
         completion = continuation(tokenizer, before, example.completion)
     except UnicodeEncodeError as error:
@@ -175,11 +178,6 @@ def _refuse_variables(names: Collection[str], reason: str) -> None:
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
     text.encode()  # raises on lone surrogates, which tokenizers answer with a TypeError
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = _tokenize(tokenizer, "", True)[:1]
-    return first if first == [tokenizer.bos_token_id] else []
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:

@@ -225,17 +225,17 @@ class _Student:
         training, heldout = self._cut(training), self._cut(heldout)
         file = tuned_directory(self.lm, [training], {**asdict(settings), **key}) / "distilled.safetensors"
         run = Run(self.weights, NAME, TrainingSchedule(settings.steps, settings.learning_rate), file, settings.seed)
-        train_on(self.lm, run, training, settings.batch, self.loss, progress=progress, stage="distil")
+        train_on(
+            self.lm, run, training, settings.batch, lambda twins: self._distance(*self._goal(twins)),
+            progress=progress, stage="distil",
+        )  # fmt: skip
         checked = heldout[:: -(-len(heldout) // MAX_CHECKED)]
         before, after = self._distances(checked)
         self.weights.save(NAME, folder)
         return Distilled(before, after, len(checked), tuple(self.layers))
 
-    def loss(self, twins: Sequence[Twin]) -> torch.Tensor:
-        """Mean distance over blocks, responses and their tokens. Call it inside `weights.use`."""
-        return self._distance(*self._goal(twins))
-
     def _distance(self, reading: Reading, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Mean distance over blocks, responses and their tokens. Call it inside `weights.use`."""
         return _mean(read(self.lm, reading, self.layers) - base - shift, reading)
 
     def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:

@@ -265,7 +265,7 @@ def _integer(text: str) -> int:
 
 
 def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdentity) -> dict[int, torch.Tensor]:
-    present = sorted(_layers_with("direction", tensors))
+    present = _layers_with("direction", tensors)
     if any(type(layer) is not int for layer in layers) or layers != present:
         raise ProfileError(f"'layers' in the metadata is {layers}, but the directions have layers {present}; {REFIT}")
     if model.hidden_size < 1 or model.num_layers < 1:
@@ -275,7 +275,7 @@ def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdent
 
 def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[int, float]:
     norms = {}
-    for layer in sorted(_layers_with("residual_norm", tensors)):
+    for layer in _layers_with("residual_norm", tensors):
         name = f"block.{layer}.residual_norm"
         norms[layer] = float(_tensor(tensors, name, []))
         if layer >= model.num_layers:
@@ -286,8 +286,7 @@ def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[in
 
 
 def _layers_with(kind: str, tensors: Mapping[str, Any]) -> list[int]:
-    matches = [TENSOR_NAME.fullmatch(name) for name in tensors]
-    return [int(match[1]) for match in matches if match and match[2] == kind]
+    return sorted(int(match[1]) for match in map(TENSOR_NAME.fullmatch, tensors) if match and match[2] == kind)
 
 
 def _tensor(tensors: Mapping[str, Any], name: str, shape: list[int]) -> torch.Tensor:

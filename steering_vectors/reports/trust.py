@@ -26,9 +26,15 @@ def trust_section(one: TrustEvaluation) -> str:
     """The headline, a plot per vertical, and the changes of every figure, also by group of rows."""
     verticals = one["trust"]
     drawn = plots([_plot(name, found) for name, found in verticals.items()])
+    rows = [
+        [name, found["figures"][title]["measure"], AIMS[found["figures"][title]["aim"]], points]
+        for name, found in verticals.items()
+        for title, points in _series(found).items()
+    ]
+    changes = _change_table(["vertical", "figure", "better"], rows)
     return (
         f"<h3>Trust</h3>{lead(trust_headline(one))}{drawn}"
-        f"{_changes(verticals)}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{_notes(verticals)}"
+        f"{changes}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{_notes(verticals)}"
     )
 
 
@@ -154,15 +160,6 @@ def _draw_profile(ax: Axes, points: Mapping[float, Any]) -> None:
 
 def _draw_line(ax: Axes, points: Mapping[float, Any], **style: Any) -> None:
     ax.plot(list(points), [point["value"] for point in points.values()], **style)
-
-
-def _changes(verticals: Mapping[str, VerticalReport]) -> str:
-    rows = [
-        [name, found["figures"][title]["measure"], AIMS[found["figures"][title]["aim"]], points]
-        for name, found in verticals.items()
-        for title, points in _series(found).items()
-    ]
-    return _change_table(["vertical", "figure", "better"], rows)
 
 
 def _groups(verticals: Mapping[str, VerticalReport]) -> str:

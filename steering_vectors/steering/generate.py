@@ -145,7 +145,12 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
     own, generate = vars(model).get("generate"), model.generate
 
     def announced(*args: Any, **kwargs: Any) -> Any:
-        _check_padding(kwargs.get("attention_mask"))
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise SteeringError(
+                "the prompts are padded on the right, so they have no common last position: "
+                "set tokenizer.padding_side = 'left'"
+            )
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         # without a prompt, generate starts from a single BOS token
         with begin(next((int(one.shape[1]) for one in given if one is not None), 1)):
@@ -158,14 +163,6 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
         del model.generate
         if own is not None:
             model.generate = own
-
-
-def _check_padding(mask: Any) -> None:
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
-        raise SteeringError(
-            "the prompts are padded on the right, so they have no common last position: "
-            "set tokenizer.padding_side = 'left'"
-        )
 
 
 def _length(cache: Any) -> int | None:

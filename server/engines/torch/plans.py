@@ -80,7 +80,11 @@ class ResolvedPlan:
 
         Strengths are looked at where they can be largest: at the points of the schedules and right beside them.
         """
-        found = [self.plan.strengths(token) for token in self._critical_tokens()]
+        # between two points all strengths are straight, so that sums of their sizes are largest at the ends, and which
+        # terms act only changes at a point
+        points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
+        tokens = {0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))}
+        found = [self.plan.strengths(token) for token in sorted(tokens)]
         strengths: Strengths = np.array(found).T
         suspects = {0, *strengths.argmin(1).tolist(), *strengths.argmax(1).tolist()}
         if not self.plan.allow_beyond_safe:
@@ -127,12 +131,6 @@ class ResolvedPlan:
             allow_beyond_safe,
             closed,
         )
-
-    def _critical_tokens(self) -> list[int]:
-        """Between two points all strengths are straight, so that sums of their sizes are largest at the ends; and which
-        terms act only changes at a point."""
-        points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
-        return sorted({0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))})
 
     def _beyond_the_sum(self, strengths: Strengths) -> list[int]:
         """The first place at which the strengths add up to more than the safe range of a profile that acts there."""
