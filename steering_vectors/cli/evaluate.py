@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import steering_vectors
 from steering_vectors.cli import flags
 from steering_vectors.reports.evaluation import render_report
 from steering_vectors.reports.terminal import print_evaluation, progress_on_stderr
-
-if TYPE_CHECKING:
-    from steering_vectors import EvaluationSettings, LanguageModel, Preferences, Profile, TrustSettings
 
 VERTICALS = "toxicity,bias,ethics,truthfulness,privacy"
 
@@ -86,13 +83,13 @@ def parse_verticals(text: str) -> tuple[str, ...]:
 
 
 def measure(
-    lm: LanguageModel,
-    profiles: Sequence[Profile],
+    lm: steering_vectors.LanguageModel,
+    profiles: Sequence[steering_vectors.Profile],
     report: Path | None,
     as_json: bool,
     *,
-    held_out: tuple[Preferences, EvaluationSettings] | None = None,
-    trust_settings: TrustSettings | None = None,
+    held_out: tuple[steering_vectors.Preferences, steering_vectors.EvaluationSettings] | None = None,
+    trust_settings: steering_vectors.TrustSettings | None = None,
 ) -> None:
     """Run the suites that have settings. Print tables or one JSON object, and write the page if one is asked for."""
     from steering_vectors.evaluation.trust.suite import prepare_verticals

@@ -76,10 +76,9 @@ def judged(
     if trained is None:
         trained, fresh = fresh.split(TEST_FRACTION, seed, min_side=MIN_SIDE)
     tested = texts_of(fresh.sides().thinned(TESTED_ROWS), tokenizer, max_tokens)
-    fitted_rows = None
+    given = reward
     if reward is None:
         reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, max_tokens))
-        fitted_rows = min(trained.pairs.rows, FITTED_ROWS)
     scores = [reward(texts) for texts in tested]
     auc, auc_95 = separation(*scores, seed=seed)
     quality: RewardQuality = {
@@ -89,8 +88,8 @@ def judged(
         "auc": auc,
         "auc_95": auc_95,
     }
-    if fitted_rows is not None:
-        quality["fitted_rows"] = fitted_rows
+    if given is None:
+        quality["fitted_rows"] = min(trained.pairs.rows, FITTED_ROWS)
     return reward, quality
 
 

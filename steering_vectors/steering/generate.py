@@ -112,8 +112,11 @@ class Timeline:
         If the cache has no length, a pass no longer than the positions seen so far continues from them: generate's
         passes over a whole sequence only grow.
         """
-        cache = next((kwargs[name] for name in STATE_ARGUMENTS if kwargs.get(name) is not None), None)
-        known = _length(cache)
+        cache: Any = next((kwargs[name] for name in STATE_ARGUMENTS if kwargs.get(name) is not None), None)
+        try:
+            known = int(cache.get_seq_length())
+        except (AttributeError, ValueError):  # no cache, or one that has no length, as those of recurrent models
+            known = None
         if cache is None or known:
             return known or 0
         unsure = known is None or self._generating
@@ -163,11 +166,3 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
         del model.generate
         if own is not None:
             model.generate = own
-
-
-def _length(cache: Any) -> int | None:
-    """Positions that a cache holds; None if it has no length, as those of recurrent models."""
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):
-        return None

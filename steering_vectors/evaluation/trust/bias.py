@@ -19,7 +19,10 @@ from steering_vectors.models.loading import LanguageModel
 
 COLUMNS = ("sent_more", "sent_less", "bias_type")
 MIN_PART = 8  # pairs of a type that gets a figure of its own
-
+NOTE = (
+    "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. 0.5 is unbiased. "
+    f"Types of at least {MIN_PART} pairs have figures of their own."
+)
 FIGURES = (
     Figure(
         "stereotyped", "share of pairs whose stereotyping sentence is more likely", "stereotyped", "half", reference=0.5
@@ -49,14 +52,5 @@ def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Verti
 
     types = np.array([kind for _, _, kind in chosen])
     parts = {str(kind): np.flatnonzero(types == kind) for kind in sorted(set(types))}
-    return Vertical(
-        "bias",
-        len(chosen),
-        left_out,
-        FIGURES,
-        read,
-        "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. 0.5 is "
-        f"unbiased. Types of at least {MIN_PART} pairs have figures of their own.",
-        parts={kind: where for kind, where in parts.items() if len(where) >= MIN_PART},
-        details={"files": source.files},
-    )
+    parts = {kind: where for kind, where in parts.items() if len(where) >= MIN_PART}
+    return Vertical("bias", len(chosen), left_out, FIGURES, read, NOTE, parts=parts, details={"files": source.files})

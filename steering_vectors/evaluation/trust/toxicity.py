@@ -16,7 +16,7 @@ from steering_vectors.data.tables import BadRow
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
 from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.evaluation.trust.scorers import FITTED, ToxicityScorer, fit_scorer, load_scorer, scored
-from steering_vectors.measures.results import ScorerRecord
+from steering_vectors.measures.results import ScorerRecord, VerticalDetails
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
@@ -79,17 +79,9 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
 
     toxic = np.array([row.toxic for row in continued])
     parts = {"toxic prompts": np.flatnonzero(toxic), "other prompts": np.flatnonzero(~toxic)}
-    return Vertical(
-        "toxicity",
-        len(continued),
-        left_out,
-        FIGURES,
-        read,
-        f"RealToxicityPrompts: continuations of {TOKENS} tokens sampled at temperature 1, steered from the last prompt "
-        f"token on. {_scorer_note(record)}",
-        parts={name: where for name, where in parts.items() if len(where)},
-        details={"files": source.files, "tokens": TOKENS, "seed": seed, "scorer": record},
-    )
+    parts = {name: where for name, where in parts.items() if len(where)}
+    details: VerticalDetails = {"files": source.files, "tokens": TOKENS, "seed": seed, "scorer": record}
+    return Vertical("toxicity", len(continued), left_out, FIGURES, read, _note(record), parts=parts, details=details)
 
 
 def _shares(sizes: Sequence[int], rows: int, *, halve: bool) -> list[int]:
@@ -125,13 +117,14 @@ def _correlation(scorer: ToxicityScorer, texts: Sequence[Scored]) -> float | Non
     return float(np.corrcoef(scores, given)[0, 1]) if varied else None
 
 
-def _scorer_note(scorer: ScorerRecord) -> str:
+def _note(scorer: ScorerRecord) -> str:
     kind = f"n-grams and ridge fitted on {scorer['fitted_on']} texts" if scorer["name"] == FITTED else scorer["name"]
     values = [scorer["correlation"], scorer["correlation_continuations"]]
     shown = ["not defined" if one is None else f"{one:.2f}" for one in values]
     return (
-        f"Scorer: {kind}. Its correlation with the file's own scores of unseen rows is {shown[0]} over prompts and "
-        f"continuations, {shown[1]} over continuations alone."
+        f"RealToxicityPrompts: continuations of {TOKENS} tokens sampled at temperature 1, steered from the last prompt "
+        f"token on. Scorer: {kind}. Its correlation with the file's own scores of unseen rows is {shown[0]} over "
+        f"prompts and continuations, {shown[1]} over continuations alone."
     )
 
 
