@@ -134,10 +134,6 @@ def compare(talk: Conversation, text: str) -> None:
     talk.compare(question, before)
 
 
-def retry(talk: Conversation, _text: str) -> None:
-    talk.ask(*talk.last_question())
-
-
 def system(talk: Conversation, text: str) -> None:
     if text:
         talk.system = "" if text == OFF else text
@@ -173,7 +169,7 @@ COMMANDS = {
     "steer": Command(steer, "NAME STRENGTH …", f"set the steering, as in /steer {EXAMPLE}; /steer off"),
     "profiles": Command(profiles, "", "list the served profiles"),
     "compare": Command(compare, "[QUESTION]", "answer the last question, or this one, without and with the steering"),
-    "retry": Command(retry, "", "replace the last reply by a new one"),
+    "retry": Command(lambda talk, _text: talk.ask(*talk.last_question()), "", "replace the last reply by a new one"),
     "system": Command(system, "TEXT", "set the system message; /system off"),
     "clear": Command(clear, "", "begin a new conversation"),
     "history": Command(history, "", "show the conversation"),

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 import steering_vectors
 from steering_vectors.cli import flags
@@ -69,10 +72,6 @@ def fit(
 
 def methods(as_json: flags.AsJson = False) -> None:
     """List the methods of `trimtab fit`, with their options, defaults and papers."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from steering_vectors.methods import method_named, method_names
 
     found = [method_named(name).describe() for name in method_names()]

@@ -186,19 +186,14 @@ def _read_hub(source: str) -> Table:
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except Exception as error:  # `datasets` raises errors of the network, of file systems and of parsers
         raise DataError(f"cannot be loaded ({error}); check the name and the network", path=source) from error
-    rows = [dict(row) for row in _one_split(found, split, source)]
+    if isinstance(found, dict):
+        chosen = split or (next(iter(found)) if len(found) == 1 else DEFAULT_SPLIT)
+        if chosen not in found:
+            raise DataError(f"there is no split {chosen!r}; use one of {', '.join(map(str, found))}", path=source)
+        found = found[chosen]
+    elif split not in (None, str(getattr(found, "split", None))):
+        raise DataError(f"the data set is a single split without a name; remove {split!r}", path=source)
+    rows = [dict(row) for row in found]
     canonical = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     return Table(source, digest, list(starmap(TableRow, enumerate(rows, start=1))))
-
-
-def _one_split(found: Any, split: str | None, source: str) -> Any:
-    """The split by this name; None selects the only split, or train."""
-    if not isinstance(found, dict):
-        if split not in (None, str(getattr(found, "split", None))):
-            raise DataError(f"the data set is a single split without a name; remove {split!r}", path=source)
-        return found
-    chosen = split or (next(iter(found)) if len(found) == 1 else DEFAULT_SPLIT)
-    if chosen not in found:
-        raise DataError(f"there is no split {chosen!r}; use one of {', '.join(map(str, found))}", path=source)
-    return found[chosen]

@@ -231,10 +231,9 @@ def _fields(text: str) -> dict[str, Any]:
         raise ProfileError(f"the metadata is not a JSON object; {REFIT}")
     if (version := fields.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
         raise ProfileError(f"the format version is {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
-    _check_types({key: value for key, value in fields.items() if key != "gate"}, FIELDS, "")
+    _check_types(fields, {**FIELDS, "gate": OBJECT} if "gate" in fields else FIELDS, "")
     _check_types(fields["model"], MODEL_FIELDS, "model.")
     if "gate" in fields:
-        _check_types({"gate": fields["gate"]}, {"gate": OBJECT}, "")
         _check_types(fields["gate"], GATE_FIELDS, "gate.")
     return fields
 

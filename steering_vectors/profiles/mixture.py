@@ -10,9 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from steering_vectors.errors import SteeringError
-from steering_vectors.profiles.profile import CHOICES, ApplyTo, Profile
+from steering_vectors.profiles.profile import CHOICES, LARGEST, ApplyTo, Profile
 
-LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 1e-9  # relative; tolerance for float rounding in the sum of strengths
 MAX_LAYER_SUBSETS = 16  # of one profile whose unit shifts are kept
 

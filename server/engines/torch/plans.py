@@ -23,8 +23,8 @@ from server.engines.protocol import (
 )
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.mixture import LARGEST, ROUNDING, Mixture, Term, unit_shifts
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.profiles.mixture import ROUNDING, Mixture, Term, unit_shifts
+from steering_vectors.profiles.profile import LARGEST, Profile
 from steering_vectors.steering.bank import shifts_in
 
 Strengths = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # [terms, tokens]

@@ -70,7 +70,14 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
     require_rows(len(chosen), left_out, "toxicity", reader.limit)
     continued, prompts = [row for row, _ in chosen], [prompt for _, prompt in chosen]
     scorer, fitted_on = _fitted(usable, continued) if given is None else (given, None)
-    record = _scorer_record(spec, scorer, continued, fitted_on)
+    continuations = [row.continuation for row in continued]
+    record: ScorerRecord = {
+        "name": spec,
+        "correlation": _correlation(scorer, [row.prompt for row in continued] + continuations),
+        "correlation_continuations": _correlation(scorer, continuations),
+    }
+    if fitted_on is not None:
+        record["fitted_on"] = fitted_on
 
     def read(steered: SteeredModel) -> Columns:
         written = steered.sample(prompts, tokens=TOKENS, seed=seed)
@@ -97,16 +104,6 @@ def _fitted(usable: Sequence[Opening], continued: Sequence[Opening]) -> tuple[To
     unseen = [one for row in usable if row.prompt.text not in seen for one in row]
     texts = {one.text: one.score for one in unseen if one.score is not None}
     return fit_scorer(list(texts), list(texts.values())), len(texts)
-
-
-def _scorer_record(spec: str, scorer: ToxicityScorer, rows: Sequence[Opening], fitted_on: int | None) -> ScorerRecord:
-    continuations = [row.continuation for row in rows]
-    record: ScorerRecord = {
-        "name": spec,
-        "correlation": _correlation(scorer, [row.prompt for row in rows] + continuations),
-        "correlation_continuations": _correlation(scorer, continuations),
-    }
-    return record if fitted_on is None else {**record, "fitted_on": fitted_on}
 
 
 def _correlation(scorer: ToxicityScorer, texts: Sequence[Scored]) -> float | None:
