@@ -32,9 +32,14 @@ def trust_section(one: TrustEvaluation) -> str:
         for title, points in _series(found).items()
     ]
     changes = _change_table(["vertical", "figure", "better"], rows)
+    notes = [
+        [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
+        for name, found in verticals.items()
+    ]
+    measured = table(["vertical", "rows", "left out", "how it is measured"], notes)
     return (
         f"<h3>Trust</h3>{lead(trust_headline(one))}{drawn}"
-        f"{changes}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{_notes(verticals)}"
+        f"{changes}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{measured}"
     )
 
 
@@ -200,11 +205,3 @@ def _change_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _with_interval(point: Mapping[str, Any], key: str, form: str) -> str:
     low, high = point[f"{key}_95"]
     return f"{point[key]:{form}}<br><small>{low:{form}} to {high:{form}}</small>"
-
-
-def _notes(verticals: Mapping[str, VerticalReport]) -> str:
-    rows = [
-        [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
-        for name, found in verticals.items()
-    ]
-    return table(["vertical", "rows", "left out", "how it is measured"], rows)

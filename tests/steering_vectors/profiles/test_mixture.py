@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.mixture import LARGEST, MAX_LAYER_SUBSETS, Mixture, Shifts, Term, unit_shifts
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.profiles.mixture import MAX_LAYER_SUBSETS, Mixture, Shifts, Term, unit_shifts
+from steering_vectors.profiles.profile import LARGEST, Profile
 from tests.support.tiny_profiles import tiny_profile
 
 CALIBRATION = {"kl_budget": 0.1, "kl_at_1": 0.1}
