@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +45,11 @@ def record(
     `read` makes of each at once."""
     seen: dict[int, Any] = {}
 
-    def hook_for(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = block_output(output)
-            seen[layer] = hidden if read is None else read(hidden)
+    def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = block_output(output)
+        seen[layer] = hidden if read is None else read(hidden)
 
-        return hook
-
-    with registered([blocks[layer].register_forward_hook(hook_for(layer)) for layer in layers]):
+    with registered([blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]):
         yield seen
 
 
@@ -125,13 +123,10 @@ def raw_outputs(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[Any
     """What each block returned while `run` ran."""
     found: dict[int, Any] = {}
 
-    def hook_for(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[layer] = output
+    def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        found[layer] = output
 
-        return hook
-
-    with registered(hook_outputs(blocks, hook_for)):
+    with registered([block.register_forward_hook(partial(keep, layer)) for layer, block in enumerate(blocks)]):
         run()
     return [found[layer] for layer in range(len(blocks))]
 
@@ -233,14 +228,11 @@ def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]
     """The calls of the named modules while `run` runs, in the order in which they returned."""
     calls: list[Call] = []
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            first = output[0] if type(output) in (tuple, list) and output else output
-            calls.append(Call(name, given, first if isinstance(first, torch.Tensor) else None))
+    def note(name: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        first = output[0] if type(output) in (tuple, list) and output else output
+        calls.append(Call(name, given, first if isinstance(first, torch.Tensor) else None))
 
-        return hook
-
-    with registered([module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules]):
+    with registered([module.register_forward_hook(partial(note, name), with_kwargs=True) for name, module in modules]):
         run()
     return calls

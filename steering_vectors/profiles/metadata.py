@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 OptionValue = str | int | float | bool
 MethodOptions = Mapping[str, OptionValue]
@@ -101,21 +101,6 @@ class GateMetrics(TypedDict, total=False):
     sha256: str
 
 
-class GateRecord(TypedDict):
-    layer: int
-    threshold: float
-    side: str
-    metrics: GateMetrics
-
-
-class ModelRecord(TypedDict):
-    id: str
-    architecture: str
-    hidden_size: int
-    num_layers: int
-    fingerprint: str
-
-
 class ProfileSummary(TypedDict):
     """Everything a profile holds except its vectors. `residual_norms` and `direction_norms` are by block."""
 
@@ -131,11 +116,11 @@ class ProfileSummary(TypedDict):
     unit: float
     max_strength: float
     calibration: Calibration
-    model: ModelRecord
+    model: dict[str, Any]  # the fields of ModelIdentity
     chat_template_sha256: str | None
     data: DataRecord
     metrics: Metrics
-    gate: NotRequired[GateRecord]
+    gate: NotRequired[dict[str, Any]]  # the fields of Gate but for its direction
     residual_norms: dict[str, float]
     direction_norms: dict[str, float]
     created_at: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,9 +15,11 @@ from rich.table import Table
 from steering_vectors import progress
 from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
 from steering_vectors.profiles.metadata import Calibration, Metrics
-from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.evaluation import frontier_sentence, margin_change, prompting_estimates
 from steering_vectors.reports.trust import print_trust
+
+if TYPE_CHECKING:
+    from steering_vectors.profiles.profile import Profile
 
 STAGES = {
     "capture": "reading activations",
