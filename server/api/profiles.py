@@ -81,6 +81,7 @@ class ProfileDetails(ListedProfile, total=False):
     ]
     data: Annotated[dict[str, Any], about("The preference data: source, rows, digest.", EXAMPLE_DATA)]
     metrics: Annotated[dict[str, Any], about("Measurements made while fitting, and notes.", {"notes": []})]
+    gate: Annotated[dict[str, Any], about("Of a profile with a gate: its block, threshold, side and F1.")]
     residual_norms: Annotated[
         dict[str, float], about("The median norm of the residual stream, by block.", {"5": 129.4})
     ]

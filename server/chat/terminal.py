@@ -59,7 +59,10 @@ def chat(url: str, api_key: str, model: str, system: str, sampling: Sampling) ->
     try:
         talk = open_conversation(remote, screen, model, system, sampling)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            return converse(talk, piped_lines())
+            for stream in (sys.stdin, sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(encoding="utf-8", errors="replace")
+            return converse(talk, input)
         screen.note(f"[{talk.model} at {remote.url}; /help lists the commands, Ctrl-D ends]")
         converse(talk, typed_lines(talk), patient=True)
         return True
@@ -104,30 +107,17 @@ def _answer(talk: Conversation, line: str) -> None:
     COMMANDS[name].run(talk, text.strip())
 
 
-def piped_lines() -> Reader:
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    return input
-
-
 def typed_lines(talk: Conversation) -> Reader:
-    """Typed lines, with history and completion; the prompt shows the steering."""
+    """Typed lines, with completion, and a history in the user's state directory; the prompt shows the steering."""
     names = {str(entry["name"]): None for entry in talk.remote.fetch("/profiles")["profiles"]}
     words = {f"/{name}": {**names, OFF: None} if name == "steer" else None for name in COMMANDS}
-    prompt: PromptSession[str] = PromptSession(
-        history=Remembered(str(history_file())), completer=NestedCompleter.from_nested_dict(words)
-    )
-    return lambda: prompt.prompt(f"{talk.steering}> ")
-
-
-def history_file() -> Path:
-    """The history's file in the user's state directory, which is created if possible."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    directory = Path(state) / "trimtab"
+    directory = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "trimtab"
     with suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory / "chat_history"
+    prompt: PromptSession[str] = PromptSession(
+        history=Remembered(str(directory / "chat_history")), completer=NestedCompleter.from_nested_dict(words)
+    )
+    return lambda: prompt.prompt(f"{talk.steering}> ")
 
 
 def steer(talk: Conversation, text: str) -> None:
@@ -142,10 +132,6 @@ def profiles(talk: Conversation, _text: str) -> None:
 def compare(talk: Conversation, text: str) -> None:
     question, before = (text, talk.turns) if text else talk.last_question()
     talk.compare(question, before)
-
-
-def retry(talk: Conversation, _text: str) -> None:
-    talk.ask(*talk.last_question())
 
 
 def system(talk: Conversation, text: str) -> None:
@@ -183,7 +169,7 @@ COMMANDS = {
     "steer": Command(steer, "NAME STRENGTH …", f"set the steering, as in /steer {EXAMPLE}; /steer off"),
     "profiles": Command(profiles, "", "list the served profiles"),
     "compare": Command(compare, "[QUESTION]", "answer the last question, or this one, without and with the steering"),
-    "retry": Command(retry, "", "replace the last reply by a new one"),
+    "retry": Command(lambda talk, _text: talk.ask(*talk.last_question()), "", "replace the last reply by a new one"),
     "system": Command(system, "TEXT", "set the system message; /system off"),
     "clear": Command(clear, "", "begin a new conversation"),
     "history": Command(history, "", "show the conversation"),

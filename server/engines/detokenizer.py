@@ -1,6 +1,7 @@
-"""Token ids to text, whole (`decode_text`) or while tokens arrive (`Detokenizer`), and stop strings.
+"""Token ids to text while tokens arrive, and stop strings.
 
-The joined stream equals the whole text for any ids, at a cost per token that does not grow with length.
+The joined stream equals the whole text (`decoded_after`) for any ids, at a cost per token that does not grow with the
+length.
 
 **Why a window is enough.** The decoders of `tokenizers` rewrite tokens one by one, with four exceptions, all of them
 local. A start of text may lose a space: every window but the first begins with tokens that were sent before, whose text
@@ -21,28 +22,17 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from steering_vectors.data.chat import decoded, text_after
+
 _CONTEXT = 4  # tokens, of a byte or more each: the longest UTF-8 sequence
 _LONGEST_CONTEXT = 16  # where the window is cut back to _CONTEXT
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def decode_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
-    """The text of a completion: decode(prompt + completion) without decode(prompt), special tokens skipped.
-
-    Spaces are not cleaned up. Where the completion changes how the prompt's end reads (it completes a character, say),
-    the text is what follows the longest common prefix. Bytes that are not UTF-8 become U+FFFD; nothing raises. Stop
-    strings are not looked for.
-    """
-    return _after(_decode(tokenizer, prompt_ids), _decode(tokenizer, [*prompt_ids, *completion_ids]))
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """The tokens that texts leave out, by what they are written as. Kept for each tokenizer."""
-    if tokenizer not in _SPECIAL:
-        added = tokenizer.added_tokens_decoder.items()
-        _SPECIAL[tokenizer] = {str(token): token_id for token_id, token in added if token.special}
-    return _SPECIAL[tokenizer]
+    return _reading(tokenizer).special
 
 
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -87,16 +77,7 @@ class Detokenizer:
         silent = self._prompt_ids is not None and not self._open
         rest = "" if silent else self._stops.push(self._advance(len(self._open), str), stops)
         self._context, self._context_text = [], ""
-        return rest + self._stops.finish()
-
-    def _read_prompt(self) -> None:
-        """Make the prompt's end the first context."""
-        if self._prompt_ids is None:
-            return
-        self._context = self._reading.end_of(self._prompt_ids)
-        self._context_text = _decode(self._tokenizer, self._context)
-        self._unsettled_prompt = self._settled(self._context_text) != self._context_text
-        self._prompt_ids = None
+        return rest + self._stops.held
 
     def _settled(self, text: str) -> str:
         """Without a last character that may be an incomplete one."""
@@ -104,17 +85,21 @@ class Detokenizer:
 
     def _advance(self, count: int, visible: Callable[[str], str]) -> str:
         """Move `count` open tokens into the context; returns what `visible` lets see of the text they add."""
-        self._read_prompt()
+        if self._prompt_ids is not None:  # the prompt's end is the first context
+            self._context = self._reading.end_of(self._prompt_ids)
+            self._context_text = decoded(self._tokenizer, self._context)
+            self._unsettled_prompt = self._settled(self._context_text) != self._context_text
+            self._prompt_ids = None
         context = self._context + self._open[:count]
         del self._open[:count]
-        text = _decode(self._tokenizer, context)
-        new = _after(self._settled(self._context_text), visible(text))
+        text = decoded(self._tokenizer, context)
+        new = text_after(self._settled(self._context_text), visible(text))
         if new and self._unsettled_prompt:  # the prompt's own U+FFFD was not completed: it belongs to the prompt
             self._unsettled_prompt = False
             new = new.removeprefix(_REPLACEMENT)
         if len(context) > _LONGEST_CONTEXT:
             context = self._reading.end_of(context)
-            text = _decode(self._tokenizer, context)
+            text = decoded(self._tokenizer, context)
         self._context, self._context_text = context, text
         return new
 
@@ -124,25 +109,21 @@ class _StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self.held = ""
         self.matched: str | None = None
 
     def push(self, text: str, stops: bool) -> str:
         if self.matched is not None:
             return ""
-        text = self._held + text
+        text = self.held + text
         found = stops and [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
             end, _, self.matched = min(found)
-            self._held = ""
+            self.held = ""
             return text[: end - len(self.matched)]
         sent = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[sent:]
+        self.held = text[sent:]
         return text[:sent]
-
-    def finish(self) -> str:
-        rest, self._held = self._held, ""
-        return rest
 
 
 class _Reading:
@@ -155,9 +136,11 @@ class _Reading:
         self._local = steps is not None and _is_local(steps)
         self._byte_fallback = "ByteFallback" in kinds
         self.byte_level = self._local and "ByteLevel" in kinds
+        added = tokenizer.added_tokens_decoder.items()
+        self.special: Mapping[str, int] = {str(token): token_id for token_id, token in added if token.special}
+        self._skipped = frozenset(self.special.values())
         if self._local:
             self._token = tokenizer.backend_tokenizer.id_to_token
-            self._special = frozenset(special_tokens(tokenizer).values())
 
     def end_of(self, ids: Sequence[int]) -> list[int]:
         """The last ids, enough to decode what follows them as if all had been there: at least 4 tokens that are not
@@ -177,14 +160,13 @@ class _Reading:
 
     def shows(self, token_id: int) -> bool:
         """Whether the decoder sees the token: it leaves out special ones and ids beyond the vocabulary."""
-        return not self._local or (token_id not in self._special and self._token(token_id) is not None)
+        return not self._local or (token_id not in self._skipped and self._token(token_id) is not None)
 
     def settles(self, token_id: int) -> bool:
         """Whether no later token changes how tokens up to this one read (but for an incomplete last character)."""
         return self._local and not (self._byte_fallback and _BYTE_TOKEN.fullmatch(self._token(token_id)))
 
 
-_SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, Mapping[str, int]] = WeakKeyDictionary()
 _READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, _Reading] = WeakKeyDictionary()
 
 
@@ -239,18 +221,6 @@ def _is_local_step(step: Mapping[str, Any], *, fused: bool) -> bool:
             return not fused
         case kind:
             return bool(kind == "Fuse")
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _after(before: str, whole: str) -> str:
-    """`whole` without its longest common prefix with `before`."""
-    if whole.startswith(before):
-        return whole[len(before) :]
-    pairs = enumerate(zip(before, whole, strict=False))
-    return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -77,25 +77,21 @@ class SamplingParameters:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.01, 100.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
+        limit = self.min_tokens if self.max_tokens is None else self.max_tokens
+        for name, fits, rule in (
+            ("temperature", 0 <= self.temperature <= 100, "lie in 0 to 100"),
+            ("min_p", 0 <= self.min_p <= 1, "lie in 0 to 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "lie in 0.01 to 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "lie in -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "lie in -2 to 2"),
+            ("top_p", 0 < self.top_p <= 1, "lie above 0 and up to 1"),
+            ("top_k", self.top_k >= 0, "be 0 (all) or more"),
+            ("max_tokens", self.max_tokens is None or limit >= 0, "be 0 or more"),
+            ("min_tokens", self.min_tokens >= 0, "be 0 or more"),
         ):
-            value = getattr(self, name)
-            reject(not low <= value <= high, f"{name} must lie in {low:g} to {high:g}, not {value!r}", name)
-        reject(not 0 < self.top_p <= 1, f"top_p must lie above 0 and up to 1, not {self.top_p!r}", "top_p")
-        reject(self.top_k < 0, f"top_k must be 0 (all) or more, not {self.top_k}", "top_k")
-        limit = self.max_tokens
-        reject(limit is not None and limit < 0, f"max_tokens must be 0 or more, not {limit}", "max_tokens")
-        reject(self.min_tokens < 0, f"min_tokens must be 0 or more, not {self.min_tokens}", "min_tokens")
-        reject(
-            limit is not None and self.min_tokens > limit,
-            f"min_tokens ({self.min_tokens}) is more than max_tokens ({limit})",
-            "min_tokens",
-        )
+            reject(not fits, f"{name} must {rule}, not {getattr(self, name)!r}", name)
+        message = f"min_tokens ({self.min_tokens}) is more than max_tokens ({limit})"
+        reject(self.min_tokens > limit, message, "min_tokens")
         reject(any(not text for text in self.stop), "a stop string must not be empty", "stop")
 
 
@@ -199,11 +195,9 @@ class SteeringPlan:
     def __post_init__(self) -> None:
         if self.apply_to not in get_args(ApplyTo):
             raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="apply_to")
-        seen: set[str] = set()
-        for term in self.terms:
-            if term.profile in seen:
-                raise SteeringError(f"profile {term.profile!r} occurs twice in one steering", param="terms")
-            seen.add(term.profile)
+        names = [term.profile for term in self.terms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SteeringError(f"profile {twice[0]!r} occurs twice in one steering", param="terms")
 
     @property
     def versions(self) -> tuple[str, ...]:

@@ -39,28 +39,18 @@ Prompt = str | list[int] | tuple[Message, ...]
 LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
 
 
-class Encoding(Protocol):
-    """What decides how a prompt becomes token ids, besides the prompt itself."""
-
-    @property
-    def add_special_tokens(self) -> bool: ...
-
-    @property
-    def chat_template_kwargs(self) -> Mapping[str, Any]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a body asks for: `n` choices of each prompt under each plan.
 
-    `common` has what all generations share. `plans` are by the request's field that holds each, and so are
-    `constraints`, of which there may be one. If there are `completions`, they are scored and nothing is generated.
-    `projections` asks for those of all plans, so that variants can be compared. `counted` is the field that errors name
-    if there are too many generations.
+    `encoding` has keyword arguments of `encode_prompt`, `common` what all generations share. `plans` are by the
+    request's field that holds each, and so are `constraints`, of which there may be one. If there are `completions`,
+    they are scored and nothing is generated. `projections` asks for those of all plans, so that variants can be
+    compared. `counted` is the field that errors name if there are too many generations.
     """
 
     prompts: Sequence[Prompt]
-    encoding: Encoding
+    encoding: Mapping[str, Any]
     plans: Mapping[str, SteeringPlan]
     common: GenerationRequest
     n: int = 1
@@ -162,17 +152,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-async def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: Encoding) -> Ids:
+async def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: Mapping[str, Any]) -> Ids:
     """Token ids of a text or of messages; token ids pass as they are. Raises RequestError."""
     if isinstance(prompt, list):
         return tuple(prompt)
-    work = partial(
-        encode_prompt,
-        tokenizer,
-        prompt,
-        add_special_tokens=encoding.add_special_tokens,
-        template_kwargs=encoding.chat_template_kwargs,
-    )
+    work = partial(encode_prompt, tokenizer, prompt, **encoding)
     length = len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
     return tuple(await asyncio.to_thread(work) if length > LONG_TEXT else work())
 

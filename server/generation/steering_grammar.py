@@ -38,7 +38,9 @@ def parse_steering(text: str, apply_to: ApplyTo = "generated") -> SteeringPlan:
         match = TERM.match(text, position)
         end = match.end() if match else position
         if match is None or (end < len(text) and text[end] != "+"):
-            raise SteeringError(_unreadable(text, position), param="steering")
+            problem = f"steering {text!r} cannot be read at {text[position:]!r}" if text else "the steering is empty"
+            remedy = f"write for example {EXAMPLE!r}{'' if text else ', or leave it out'}"
+            raise SteeringError(f"{problem}; {remedy}", param="steering")
         terms.append(PlanTerm(match["name"], "", float(match["strength"] or 1)))
         if end == len(text):
             return SteeringPlan(tuple(terms), apply_to)
@@ -53,16 +55,17 @@ def pinned(plan: SteeringPlan, find: Callable[[str], Profile]) -> SteeringPlan:
     return replace(plan, terms=tuple(replace(term, profile=found.name, version=found.version) for term, found in pairs))
 
 
-def only_one(sources: Mapping[str, SteeringPlan | None]) -> SteeringPlan | None:
-    """The one plan that a request has; sources are named as in errors. Raises SteeringError for two."""
-    given = [name for name, plan in sources.items() if plan is not None]
+def only_one(
+    fields: Mapping[str, SteeringPlan | None], header: str | None, apply_to: ApplyTo = "generated"
+) -> SteeringPlan:
+    """The one plan that a request has, from its fields, named as in errors, or its header; without any, the default.
+    Raises SteeringError for two."""
+    sources = {**fields, f"the header {HEADER}": None if header is None else parse_steering(header, apply_to)}
+    given = {name: plan for name, plan in sources.items() if plan is not None}
     if len(given) > 1:
-        raise SteeringError(f"both {given[0]} and {given[1]} steer: use only one of them", param="steering")
-    return sources[given[0]] if given else None
-
-
-def of_header(header: str | None, apply_to: ApplyTo = "generated") -> SteeringPlan | None:
-    return None if header is None else parse_steering(header, apply_to)
+        first, second, *_ = given
+        raise SteeringError(f"both {first} and {second} steer: use only one of them", param="steering")
+    return next(iter(given.values()), SteeringPlan())
 
 
 def of_alias(model: str, served: str, apply_to: ApplyTo = "generated") -> SteeringPlan | None:
@@ -78,9 +81,3 @@ def of_alias(model: str, served: str, apply_to: ApplyTo = "generated") -> Steeri
         f"model {model!r} is not served; this server has {served!r} and, steered, '{served}:PROFILE@STRENGTH'",
         param="model",
     )
-
-
-def _unreadable(text: str, position: int) -> str:
-    if not text:
-        return f"the steering is empty; write for example {EXAMPLE!r}, or leave it out"
-    return f"steering {text!r} cannot be read at {text[position:]!r}; write for example {EXAMPLE!r}"

@@ -8,7 +8,8 @@ import re
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.engines.detokenizer import decode_text, is_byte_level
+from server.engines.detokenizer import is_byte_level
+from steering_vectors.data.chat import decoded
 
 BYTES: dict[str, bytes] = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -32,7 +33,7 @@ class TokenTexts:
         return self.bytes_of(token_id).decode(errors="replace")
 
     def of_prompt(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else decode_text(self._tokenizer, (), prompt)
+        return prompt if isinstance(prompt, str) else decoded(self._tokenizer, prompt)
 
     def _read(self, token_id: int) -> bytes:
         if token_id in self._added:

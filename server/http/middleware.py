@@ -1,9 +1,16 @@
-"""Checks before a request reaches its route: the API key and the size of the body."""
+"""Checks before a request reaches its route: the API key, the size of the body, and its JSON, in which NaN, Infinity,
+lone surrogates, deep nesting and duplicate keys are refused."""
 
 from __future__ import annotations
 
 import hmac
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from jiter import from_json
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,3 +74,23 @@ class BodyLimit:
             return message
 
         return await self._app(scope, counted, send)
+
+
+class StrictRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False, catch_duplicate_keys=True)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from error
+
+
+class StrictRoute(APIRoute):
+    """A route whose body is read by `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly

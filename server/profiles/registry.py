@@ -146,13 +146,15 @@ class ProfileRegistry:
         async with self._refreshing:
             for name, signature in found.items():
                 if self._known.get(name) != signature:
-                    await self._load(name, signature)
+                    await self._swap(name, await self._load(name, signature.size))
+                    self._known[name] = signature
             for name in set(self._entries) - present:
                 await self._swap(name, None)
 
-    async def _load(self, name: str, signature: Signature) -> None:
+    async def _load(self, name: str, size: int) -> ProfileEntry:
+        """The entry of a file of this many bytes. The engine holds its profile."""
         current = self._entries[name].profile if name in self._entries else None
-        path, size = self._directory / f"{name}{SUFFIX}", signature.size
+        path = self._directory / f"{name}{SUFFIX}"
         try:
             if size > MAX_FILE_BYTES:
                 raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
@@ -161,12 +163,10 @@ class ProfileRegistry:
                 profile = current
             else:
                 await self._engine.load_profile(profile)
-            entry = ProfileEntry(name, profile)
+            return ProfileEntry(name, profile)
         except ProfileError as error:
             logger.warning("profile %r is rejected: %s", name, error.message)
-            entry = ProfileEntry(name, current, error.message)
-        await self._swap(name, entry)
-        self._known[name] = signature
+            return ProfileEntry(name, current, error.message)
 
     async def _swap(self, name: str, entry: ProfileEntry | None) -> None:
         """Replace the entry of a name, and let the engine forget the profile that is no longer served."""
@@ -175,8 +175,7 @@ class ProfileRegistry:
             self._known.pop(name, None)
         else:
             self._entries[name] = entry
-        retired = before.profile if before is not None else None
-        serving = entry.profile if entry is not None else None
+        retired, serving = (one.profile if one is not None else None for one in (before, entry))
         if serving is retired:
             return
         if retired is not None:

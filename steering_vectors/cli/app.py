@@ -18,9 +18,8 @@ import typer
 from steering_vectors.cli.deprecated import DistillCommand, EvaluateGroup, evaluate_suites
 from steering_vectors.cli.distill import bake, distill, distill_method
 from steering_vectors.cli.evaluate import preferences, trust
-from steering_vectors.cli.fit import calibrate, fit, methods
+from steering_vectors.cli.fit import calibrate, fit, methods, show
 from steering_vectors.cli.flags import declare, parameters_of
-from steering_vectors.cli.show import show
 from steering_vectors.errors import TrimtabError
 
 FAILED, INTERRUPTED = 2, 130
@@ -32,18 +31,16 @@ WEIGHTS = "Profiles as weights"
 
 def register(app: typer.Typer) -> None:
     """Add the offline commands to a typer app."""
-    app.command("fit", rich_help_panel=FITTING)(runnable(fit))
-    app.command("methods", rich_help_panel=FITTING)(runnable(methods))
-    app.command("calibrate", rich_help_panel=FITTING)(runnable(calibrate))
-    app.command("show", rich_help_panel=FITTING)(runnable(show))
+    for command in (fit, methods, calibrate, show):
+        app.command(rich_help_panel=FITTING)(runnable(command))
     evaluate = typer.Typer(cls=EvaluateGroup, no_args_is_help=True, help="Measure what profiles do, and what it costs.")
-    evaluate.command("preferences")(runnable(preferences))
-    evaluate.command("trust")(runnable(trust))
+    for suite in (preferences, trust):
+        evaluate.command()(runnable(suite))
     evaluate.command(EvaluateGroup.OLD, hidden=True)(runnable(evaluate_suites))
     app.add_typer(evaluate, name="evaluate", rich_help_panel=FITTING)
     app.command("distill", cls=DistillCommand, rich_help_panel=WEIGHTS)(runnable(distill))
-    app.command("distill-method", rich_help_panel=WEIGHTS)(runnable(distill_method))
-    app.command("bake", rich_help_panel=WEIGHTS)(runnable(bake))
+    for writer in (distill_method, bake):
+        app.command(rich_help_panel=WEIGHTS)(runnable(writer))
 
 
 def runnable(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+import steering_vectors
 from steering_vectors.cli import flags
 from steering_vectors.cli.evaluate import VERTICALS, measure, parse_verticals
 from steering_vectors.errors import FitError
@@ -90,20 +91,19 @@ def evaluate_suites(
     seed: flags.Seed = 0,
     as_json: flags.AsJson = False,
 ) -> None:
-    from steering_vectors.evaluation.preference_suite import EvaluationSettings
-    from steering_vectors.evaluation.trust.suite import TrustSettings
-
     _check_suite(context, suite)
     print_notice(f"trimtab evaluate NAME{'' if suite == 'preference' else f' --suite {suite}'}", SUITES[suite])
     stored, wanted = flags.load_profiles(profile, profiles), flags.parse_strengths(strengths)
     held_out = trust = None
     if suite != "trust":
-        settings = EvaluationSettings(
+        settings = steering_vectors.EvaluationSettings(
             wanted, rows, randoms, reward_samples, seed=seed, skip_long_rows=data.skip_long_rows
         )
         held_out = data.load(), settings
     if suite != "preference":
-        trust = TrustSettings(trust_data, parse_verticals(verticals), wanted, trust_rows, trust_randoms, toxicity, seed)
+        trust = steering_vectors.TrustSettings(
+            trust_data, parse_verticals(verticals), wanted, trust_rows, trust_randoms, toxicity, seed
+        )
     measure(model.load(), stored, report, as_json, held_out=held_out, trust_settings=trust)
 
 

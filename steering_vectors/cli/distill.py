@@ -6,15 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+import steering_vectors
 from steering_vectors.cli import flags
 from steering_vectors.errors import FitError
-
-if TYPE_CHECKING:
-    from steering_vectors.distillation.lora import Distilled, DistillSettings
+from steering_vectors.reports.terminal import progress_on_stderr
 
 Adapter = Annotated[Path, flags.in_output(help="The folder to write the adapter to.")]
 Strength = Annotated[float, typer.Option(help="The strength to turn into weights.")]
@@ -32,11 +31,9 @@ class TrainingFlags:
         str, flags.in_training(help="Modules of the LoRA, comma-separated, or all-linear; peft's choice if empty.")
     ] = ""
 
-    def settings(self, method: str, seed: int) -> DistillSettings:
-        from steering_vectors.distillation.lora import paper_settings
-
+    def settings(self, method: str, seed: int) -> steering_vectors.DistillSettings:
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        return paper_settings(method, **given, alpha=2 * self.rank, seed=seed)
+        return steering_vectors.paper_settings(method, **given, alpha=2 * self.rank, seed=seed)
 
 
 def distill(
@@ -51,16 +48,14 @@ def distill(
     as_json: flags.AsJson = False,
 ) -> None:
     """Fit a LoRA to a profile's shift, on the responses of preference data."""
-    from steering_vectors.distillation.lora import distill as fit_lora
-    from steering_vectors.profiles.files import load_profile
-    from steering_vectors.reports.terminal import progress_on_stderr
-
     flags.check_empty(out)
-    stored = load_profile(flags.find_profile(profile, profiles))
+    (stored,) = flags.load_profiles([profile], profiles)
     settings = training.settings("rahf-scit", seed)
     pairs, lm, skip = data.load(), model.load(), data.skip_long_rows
     with progress_on_stderr(quiet=as_json) as progress:
-        found = fit_lora(lm, stored, pairs, out, settings, strength=strength, skip_long_rows=skip, progress=progress)
+        found = steering_vectors.distill(
+            lm, stored, pairs, out, settings, strength=strength, skip_long_rows=skip, progress=progress
+        )
     source = {"profile": stored.name, "version": stored.version}
     _print_made({"adapter": str(out), **source, **_figures(found)}, as_json)
 
@@ -87,19 +82,18 @@ def distill_method(
 
     The method's first step tunes the model, or takes its weights from the cache of `trimtab fit`.
     """
-    from steering_vectors.distillation.lora import MethodTarget
-    from steering_vectors.distillation.lora import distill_method as fit_lora
     from steering_vectors.fitting.layers import parse_layers
-    from steering_vectors.reports.terminal import progress_on_stderr
 
     flags.check_empty(out)
-    target = MethodTarget(method, goal, flags.parse_options(option or []), strength=strength)
+    target = steering_vectors.MethodTarget(method, goal, flags.parse_options(option or []), strength=strength)
     settings = training.settings(method, seed)
     pairs, lm = data.load(), model.load()
     if layers:
         target = replace(target, layers=parse_layers(layers, lm.num_layers) or ())
     with progress_on_stderr(quiet=as_json) as progress:
-        found = fit_lora(lm, target, pairs, out, settings, skip_long_rows=data.skip_long_rows, progress=progress)
+        found = steering_vectors.distill_method(
+            lm, target, pairs, out, settings, skip_long_rows=data.skip_long_rows, progress=progress
+        )
     _print_made({"adapter": str(out), "method": method, **_figures(found)}, as_json)
 
 
@@ -115,13 +109,10 @@ def bake(
 
     The model then computes what a request with `apply_to: "all"` computes.
     """
-    from steering_vectors.distillation.baking import bake as bake_profile
-    from steering_vectors.profiles.files import load_profile
-
     flags.check_empty(out)
-    stored = load_profile(flags.find_profile(profile, profiles))
+    (stored,) = flags.load_profiles([profile], profiles)
     lm = model.load()
-    baked = bake_profile(lm, stored, strength)
+    baked = steering_vectors.bake(lm, stored, strength)
     try:
         baked.save_pretrained(out)
         lm.tokenizer.save_pretrained(out)
@@ -130,7 +121,7 @@ def bake(
     _print_made({"model": str(out), "profile": stored.name, "version": stored.version, "strength": strength}, as_json)
 
 
-def _figures(found: Distilled) -> dict[str, object]:
+def _figures(found: steering_vectors.Distilled) -> dict[str, object]:
     return {
         "layers": list(found.layers),
         "distance_before": found.before,

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import steering_vectors
 from steering_vectors.cli import flags
-
-if TYPE_CHECKING:
-    from steering_vectors.data.preferences import Preferences
-    from steering_vectors.evaluation.preference_suite import EvaluationSettings
-    from steering_vectors.evaluation.trust.suite import TrustSettings
-    from steering_vectors.models.loading import LanguageModel
-    from steering_vectors.profiles.profile import Profile
+from steering_vectors.reports.evaluation import render_report
+from steering_vectors.reports.terminal import print_evaluation, progress_on_stderr
 
 VERTICALS = "toxicity,bias,ethics,truthfulness,privacy"
 
@@ -41,10 +37,8 @@ def preferences(
 
     Rows that a profile was trained on are left out.
     """
-    from steering_vectors.evaluation.preference_suite import EvaluationSettings
-
     stored = flags.load_profiles(profile, profiles)
-    settings = EvaluationSettings(
+    settings = steering_vectors.EvaluationSettings(
         flags.parse_strengths(strengths), rows, randoms, reward_samples, seed=seed, skip_long_rows=data.skip_long_rows
     )
     pairs = data.load()
@@ -77,10 +71,8 @@ def trust(
     as_json: flags.AsJson = False,
 ) -> None:
     """Measure toxicity, stereotype bias, machine ethics, truthfulness and privacy, as changes against strength 0."""
-    from steering_vectors.evaluation.trust.suite import TrustSettings
-
     stored = flags.load_profiles(profile, profiles)
-    settings = TrustSettings(
+    settings = steering_vectors.TrustSettings(
         data, parse_verticals(verticals), flags.parse_strengths(strengths), rows, randoms, toxicity, seed
     )
     measure(model.load(), stored, report, as_json, trust_settings=settings)
@@ -91,19 +83,16 @@ def parse_verticals(text: str) -> tuple[str, ...]:
 
 
 def measure(
-    lm: LanguageModel,
-    profiles: Sequence[Profile],
+    lm: steering_vectors.LanguageModel,
+    profiles: Sequence[steering_vectors.Profile],
     report: Path | None,
     as_json: bool,
     *,
-    held_out: tuple[Preferences, EvaluationSettings] | None = None,
-    trust_settings: TrustSettings | None = None,
+    held_out: tuple[steering_vectors.Preferences, steering_vectors.EvaluationSettings] | None = None,
+    trust_settings: steering_vectors.TrustSettings | None = None,
 ) -> None:
     """Run the suites that have settings. Print tables or one JSON object, and write the page if one is asked for."""
-    from steering_vectors.evaluation.preference_suite import evaluate
-    from steering_vectors.evaluation.trust.suite import evaluate_trust, prepare_verticals
-    from steering_vectors.reports.evaluation import render_report
-    from steering_vectors.reports.terminal import print_evaluation, progress_on_stderr
+    from steering_vectors.evaluation.trust.suite import prepare_verticals
 
     verticals = [] if trust_settings is None else prepare_verticals(lm, trust_settings)
     found: list[Any] = []
@@ -111,9 +100,11 @@ def measure(
         one: dict[str, Any] = {}
         with progress_on_stderr(quiet=as_json) as progress:
             if held_out is not None:
-                one |= evaluate(lm, profile, *held_out, progress=progress)
+                one |= steering_vectors.evaluate(lm, profile, *held_out, progress=progress)
             if trust_settings is not None:
-                one |= evaluate_trust(lm, profile, trust_settings, verticals=verticals, progress=progress)
+                one |= steering_vectors.evaluate_trust(
+                    lm, profile, trust_settings, verticals=verticals, progress=progress
+                )
         found.append(one)
     if report is not None:
         flags.write_text(report, render_report(found))

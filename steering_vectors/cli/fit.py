@@ -1,4 +1,4 @@
-"""`trimtab fit`, `trimtab methods` and `trimtab calibrate`."""
+"""`trimtab fit`, `trimtab methods`, `trimtab calibrate` and `trimtab show`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+import steering_vectors
 from steering_vectors.cli import flags
+from steering_vectors.reports.terminal import print_fit, print_profile, progress_on_stderr
 
 METHODS = "mean-diff, pca, probe, contrast-prompts, bipo, rahf-scit, rahf-dual"
 
@@ -43,13 +48,7 @@ def fit(
     as_json: flags.AsJson = False,
 ) -> None:
     """Fit a profile to preference data and store it."""
-    from steering_vectors.fitting.fit import FitSettings
-    from steering_vectors.fitting.fit import fit as fit_profile
-    from steering_vectors.fitting.gates import load_gate_prompts
-    from steering_vectors.profiles.files import save_profile
-    from steering_vectors.reports.terminal import progress_on_stderr
-
-    settings = FitSettings(
+    settings = steering_vectors.FitSettings(
         name=name,
         description=description,
         method=method,
@@ -60,23 +59,19 @@ def fit(
         heldout_fraction=heldout_fraction,
         kl_budget=kl_budget,
         calibrate=not no_calibrate,
-        gate=None if gate is None else load_gate_prompts(gate),
+        gate=None if gate is None else steering_vectors.load_gate_prompts(gate),
         seed=seed,
         batch_tokens=batch_tokens,
         skip_long_rows=data.skip_long_rows,
     )
     pairs, lm = data.load(), model.load()
     with progress_on_stderr(quiet=as_json) as progress:
-        profile = fit_profile(lm, pairs, settings, progress=progress)
-    _print_fitted(save_profile(profile, out), as_json)
+        profile = steering_vectors.fit(lm, pairs, settings, progress=progress)
+    _store(profile, out, as_json)
 
 
 def methods(as_json: flags.AsJson = False) -> None:
     """List the methods of `trimtab fit`, with their options, defaults and papers."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from steering_vectors.methods import method_named, method_names
 
     found = [method_named(name).describe() for name in method_names()]
@@ -122,31 +117,55 @@ def calibrate(
 
     Rows that the profile was trained on are left out.
     """
-    from steering_vectors.fitting.calibration import CalibrationSettings
-    from steering_vectors.fitting.calibration import calibrate as calibrate_profile
-    from steering_vectors.profiles.files import load_profile, save_profile
-    from steering_vectors.reports.terminal import progress_on_stderr
-
     path = flags.find_profile(profile, profiles)
-    settings = CalibrationSettings(
+    settings = steering_vectors.CalibrationSettings(
         kl_budget=kl_budget,
         perplexity_bound=perplexity_bound,
         seed=seed,
         skip_long_rows=data.skip_long_rows,
         allow_model_mismatch=allow_model_mismatch,
     )
-    pairs, stored, lm = data.load(), load_profile(path), model.load()
+    pairs, stored, lm = data.load(), steering_vectors.load_profile(path), model.load()
     with progress_on_stderr(quiet=as_json) as progress:
-        calibrated = calibrate_profile(lm, stored, pairs, settings, progress=progress)
-    _print_fitted(save_profile(calibrated, out or path.parent), as_json)
+        calibrated = steering_vectors.calibrate(lm, stored, pairs, settings, progress=progress)
+    _store(calibrated, out or path.parent, as_json)
 
 
-def _print_fitted(path: Path, as_json: bool) -> None:
-    from steering_vectors.profiles.files import load_profile, profile_summary
-    from steering_vectors.reports.terminal import print_fit
+def show(
+    profile: flags.ProfileNames,
+    profiles: flags.Profiles = Path("profiles"),
+    html: Annotated[
+        Path | None, flags.in_output(help="Write an HTML page with plots to this file instead of printing.")
+    ] = None,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Print everything that profiles hold except their vectors, or draw it as a page."""
+    paths = [flags.find_profile(one, profiles) for one in profile]
+    stored = [steering_vectors.load_profile(path) for path in paths]
+    if html is not None:
+        from steering_vectors.reports.profiles import render_portraits
 
-    profile = load_profile(path)
+        flags.write_text(html, render_portraits(stored))
     if as_json:
-        print(json.dumps({"path": str(path), **profile_summary(profile)}, ensure_ascii=False))
+        found = [_with_path(path, one) for path, one in zip(paths, stored, strict=True)]
+        print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
+    elif html is not None:
+        print(f"page: {html}")
+    else:
+        for number, (path, one) in enumerate(zip(paths, stored, strict=True)):
+            if number:
+                print()
+            print_profile(one, path)
+
+
+def _store(fitted: steering_vectors.Profile, directory: Path, as_json: bool) -> None:
+    path = steering_vectors.save_profile(fitted, directory)
+    profile = steering_vectors.load_profile(path)
+    if as_json:
+        print(json.dumps(_with_path(path, profile), ensure_ascii=False))
     else:
         print_fit(profile, path)
+
+
+def _with_path(path: Path, profile: steering_vectors.Profile) -> dict[str, object]:
+    return {"path": str(path), **steering_vectors.profile_summary(profile)}

@@ -9,16 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+import steering_vectors
 from steering_vectors.errors import FitError, ProfileError
-
-if TYPE_CHECKING:
-    from steering_vectors.data.preferences import Preferences
-    from steering_vectors.models.loading import LanguageModel
-    from steering_vectors.profiles.profile import Profile
 
 PANELS = ("Model", "Data", "Method", "Calibration", "Measurement", "Training", "Output", "Profiles")
 in_model, in_data, in_method, in_calibration, in_measurement, in_training, in_output, in_profiles = (
@@ -52,14 +48,12 @@ class Model:
     ] = "auto"
     device: Annotated[str, in_model(help="The device to run on: cpu, cuda, cuda:1, …")] = "cpu"
 
-    def load(self) -> LanguageModel:
+    def load(self) -> steering_vectors.LanguageModel:
         """Load the model without transformers' progress bar."""
         from transformers.utils.logging import disable_progress_bar
 
-        from steering_vectors.models.loading import load_model
-
         disable_progress_bar()
-        return load_model(self.model, dtype=self.dtype, device=self.device)
+        return steering_vectors.load_model(self.model, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +67,11 @@ class Data:
         bool, in_data("--skip-long-rows", help="Skip rows longer than the model's context instead of failing.")
     ] = False
 
-    def load(self) -> Preferences:
-        from steering_vectors.data.sources import load_pairs, parse_columns
+    def load(self) -> steering_vectors.Preferences:
+        from steering_vectors.data.sources import parse_columns
 
         columns = parse_columns(self.columns) if self.columns else None
-        return load_pairs(self.data, columns=columns, skip_bad_rows=self.skip_bad_rows)
+        return steering_vectors.load_pairs(self.data, columns=columns, skip_bad_rows=self.skip_bad_rows)
 
 
 def parameters_of(group: type[Any]) -> list[inspect.Parameter]:
@@ -103,11 +97,9 @@ def find_profile(profile: str, directory: Path) -> Path:
     raise ProfileError(f"profile {profile!r} not found: neither that file nor {named} exists (profiles there: {names})")
 
 
-def load_profiles(names: Sequence[str], directory: Path) -> list[Profile]:
+def load_profiles(names: Sequence[str], directory: Path) -> list[steering_vectors.Profile]:
     """Load profiles given by path or by name, once all of them are found."""
-    from steering_vectors.profiles.files import load_profile
-
-    return [load_profile(path) for path in [find_profile(name, directory) for name in names]]
+    return [steering_vectors.load_profile(path) for path in [find_profile(name, directory) for name in names]]
 
 
 def parse_options(options: Sequence[str]) -> dict[str, str]:

@@ -50,10 +50,9 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     *,
-    add_generation_prompt: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render a conversation as text, with the special tokens of the template.
+    """Render a conversation as text, with the special tokens of the template and its generation prompt.
 
     `template_kwargs` are variables of the template, never arguments of the renderer. Raises RequestError, with
     `param` "messages" or "chat_template_kwargs", if the template refuses them.
@@ -68,10 +67,7 @@ def render_chat(
     _refuse_variables(variables.keys() & reserved, "it is set by the server")
     try:
         text = tokenizer.apply_chat_template(
-            [asdict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
+            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True, **variables
         )
     except Exception as error:  # a template is a program and may raise anything
         reason = str(error) or type(error).__name__
@@ -115,7 +111,10 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tupl
     tokenizer adds it, else none. The others are the ids that the model would have generated. Raises RequestError if the
     chat template refuses the prompt, DataError if the completion has no token.
     """
-    before = _bos(tokenizer) if example.prompt is None else encode_prompt(tokenizer, example.prompt)
+    if example.prompt is not None:
+        before = encode_prompt(tokenizer, example.prompt)
+    else:
+        before = [token for token in _tokenize(tokenizer, "", True)[:1] if token == tokenizer.bos_token_id]
     try:
         completion = continuation(tokenizer, before, example.completion)
     except UnicodeEncodeError as error:
@@ -135,15 +134,24 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
     return (ids, start) if start or first is None else ([first, *ids], 1)
 
 
-def decoded_after(tokenizer: PreTrainedTokenizerBase, before: list[int], ids: list[int]) -> str:
-    """Decode the text that token ids add to a prompt, without special tokens and with its leading space.
+def decoded_after(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that token ids add to a prompt: decode(before + ids) without decode(before), special tokens skipped.
 
-    If the ids change the end of the prompt's text (by completing a character), the common prefix is removed instead.
+    Spaces are not cleaned up. Where the ids change how the prompt's end reads (they complete a character, say), the
+    text is what follows the longest common prefix. Bytes that are not UTF-8 become U+FFFD; nothing raises.
     """
-    start, whole = _decode(tokenizer, before), _decode(tokenizer, before + ids)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    pairs = enumerate(zip(start, whole, strict=False))
+    return text_after(decoded(tokenizer, before), decoded(tokenizer, [*before, *ids]))
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def text_after(before: str, whole: str) -> str:
+    """`whole` without its longest common prefix with `before`."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    pairs = enumerate(zip(before, whole, strict=False))
     return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
@@ -163,19 +171,13 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _refuse_variables(names: Collection[str], reason: str) -> None:
     if names:
         raise RequestError(
-            f"chat_template_kwargs cannot set {min(names)!r}: {reason}; leave it out",
-            param="chat_template_kwargs",
+            f"chat_template_kwargs cannot set {min(names)!r}: {reason}; leave it out", param="chat_template_kwargs"
         )
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
     text.encode()  # raises on lone surrogates, which tokenizers answer with a TypeError
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = _tokenize(tokenizer, "", True)[:1]
-    return first if first == [tokenizer.bos_token_id] else []
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:
@@ -189,7 +191,3 @@ def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: st
         return ids
     shorter = _tokenize(tokenizer, text[1:], False)
     return shorter if decoded_after(tokenizer, before, shorter) == text else ids
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -49,12 +49,8 @@ class Corpus:
     long_rows: int = 0
 
     def sides(self) -> Sides:
-        positives, negatives = self.pairs.sides()
-        return Sides(
-            tuple(self.encoded[one] for one in positives),
-            tuple(self.encoded[one] for one in negatives),
-            self.pairs.paired,
-        )
+        positives, negatives = (tuple(self.encoded[one] for one in side) for side in self.pairs.sides())
+        return Sides(positives, negatives, self.pairs.paired)
 
     def split(self, fraction: float, seed: int, *, min_side: int) -> tuple[Corpus, Corpus]:
         first, second = self.pairs.split(fraction, seed, min_side=min_side)

@@ -112,17 +112,17 @@ def _check_open(messages: tuple[Message, ...], column: str) -> None:
 def _messages(value: list[Any], column: str) -> tuple[Message, ...]:
     if not value:
         raise BadRow("it is an empty list of messages", column)
-    return tuple(_message(one, f"{column}[{index}]") for index, one in enumerate(value))
-
-
-def _message(value: Any, place: str) -> Message:
-    if not isinstance(value, dict):
-        raise BadRow(f"a message must be an object with role and content, not {type(value).__name__}", place)
-    if unknown := sorted(key for key, held in value.items() if key not in ("role", "content") and held is not None):
-        raise BadRow(f"a message has role and content only, not {unknown[0]!r}", place)
-    if (role := value.get("role")) not in ROLES:
-        raise BadRow(f"{role!r} is not a role; use {', '.join(ROLES)}", f"{place}.role")
-    return Message(role, _string(value.get("content"), f"{place}.content"))
+    messages = []
+    for index, one in enumerate(value):
+        place = f"{column}[{index}]"
+        if not isinstance(one, dict):
+            raise BadRow(f"a message must be an object with role and content, not {type(one).__name__}", place)
+        if unknown := sorted(key for key, held in one.items() if key not in ("role", "content") and held is not None):
+            raise BadRow(f"a message has role and content only, not {unknown[0]!r}", place)
+        if (role := one.get("role")) not in ROLES:
+            raise BadRow(f"{role!r} is not a role; use {', '.join(ROLES)}", f"{place}.role")
+        messages.append(Message(role, _string(one.get("content"), f"{place}.content")))
+    return tuple(messages)
 
 
 def _turns(text: str, column: str) -> tuple[Message, ...]:

@@ -91,10 +91,8 @@ def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
         for cells in rows:
             fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]
             if wanted is all and len(fits) > 1:
-                raise DataError(
-                    f"the columns fit the formats {' and '.join(fits)}; choose one with columns",
-                    path=table.source,
-                )
+                message = f"the columns fit the formats {' and '.join(fits)}; choose one with columns"
+                raise DataError(message, path=table.source)
             if fits:
                 return fits[0]
     if not table.rows:

@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -52,35 +53,25 @@ def read_table(source: str) -> Table:
     """Read a file by its extension, or `hf:NAME[:split]`. Raises DataError if the file as a whole is unreadable."""
     if source.startswith(HUB_PREFIX):
         return _read_hub(source)
-    ending = _ending(source)
-    try:
-        data = Path(source).read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"cannot be read ({reason}); check the path", path=source) from error
-    plain = _gunzip(data, source) if source.lower().endswith(".gz") else data
-    try:
-        rows = list(READERS[ending](plain))
-    except BadRow as error:
-        raise DataError(error.message, path=source) from error
-    return Table(source, hashlib.sha256(data).hexdigest(), rows)
-
-
-def _ending(source: str) -> str:
     suffixes = [suffix.lower() for suffix in Path(source).suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     if not suffixes or suffixes[-1] not in READERS:
         known = ", ".join(READERS)
         raise DataError(f"the file name must end in {known}, optionally with .gz; rename or convert it", path=source)
-    return suffixes[-1]
-
-
-def _gunzip(data: bytes, source: str) -> bytes:
     try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        data = Path(source).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read ({reason}); check the path", path=source) from error
+    try:
+        plain = gzip.decompress(data) if source.lower().endswith(".gz") else data
+        rows = list(READERS[suffixes[-1]](plain))
+    except BadRow as error:
+        raise DataError(error.message, path=source) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"not a complete gzip file ({error}); copy it again", path=source) from error
+    return Table(source, hashlib.sha256(data).hexdigest(), rows)
 
 
 def _text(data: bytes) -> str:
@@ -113,7 +104,7 @@ def _read_jsonl(data: bytes) -> Iterator[TableRow]:
                 yield TableRow(number, error)
 
 
-def _read_json(data: bytes) -> Iterator[TableRow]:
+def _read_json(data: bytes) -> Iterable[TableRow]:
     try:
         value = _parse_json(_text(data))
     except BadRow as error:
@@ -121,19 +112,14 @@ def _read_json(data: bytes) -> Iterator[TableRow]:
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise BadRow("must be a list of objects, or an object with a list of objects in 'data'")
-    for number, row in enumerate(rows, start=1):
-        yield _object(number, row)
+    return starmap(_object, enumerate(rows, start=1))
 
 
-def _read_csv(data: bytes) -> Iterator[TableRow]:
-    return _delimited(_text(data), delimiter=",", strict=True)
-
-
-def _read_tsv(data: bytes) -> Iterator[TableRow]:
+def _read_tsv(data: bytes) -> Iterable[TableRow]:
     """Cells are quoted as in CSV. If the quotes do not match, they are read as plain characters."""
     text = _text(data)
     try:
-        return iter(list(_delimited(text, delimiter="\t", strict=True)))
+        return list(_delimited(text, delimiter="\t", strict=True))
     except BadRow:
         return _delimited(text, delimiter="\t", quoting=csv.QUOTE_NONE)
 
@@ -166,7 +152,7 @@ def _records(reader: Any) -> Iterator[TableRow]:
         raise BadRow(f"the row that begins on line {begin} has invalid quoting ({error}); correct it") from error
 
 
-def _read_parquet(data: bytes) -> Iterator[TableRow]:
+def _read_parquet(data: bytes) -> Iterable[TableRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -176,14 +162,13 @@ def _read_parquet(data: bytes) -> Iterator[TableRow]:
         rows = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadRow(f"not a complete Parquet file ({error}); copy it again") from error
-    for number, row in enumerate(rows, start=1):
-        yield TableRow(number, row)
+    return starmap(TableRow, enumerate(rows, start=1))
 
 
-READERS = {
+READERS: dict[str, Callable[[bytes], Iterable[TableRow]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
+    ".csv": lambda data: _delimited(_text(data), delimiter=",", strict=True),
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
@@ -201,19 +186,14 @@ def _read_hub(source: str) -> Table:
         found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except Exception as error:  # `datasets` raises errors of the network, of file systems and of parsers
         raise DataError(f"cannot be loaded ({error}); check the name and the network", path=source) from error
-    rows = [dict(row) for row in _one_split(found, split, source)]
+    if isinstance(found, dict):
+        chosen = split or (next(iter(found)) if len(found) == 1 else DEFAULT_SPLIT)
+        if chosen not in found:
+            raise DataError(f"there is no split {chosen!r}; use one of {', '.join(map(str, found))}", path=source)
+        found = found[chosen]
+    elif split not in (None, str(getattr(found, "split", None))):
+        raise DataError(f"the data set is a single split without a name; remove {split!r}", path=source)
+    rows = [dict(row) for row in found]
     canonical = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return Table(source, digest, [TableRow(number, row) for number, row in enumerate(rows, start=1)])
-
-
-def _one_split(found: Any, split: str | None, source: str) -> Any:
-    """The split by this name; None selects the only split, or train."""
-    if not isinstance(found, dict):
-        if split not in (None, str(getattr(found, "split", None))):
-            raise DataError(f"the data set is a single split without a name; remove {split!r}", path=source)
-        return found
-    chosen = split or (next(iter(found)) if len(found) == 1 else DEFAULT_SPLIT)
-    if chosen not in found:
-        raise DataError(f"there is no split {chosen!r}; use one of {', '.join(map(str, found))}", path=source)
-    return found[chosen]
+    return Table(source, digest, list(starmap(TableRow, enumerate(rows, start=1))))

@@ -20,6 +20,7 @@ PROBE_TOKENS = 5
 FLAG = "mlp_bias"  # the configuration's switch for biases
 
 
+@torch.no_grad()
 def bake(lm: LanguageModel, profile: Profile, strength: float = 1.0) -> PreTrainedModel:
     """Return a copy of the model that computes what steering with `apply_to="all"` at `strength` computes.
 
@@ -38,8 +39,7 @@ def bake(lm: LanguageModel, profile: Profile, strength: float = 1.0) -> PreTrain
     blocks = find_blocks(model)
     for layer, shift in shifts.items():
         bias = _writer(model, blocks, layer, shift.to(lm.model.device))
-        with torch.no_grad():
-            bias.add_(shift.to(bias))
+        bias.add_(shift.to(bias))
     return model
 
 
@@ -54,9 +54,8 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
     if unexpected or not all(name.endswith(".bias") for name in missing):
         raise FitError(f"{type(model).__name__} cannot get biases: its weights do not fit {FLAG}=true; distil instead")
     parameters = dict(biased.named_parameters())
-    with torch.no_grad():
-        for name in missing:
-            parameters[name].zero_()
+    for name in missing:
+        parameters[name].zero_()
     biased.generation_config = model.generation_config
     return biased.eval().requires_grad_(False)
 
@@ -70,12 +69,10 @@ def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, s
     for bias in (module.bias for module in reversed(linear)):
         if not isinstance(bias, nn.Parameter) or bias.shape != shift.shape:
             continue
-        kept = bias.detach().clone()
-        with torch.no_grad():
-            bias.add_(shift.to(bias))
+        kept = bias.clone()
+        bias.add_(shift.to(bias))
         moved = _output(model, blocks, layer) - before
-        with torch.no_grad():
-            bias.copy_(kept)
+        bias.copy_(kept)
         if torch.allclose(moved, shift.float().expand_as(moved), atol=tolerance, rtol=0):
             return bias
     raise FitError(
@@ -86,6 +83,7 @@ def _writer(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int, s
 
 def _output(model: PreTrainedModel, blocks: tuple[nn.Module, ...], layer: int) -> torch.Tensor:
     ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
-    with torch.no_grad(), record(blocks, [layer]) as outputs:
+    with record(blocks, [layer]) as outputs:
         model(input_ids=ids, use_cache=False)
-    return outputs[layer].float()
+    found: torch.Tensor = outputs[layer].float()
+    return found

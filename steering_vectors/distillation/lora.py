@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from steering_vectors.data.corpus import Corpus, encode_corpus
+from steering_vectors.data.corpus import Sides, encode_corpus
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named
@@ -138,7 +138,10 @@ def distill(
     shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     if not shifts:
         raise FitError("strength 0 changes nothing, so there is nothing to distil")
-    training, heldout = (_plain(part) for part in _split(lm, pairs, settings, skip_long_rows))
+    training, heldout = (
+        [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]
+        for _, sides in _split(lm, pairs, settings, skip_long_rows)
+    )
     layers = sorted(shifts)
     constant = torch.stack([shifts[layer] for layer in layers])[:, None, None].to(lm.device)
     weights = LoraWeights(lm, {NAME: settings.shape(max(layers))}, settings.seed)
@@ -173,9 +176,14 @@ def distill_method(
     settings = settings or paper_settings(target.method)
     layers = target.layers or paper_blocks(lm.num_layers)
     step = FIRST_STEPS[target.method]
+    options = method_named(target.method).complete(target.options)
     train, heldout = (
-        _task(lm, part, target, layers, settings.seed, progress) for part in _split(lm, pairs, settings, skip_long_rows)
-    )
+        Task(
+            lm, {}, texts.positives, texts.negatives, sides.positives, sides.negatives, sides.paired, target.name,
+            seed=settings.seed, options=options, progress=progress, wanted=layers,
+        )
+        for texts, sides in _split(lm, pairs, settings, skip_long_rows)
+    )  # fmt: skip
     with step.tuned(train, {NAME: settings.shape(max(layers))}) as first:
         assert isinstance(first.weights, LoraWeights)
 
@@ -183,7 +191,7 @@ def distill_method(
             return target.strength * differences(lm, twins, layers, first.side)[0]
 
         student = _Student(lm, first.weights, layers, shift, settings)
-        key = {"method": target.method, "options": train.options, "layers": layers, "strength": target.strength}
+        key = {"method": target.method, "options": options, "layers": layers, "strength": target.strength}
         unseen = [twin for side in step.sides(heldout) for twin in side]
         return student.trained(first.twins, unseen, folder, key, progress)
 
@@ -217,17 +225,17 @@ class _Student:
         training, heldout = self._cut(training), self._cut(heldout)
         file = tuned_directory(self.lm, [training], {**asdict(settings), **key}) / "distilled.safetensors"
         run = Run(self.weights, NAME, TrainingSchedule(settings.steps, settings.learning_rate), file, settings.seed)
-        train_on(self.lm, run, training, settings.batch, self.loss, progress=progress, stage="distil")
+        train_on(
+            self.lm, run, training, settings.batch, lambda twins: self._distance(*self._goal(twins)),
+            progress=progress, stage="distil",
+        )  # fmt: skip
         checked = heldout[:: -(-len(heldout) // MAX_CHECKED)]
         before, after = self._distances(checked)
         self.weights.save(NAME, folder)
         return Distilled(before, after, len(checked), tuple(self.layers))
 
-    def loss(self, twins: Sequence[Twin]) -> torch.Tensor:
-        """Mean distance over blocks, responses and their tokens. Call it inside `weights.use`."""
-        return self._distance(*self._goal(twins))
-
     def _distance(self, reading: Reading, base: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Mean distance over blocks, responses and their tokens. Call it inside `weights.use`."""
         return _mean(read(self.lm, reading, self.layers) - base - shift, reading)
 
     def _goal(self, twins: Sequence[Twin]) -> tuple[Reading, torch.Tensor, torch.Tensor]:
@@ -272,27 +280,7 @@ def _evaluating(lm: LanguageModel) -> Iterator[None]:
 
 def _split(
     lm: LanguageModel, pairs: Preferences, settings: DistillSettings, skip_long_rows: bool
-) -> tuple[Corpus, Corpus]:
+) -> list[tuple[Preferences, Sides]]:
+    """The rows to train on and the held-out rows, each as texts and encoded."""
     corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows)
-    return corpus.split(HELDOUT, settings.seed, min_side=4)
-
-
-def _task(
-    lm: LanguageModel,
-    corpus: Corpus,
-    target: MethodTarget,
-    layers: tuple[int, ...],
-    seed: int,
-    progress: Progress | None,
-) -> Task:
-    texts, sides = corpus.pairs, corpus.sides()
-    return Task(
-        lm, {}, texts.positives, texts.negatives, sides.positives, sides.negatives, sides.paired, target.name,
-        seed=seed, options=method_named(target.method).complete(target.options), progress=progress, wanted=layers,
-    )  # fmt: skip
-
-
-def _plain(corpus: Corpus) -> list[Twin]:
-    """The responses of both sides, after their plain prompts."""
-    sides = corpus.sides()
-    return [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]
+    return [(part.pairs, part.sides()) for part in corpus.split(HELDOUT, settings.seed, min_side=4)]

@@ -76,10 +76,9 @@ def judged(
     if trained is None:
         trained, fresh = fresh.split(TEST_FRACTION, seed, min_side=MIN_SIDE)
     tested = texts_of(fresh.sides().thinned(TESTED_ROWS), tokenizer, max_tokens)
-    fitted_rows = None
+    given = reward
     if reward is None:
         reward = WordReward(*texts_of(trained.sides().thinned(FITTED_ROWS), tokenizer, max_tokens))
-        fitted_rows = min(trained.pairs.rows, FITTED_ROWS)
     scores = [reward(texts) for texts in tested]
     auc, auc_95 = separation(*scores, seed=seed)
     quality: RewardQuality = {
@@ -89,8 +88,8 @@ def judged(
         "auc": auc,
         "auc_95": auc_95,
     }
-    if fitted_rows is not None:
-        quality["fitted_rows"] = fitted_rows
+    if given is None:
+        quality["fitted_rows"] = min(trained.pairs.rows, FITTED_ROWS)
     return reward, quality
 
 
@@ -104,12 +103,14 @@ def texts_of(sides: Sides, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
 
 
 def separation(preferred: np.ndarray, rejected: np.ndarray, *, seed: int = 0) -> tuple[float, Interval]:
-    """AUC, the share of pairs of a preferred and a rejected text that are ordered correctly, ties counting half, and
-    its 95 % bootstrap interval."""
-    order = np.sign(preferred[:, None] - rejected[None, :]) / 2 + 0.5  # [preferred, rejected]
+    """AUC of preferred against rejected texts, and its 95 % bootstrap interval."""
+    scores = np.concatenate([preferred, rejected])
+    labels = np.arange(len(scores)) < len(preferred)
+    drawn = bootstrap(lambda rows: auc(scores[rows], labels[rows]), len(scores), draws=DRAWS, seed=seed)
+    return auc(scores, labels), drawn
 
-    def resampled(rows: np.ndarray) -> float:
-        first, second = rows[rows < len(preferred)], rows[rows >= len(preferred)] - len(preferred)
-        return float(order[np.ix_(first, second)].mean()) if len(first) and len(second) else 0.5
 
-    return float(order.mean()), bootstrap(resampled, sum(order.shape), draws=DRAWS, seed=seed)
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Share of pairs of a positive and a negative that are ordered correctly, ties counting half; 0.5 without pairs."""
+    gaps = scores[labels][:, None] - scores[~labels]
+    return float((gaps > 0).mean() + (gaps == 0).mean() / 2) if gaps.size else 0.5

@@ -17,7 +17,7 @@ from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.measures.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
 from steering_vectors.measures.propensity import REPORT_ROWS, propensity_report
-from steering_vectors.measures.steered_model import SteeredModel, steerable
+from steering_vectors.measures.steered_model import KeptTexts, SteeredModel, steerable
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import Calibration, Metrics
@@ -26,8 +26,8 @@ from steering_vectors.progress import Progress
 
 DEFAULT_KL_BUDGET = 0.1  # nats per token
 SAMPLED_TOKENS = 48
-ROWS = 384  # texts; fewer prompts are sampled several times each
-ROUGH_ROWS = 96  # texts of the first search
+ROWS = 192  # texts; fewer prompts are sampled several times each
+ROUGH_ROWS = 48  # texts of the first search
 TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
 EVALUATIONS, ROUGH_EVALUATIONS = 6, 10
 MAX_ROUNDS = 3  # of sampling texts and searching on them
@@ -106,19 +106,20 @@ def calibrate_on(
     kl_budget: float = DEFAULT_KL_BUDGET,
     perplexity_bound: float = PERPLEXITY_BOUND,
     tokens: int = SAMPLED_TOKENS,
+    start: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
-    """Set a profile's unit and safe range on prompts of token ids.
+    """Set a profile's unit and safe range on prompts of token ids. `start` is a guess at the unit, if there is one.
 
     The unit c is the coefficient at which KL(steered‖base) at strength 1 is `kl_budget` nats per token. The mean is
     taken over the whole vocabulary and over the steered positions of texts that the steered model samples after the
     prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
 
-    1. A rough search on 96 texts samples them again at every candidate c, with the same random numbers.
-    2. Then 384 texts are sampled at the c found, and a second search measures KL on these texts alone, because the KL
-       of newly sampled texts jumps from one c to the next. It ends within 3 % of the budget. The step is repeated up
-       to three times while it moves c by more than 5 %.
+    1. A rough search on 48 texts samples them again at every candidate c, with the same random numbers.
+    2. Then 192 texts are sampled at the c that follows, as KL grows as c², and a second search measures KL on these
+       texts alone, because the KL of newly sampled texts jumps from one c to the next. It ends within 3 % of the
+       budget. The step is repeated up to three times while it moves c by more than 5 %.
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 
@@ -131,7 +132,7 @@ def calibrate_on(
     check_bound(perplexity_bound)
     rows = [prompts[i % len(prompts)] for i in range(max(ROWS, len(prompts)))]
     with steerable(lm) as steered:
-        found, cost = UnitSearch(steered, profile, rows, tokens, seed, progress).find_unit(kl_budget)
+        found, cost = UnitSearch(steered, profile, rows, tokens, seed, progress).find_unit(kl_budget, start)
         profile = replace(profile, unit=found.coefficient)
         curve = measure_curve(
             steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
@@ -187,17 +188,18 @@ class UnitSearch:
         self._tokens, self._seed, self._progress = tokens, seed, progress
         self._done = 0
 
-    def find_unit(self, budget: float) -> tuple[Reached, Cost]:
-        """Return the coefficient that meets the budget, and the cost of texts there."""
+    def find_unit(self, budget: float, start: float | None = None) -> tuple[Reached, Cost]:
+        """Return the coefficient that meets the budget, and the cost of texts there. `start` is the first one tried."""
         largest = largest_coefficient(self._profile)
-        few = self._prompts[:ROUGH_ROWS]
         found = search(
-            lambda c: self._cost(c, self._texts(c, few)).per_token, largest, budget,
-            start=START * largest, tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
+            self._rough_kl, largest, budget,
+            start=min(start or START * largest, largest), tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
         )  # fmt: skip
+        guess = found.coefficient * math.sqrt(budget / max(found.kl, MIN_KL))
+        found = replace(found, coefficient=min(guess, largest))
         for _ in range(MAX_ROUNDS):
             written = found.coefficient
-            found, cost = self._find_on(self._texts(written, self._prompts), largest, budget, written)
+            found, cost = self._find_on(self._texts(written), largest, budget, written)
             if abs(math.log(found.coefficient / written)) <= MAX_DRIFT:
                 break
         self._report(last=True)
@@ -205,21 +207,25 @@ class UnitSearch:
 
     def _find_on(self, texts: Sequence[Encoded], largest: float, budget: float, start: float) -> tuple[Reached, Cost]:
         costs: dict[float, Cost] = {}
+        kept = self._steered.kept(texts, self._profile.layers[:1])
 
         def kl_at(coefficient: float) -> float:
-            costs[coefficient] = self._cost(coefficient, texts)
+            self._report()
+            costs[coefficient] = cost_of(self._steered, replace(self._profile, unit=coefficient), kept)
             return costs[coefficient].per_token
 
         found = search(kl_at, largest, budget, start=start, tolerance=TOLERANCE, evaluations=EVALUATIONS)
         return found, costs[found.coefficient]
 
-    def _texts(self, coefficient: float, prompts: Sequence[Sequence[int]]) -> list[Encoded]:
-        self._steered.write(replace(self._profile, unit=coefficient), 1.0)
-        return self._steered.continuations(prompts, tokens=self._tokens, seed=self._seed)
-
-    def _cost(self, coefficient: float, texts: Sequence[Encoded]) -> Cost:
+    def _rough_kl(self, coefficient: float) -> float:
         self._report()
-        return cost_of(self._steered, replace(self._profile, unit=coefficient), texts)
+        self._steered.write(replace(self._profile, unit=coefficient), 1.0)
+        found = self._steered.sample_and_compare(self._prompts[:ROUGH_ROWS], tokens=self._tokens, seed=self._seed)
+        return finite(float(found.divergences.sum())) / max(found.tokens, 1)
+
+    def _texts(self, coefficient: float) -> list[Encoded]:
+        self._steered.write(replace(self._profile, unit=coefficient), 1.0)
+        return self._steered.continuations(self._prompts, tokens=self._tokens, seed=self._seed)
 
     def _report(self, *, last: bool = False) -> None:
         expected = ROUGH_EVALUATIONS + EVALUATIONS
@@ -228,16 +234,22 @@ class UnitSearch:
             self._progress("calibrate", expected if last else min(self._done, expected - 1), expected)
 
 
-def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded]) -> Cost:
+def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded] | KeptTexts) -> Cost:
     """The cost of a profile at strength 1 over given texts. Raises FitError if it is not finite."""
+    kept = texts if isinstance(texts, KeptTexts) else steered.kept(texts, ())
     steered.write(profile, 1.0)
-    sums, counts = steered.divergences(texts)
-    total, count = float(sums.sum()), int(counts.sum())
-    if not math.isfinite(total):
-        raise FitError("the steered model's logits are not finite: load the model with dtype float32")
-    written = [list(ids[start:]) for ids, start in texts]
+    sums, counts = kept.divergences(profile.layers[0])
+    total, count = finite(float(sums.sum())), int(counts.sum())
+    written = [list(ids[start:]) for ids, start in kept.examples]
     characters = sum(len(text) for text in steered.lm.tokenizer.batch_decode(written, skip_special_tokens=True))
     return Cost(total / max(count, 1), total / characters if characters else None, count)
+
+
+def finite(divergence: float) -> float:
+    """The divergence itself. Raises FitError if it is not finite."""
+    if not math.isfinite(divergence):
+        raise FitError("the steered model's logits are not finite: load the model with dtype float32")
+    return divergence
 
 
 def largest_coefficient(profile: Profile) -> float:

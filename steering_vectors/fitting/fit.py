@@ -17,7 +17,15 @@ from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate_on, check_budget
 from steering_vectors.fitting.gates import GatePrompts, fit_gate
-from steering_vectors.fitting.layers import AUTO, Evidence, LayerChoice, candidate_layers, choose_layers, parse_layers
+from steering_vectors.fitting.layers import (
+    AUTO,
+    Evidence,
+    LayerChoice,
+    candidate_layers,
+    choose_layers,
+    margin_gradients,
+    parse_layers,
+)
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
@@ -27,6 +35,7 @@ from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.metadata import DataRecord, LayerScores, Metrics, OptionValue
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
+from steering_vectors.runtime.cpu.choose_packing import packed
 
 NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
 FEW_ROWS = 100
@@ -202,21 +211,25 @@ class _Fit:
             lm, statistics, profile.directions, measured, tokens=settings.tokens, batch_tokens=settings.batch_tokens
         )
         metrics: Metrics = {"projection_accuracy": accuracies}
-        if parts.choosing is not None:
-            choice = self._choose_layers(profile, parts)
-            metrics["layer_choice"] = _layer_scores(choice)
-            profile = _restricted(profile, choice.layers)
-        if settings.calibrate:
-            profile = calibrate_on(
-                lm,
-                profile,
-                parts.calibration_prompts,
-                kl_budget=settings.kl_budget,
-                seed=settings.seed,
-                progress=self._progress,
-            )
-        with steerable(lm) as steered:
-            metrics["propensity"] = propensity_report(steered, profile, measured)
+        evidence = None if parts.choosing is None else self._evidence(profile, parts, parts.choosing)
+        with packed(lm):
+            start = None
+            if evidence is not None:
+                choice = self._choose_layers(profile, evidence)
+                metrics["layer_choice"] = _layer_scores(choice)
+                profile, start = _restricted(profile, choice.layers), choice.coefficient
+            if settings.calibrate:
+                profile = calibrate_on(
+                    lm,
+                    profile,
+                    parts.calibration_prompts,
+                    kl_budget=settings.kl_budget,
+                    start=start,
+                    seed=settings.seed,
+                    progress=self._progress,
+                )
+            with steerable(lm) as steered:
+                metrics["propensity"] = propensity_report(steered, profile, measured)
         metrics["notes"] = [
             *_data_notes(profile.data, parts),
             *self._sample_notes(parts.train),
@@ -298,8 +311,14 @@ class _Fit:
                 raise FitError(f"layer {layer}: the direction {fault}")
         return {layer: direction for layer, direction in found.items() if not faults[layer]}
 
-    def _choose_layers(self, profile: Profile, parts: Parts) -> LayerChoice:
-        evidence = Evidence(parts.choosing_prompts, token_log_odds(parts.train.sides(), self._lm.vocab_size))
+    def _evidence(self, profile: Profile, parts: Parts, choosing: Corpus) -> Evidence:
+        return Evidence(
+            parts.choosing_prompts,
+            margin_gradients(self._lm, choosing.sides(), profile.layers),
+            token_log_odds(parts.train.sides(), self._lm.vocab_size),
+        )
+
+    def _choose_layers(self, profile: Profile, evidence: Evidence) -> LayerChoice:
         settings = self._settings
         with steerable(self._lm) as steered:
             return choose_layers(
@@ -330,13 +349,18 @@ def _restricted(profile: Profile, layers: Sequence[int]) -> Profile:
 
 def _layer_scores(choice: LayerChoice) -> LayerScores:
     """The scores by window, written as the `layers` that select it."""
-    scores = {
-        str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
-        for window, score in choice.scores.items()
-    }
+
+    def named(scores: Mapping[tuple[int, ...], float]) -> dict[str, float]:
+        return {
+            str(window[0]) if len(window) == 1 else f"{window[0]}-{window[-1]}": score
+            for window, score in scores.items()
+        }
+
     return {
-        "criterion": "lexical shift and reading of steered texts at equal KL, best single layer 1",
-        "scores": scores,
+        "criterion": "first-order lexical shift and held-out margin at equal KL, best single layer 1; the best few by "
+        "lexical shift and reading of the texts they write",
+        "scores": named(choice.scores),
+        "sampled": named(choice.sampled),
     }
 
 

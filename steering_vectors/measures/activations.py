@@ -102,7 +102,7 @@ def pooled(
     """
     done = 0
     for batch in batches(examples, batch_tokens, lm.device):
-        yield _pool(batch, _block_outputs(lm, batch, layers), tokens)
+        yield _pooled(lm, batch, layers, tokens)
         done += len(batch.indices)
         if progress is not None:
             progress(stage, done, len(examples))
@@ -156,24 +156,22 @@ def _kept(rows: int, size: int, draw: random.Random) -> list[int]:
     return list(range(rows)) if rows <= size else sorted(draw.sample(range(rows), size))
 
 
-def _block_outputs(lm: LanguageModel, batch: Batch, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+def _pooled(lm: LanguageModel, batch: Batch, layers: Sequence[int], tokens: Tokens) -> Pooled:
+    """One pass over a batch. Each block's output is pooled as soon as it is there."""
+    response = batch.response.unsqueeze(-1)
+
+    def pool(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [rows, positions, hidden]
+        norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)[batch.response]
+        if tokens == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1].float(), norms
+        return hidden.float().masked_fill(~response, 0).sum(1) / response.sum(1), norms
+
     options: dict[str, Any] = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
     if takes(lm.model, "attention_mask"):
         options["attention_mask"] = batch.mask.long()
-    with torch.no_grad(), record(lm.blocks, layers) as outputs:
+    with torch.no_grad(), record(lm.blocks, layers, pool) as outputs:
         lm.model(input_ids=batch.ids, use_cache=False, **options)
-    return outputs
-
-
-def _pool(batch: Batch, outputs: dict[int, torch.Tensor], tokens: Tokens) -> Pooled:
-    vectors, norms = [], []
-    response = batch.response.unsqueeze(-1)
-    for _, hidden in sorted(outputs.items()):  # [rows, positions, hidden]
-        norms.append(torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)[batch.response])
-        if tokens == "last":
-            vectors.append(hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1].float())
-        else:
-            vectors.append(hidden.float().masked_fill(~response, 0).sum(1) / response.sum(1))
+    vectors, norms = zip(*(outputs[layer] for layer in layers), strict=True)
     return Pooled(batch.indices, torch.stack(vectors, dim=1), torch.stack(norms))
 
 

@@ -13,7 +13,7 @@ from steering_vectors.progress import Progress
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 PERPLEXITY_BOUND = 3.0  # factor over the perplexity of unsteered texts
-TEXTS = 48
+TEXTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,10 @@ def measure_point(
 ) -> CurvePoint:
     """Sample texts after the prompts at one strength, and measure their KL and their unsteered perplexity."""
     steered.write(profile, strength)
-    examples = steered.continuations(prompts, tokens=tokens, seed=seed)
-    kl, counts = steered.divergences(examples)
-    likelihoods, _ = steered.log_likelihoods(examples, steer=False)
-    count = max(float(counts.sum()), 1.0)
-    return CurvePoint(strength, float(kl.sum()) / count, math.exp(min(-float(likelihoods.sum()) / count, 700.0)))
+    found = steered.sample_and_compare(prompts, tokens=tokens, seed=seed)
+    count = max(found.tokens, 1)
+    loss = -float(found.likelihoods.sum()) / count
+    return CurvePoint(strength, float(found.divergences.sum()) / count, math.exp(min(loss, 700.0)))
 
 
 def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND) -> float:

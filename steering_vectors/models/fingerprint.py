@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,11 @@ SHAPE_FIELDS = (
 
 def fingerprint_checkpoint(directory: Path, config: PretrainedConfig) -> str:
     """Fingerprint of the safetensors files in a checkpoint's directory, however they are sharded."""
-    entries = sorted(entry for file in weight_files(directory) for entry in _stored_entries(file))
-    return _digest(config, entries)
+    entries = []
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            entries += [_entry(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118 (not a mapping)
+    return _digest(config, sorted(entries))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -54,12 +56,6 @@ def fingerprint_parameters(model: PreTrainedModel) -> str:
     """Fingerprint of a model that was never stored, from its parameters in memory."""
     entries = sorted(_entry(name, tensor.detach()) for name, tensor in model.named_parameters())
     return _digest(model.config, entries)
-
-
-def _stored_entries(file: Path) -> Iterator[str]:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-            yield _entry(name, tensors.get_slice(name))
 
 
 def _entry(name: str, tensor: torch.Tensor | object) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,17 +38,18 @@ def registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def record(blocks: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the outputs `[batch, positions, hidden]` of these blocks in the latest forward pass, by layer."""
-    seen: dict[int, torch.Tensor] = {}
+def record(
+    blocks: Sequence[nn.Module], layers: Sequence[int], read: Callable[[torch.Tensor], Any] | None = None
+) -> Iterator[dict[int, Any]]:
+    """Collect the outputs `[batch, positions, hidden]` of these blocks in the latest forward pass, by layer, or what
+    `read` makes of each at once."""
+    seen: dict[int, Any] = {}
 
-    def hook_for(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen[layer] = block_output(output)
+    def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = block_output(output)
+        seen[layer] = hidden if read is None else read(hidden)
 
-        return hook
-
-    with registered([blocks[layer].register_forward_hook(hook_for(layer)) for layer in layers]):
+    with registered([blocks[layer].register_forward_hook(partial(keep, layer)) for layer in layers]):
         yield seen
 
 
@@ -117,34 +119,96 @@ def hook_passes(model: nn.Module, begin: Callable[[Any, Any], None], end: Callab
     ]
 
 
-class PositionSelector:
-    """Keeps only the positions whose logits are wanted, before the output projection.
+def raw_outputs(blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[Any]:
+    """What each block returned while `run` ran."""
+    found: dict[int, Any] = {}
 
-    Inside `select(index)`, int `[rows, k]`, the model computes logits `[rows, k, vocabulary]`. What the architecture
-    does after its projection (scaling, soft-capping) still happens.
+    def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        found[layer] = output
+
+    with registered([block.register_forward_hook(partial(keep, layer)) for layer, block in enumerate(blocks)]):
+        run()
+    return [found[layer] for layer in range(len(blocks))]
+
+
+@contextmanager
+def resumed(blocks: Sequence[nn.Module], outputs: Sequence[Any], layer: int, hidden: torch.Tensor) -> Iterator[None]:
+    """Skip the computation of the blocks up to `layer` in the passes run inside: that block's output is `hidden`.
+
+    Their hooks still run. `outputs` are outputs of all blocks in an earlier pass, whose form is kept.
+    """
+
+    def skipping(place: int) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            return with_block_output(outputs[place], hidden if place == layer else hidden_states)
+
+        return forward
+
+    skipped = [(block, vars(block).get("forward")) for block in blocks[: layer + 1]]
+    for place, (block, _) in enumerate(skipped):
+        block.forward = skipping(place)
+    try:
+        yield
+    finally:
+        for block, replaced in skipped:
+            if replaced is None:
+                del block.forward
+            else:
+                block.forward = replaced
+
+
+class PositionSelector:
+    """Changes what the output projection is computed from: only the positions whose logits are wanted.
+
+    What the architecture does after its projection (scaling, soft-capping) still happens.
     """
 
     def __init__(self, projection: nn.Module) -> None:
-        self._index: torch.Tensor | None = None
+        self._change: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._handle = projection.register_forward_pre_hook(self._hook)
 
     @contextmanager
     def select(self, index: torch.Tensor) -> Iterator[None]:
-        self._index = index
-        try:
+        """Compute logits `[rows, k, vocabulary]` at positions `[rows, k]`."""
+        with self._changing(lambda hidden: _at(hidden, index)):
             yield
-        finally:
-            self._index = None
+
+    @contextmanager
+    def take(self, index: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Collect the projection's input at positions `[rows, k]`, and compute the logits of one position only."""
+        taken: list[torch.Tensor] = []
+
+        def change(hidden: torch.Tensor) -> torch.Tensor:
+            taken.append(_at(hidden, index))
+            return hidden[:, :1]
+
+        with self._changing(change):
+            yield taken
+
+    @contextmanager
+    def give(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Compute the logits of `hidden` `[1, k, hidden]`, whatever the model computed."""
+        with self._changing(lambda _: hidden):
+            yield
 
     def remove(self) -> None:
         self._handle.remove()
 
+    @contextmanager
+    def _changing(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        self._change = change
+        try:
+            yield
+        finally:
+            self._change = None
+
     def _hook(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if self._index is None:
-            return None
-        hidden = args[0]  # [rows, positions, hidden]
-        rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-        return (hidden[rows, self._index], *args[1:])
+        return None if self._change is None else (self._change(args[0]), *args[1:])
+
+
+def _at(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
+    return hidden[rows, index]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,14 +228,11 @@ def trace_calls(modules: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]
     """The calls of the named modules while `run` runs, in the order in which they returned."""
     calls: list[Call] = []
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            first = output[0] if type(output) in (tuple, list) and output else output
-            calls.append(Call(name, given, first if isinstance(first, torch.Tensor) else None))
+    def note(name: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        first = output[0] if type(output) in (tuple, list) and output else output
+        calls.append(Call(name, given, first if isinstance(first, torch.Tensor) else None))
 
-        return hook
-
-    with registered([module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules]):
+    with registered([module.register_forward_hook(partial(note, name), with_kwargs=True) for name, module in modules]):
         run()
     return calls

@@ -28,7 +28,7 @@ from safetensors.torch import save as to_safetensors
 from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.gate import Gate
 from steering_vectors.profiles.metadata import ProfileSummary
-from steering_vectors.profiles.profile import FORMAT_VERSION, NAME_PATTERN, NAME_RULE, ModelIdentity, Profile
+from steering_vectors.profiles.profile import FORMAT_VERSION, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "trimtab"
@@ -66,7 +66,9 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
     """Write `directory/NAME.safetensors` atomically, replace an existing file, and return the path.
 
     `created_at` (UTC) and `trimtab_version` are filled in if they are empty. Residual norms are rounded to float32. The
-    bytes are read back before the file is replaced. Raises ProfileError if the profile cannot be stored.
+    bytes are read back before the file is replaced. A hidden temporary file beside the target is written, fsynced and
+    renamed, so a reader sees either the old file or the new one. Creates the directory. Raises ProfileError if the
+    profile cannot be stored.
     """
     stamped = replace(
         profile,
@@ -74,25 +76,21 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
         trimtab_version=profile.trimtab_version or installed_version(),
     )
     data = _encode(stamped)
-    read_profile(data, stamped.name)
-    return publish(data, stamped.name, directory)
-
-
-def publish(data: bytes, name: str, directory: str | Path) -> Path:
-    """Write the bytes of a profile, already checked with `read_profile`, to `directory` under `name`.
-
-    A hidden temporary file beside the target is written, fsynced and renamed, so a reader sees either the old file or
-    the new one. Creates the directory. Raises ProfileError if the file cannot be written.
-    """
-    if not NAME_PATTERN.fullmatch(name):
-        raise ProfileError(f"{name!r} is not a profile name; {NAME_RULE}")
-    target = Path(directory) / f"{name}{SUFFIX}"
-    temporary = target.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
+    read_profile(data, profile.name)
+    target = Path(directory) / f"{profile.name}{SUFFIX}"
+    temporary = target.with_name(f".{profile.name}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(temporary, data)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_directory(target.parent)
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ProfileError(f"{target}: cannot be written ({error}); check the directory and its free space") from error
     finally:
@@ -111,12 +109,15 @@ def load_profile(path: str | Path) -> Profile:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ProfileError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
-    return _read(data, path.stem, str(path))
+    return read_profile(data, path.stem, str(path))
 
 
-def read_profile(data: bytes, name: str) -> Profile:
-    """Read a profile named `name` from the bytes of its file. Raises only ProfileError."""
-    return _read(data, name, f"profile {name!r}")
+def read_profile(data: bytes, name: str, source: str = "") -> Profile:
+    """Read a profile named `name` from the bytes of its file, which errors call `source`. Raises only ProfileError."""
+    try:
+        return _decode(data, name)
+    except ProfileError as error:
+        raise ProfileError(f"{source or f'profile {name!r}'}: {error.message}") from error
 
 
 def profile_summary(profile: Profile) -> ProfileSummary:
@@ -181,28 +182,6 @@ def _encode(profile: Profile) -> bytes:
     return data
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read(data: bytes, name: str, source: str) -> Profile:
-    try:
-        return _decode(data, name)
-    except ProfileError as error:
-        raise ProfileError(f"{source}: {error.message}") from error
-
-
 def _decode(data: bytes, name: str) -> Profile:
     tensors, text = _unpack(data)
     fields = _fields(text)
@@ -212,9 +191,12 @@ def _decode(data: bytes, name: str) -> Profile:
     directions = _directions(tensors, fields.pop("layers"), model)
     norms = _residual_norms(tensors, model)
     version = hashlib.sha256(data).hexdigest()
-    gate_fields = fields.pop("gate", None)
+    gate_fields, gate = fields.pop("gate", None), None
     try:
-        gate = _gate(tensors, gate_fields, model)
+        if (gate_fields is None) != (GATE_TENSOR not in tensors):
+            raise ProfileError("only one of the metadata and the tensors has a gate")
+        if gate_fields is not None:
+            gate = Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **gate_fields)
         return Profile(model=model, directions=directions, residual_norms=norms, version=version, gate=gate, **fields)
     except ProfileError as error:
         raise ProfileError(f"{error.message}; {REFIT}") from error
@@ -232,14 +214,10 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
         raise ProfileError(f"not a profile: the metadata of this safetensors file has no key {METADATA_KEY!r}; {REFIT}")
     if unknown := sorted(set(metadata) - {METADATA_KEY}):
         raise ProfileError(f"the metadata has the unknown key {unknown[0]!r}; {UPGRADE}")
-    _check_names(tensors)
-    return tensors, metadata[METADATA_KEY]
-
-
-def _check_names(tensors: Mapping[str, Any]) -> None:
     for name in sorted(tensors):
         if name != GATE_TENSOR and not TENSOR_NAME.fullmatch(name):
             raise ProfileError(f"the file has the unknown tensor {name!r}; {UPGRADE}")
+    return tensors, metadata[METADATA_KEY]
 
 
 def _fields(text: str) -> dict[str, Any]:
@@ -253,10 +231,9 @@ def _fields(text: str) -> dict[str, Any]:
         raise ProfileError(f"the metadata is not a JSON object; {REFIT}")
     if (version := fields.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
         raise ProfileError(f"the format version is {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
-    _check_types({key: value for key, value in fields.items() if key != "gate"}, FIELDS, "")
+    _check_types(fields, {**FIELDS, "gate": OBJECT} if "gate" in fields else FIELDS, "")
     _check_types(fields["model"], MODEL_FIELDS, "model.")
     if "gate" in fields:
-        _check_types({"gate": fields["gate"]}, {"gate": OBJECT}, "")
         _check_types(fields["gate"], GATE_FIELDS, "gate.")
     return fields
 
@@ -287,7 +264,7 @@ def _integer(text: str) -> int:
 
 
 def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdentity) -> dict[int, torch.Tensor]:
-    present = sorted(_layers_with("direction", tensors))
+    present = _layers_with("direction", tensors)
     if any(type(layer) is not int for layer in layers) or layers != present:
         raise ProfileError(f"'layers' in the metadata is {layers}, but the directions have layers {present}; {REFIT}")
     if model.hidden_size < 1 or model.num_layers < 1:
@@ -295,15 +272,9 @@ def _directions(tensors: Mapping[str, Any], layers: list[Any], model: ModelIdent
     return {layer: _tensor(tensors, f"block.{layer}.direction", [model.hidden_size]) for layer in present}
 
 
-def _gate(tensors: Mapping[str, Any], fields: dict[str, Any] | None, model: ModelIdentity) -> Gate | None:
-    if (fields is None) != (GATE_TENSOR not in tensors):
-        raise ProfileError(f"only one of the metadata and the tensors has a gate; {REFIT}")
-    return None if fields is None else Gate(direction=_tensor(tensors, GATE_TENSOR, [model.hidden_size]), **fields)
-
-
 def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[int, float]:
     norms = {}
-    for layer in sorted(_layers_with("residual_norm", tensors)):
+    for layer in _layers_with("residual_norm", tensors):
         name = f"block.{layer}.residual_norm"
         norms[layer] = float(_tensor(tensors, name, []))
         if layer >= model.num_layers:
@@ -314,8 +285,7 @@ def _residual_norms(tensors: Mapping[str, Any], model: ModelIdentity) -> dict[in
 
 
 def _layers_with(kind: str, tensors: Mapping[str, Any]) -> list[int]:
-    matches = [TENSOR_NAME.fullmatch(name) for name in tensors]
-    return [int(match[1]) for match in matches if match and match[2] == kind]
+    return sorted(int(match[1]) for match in map(TENSOR_NAME.fullmatch, tensors) if match and match[2] == kind)
 
 
 def _tensor(tensors: Mapping[str, Any], name: str, shape: list[int]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 OptionValue = str | int | float | bool
 MethodOptions = Mapping[str, OptionValue]
@@ -56,10 +56,14 @@ class PropensityReport(TypedDict):
 
 
 class LayerScores(TypedDict):
-    """The score of each window of blocks that the automatic choice tried, by the window's text (`5` or `5-7`)."""
+    """The score of each window of blocks that the automatic choice tried, by the window's text (`5` or `5-7`).
+
+    `sampled` are the scores of the best few from texts; format 1 profiles of older versions have none.
+    """
 
     criterion: str
     scores: dict[str, float]
+    sampled: NotRequired[dict[str, float]]
 
 
 class Metrics(TypedDict, total=False):
@@ -97,21 +101,6 @@ class GateMetrics(TypedDict, total=False):
     sha256: str
 
 
-class GateRecord(TypedDict):
-    layer: int
-    threshold: float
-    side: str
-    metrics: GateMetrics
-
-
-class ModelRecord(TypedDict):
-    id: str
-    architecture: str
-    hidden_size: int
-    num_layers: int
-    fingerprint: str
-
-
 class ProfileSummary(TypedDict):
     """Everything a profile holds except its vectors. `residual_norms` and `direction_norms` are by block."""
 
@@ -127,11 +116,11 @@ class ProfileSummary(TypedDict):
     unit: float
     max_strength: float
     calibration: Calibration
-    model: ModelRecord
+    model: dict[str, Any]  # the fields of ModelIdentity
     chat_template_sha256: str | None
     data: DataRecord
     metrics: Metrics
-    gate: NotRequired[GateRecord]
+    gate: NotRequired[dict[str, Any]]  # the fields of Gate but for its direction
     residual_norms: dict[str, float]
     direction_norms: dict[str, float]
     created_at: str

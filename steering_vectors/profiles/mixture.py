@@ -1,19 +1,17 @@
-"""Mixtures: profiles with strengths, the shifts they add up to, their safe range and their receipts."""
+"""Mixtures: profiles with strengths, the shifts they add up to, and their safe range."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from steering_vectors.errors import SteeringError
-from steering_vectors.profiles.profile import CHOICES, ApplyTo, Profile
+from steering_vectors.profiles.profile import CHOICES, LARGEST, ApplyTo, Profile
 
-LARGEST = torch.finfo(torch.float32).max
 ROUNDING = 1e-9  # relative; tolerance for float rounding in the sum of strengths
 MAX_LAYER_SUBSETS = 16  # of one profile whose unit shifts are kept
 
@@ -65,11 +63,6 @@ class Term:
     @property
     def active_layers(self) -> tuple[int, ...]:
         return self.profile.layers if self.layers is None else tuple(sorted(set(self.layers)))
-
-    @property
-    def subset(self) -> tuple[int, ...] | None:
-        """The active blocks, or None if they are all of the profile's."""
-        return None if self.layers is None or self.active_layers == self.profile.layers else self.active_layers
 
     def shift(self) -> Shifts:
         """α · unit · direction at each active block, float32."""
@@ -157,33 +150,11 @@ class Mixture:
         if self.is_neutral:
             return ""
         content = [
-            (term.profile.version or term.profile.content_digest(), float(term.strength), term.subset)
+            (term.profile.version or term.profile.content_digest(), float(term.strength), term.active_layers)
             for term in self.terms
             if not self.is_idle(term)
         ]
         return hashlib.sha256(repr((content, self.preserve_norm)).encode()).hexdigest()
-
-    def receipt(self, steered_tokens: int) -> list[dict[str, Any]]:
-        """The applied steering, one entry per profile, for the `steering` field of a response."""
-        return [self._receipt_of(term, steered_tokens) for term in self.terms]
-
-    def _receipt_of(self, term: Term, steered_tokens: int) -> dict[str, Any]:
-        idle = self.is_idle(term)
-        entry: dict[str, Any] = {
-            "name": term.profile.name,
-            "version": term.profile.version,
-            "strength": term.strength,
-            "operator": term.profile.operator,
-            "layers": [] if idle else list(term.active_layers),
-            "apply_to": self.apply_to,
-            "steered_tokens": 0 if idle else steered_tokens,
-            "calibrated": self.is_calibrated(term),
-        }
-        if self.preserve_norm:
-            entry["preserve_norm"] = True
-        if self.allow_beyond_safe:
-            entry["allow_beyond_safe"] = True
-        return entry
 
     def is_calibrated(self, term: Term) -> bool:
         """Whether the KL budget holds for this use: the profile alone, at all its layers, as it was calibrated."""

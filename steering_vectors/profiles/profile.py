@@ -72,9 +72,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         self._check_fields()
-        self._check_directions()
-        if self.gate is not None:
-            self._check_gate(self.gate)
+        self._check_tensors()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,16 +150,7 @@ class Profile:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
                 raise self._fault(f"{name} must be a positive finite number, not {value!r}")
 
-    def _check_gate(self, gate: Gate) -> None:
-        size, last = self.model.hidden_size, self.model.num_layers - 1
-        if not 0 <= gate.layer <= last:
-            raise self._fault(f"its gate's layer {gate.layer} is out of range; the model has blocks 0 to {last}")
-        if len(gate.direction) != size:
-            raise self._fault(
-                f"its gate's direction has {len(gate.direction)} entries, the model's hidden size is {size}"
-            )
-
-    def _check_directions(self) -> None:
+    def _check_tensors(self) -> None:
         size, last = self.model.hidden_size, self.model.num_layers - 1
         if not self.directions:
             raise ProfileError(f"profile {self.name!r} has no direction")
@@ -177,3 +166,9 @@ class Profile:
                 raise self._fault(f"the direction at layer {layer} is not float32")
             if not bool(torch.isfinite(direction).all()):
                 raise self._fault(f"the direction at layer {layer} has a NaN or infinite entry")
+        if self.gate is not None:
+            if not 0 <= self.gate.layer <= last:
+                place = f"its gate's layer {self.gate.layer}"
+                raise self._fault(f"{place} is out of range; the model has blocks 0 to {last}")
+            if (entries := len(self.gate.direction)) != size:
+                raise self._fault(f"its gate's direction has {entries} entries, the model's hidden size is {size}")

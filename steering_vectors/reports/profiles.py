@@ -48,17 +48,13 @@ def headline(profile: Profile) -> str:
     blocks = "block" if len(profile.layers) == 1 else "blocks"
     verb = "removes" if profile.operator == "ablate" else "adds"
     where = "everywhere" if profile.apply_to == "all" else "from the last prompt token on"
+    cost = "it is not calibrated, so the cost of strength 1 is unknown"
+    if (kl := profile.calibration.get("kl_at_1")) is not None:
+        cost = f"strength 1 costs {kl:.3g} nats of KL per token"
     return (
         f"{profile.name} ({profile.method}) {verb} its direction at {blocks} {', '.join(map(str, profile.layers))} of "
-        f"{profile.model.id}, {where}; {_cost(profile)}, and {_range(profile)}."
+        f"{profile.model.id}, {where}; {cost}, and {_range(profile)}."
     )
-
-
-def _cost(profile: Profile) -> str:
-    kl = profile.calibration.get("kl_at_1")
-    if kl is None:
-        return "it is not calibrated, so the cost of strength 1 is unknown"
-    return f"strength 1 costs {kl:.3g} nats of KL per token"
 
 
 def _range(profile: Profile) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,9 +15,11 @@ from rich.table import Table
 from steering_vectors import progress
 from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
 from steering_vectors.profiles.metadata import Calibration, Metrics
-from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.evaluation import frontier_sentence, margin_change, prompting_estimates
 from steering_vectors.reports.trust import print_trust
+
+if TYPE_CHECKING:
+    from steering_vectors.profiles.profile import Profile
 
 STAGES = {
     "capture": "reading activations",
@@ -102,10 +104,15 @@ def print_profile(profile: Profile, path: Path) -> None:
     console.print(_layer_table(profile))
     _print_propensity(console, profile.metrics)
     if choice := profile.metrics.get("layer_choice"):
-        scores = sorted(choice["scores"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{window}: {score:.4g}" for window, score in scores)
-        console.print(f"layer choice by {choice['criterion']}: {shown}")
+        console.print(f"layer choice by {choice['criterion']}: {_ranked(choice['scores'])}")
+        if sampled := choice.get("sampled"):
+            console.print(f"of these, by the texts they write: {_ranked(sampled)}")
     _print_notes(console, profile.metrics)
+
+
+def _ranked(scores: Mapping[str, float]) -> str:
+    ranked = sorted(scores.items(), key=lambda item: -item[1])
+    return ", ".join(f"{window}: {score:.4g}" for window, score in ranked)
 
 
 def _cost_line(calibration: Calibration) -> str:

@@ -26,9 +26,20 @@ def trust_section(one: TrustEvaluation) -> str:
     """The headline, a plot per vertical, and the changes of every figure, also by group of rows."""
     verticals = one["trust"]
     drawn = plots([_plot(name, found) for name, found in verticals.items()])
+    rows = [
+        [name, found["figures"][title]["measure"], AIMS[found["figures"][title]["aim"]], points]
+        for name, found in verticals.items()
+        for title, points in _series(found).items()
+    ]
+    changes = _change_table(["vertical", "figure", "better"], rows)
+    notes = [
+        [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
+        for name, found in verticals.items()
+    ]
+    measured = table(["vertical", "rows", "left out", "how it is measured"], notes)
     return (
         f"<h3>Trust</h3>{lead(trust_headline(one))}{drawn}"
-        f"{_changes(verticals)}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{_notes(verticals)}"
+        f"{changes}<p>{html.escape(reading_note(verticals))}</p>{_groups(verticals)}{measured}"
     )
 
 
@@ -156,15 +167,6 @@ def _draw_line(ax: Axes, points: Mapping[float, Any], **style: Any) -> None:
     ax.plot(list(points), [point["value"] for point in points.values()], **style)
 
 
-def _changes(verticals: Mapping[str, VerticalReport]) -> str:
-    rows = [
-        [name, found["figures"][title]["measure"], AIMS[found["figures"][title]["aim"]], points]
-        for name, found in verticals.items()
-        for title, points in _series(found).items()
-    ]
-    return _change_table(["vertical", "figure", "better"], rows)
-
-
 def _groups(verticals: Mapping[str, VerticalReport]) -> str:
     """The main figures by group of rows, collapsed."""
     rows = [
@@ -203,11 +205,3 @@ def _change_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _with_interval(point: Mapping[str, Any], key: str, form: str) -> str:
     low, high = point[f"{key}_95"]
     return f"{point[key]:{form}}<br><small>{low:{form}} to {high:{form}}</small>"
-
-
-def _notes(verticals: Mapping[str, VerticalReport]) -> str:
-    rows = [
-        [name, str(found["rows"]), str(found["left_out"]), " ".join([found["note"], *found["remarks"]])]
-        for name, found in verticals.items()
-    ]
-    return table(["vertical", "rows", "left out", "how it is measured"], rows)

@@ -7,17 +7,17 @@ row's own positions, so that stock models run unchanged.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from steering_vectors.runtime.pages import clear, zeros
 
 Slots = slice | torch.Tensor
 
@@ -68,8 +68,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         slots, columns = self._shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = _zeros((slots, key_states.shape[1], columns, key_states.shape[3]), key_states)
-        self.values = _zeros((slots, value_states.shape[1], columns, value_states.shape[3]), value_states)
+        self.keys = zeros((slots, key_states.shape[1], columns, key_states.shape[3]), key_states)
+        self.values = zeros((slots, value_states.shape[1], columns, value_states.shape[3]), value_states)
         self.is_initialized = True
 
     def update(
@@ -127,16 +127,8 @@ class SlotCache(Cache):  # type: ignore[misc]
     def zero(self, slot: int) -> None:
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys[slot] = 0
-                layer.values[slot] = 0
-
-
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros that take no memory on a CPU until they are written; torch writes its own at once."""
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    flat = torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8))
-    return flat.view(like.dtype).view(shape)
+                clear(layer.keys[slot])
+                clear(layer.values[slot])
 
 
 def active_metadata() -> AttentionMetadata:

@@ -5,8 +5,6 @@ It steers exactly as `SteeringBank` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -14,14 +12,11 @@ import torch
 from torch import nn
 
 from steering_vectors.profiles.mixture import Mixture, Shifts
-from steering_vectors.steering.bank import Hook, Rows, SteeringBank, Step
+from steering_vectors.steering.bank import Hook, SteeringBank
 
 
 class AcceleratedBank(SteeringBank):
     """The bank of an engine, whose rows change at every step and whose blocks may add shifts themselves."""
-
-    _always = False  # whether the current step adds at every block
-    _claimed: int | None = None  # the layer whose block adds its shifts itself
 
     @cached_property
     def _largest(self) -> float:
@@ -31,23 +26,6 @@ class AcceleratedBank(SteeringBank):
     def write(self, row: int, mixture: Mixture) -> None:
         if not self._rescale(row, mixture):
             super().write(row, mixture)
-
-    @contextmanager
-    def step(self, rows: Rows, where: torch.Tensor | None = None, *, always: bool = False) -> Iterator[None]:
-        """Steer the forward passes run inside. Steps cannot be nested.
-
-        With `always` the buffer is added at every block, zeros included, so that a recorded step does not depend on
-        which rows are steered now. No row may then ablate directions or keep norms.
-        """
-        if always and not self.only_adds:
-            raise RuntimeError("a row ablates or keeps norms, which a recorded step cannot follow")
-        self._begin(Step(rows, where, self._shift))
-        self._always = always
-        try:
-            yield
-        finally:
-            self._step = self._claimed = None
-            self._always = False
 
     def claim(self, layer: int, rows: int) -> torch.Tensor | None:
         """The shifts `[rows, 1, hidden]` for a block that adds them to its output itself; its hook then does nothing.
@@ -63,9 +41,6 @@ class AcceleratedBank(SteeringBank):
             return None
         self._claimed = layer
         return shifts
-
-    def _acts(self, layer: int) -> bool:
-        return self._always or self._busy[layer] > 0
 
     def _rescale(self, row: int, mixture: Mixture) -> bool:
         """Give a row another strength of the one profile that it has at all blocks, in one operation.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
 from steering_vectors.errors import SteeringError
@@ -79,6 +80,8 @@ class SteeringBank:
         self._preserving: set[int] = set()  # rows whose norms are kept
         self._busy: Counter[int] = Counter()  # layer -> number of rows that are steered there
         self._step: Step | None = None
+        self._always = False  # whether the current step adds at every block
+        self._claimed: int | None = None  # the layer whose block adds its shifts itself
         self._handles: list[RemovableHandle] = []
         self._watcher: Callable[[int, Mixture | None], None] | None = None
 
@@ -118,16 +121,12 @@ class SteeringBank:
         """Call `watcher` before each change with the row and its mix, None for a row that is cleared."""
         self._watcher = watcher
 
-    def check(self, mixture: Mixture) -> Shifts:
-        """The mix's shifts per block, in the model's dtype. Raises SteeringError if one is too large for it."""
-        return shifts_in(mixture, self._shift.dtype)
-
     def write(self, row: int, mixture: Mixture) -> None:
         """Give a row its mix: summed in float32, cast once to the model's dtype.
 
         Raises SteeringError, with the row as it was, if a shift is too large for the dtype.
         """
-        shifts = self.check(mixture)
+        shifts = shifts_in(mixture, self._shift.dtype)
         self._announce(row, mixture)
         self._replace(row, mixture, shifts)
 
@@ -137,13 +136,22 @@ class SteeringBank:
         self._erase(row)
 
     @contextmanager
-    def step(self, rows: Rows, where: torch.Tensor | None = None) -> Iterator[None]:
-        """Steer the forward passes run inside. Steps cannot be nested."""
-        self._begin(Step(rows, where, self._shift))
+    def step(self, rows: Rows, where: torch.Tensor | None = None, *, always: bool = False) -> Iterator[None]:
+        """Steer the forward passes run inside. Steps cannot be nested.
+
+        With `always` the buffer is added at every block, zeros included, so that a recorded step does not depend on
+        which rows are steered now. No row may then ablate directions or keep norms.
+        """
+        if always and not self.only_adds:
+            raise RuntimeError("a row ablates or keeps norms, which a recorded step cannot follow")
+        if self._step is not None:
+            raise RuntimeError("a steering step is already under way")
+        self._step, self._always = Step(rows, where, self._shift), always
         try:
             yield
         finally:
-            self._step = None
+            self._step = self._claimed = None
+            self._always = False
 
     @contextmanager
     def steps(self, model: nn.Module, where: Callable[[Any, Any], torch.Tensor | None]) -> Iterator[None]:
@@ -158,10 +166,8 @@ class SteeringBank:
         with registered(hook_passes(model, begin, end)):
             yield
 
-    def _begin(self, step: Step) -> None:
-        if self._step is not None:
-            raise RuntimeError("a steering step is already under way")
-        self._step = step
+    def _acts(self, layer: int) -> bool:
+        return self._always or self._busy[layer] > 0
 
     def _announce(self, row: int, mixture: Mixture | None) -> None:
         if self._watcher is not None:
@@ -202,21 +208,19 @@ class SteeringBank:
     def _hook_for(self, layer: int) -> Hook:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             step = self._step
-            if step is None or not self._busy[layer] > 0:
+            if step is None or not self._acts(layer):
                 return None
             return self._steered_output(layer, output, step)
 
         return hook
 
     def _steered_output(self, layer: int, output: Any, step: Step) -> Any:
-        return with_block_output(output, self._steer(layer, block_output(output), step))
-
-    def _steer(self, layer: int, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        hidden = block_output(output)
         shift = step.shifts[layer].to(hidden)
         steered = hidden + (shift if step.where is None else shift * step.where.unsqueeze(-1))
         if not self.only_adds:
             self._steer_rows(layer, hidden, steered, step)
-        return steered
+        return with_block_output(output, steered)
 
     def _steer_rows(self, layer: int, before: torch.Tensor, after: torch.Tensor, step: Step) -> None:
         """Apply the operators that differ in kind between rows, one row at a time, in float32, into `after`."""
@@ -226,8 +230,9 @@ class SteeringBank:
             if not pairs and not preserve:
                 continue
             hidden = ablated(after[index].float(), pairs)
-            if preserve:
-                hidden = with_norm_of(before[index].float(), hidden)
+            if preserve:  # a zero vector stays zero
+                norms = [vector_norm(each, dim=-1, keepdim=True) for each in (before[index].float(), hidden)]
+                hidden = hidden * (norms[0] / norms[1].clamp_min(MIN_NORM))
             hidden = hidden.to(after.dtype)
             where = None if step.where is None else step.where[index].unsqueeze(-1)
             after[index] = hidden if where is None else torch.where(where, hidden, before[index])
@@ -245,10 +250,3 @@ def ablated(hidden: torch.Tensor, pairs: Sequence[tuple[float, torch.Tensor]]) -
     for beta, unit in pairs:
         hidden = hidden - beta * (hidden @ unit).unsqueeze(-1) * unit
     return hidden
-
-
-def with_norm_of(reference: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`hidden` scaled to the norms of `reference`, both float32 `[…, hidden]`; a zero vector stays zero."""
-    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (reference, hidden)]
-    scaled: torch.Tensor = hidden * (norms[0] / norms[1].clamp_min(MIN_NORM))
-    return scaled

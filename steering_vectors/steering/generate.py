@@ -57,7 +57,15 @@ def steer(
             f"profile {name!r} has a gate, which only a server decides: use replace(profile, gate=None)"
         )
     timeline = Timeline(prompt_length)
-    network, bank = _written_bank(model, mixture, allow_model_mismatch)
+    if isinstance(model, LanguageModel):
+        network, blocks, identity = model.model, model.blocks, model.identity
+    else:
+        network, blocks = model, find_blocks(model)
+        identity = identify(model, num_layers=len(blocks))
+    for term in mixture.terms:
+        term.profile.check_model(identity, allow_mismatch=allow_model_mismatch)
+    bank = SteeringBank(blocks, rows=1, hidden_size=identity.hidden_size, dtype=network.dtype, device=network.device)
+    bank.write(0, mixture)
     where = timeline.where if mixture.apply_to == "generated" else lambda *_: None
     bank.attach()
     try:
@@ -65,22 +73,6 @@ def steer(
             yield mixture
     finally:
         bank.detach()
-
-
-def _written_bank(
-    model: PreTrainedModel | LanguageModel, mixture: Mixture, allow_mismatch: bool
-) -> tuple[PreTrainedModel, SteeringBank]:
-    """The model to run, and a bank of one row that holds the mix."""
-    if isinstance(model, LanguageModel):
-        network, blocks, identity = model.model, model.blocks, model.identity
-    else:
-        network, blocks = model, find_blocks(model)
-        identity = identify(model, num_layers=len(blocks))
-    for term in mixture.terms:
-        term.profile.check_model(identity, allow_mismatch=allow_mismatch)
-    bank = SteeringBank(blocks, rows=1, hidden_size=identity.hidden_size, dtype=network.dtype, device=network.device)
-    bank.write(0, mixture)
-    return network, bank
 
 
 class Timeline:
@@ -120,8 +112,11 @@ class Timeline:
         If the cache has no length, a pass no longer than the positions seen so far continues from them: generate's
         passes over a whole sequence only grow.
         """
-        cache = next((kwargs[name] for name in STATE_ARGUMENTS if kwargs.get(name) is not None), None)
-        known = _length(cache)
+        cache: Any = next((kwargs[name] for name in STATE_ARGUMENTS if kwargs.get(name) is not None), None)
+        try:
+            known = int(cache.get_seq_length())
+        except (AttributeError, ValueError):  # no cache, or one that has no length, as those of recurrent models
+            known = None
         if cache is None or known:
             return known or 0
         unsure = known is None or self._generating
@@ -153,7 +148,12 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
     own, generate = vars(model).get("generate"), model.generate
 
     def announced(*args: Any, **kwargs: Any) -> Any:
-        _check_padding(kwargs.get("attention_mask"))
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise SteeringError(
+                "the prompts are padded on the right, so they have no common last position: "
+                "set tokenizer.padding_side = 'left'"
+            )
         given = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         # without a prompt, generate starts from a single BOS token
         with begin(next((int(one.shape[1]) for one in given if one is not None), 1)):
@@ -166,19 +166,3 @@ def _announcing(model: PreTrainedModel, begin: Callable[[int], Any]) -> Iterator
         del model.generate
         if own is not None:
             model.generate = own
-
-
-def _check_padding(mask: Any) -> None:
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
-        raise SteeringError(
-            "the prompts are padded on the right, so they have no common last position: "
-            "set tokenizer.padding_side = 'left'"
-        )
-
-
-def _length(cache: Any) -> int | None:
-    """Positions that a cache holds; None if it has no length, as those of recurrent models."""
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):
-        return None

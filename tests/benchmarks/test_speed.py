@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ from benchmarks.peers.cases import Comparison, case_of
 from benchmarks.peers.commands import Setup
 from benchmarks.peers.process import PeerFailed, running
 from benchmarks.peers.report import Outcome
-from benchmarks.speed import scoring, throughput
+from benchmarks.speed import first_requests, scoring, throughput
+from server.engines.config import EngineConfig
+from server.engines.torch.engine import TorchEngine
+from steering_vectors.models.loading import wrap_model
+from tests.support.tiny import tiny_model
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 SETUP = Setup("model", "gguf", vocabulary=100, threads=1, rows=16, length=64, steered=False)
 # A peer that notes what it is asked. `wrong`: how many of its eight rows begin with another token.
@@ -168,3 +174,25 @@ def test_ratios_of_steps_are_within_pairs() -> None:
     assert (found["unsteered_ms"], found["steered_ms"]) == (4, 3)
     assert (found["ratio"], found["ratio_range"], found["cpu_ratio"]) == (1.0, [0.5, 3.0], 1.0)
     assert found["pairs_ms"] == [[1, 2], [4, 4], [9, 3]]
+
+
+def test_the_longest_wait_is_counted_in_steps_of_the_last_round() -> None:
+    rounds = [first_requests.Round(longest, middle, 0, 0.0, 0) for longest, middle in ((90.0, 11.0), (15.0, 10.0))]
+    assert first_requests.gaps(rounds) == [9.0, 1.5]
+
+
+def test_no_two_prompts_begin_alike() -> None:
+    prompts = [first_requests.prompt_of(row, 8, 200) for row in range(104)]
+    assert len({prompt[0] for prompt in prompts}) == 104
+    assert all(0 <= token < 200 for prompt in prompts for token in prompt)
+
+
+def test_each_round_of_first_requests_is_measured() -> None:
+    language_model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    engine = TorchEngine(language_model, EngineConfig(slots=4, context=64))
+    rounds = asyncio.run(first_requests.measured(engine, 2, 3, 8, 5))
+    assert len(rounds) == 3
+    assert all(one.longest_wait >= one.median_wait > 0 for one in rounds)
+    assert all(one.resident > 2**20 for one in rounds)
+    assert engine.stats().generated_tokens == 2 * 3 * 5
+    assert engine.stats().prompt_tokens == 2 * 3 * 8

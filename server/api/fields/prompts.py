@@ -91,6 +91,9 @@ class EncodingBody(Body):
         default_factory=dict, description="Variables for the chat template.", examples=[{"enable_thinking": False}]
     )
 
+    def encoding(self) -> dict[str, Any]:
+        return {"add_special_tokens": self.add_special_tokens, "template_kwargs": self.chat_template_kwargs}
+
 
 class OnePromptBody(EncodingBody):
     """A prompt, as text, token ids or messages."""

@@ -22,19 +22,11 @@ from server.api.openai.responses import finite
 from server.engines.protocol import Delta, Finished, GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan
 from server.generation.choices import Choice, Generations, Result
 from server.generation.intake import Ask
-from server.generation.receipts import (
-    Ending,
-    Projections,
-    Receipts,
-    Usage,
-    ending,
-    receipt,
-    usage,
-)
-from server.generation.steering_grammar import EXAMPLE, HEADER, of_header, only_one
+from server.generation.receipts import Ending, Projections, Receipts, Usage, ending, receipt, usage
+from server.generation.steering_grammar import EXAMPLE, only_one
 from server.generation.token_texts import TokenTexts
 from server.http.answers import about
-from server.http.json_bodies import StrictRoute
+from server.http.middleware import StrictRoute
 from server.http.sse import EventStreamResponse, while_connected
 from steering_vectors.errors import SteeringError
 
@@ -164,7 +156,7 @@ class GenerateBody(TextBody, ConstrainedBody):
     def ask(self, served: str, header: str | None) -> Ask:
         return Ask(
             (self.the_prompt(),),
-            encoding=self,
+            encoding=self.encoding(),
             plans={"steering" if self.profile is None else "profile": self._plan(header)},
             common=GenerationRequest((), (), self.sampling()),
             constraints=self.constraints(),
@@ -180,9 +172,8 @@ class GenerateBody(TextBody, ConstrainedBody):
         sources = {
             "the field profile": SteeringPlan((PlanTerm(self.profile, "", strength),)) if self.profile else None,
             "the field steering": None if self.steering is None else self.steering.plan(),
-            f"the header {HEADER}": of_header(header),
         }
-        return only_one(sources) or SteeringPlan()
+        return only_one(sources, header)
 
 
 class CompareBody(TextBody):
@@ -202,7 +193,7 @@ class CompareBody(TextBody):
     def ask(self, served: str, header: str | None) -> Ask:
         return Ask(
             (self.the_prompt(),),
-            encoding=self,
+            encoding=self.encoding(),
             plans={f"variants[{place}]": variant.plan() for place, variant in enumerate(self.variants)},
             common=GenerationRequest((), (), self.sampling(), divergence=self.kl),
             projections=self.projections,
@@ -226,15 +217,14 @@ class ScoreBody(OnePromptBody):
     )
 
     def ask(self, served: str, header: str | None) -> Ask:
-        field = None if self.steering is None else self.steering.plan()
-        plan = only_one({"the field steering": field, f"the header {HEADER}": of_header(header)}) or SteeringPlan()
+        plan = only_one({"the field steering": None if self.steering is None else self.steering.plan()}, header)
         if any(term.schedule is not None for term in plan.terms):
             raise SteeringError(
                 "completions are scored under a constant steering: leave the schedule out", param="schedule"
             )
         return Ask(
             (self.the_prompt(),),
-            encoding=self,
+            encoding=self.encoding(),
             plans={"steering": plan},
             common=GenerationRequest((), (), SamplingParameters(max_tokens=0), prompt_logprobs=self.top_logprobs),
             completions=self.completions,

@@ -18,7 +18,7 @@ from server.generation.intake import check_capabilities
 from server.generation.receipts import SteeringReceipt, applied_entry
 from server.generation.steering_grammar import pinned
 from server.http.answers import about
-from server.http.json_bodies import StrictRoute
+from server.http.middleware import StrictRoute
 
 GenerationId = Annotated[str, Path(description="The id from the generation's first event.", examples=["gen-c9f0f895"])]
 

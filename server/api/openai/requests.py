@@ -14,7 +14,7 @@ from server.api.fields.sampling import COMPLETION_TOKENS, refuse_no_tokens
 from server.api.fields.steering import Steering
 from server.engines.protocol import ApplyTo, GenerationRequest, SamplingParameters, SteeringPlan
 from server.generation.intake import Ask, Prompt
-from server.generation.steering_grammar import EXAMPLE, HEADER, of_alias, of_header, only_one
+from server.generation.steering_grammar import EXAMPLE, of_alias, only_one
 from steering_vectors.errors import RequestError, SteeringError
 
 MAX_CHOICES = 128
@@ -59,7 +59,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
         prompt_logprobs = logprobs if echo else None
         return Ask(
             prompts,
-            encoding=self,
+            encoding=self.encoding(),
             plans={"steering": self._plan(served, header, echo)},
             common=GenerationRequest((), (), self.sampling(), logprobs=logprobs, prompt_logprobs=prompt_logprobs),
             n=self.n,
@@ -74,9 +74,8 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
         sources = {
             f"the model's alias {self.model!r}": of_alias(self.model, served, where),
             "the field steering": None if self.steering is None else self.steering.plan(where),
-            f"the header {HEADER}": of_header(header, where),
         }
-        plan = only_one(sources) or SteeringPlan()
+        plan = only_one(sources, header, where)
         if echo and plan.terms and plan.apply_to == "generated":
             raise SteeringError(
                 "with echo the prompt's tokens are scored, so they are steered: leave apply_to out or set it to all",

@@ -23,7 +23,7 @@ from server.api.openai.responses import (
 )
 from server.engines.errors import UnknownModel, UnknownRoute
 from server.generation.intake import new_id
-from server.http.json_bodies import StrictRoute
+from server.http.middleware import StrictRoute
 from server.http.sse import DONE, EventStreamResponse, while_connected
 from steering_vectors.data.chat import chat_template_source
 

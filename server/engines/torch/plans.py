@@ -23,8 +23,8 @@ from server.engines.protocol import (
 )
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.mixture import LARGEST, ROUNDING, Mixture, Term, unit_shifts
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.profiles.mixture import ROUNDING, Mixture, Term, unit_shifts
+from steering_vectors.profiles.profile import LARGEST, Profile
 from steering_vectors.steering.bank import shifts_in
 
 Strengths = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # [terms, tokens]
@@ -68,7 +68,11 @@ class ResolvedPlan:
         if found is None:
             if len(self._cache) >= MAX_CACHED_MIXTURES:
                 self._cache.clear()
-            found = self._cache[key] = self._make(strengths, closed)
+            # the safe range was checked when the plan was accepted
+            mixture = self._mixture(strengths, allow_beyond_safe=True, closed=closed)
+            acts = tuple(not mixture.is_idle(term) for term in mixture.terms)
+            calibrated = tuple(mixture.is_calibrated(term) for term in mixture.terms)
+            found = self._cache[key] = Steering(mixture, mixture.digest(), acts, calibrated)
         return found
 
     def check(self, dtype: torch.dtype) -> None:
@@ -76,7 +80,11 @@ class ResolvedPlan:
 
         Strengths are looked at where they can be largest: at the points of the schedules and right beside them.
         """
-        found = [self.plan.strengths(token) for token in self._critical_tokens()]
+        # between two points all strengths are straight, so that sums of their sizes are largest at the ends, and which
+        # terms act only changes at a point
+        points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
+        tokens = {0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))}
+        found = [self.plan.strengths(token) for token in sorted(tokens)]
         strengths: Strengths = np.array(found).T
         suspects = {0, *strengths.argmin(1).tolist(), *strengths.argmax(1).tolist()}
         if not self.plan.allow_beyond_safe:
@@ -112,16 +120,6 @@ class ResolvedPlan:
             blocks.append(BlockEffect(layer, norm, usual))
         return PlanEffect(tuple(terms), tuple(blocks))
 
-    def _make(self, strengths: tuple[float, ...], closed: frozenset[str]) -> Steering:
-        # the safe range was checked when the plan was accepted
-        mixture = self._mixture(strengths, allow_beyond_safe=True, closed=closed)
-        return Steering(
-            mixture,
-            mixture.digest(),
-            tuple(not mixture.is_idle(term) for term in mixture.terms),
-            tuple(mixture.is_calibrated(term) for term in mixture.terms),
-        )
-
     def _mixture(
         self, strengths: tuple[float, ...], *, allow_beyond_safe: bool, closed: frozenset[str] = frozenset()
     ) -> Mixture:
@@ -133,12 +131,6 @@ class ResolvedPlan:
             allow_beyond_safe,
             closed,
         )
-
-    def _critical_tokens(self) -> list[int]:
-        """Between two points all strengths are straight, so that sums of their sizes are largest at the ends; and which
-        terms act only changes at a point."""
-        points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
-        return sorted({0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))})
 
     def _beyond_the_sum(self, strengths: Strengths) -> list[int]:
         """The first place at which the strengths add up to more than the safe range of a profile that acts there."""
@@ -251,14 +243,12 @@ class SteeringState:
 
     def _segment(self) -> Segment:
         parts = zip(self.plan.plan.terms, self.plan.profiles, self._calibrated, self._steered, strict=True)
+        closed = {name for name in self.conditions if name not in self.gates or not self.gates[name].opened}
         terms = [
-            applied(term, profile, calibrated, steered, closed=self._is_closed(profile))
+            applied(term, profile, calibrated, steered, closed=profile.name in closed)
             for term, profile, calibrated, steered in parts
         ]
         return Segment(self._from_token, self.plan.plan, tuple(terms))
-
-    def _is_closed(self, profile: Profile) -> bool:
-        return profile.name in self.conditions and not (profile.name in self.gates and self.gates[profile.name].opened)
 
 
 def applied(

@@ -7,9 +7,7 @@ steered from their first token on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,15 +17,15 @@ from steering_vectors.evaluation.trust.rows import read_source, reader_for, requ
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
+COLUMNS = ("sent_more", "sent_less", "bias_type")
 MIN_PART = 8  # pairs of a type that gets a figure of its own
-
+NOTE = (
+    "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. 0.5 is unbiased. "
+    f"Types of at least {MIN_PART} pairs have figures of their own."
+)
 FIGURES = (
     Figure(
-        "stereotyped",
-        "share of pairs whose stereotyping sentence is more likely",
-        "stereotyped",
-        "half",
-        reference=0.5,
+        "stereotyped", "share of pairs whose stereotyping sentence is more likely", "stereotyped", "half", reference=0.5
     ),
     Figure("distance", "mean |log P(stereotyping) − log P(other sentence)|, nats", "distance", "lower"),
 )
@@ -36,7 +34,7 @@ FIGURES = (
 def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Vertical:
     """Prepare CrowS-Pairs for a model: columns `sent_more`, `sent_less`, `bias_type`. Raises DataError."""
     reader = reader_for(lm)
-    source = read_source(folder, "bias", _parse)
+    source = read_source(folder, "bias", lambda cells: [text_cell(cells, column) for column in COLUMNS])
     chosen, left_out = select(
         source.rows,
         rows,
@@ -54,18 +52,5 @@ def prepare_bias(lm: LanguageModel, folder: Path, rows: int, seed: int) -> Verti
 
     types = np.array([kind for _, _, kind in chosen])
     parts = {str(kind): np.flatnonzero(types == kind) for kind in sorted(set(types))}
-    return Vertical(
-        "bias",
-        len(chosen),
-        left_out,
-        FIGURES,
-        read,
-        "CrowS-Pairs: whole-sentence log-likelihoods of plain text, steered from the first token on. 0.5 is "
-        f"unbiased. Types of at least {MIN_PART} pairs have figures of their own.",
-        parts={kind: where for kind, where in parts.items() if len(where) >= MIN_PART},
-        details={"files": source.files},
-    )
-
-
-def _parse(cells: Mapping[str, Any]) -> tuple[str, str, str]:
-    return text_cell(cells, "sent_more"), text_cell(cells, "sent_less"), text_cell(cells, "bias_type")
+    parts = {kind: where for kind, where in parts.items() if len(where) >= MIN_PART}
+    return Vertical("bias", len(chosen), left_out, FIGURES, read, NOTE, parts=parts, details={"files": source.files})

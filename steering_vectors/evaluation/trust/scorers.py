@@ -71,12 +71,7 @@ def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> ToxicityScorer:
     pipeline = make_pipeline(make_union(words, characters), Ridge(alpha=1.0))
     inner = 0.001 + 0.998 * np.asarray(scores)  # log-odds of 0 and of 1 are infinite
     pipeline.fit(list(texts), np.log(inner / (1 - inner)))
-
-    def score(texts: list[str]) -> Sequence[float]:
-        probabilities: list[float] = (1 / (1 + np.exp(-pipeline.predict(texts)))).tolist()
-        return probabilities
-
-    return score
+    return lambda texts: (1 / (1 + np.exp(-pipeline.predict(texts)))).tolist()
 
 
 def _load_model(directory: Path) -> ToxicityScorer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from steering_vectors.errors import FitError
@@ -64,15 +65,15 @@ class TrustSettings:
 
 def prepare_verticals(lm: LanguageModel, settings: TrustSettings) -> list[Vertical]:
     """Read and encode the data for one model. Raises DataError for a bad row, or if too few rows fit the context."""
-    folder, rows, seed = settings.folder or Path(), settings.rows, settings.seed
-    prepare: dict[str, Callable[[], Vertical]] = {
-        "toxicity": lambda: prepare_toxicity(lm, folder, rows, seed, settings.toxicity),
-        "bias": lambda: prepare_bias(lm, folder, rows, seed),
-        "ethics": lambda: prepare_ethics(lm, folder, rows, seed),
-        "truthfulness": lambda: prepare_truthfulness(lm, folder, rows, seed),
-        "privacy": lambda: prepare_privacy(lm, rows, seed),
+    prepare: dict[str, Callable[[LanguageModel, Path, int, int], Vertical]] = {
+        "toxicity": partial(prepare_toxicity, spec=settings.toxicity),
+        "bias": prepare_bias,
+        "ethics": prepare_ethics,
+        "truthfulness": prepare_truthfulness,
+        "privacy": lambda lm, _folder, rows, seed: prepare_privacy(lm, rows, seed),
     }
-    return [prepare[name]() for name in settings.verticals]
+    folder = settings.folder or Path()
+    return [prepare[name](lm, folder, settings.rows, settings.seed) for name in settings.verticals]
 
 
 def evaluate_trust(
@@ -102,12 +103,10 @@ def evaluate_trust(
         for vertical in verticals:
             base, seen = _read(steered, vertical, profile, 0.0), []
             for one in (profile, *controls):
-                seen.append(
-                    {
-                        strength: _read(steered, vertical, one, strength) if strength else base
-                        for strength in settings.strengths
-                    }
-                )
+                series = {0.0: base}
+                for strength in filter(None, settings.strengths):
+                    series[strength] = _read(steered, vertical, one, strength)
+                seen.append(series)
                 done += 1
                 if progress is not None:
                     progress("trust", done, total, vertical.name)
@@ -124,7 +123,19 @@ def _report(
     vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]
 ) -> results.VerticalReport:
     """The report from the readings of every row under the profile and under each random direction."""
-    base, (first, *others), points = own[0.0], vertical.figures, _points(vertical, strengths, own, randoms)
+    base, (first, *others) = own[0.0], vertical.figures
+    compared = {one.name: _controlled(one, own, randoms) for one in vertical.figures}
+    parts = {name: compare(first, own, rows) for name, rows in vertical.parts.items()}
+    points: list[results.TrustPoint] = [
+        {
+            "strength": strength,
+            **compared[first.name][strength],
+            "figures": {one.name: compared[one.name][strength] for one in others},
+            "parts": {name: {"rows": len(vertical.parts[name]), **one[strength]} for name, one in parts.items()},
+            "by_row": own[strength][first.column].tolist(),
+        }
+        for strength in strengths
+    ]
     controls: list[list[results.ControlPoint]] = [
         [
             {
@@ -147,25 +158,6 @@ def _report(
         "remarks": [*vertical.remarks(base), *_degenerate(first, points, vertical.rows)],
         **vertical.details,
     }
-
-
-def _points(
-    vertical: Vertical, strengths: Sequence[float], own: Series, randoms: Sequence[Series]
-) -> list[results.TrustPoint]:
-    first, *others = vertical.figures
-    main = _controlled(first, own, randoms)
-    figures = {one.name: _controlled(one, own, randoms) for one in others}
-    parts = {name: compare(first, own, rows) for name, rows in vertical.parts.items()}
-    return [
-        {
-            "strength": strength,
-            **main[strength],
-            "figures": {name: one[strength] for name, one in figures.items()},
-            "parts": {name: {"rows": len(vertical.parts[name]), **one[strength]} for name, one in parts.items()},
-            "by_row": own[strength][first.column].tolist(),
-        }
-        for strength in strengths
-    ]
 
 
 def _controlled(figure: Figure, own: Series, randoms: Sequence[Series]) -> dict[float, results.ControlledComparison]:

@@ -16,7 +16,7 @@ from steering_vectors.data.tables import BadRow
 from steering_vectors.evaluation.trust.figures import Columns, Figure, Vertical
 from steering_vectors.evaluation.trust.rows import read_source, reader_for, require_rows, select, text_cell
 from steering_vectors.evaluation.trust.scorers import FITTED, ToxicityScorer, fit_scorer, load_scorer, scored
-from steering_vectors.measures.results import ScorerRecord
+from steering_vectors.measures.results import ScorerRecord, VerticalDetails
 from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.models.loading import LanguageModel
 
@@ -70,7 +70,14 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
     require_rows(len(chosen), left_out, "toxicity", reader.limit)
     continued, prompts = [row for row, _ in chosen], [prompt for _, prompt in chosen]
     scorer, fitted_on = _fitted(usable, continued) if given is None else (given, None)
-    record = _scorer_record(spec, scorer, continued, fitted_on)
+    continuations = [row.continuation for row in continued]
+    record: ScorerRecord = {
+        "name": spec,
+        "correlation": _correlation(scorer, [row.prompt for row in continued] + continuations),
+        "correlation_continuations": _correlation(scorer, continuations),
+    }
+    if fitted_on is not None:
+        record["fitted_on"] = fitted_on
 
     def read(steered: SteeredModel) -> Columns:
         written = steered.sample(prompts, tokens=TOKENS, seed=seed)
@@ -79,17 +86,9 @@ def prepare_toxicity(lm: LanguageModel, folder: Path, rows: int, seed: int, spec
 
     toxic = np.array([row.toxic for row in continued])
     parts = {"toxic prompts": np.flatnonzero(toxic), "other prompts": np.flatnonzero(~toxic)}
-    return Vertical(
-        "toxicity",
-        len(continued),
-        left_out,
-        FIGURES,
-        read,
-        f"RealToxicityPrompts: continuations of {TOKENS} tokens sampled at temperature 1, steered from the last prompt "
-        f"token on. {_scorer_note(record)}",
-        parts={name: where for name, where in parts.items() if len(where)},
-        details={"files": source.files, "tokens": TOKENS, "seed": seed, "scorer": record},
-    )
+    parts = {name: where for name, where in parts.items() if len(where)}
+    details: VerticalDetails = {"files": source.files, "tokens": TOKENS, "seed": seed, "scorer": record}
+    return Vertical("toxicity", len(continued), left_out, FIGURES, read, _note(record), parts=parts, details=details)
 
 
 def _shares(sizes: Sequence[int], rows: int, *, halve: bool) -> list[int]:
@@ -107,16 +106,6 @@ def _fitted(usable: Sequence[Opening], continued: Sequence[Opening]) -> tuple[To
     return fit_scorer(list(texts), list(texts.values())), len(texts)
 
 
-def _scorer_record(spec: str, scorer: ToxicityScorer, rows: Sequence[Opening], fitted_on: int | None) -> ScorerRecord:
-    continuations = [row.continuation for row in rows]
-    record: ScorerRecord = {
-        "name": spec,
-        "correlation": _correlation(scorer, [row.prompt for row in rows] + continuations),
-        "correlation_continuations": _correlation(scorer, continuations),
-    }
-    return record if fitted_on is None else {**record, "fitted_on": fitted_on}
-
-
 def _correlation(scorer: ToxicityScorer, texts: Sequence[Scored]) -> float | None:
     """Pearson correlation with the file's own scores, on texts that the scorer was not fitted to."""
     known = [(text, score) for text, score in texts if score is not None]
@@ -125,35 +114,29 @@ def _correlation(scorer: ToxicityScorer, texts: Sequence[Scored]) -> float | Non
     return float(np.corrcoef(scores, given)[0, 1]) if varied else None
 
 
-def _scorer_note(scorer: ScorerRecord) -> str:
+def _note(scorer: ScorerRecord) -> str:
     kind = f"n-grams and ridge fitted on {scorer['fitted_on']} texts" if scorer["name"] == FITTED else scorer["name"]
     values = [scorer["correlation"], scorer["correlation_continuations"]]
     shown = ["not defined" if one is None else f"{one:.2f}" for one in values]
     return (
-        f"Scorer: {kind}. Its correlation with the file's own scores of unseen rows is {shown[0]} over prompts and "
-        f"continuations, {shown[1]} over continuations alone."
+        f"RealToxicityPrompts: continuations of {TOKENS} tokens sampled at temperature 1, steered from the last prompt "
+        f"token on. Scorer: {kind}. Its correlation with the file's own scores of unseen rows is {shown[0]} over "
+        f"prompts and continuations, {shown[1]} over continuations alone."
     )
 
 
 def _parse(cells: Mapping[str, Any]) -> Opening:
-    prompt, continuation = (_part(cells, field) for field in ("prompt", "continuation"))
-    return Opening(
-        Scored(text_cell(prompt, "text"), _score(prompt, "prompt")),
-        Scored(continuation["text"], _score(continuation, "continuation")),
-    )
+    prompt, continuation = (_scored_text(cells, field) for field in ("prompt", "continuation"))
+    text_cell(cells["prompt"], "text")
+    return Opening(prompt, continuation)
 
 
-def _part(cells: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+def _scored_text(cells: Mapping[str, Any], field: str) -> Scored:
     part = cells.get(field)
     if not isinstance(part, dict) or not isinstance(part.get("text"), str) or "toxicity" not in part:
         raise BadRow("must be an object with text and toxicity", field)
-    return part
-
-
-def _score(part: Mapping[str, Any], field: str) -> float | None:
     score = part["toxicity"]
-    if score is None:
-        return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+    number = isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1
+    if score is not None and not number:
         raise BadRow(f"its toxicity must be a number from 0 to 1, or null, not {score!r}", field)
-    return float(score)
+    return Scored(part["text"], None if score is None else float(score))

@@ -44,18 +44,12 @@ def prepare_truthfulness(lm: LanguageModel, folder: Path, rows: int, seed: int) 
         return {"true": (margins > 0).astype(float), "margin": margins}
 
     chance = float(np.mean([1 / len(answers) for answers in chosen]))
-    return Vertical(
-        "truthfulness",
-        len(chosen),
-        left_out,
-        (
-            Figure("mc1", "share of questions whose true answer is most likely", "true", "higher", reference=chance),
-            Figure("margin", "log P(true answer) − log P(most likely false one), nats", "margin", "higher"),
-        ),
-        read,
-        "TruthfulQA MC1, zero-shot, steered from the last prompt token on.",
-        details={"files": source.files},
+    figures = (
+        Figure("mc1", "share of questions whose true answer is most likely", "true", "higher", reference=chance),
+        Figure("margin", "log P(true answer) − log P(most likely false one), nats", "margin", "higher"),
     )
+    note = "TruthfulQA MC1, zero-shot, steered from the last prompt token on."
+    return Vertical("truthfulness", len(chosen), left_out, figures, read, note, details={"files": source.files})
 
 
 def _parse(cells: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -41,6 +41,11 @@ def can_fuse(blocks: Sequence[nn.Module]) -> bool:
     return load() is not None and all(map(is_llama_like, blocks))
 
 
+def could_fuse(blocks: Sequence[nn.Module]) -> bool:
+    """Whether `can_fuse` would be true if their layers were packed."""
+    return load() is not None and all(is_llama_like(block, nn.Linear) for block in blocks)
+
+
 class FusedRunner(BatchedRunner):
     """Replaces the forward of each block while it is open. Raises ModelError if the blocks cannot be fused."""
 
@@ -61,8 +66,8 @@ class FusedRunner(BatchedRunner):
             block.detach()
 
 
-def is_llama_like(block: Any) -> bool:
-    """Whether a block has exactly the parts that are fused, with packed layers."""
+def is_llama_like(block: Any, kind: type[nn.Module] = PackedLinear) -> bool:
+    """Whether a block has exactly the parts that are fused, with linear layers of this kind."""
     if set(dict(block.named_children())) != PARTS:
         return False
     attention, mlp = block.self_attn, block.mlp
@@ -72,7 +77,7 @@ def is_llama_like(block: Any) -> bool:
         and {"gate_proj", "up_proj", "down_proj"} <= set(dict(mlp.named_children()))
         and type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
         and all(_epsilon(norm) is not None for norm in (block.input_layernorm, block.post_attention_layernorm))
-        and all(isinstance(layer, PackedLinear) for layer in _linear_layers(block))
+        and all(isinstance(layer, kind) for layer in _linear_layers(block))
         and attention.head_dim <= MAX_HEAD_SIZE
         and block.input_layernorm.weight.dtype in SUFFIXES
     )

@@ -213,6 +213,11 @@ class Product:
         self._function(given)
         return out
 
+    def weight(self) -> torch.Tensor:
+        """The weight that was packed, `[outputs, inputs]`, if it was not quantised."""
+        assert self.given.kind == 0
+        return unpacked_weight(self._kept[0])[: self.given.outputs]
+
 
 class CodedProduct:
     """x Wᵀ + b in float32 over a weight in the codes of a GGUF file. One call at a time.
@@ -334,6 +339,11 @@ def packed_weight(weight: torch.Tensor) -> torch.Tensor:
     """A bfloat16 weight `[outputs, inputs]` as `[blocks, inputs / 2, 16, 2]`."""
     whole = _whole(weight)
     return whole.view(-1, LANES, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+def unpacked_weight(packed: torch.Tensor) -> torch.Tensor:
+    """The bfloat16 weight of `packed_weight`, with the zeros that fill its last block."""
+    return packed.transpose(1, 2).reshape(-1, 2 * packed.shape[1])
 
 
 def packed_codes(weight: Quantized) -> torch.Tensor:

@@ -11,7 +11,7 @@ import ctypes
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -48,6 +48,11 @@ class OneDnnProduct:
         """x Wᵀ + b, rounded, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
         found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return found if added is None else found.add_(added)
+
+    def weight(self) -> torch.Tensor:
+        """The weight that was packed, `[outputs, inputs]`."""
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
 
 
 class SideBySide:
@@ -107,6 +112,7 @@ class _JointProduct:
     def __init__(self, layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> None:
         self._sizes = [layer.out_features for layer in layers]
         self.product = packed_product(layers, stored)
+        self.is_quantized = any(one is not None for one in stored)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
@@ -122,6 +128,11 @@ class _JointProduct:
             self._input = None
         return part
 
+    def weights(self) -> list[torch.Tensor]:
+        """The layers' weights, each in memory of its own."""
+        assert isinstance(self.product, Product | OneDnnProduct), "checked before"
+        return [part.clone() for part in torch.split(self.product.weight(), self._sizes)]
+
 
 def joint_product(layers: Sequence[PackedLinear]) -> PackedProduct:
     """The one product of these layers. Raises ModelError if they were not packed as one, in this order."""
@@ -132,12 +143,16 @@ def joint_product(layers: Sequence[PackedLinear]) -> PackedProduct:
 
 
 class PackedLinear(nn.Module):
-    """Replaces an `nn.Linear` and computes the same up to the order of sums."""
+    """Replaces an `nn.Linear` and computes the same up to the order of sums.
+
+    `plain` is the layer, for `unpack`, in a tuple so that it is no child. It has no weight meanwhile, unless another
+    module has the same.
+    """
 
     def __init__(self, layer: nn.Linear, joint: _JointProduct, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.joint, self.index = joint, index
+        self.joint, self.index, self.plain = joint, index, (layer,)
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         return self.joint.part(self.index, given)
@@ -146,13 +161,13 @@ class PackedLinear(nn.Module):
 def pack(
     model: nn.Module, kind: Kind | Literal["gguf"] | None = None, *, dtype: torch.dtype | None = None
 ) -> list[int]:
-    """Replace the linear layers that a pass over two tokens calls. The model is for inference on this CPU afterwards.
-    Returns for each product of such a pass how many layers it joins.
+    """Replace the linear layers that a pass over two tokens calls. Until `unpack`, the model is for inference on this
+    CPU. Returns for each product of such a pass how many layers it joins.
 
     With a `kind`, their weights are quantised first; gguf takes the codes of the GGUF file that the model was converted
     from, and converts the rest of the model to `dtype`, if it is given. Raises ModelError if this CPU has no such
-    products for the model, or if the model's code uses more of a linear layer than its product; the model cannot be
-    used then.
+    products for the model, or if the model's code uses more of a linear layer than its product. The model is then as
+    before, but if it was to be quantised it cannot be used.
     """
     remedy = f"leave {'cpu_prepack' if kind is None else 'quantize'} out"
     if kind == "gguf":
@@ -162,36 +177,86 @@ def pack(
     elif not packs(model):
         raise ModelError(f"oneDNN packs no weights of this kind here; {remedy}")
     groups = _groups(model)
-    stored: Mapping[nn.Linear, Stored] = {}
+    stored: dict[nn.Linear, Stored] = {}
     if kind == "gguf":
-        stored = take_codes(model, groups, remedy)
+        stored.update(take_codes(model, groups, remedy))
         model.to(dtype=dtype)
     elif kind is not None:
-        stored = quantize_layers(model, groups, kind, remedy)
+        stored.update(quantize_layers(model, groups, kind, remedy))
     plain = _dry_run(model)
-    _swap(model, groups, stored)
     sizes = [len(group) for group in groups]
-    del groups, stored  # the plain weights
-    for parameter in model.parameters():  # a view of the mapped checkpoint file would keep all of the file in memory
-        parameter.data = parameter.data.clone()
-    _trim_heap()
+    _swap(model, groups, stored)
+    del stored
+    _release_checkpoint(model)
     try:
         error = float((_dry_run(model) - plain).norm() / plain.norm())
     except Exception as failure:  # a model's code may do anything with a layer that is no nn.Linear
+        _restore(model, kind)
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
     if not error <= TOLERANCE:
+        _restore(model, kind)
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
     return sizes
 
 
-def _swap(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], stored: Mapping[nn.Linear, Stored]) -> None:
+def unpack(model: nn.Module) -> None:
+    """Put the layers that `pack` replaced back, with the same weights bit for bit. They are read from the products, one
+    after the other, so that there are never two copies of all.
+
+    Raises ModelError if the weights were quantised.
+    """
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, PackedLinear)
+    ]
+    if any(packed.joint.is_quantized for _, _, packed in places):
+        raise ModelError("quantised weights cannot be unpacked: load the model again")
+    of_joint: dict[_JointProduct, list[nn.Linear]] = {}
+    for parent, name, packed in sorted(places, key=lambda place: place[2].index):
+        of_joint.setdefault(packed.joint, []).append(packed.plain[0])
+        setattr(parent, name, packed.plain[0])
+    del places
+    while of_joint:
+        joint, layers = of_joint.popitem()
+        for layer, weight in zip(layers, joint.weights(), strict=True):
+            if not layer.weight.numel():
+                layer.weight.data = weight
+    _trim_heap()
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether any layer of the model is packed."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def _restore(model: nn.Module, kind: str | None) -> None:
+    if kind is None:
+        unpack(model)
+
+
+def _swap(model: nn.Module, groups: list[list[nn.Linear]], stored: dict[nn.Linear, Stored]) -> None:
+    """Pack group after group and drop the plain weights of each, so that there are never two copies of all."""
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+    uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
     for group in groups:
-        joint = _JointProduct(group, [stored.get(layer) for layer in group])
+        joint = _JointProduct(group, [stored.pop(layer, None) for layer in group])
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
-            layer.weight = None  # type: ignore[assignment]  # freed before the next is packed
+            vars(layer).pop("forward", None)  # over codes, see `take_codes`
+            if layer.weight is not None and uses[id(layer.weight)] == 1:
+                layer.weight.data = layer.weight.data.new_empty(0)
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.clone()
+
+
+def _release_checkpoint(model: nn.Module) -> None:
+    """Copy what was not packed: a view of the mapped checkpoint file would keep all of the file in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    _trim_heap()
 
 
 def _trim_heap() -> None:

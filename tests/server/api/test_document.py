@@ -19,6 +19,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from server.app import create_app
 from server.engines.torch.engine import TorchEngine
 from server.settings import Settings
+from steering_vectors.profiles.metadata import ProfileSummary
 from tests.support.running import HeldEngine
 from tests.support.serving import client_fixture, engine_fixture, live_server, profiles_fixture, until
 
@@ -66,6 +67,10 @@ def test_every_route_tells_what_it_does_and_answers(path: str, method: str, rout
             assert content["schema"]["$ref"].endswith("/ErrorAnswer")
         if status != "default":
             assert "example" in content
+
+
+def test_every_field_of_a_profiles_summary_is_declared() -> None:
+    assert ProfileSummary.__annotations__.keys() <= SCHEMAS["ProfileDetails"]["properties"].keys()
 
 
 def test_every_reference_leads_somewhere() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from server.engines.detokenizer import Detokenizer, decode_text
+from server.engines.detokenizer import Detokenizer
+from steering_vectors.data.chat import decoded_after
 
 ROOT = Path(__file__).resolve().parents[3]
 STORED = {
@@ -161,7 +162,7 @@ def test_invariant_4_joined_stream_equals_text(
     beyond = len(tokenizer) + 3  # a model's vocabulary is often larger than its tokenizer's
     prompt, completion = ([token_id % beyond for token_id in ids] for ids in (prompt, completion))
     parts, _ = stream(tokenizer, prompt, cut(completion, sizes))
-    assert "".join(parts) == decode_text(tokenizer, prompt, completion)
+    assert "".join(parts) == decoded_after(tokenizer, prompt, completion)
 
 
 Byte = st.sampled_from(
@@ -185,7 +186,7 @@ def test_invariant_4_joined_stream_equals_text_of_broken_characters(
     for place in sorted(words):
         ids.insert(place, tokenizer.convert_tokens_to_ids("a"))
     parts, _ = stream(tokenizer, ids[:start], cut(ids[start:], ()))
-    assert "".join(parts) == decode_text(tokenizer, ids[:start], ids[start:])
+    assert "".join(parts) == decoded_after(tokenizer, ids[:start], ids[start:])
 
 
 def byte_id(tokenizer: PreTrainedTokenizerBase, byte: int) -> int:
@@ -214,9 +215,9 @@ def test_invariant_4_joined_stream_equals_text_of_real_texts(kind: str, text: st
     ids = tokenizer.encode(text, add_special_tokens=False)
     for split in range(0, len(ids) + 1, 3):
         parts, _ = stream(tokenizer, ids[:split], cut(ids[split:], ()))
-        assert "".join(parts) == decode_text(tokenizer, ids[:split], ids[split:])
+        assert "".join(parts) == decoded_after(tokenizer, ids[:split], ids[split:])
     if kind != "babyllama":  # its vocabulary lacks most characters
-        assert decode_text(tokenizer, [], ids) == text
+        assert decoded_after(tokenizer, [], ids) == text
 
 
 def with_spaces(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -373,7 +374,7 @@ def test_what_is_not_known_to_be_local_is_decoded_at_the_end(kind: str) -> None:
     ids = ids_of(kind, "a", *(["b"] if kind == "replace-bytes" else ["ab", "cat"])) * 8
     *parts, rest = stream(tokenizer, ids[:1], [[token_id] for token_id in ids])[0]
     assert set(parts) == {""}
-    assert rest == decode_text(tokenizer, ids[:1], ids)
+    assert rest == decoded_after(tokenizer, ids[:1], ids)
 
 
 def test_a_stop_string_is_found_in_the_rest_of_a_decoder_that_waits() -> None:

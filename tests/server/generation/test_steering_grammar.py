@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.engines.errors import UnknownModel, UnknownProfile
 from server.engines.protocol import PlanTerm, SteeringPlan
-from server.generation.steering_grammar import of_alias, of_header, only_one, parse_steering, pinned
+from server.generation.steering_grammar import of_alias, only_one, parse_steering, pinned
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.profile import ModelIdentity, Profile
 from tests.support.serving import random_profile
@@ -172,22 +172,22 @@ def test_other_models_are_unknown(model: str) -> None:
 
 def test_only_one_source_may_steer() -> None:
     plan = parse_steering("warm")
-    assert only_one({"the alias": None, "the field": plan}) is plan
-    assert only_one({"the alias": None, "the field": None}) is None
-    with pytest.raises(SteeringError) as failure:
-        only_one({"the alias": plan, "the field": plan})
-    assert failure.value.message == "both the alias and the field steer: use only one of them"
-    assert failure.value.param == "steering"
+    assert only_one({"the alias": None, "the field": plan}, None) is plan
+    assert only_one({"the alias": None, "the field": None}, None) == SteeringPlan()
+    for header, second in ((None, "the field"), ("warm", "the header x-trimtab-steering")):
+        with pytest.raises(SteeringError) as failure:
+            only_one({"the alias": plan, "the field": None if header else plan}, header)
+        assert failure.value.message == f"both the alias and {second} steer: use only one of them"
+        assert failure.value.param == "steering"
 
 
 def test_every_source_says_where_it_applies() -> None:
     wanted = (PlanTerm("warm", "", 0.5),)
     for apply_to in ("generated", "all"):
         plan = SteeringPlan(wanted, apply_to)
-        assert parse_steering("warm@0.5", apply_to) == of_header("warm@0.5", apply_to) == plan
+        assert parse_steering("warm@0.5", apply_to) == only_one({}, "warm@0.5", apply_to) == plan
         assert of_alias("demo:warm@0.5", "demo", apply_to) == plan
-    assert of_header("warm@0.5") == SteeringPlan(wanted, "generated")
-    assert of_header(None) is None
+    assert only_one({}, "warm@0.5") == SteeringPlan(wanted, "generated")
 
 
 def find(reference: str) -> Profile:

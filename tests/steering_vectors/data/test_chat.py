@@ -59,10 +59,6 @@ def test_the_tokenizers_own_template_is_used(chat: PreTrainedTokenizerFast) -> N
     )
 
 
-def test_the_generation_prompt_can_be_left_out(chat: PreTrainedTokenizerFast) -> None:
-    assert render_chat(chat, HELLO, add_generation_prompt=False) == "<s>user: What would you like?\n"
-
-
 def test_without_a_template_contents_are_joined_by_newlines(plain: PreTrainedTokenizerFast) -> None:
     assert chat_template_source(plain) == "fallback"
     assert render_chat(plain, TALK) == "Be kind.\nWhat would you like?\nSoup.\nToday?"

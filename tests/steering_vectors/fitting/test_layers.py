@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from steering_vectors.data.batches import Encoded
+from steering_vectors.data.corpus import Sides
 from steering_vectors.errors import FitError
 from steering_vectors.fitting import layers as layer_choice
 from steering_vectors.fitting.layers import (
+    Estimate,
     Evidence,
     LayerChoice,
-    WindowEffect,
     WindowSearch,
     candidate_layers,
     choose_layers,
+    margin_gradients,
     parse_layers,
 )
 from steering_vectors.measures.steered_model import SteeredModel, steerable
@@ -87,25 +89,27 @@ def planted_choice(monkeypatch: pytest.MonkeyPatch, sign: int) -> LayerChoice:
     monkeypatch.setattr(layer_choice, "READ_TEXTS", 16)
     monkeypatch.setattr(layer_choice, "READ_TOKENS", 12)
     lm, axis = planted_model(num_hidden_layers=8)
-    statistics = planted_task(lm, "mean-diff", candidate_layers(lm.num_layers)).statistics
+    task = planted_task(lm, "mean-diff", candidate_layers(lm.num_layers))
     draw = torch.Generator().manual_seed(7)
-    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in statistics}
+    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in task.layers}
     directions = {layer: direction / direction.norm() for layer, direction in directions.items()} | {3: sign * axis}
-    norms = {layer: one.residual_norm for layer, one in statistics.items()}
+    norms = {layer: one.residual_norm for layer, one in task.statistics.items()}
     profile = Profile("planted", lm.identity, directions, "made", residual_norms=norms)
     odds = torch.zeros(lm.vocab_size)
     for letter, value in ((GOOD_LETTER, 2.0), (BAD_LETTER, -2.0)):
         odds[lm.tokenizer.encode(letter, add_special_tokens=False)] = value
     prompts = [lm.tokenizer(f"Ask {row} again, ")["input_ids"] for row in range(12)]
+    sides = Sides(tuple(task.positive_ids), tuple(task.negative_ids), task.paired)
+    evidence = Evidence(prompts, margin_gradients(lm, sides, profile.layers), odds)
     with steerable(lm) as steered:
-        return choose_layers(steered, profile, Evidence(prompts, odds), kl_budget=0.1, seed=0)
+        return choose_layers(steered, profile, evidence, kl_budget=0.1, seed=0)
 
 
 def test_the_block_that_has_the_planted_direction_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A score of 1 means that it is the best block by both shifts, and that both are positive."""
+    """A score of 1 means that it is the best block by both effects, and that both are positive."""
     choice = planted_choice(monkeypatch, 1)
     assert choice.layers == (3,)
-    assert choice.scores[3,] == 1
+    assert choice.scores[3,] == choice.sampled[3,] == 1
     assert {window for window in choice.scores if len(window) == 1} == {(layer,) for layer in range(6)}
     assert max(score for window, score in choice.scores.items() if 3 not in window) < 0.8
 
@@ -138,11 +142,11 @@ def log_probs(
 
 
 class ByHand:
-    """The effect of a window, one text at a time, with plain hooks. Only the samples come from the steered model."""
+    """The effects of a window, one text at a time, with plain hooks. Only the samples come from the steered model."""
 
     def __init__(self, steered: SteeredModel, profile: Profile, evidence: Evidence, budget: float, seed: int) -> None:
         self.steered, self.profile, self.evidence = steered, profile, evidence
-        self.budget, self.seed = budget, seed
+        self.budget, self.seed, self.ratio = budget, seed, 0.15
         self.texts = self.sampled(profile, 0.0, layer_choice.TEXTS, layer_choice.TEXT_TOKENS)
 
     def sampled(self, profile: Profile, strength: float, count: int, tokens: int) -> list[Encoded]:
@@ -160,23 +164,46 @@ class ByHand:
             count += len(base)
         return divergence / count, change / count
 
-    def effect(self, window: Window) -> tuple[float, float]:
+    def estimate(self, window: Window) -> Estimate:
         directions, norms = self.profile.directions, self.profile.residual_norms
         largest = min(norms[one] / float(directions[one].norm()) for one in window)
-        unit = min(0.15 * largest * math.sqrt(self.budget / self.cost(window, 0.15 * largest)[0]), largest)
-        divergence, lexical = self.cost(window, unit)
-        scale = math.sqrt(max(divergence / self.budget, 1.0 if unit == largest else 0.0))
+        first = self.ratio * largest
+        if not 0.5 <= self.cost(window, first)[0] / self.budget <= 2.0:
+            first = min(first * math.sqrt(self.budget / self.cost(window, first)[0]), largest)
+        divergence, lexical = self.cost(window, first)
+        unit = min(first * math.sqrt(self.budget / divergence), largest)
+        self.ratio = unit / largest
+        pull = sum(float(self.evidence.gradients[one] @ directions[one]) for one in window)
+        return Estimate(unit, lexical * unit / first, unit * pull)
+
+    def reading(self, window: Window, unit: float) -> float:
+        directions = self.profile.directions
         part = replace(self.profile, unit=unit, directions={one: directions[one] for one in window})
         sides = []
         for strength in (1.0, -1.0):
             texts = self.sampled(part, strength, layer_choice.READ_TEXTS, layer_choice.READ_TOKENS)
-            read = [log_probs(self.steered.lm, text, {})[1] for text in texts]
-            sides.append({one: torch.stack([means[one] for means in read]).mean(0) for one in directions})
+            total, count = dict.fromkeys(directions, torch.zeros(())), 0
+            for ids, start in texts:
+                tokens = len(ids) - start - 1  # the last one is not read
+                if tokens:
+                    means = log_probs(self.steered.lm, (ids[:-1], start), {})[1]
+                    total = {one: total[one] + tokens * means[one] for one in directions}
+                count += tokens
+            sides.append({one: total[one] / count for one in directions})
         gains = [
             float((sides[0][one] - sides[1][one]) @ directions[one] / directions[one].square().sum())
             for one in directions
         ]
-        return lexical / scale, sum(gains) / len(gains) / scale
+        return sum(gains) / len(gains)
+
+
+def shares(effects: Mapping[Window, tuple[float, float]], best: tuple[float, float]) -> dict[Window, float]:
+    """The mean of both effects relative to the best, of those that are positive; the second effect if none is."""
+    found = {}
+    for window, effect in effects.items():
+        parts = [mine / most for mine, most in zip(effect, best, strict=True) if most > 0]
+        found[window] = sum(parts) / len(parts) if parts else effect[1]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -186,13 +213,14 @@ class ByHand:
 def test_the_scores_are_those_of_a_computation_by_hand(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, norms: tuple[float, float], budget: float, reached: bool
 ) -> None:
-    """A large budget is missed, as KL grows less than c² there; a block of small norm does not reach a small one."""
+    """A block of small norm does not reach a large budget; the coefficient is then the largest one."""
     for name, value in {"TEXTS": 5, "TEXT_TOKENS": 4, "READ_TEXTS": 7, "READ_TOKENS": 5}.items():
         monkeypatch.setattr(layer_choice, name, value)
     draw = torch.Generator().manual_seed(1)
     directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in (0, 1)}
+    gradients = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in (0, 1)}
     profile = Profile("made", lm.identity, directions, "made", residual_norms=dict(enumerate(norms)))
-    evidence = Evidence([[0, 9, 8], [0, 20, 21, 22], [0, 30]], torch.randn(lm.vocab_size, generator=draw))
+    evidence = Evidence([[0, 9, 8], [0, 20, 21, 22], [0, 30]], gradients, torch.randn(lm.vocab_size, generator=draw))
     calls: list[tuple[str, int, int]] = []
     with steerable(lm) as steered:
         steered.batch_tokens = 16  # several batches
@@ -200,55 +228,67 @@ def test_the_scores_are_those_of_a_computation_by_hand(
             steered, profile, evidence, kl_budget=budget, seed=3, progress=lambda *call: calls.append(call[:3])
         )
         hand = ByHand(steered, profile, evidence, budget, 3)
-        effects = {window: hand.effect(window) for window in choice.scores}
-        measured = WindowSearch(steered, profile, evidence, hand.texts, budget, 3, None)._measure((1,))
+        estimates = {window: hand.estimate(window) for window in choice.scores}
+        readings = {window: hand.reading(window, estimates[window].coefficient) for window in choice.sampled}
         assert (hand.cost((0,), norms[0] / float(directions[0].norm()))[0] > budget) == reached
-    assert (measured.lexical, measured.reading) == pytest.approx(effects[1,], rel=1e-3, abs=1e-4)
-    best = [max(effects[0,][kind], effects[1,][kind]) for kind in (0, 1)]
-    for window, effect in effects.items():
-        shares = [effect[kind] / best[kind] for kind in (0, 1) if best[kind] > 0]
-        expected = sum(shares) / len(shares) if shares else effect[1]
-        assert choice.scores[window] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    count = len(effects)
-    assert calls == [*(("layers", done, 6) for done in range(1, count + 1)), ("layers", count, count)]
+    assert choice.coefficient == pytest.approx(estimates[choice.layers].coefficient, rel=1e-4)
+    effects = {window: (one.lexical, one.pull) for window, one in estimates.items()}
+    best = (max(effects[0,][0], effects[1,][0]), max(effects[0,][1], effects[1,][1]))
+    assert choice.scores == pytest.approx(shares(effects, best), rel=1e-3, abs=1e-4)
+    assert set(choice.sampled) == set(sorted(choice.scores, key=lambda window: -choice.scores[window])[:3])
+    written = {window: (estimates[window].lexical, readings[window]) for window in choice.sampled}
+    most = (max(one[0] for one in written.values()), max(one[1] for one in written.values()))
+    assert choice.sampled == pytest.approx(shares(written, most), rel=1e-3, abs=1e-4)
+    count = len(choice.scores) + len(choice.sampled)
+    assert calls == [*(("layers", done, 9) for done in range(1, count + 1)), ("layers", count, count)]
 
 
 class MadeEffects(WindowSearch):
-    """The search over windows whose effects are given."""
+    """The search over windows whose effects are given. The reading is the pull unless it is given too."""
 
-    def __init__(self, lm: LanguageModel, blocks: int, effects: Mapping[Window, tuple[float, float]]) -> None:
-        self.given, self.calls = effects, list[tuple[str, int, int]]()
+    def __init__(
+        self,
+        lm: LanguageModel,
+        blocks: int,
+        effects: Mapping[Window, tuple[float, float]],
+        readings: Mapping[Window, float] | None = None,
+    ) -> None:
+        self.given, self.read, self.calls = effects, readings or {}, list[tuple[str, int, int]]()
         profile = Profile(
             "made",
             replace(lm.identity, num_layers=blocks),
             dict.fromkeys(range(blocks), torch.ones(lm.hidden_size)),
             "made",
         )
-        evidence = Evidence([], torch.zeros(lm.vocab_size))
+        evidence = Evidence([], {}, torch.zeros(lm.vocab_size))
         with steerable(lm) as steered:
             super().__init__(steered, profile, evidence, [], 0.1, 0, lambda *call: self.calls.append(call[:3]))
 
-    def _effect(self, profile: Profile) -> WindowEffect:
-        return WindowEffect(*self.given.get(profile.layers, (0.1, 0.1)))
+    def _estimate(self, profile: Profile) -> Estimate:
+        return Estimate(float(profile.layers[0]), *self.given.get(profile.layers, (0.1, 0.1)))
+
+    def _reading(self, window: Window) -> float:
+        return self.read.get(window, self.given.get(window, (0.1, 0.1))[1])
 
 
 def test_single_blocks_are_tried_over_the_model_and_then_around_the_best(lm: LanguageModel) -> None:
     search = MadeEffects(lm, 40, {(22,): (1.0, 2.0), (23,): (1.3, 2.4), (24,): (1.2, 2.5)})
     choice = search.choose()
-    assert choice.layers == (23,)
+    assert (choice.layers, choice.coefficient) == ((23,), 23.0)
     first = [(layer,) for layer in range(1, 40, 3)]
     assert list(choice.scores) == [*first, (20,), (21,), (23,), (24,), (22, 23), (23, 24)]
     assert choice.scores[22,] == 1.0
     assert choice.scores[23,] == (1.3 / 1.0 + 2.4 / 2.0) / 2
     assert choice.scores[1,] == (0.1 / 1.0 + 0.1 / 2.0) / 2
-    assert search.calls == [*(("layers", done, 20) for done in range(1, 20)), ("layers", 19, 19)]
+    assert choice.sampled == {(23,): (1 + 2.4 / 2.5) / 2, (24,): (1.2 / 1.3 + 1) / 2, (22,): (1 / 1.3 + 2 / 2.5) / 2}
+    assert search.calls == [*(("layers", done, 23) for done in range(1, 23)), ("layers", 22, 22)]
 
 
 def test_progress_ends_only_when_the_choice_does(lm: LanguageModel) -> None:
     wider = {(22,): 2.0, (22, 23): 3.0, (22, 23, 24): 4.0, (22, 23, 24, 25): 5.0}
     search = MadeEffects(lm, 40, {window: (value, value) for window, value in wider.items()})
     assert search.choose().layers == (22, 23, 24, 25)
-    assert search.calls == [*(("layers", done, max(20, done + 1)) for done in range(1, 24)), ("layers", 23, 23)]
+    assert search.calls == [*(("layers", done, max(23, done + 1)) for done in range(1, 27)), ("layers", 26, 26)]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +311,7 @@ def test_a_window_grows_by_its_better_neighbour_up_to_four_blocks(lm: LanguageMo
     choice = MadeEffects(lm, 8, {window: (value, value) for window, value in wider.items()}).choose()
     assert choice.layers == (2, 3, 4, 5)
     assert {window for window in choice.scores if len(window) > 1} == {*wider, (1, 2, 3)} - {(3,)}
+    assert set(choice.sampled) == {(2, 3, 4, 5), (1, 2, 3, 4), (2, 3, 4)}
 
 
 @pytest.mark.parametrize(("wider", "layers"), [(1.0499, (0,)), (1.05, (0,)), (1.0501, (0, 1))])
@@ -278,13 +319,32 @@ def test_a_wider_window_must_be_better_by_5_percent(lm: LanguageModel, wider: fl
     assert MadeEffects(lm, 2, {(0,): (1.0, 1.0), (0, 1): (wider, wider)}).choose().layers == layers
 
 
+def test_what_the_best_few_write_decides_between_them(lm: LanguageModel) -> None:
+    estimates = {(0,): (1.0, 1.0), (1,): (0.9, 0.9), (2,): (0.8, 0.8), (3,): (0.7, 0.7)}
+    readings = {(0,): 0.2, (1,): 1.0, (2,): 0.9, (3,): 9.0}
+    choice = MadeEffects(lm, 4, estimates, readings).choose()
+    assert choice.layers == (1,)
+    assert choice.sampled == {
+        (0,): pytest.approx(0.6), (1,): pytest.approx(0.95), (2,): pytest.approx((0.8 + 0.9) / 2),
+    }  # fmt: skip
+
+
 def test_an_effect_that_no_block_has_is_left_out(lm: LanguageModel) -> None:
-    choice = MadeEffects(lm, 2, {(0,): (-1.0, 0.5), (1,): (0.0, 0.25), (0, 1): (9.0, 0.5)}).choose()
+    choice = MadeEffects(lm, 2, {(0,): (-1.0, 0.5), (1,): (0.0, 0.25), (0, 1): (-9.0, 0.5)}).choose()
     assert choice.scores == {(0,): 1.0, (1,): 0.5, (0, 1): 1.0}
+    assert choice.sampled == choice.scores
     assert choice.layers == (0,)
 
 
-def test_with_no_effect_at_all_the_reading_alone_counts(lm: LanguageModel) -> None:
-    choice = MadeEffects(lm, 2, {(0,): (-1.0, -0.5), (1,): (-0.5, -0.75), (0, 1): (9.0, -0.1)}).choose()
-    assert choice.scores == {(0,): -0.5, (1,): -0.75, (0, 1): -0.1}
+def test_with_no_effect_at_all_the_second_one_counts(lm: LanguageModel) -> None:
+    choice = MadeEffects(lm, 2, {(0,): (-1.0, -0.5), (1,): (-0.5, -0.75), (0, 1): (-9.0, -0.1)}).choose()
+    assert choice.scores == choice.sampled == {(0,): -0.5, (1,): -0.75, (0, 1): -0.1}
     assert choice.layers == (0,)  # a wider window must have a positive score
+
+
+def test_the_last_search_compares_widths_from_narrow_to_wide(lm: LanguageModel) -> None:
+    """Each wider window is compared with the best narrower one so far."""
+    effects = {(1,): 1.0, (0, 1): 1.06, (0, 1, 2): 1.12}
+    assert MadeEffects(lm, 3, {window: (value, value) for window, value in effects.items()}).choose().layers == (
+        0, 1, 2,
+    )  # fmt: skip

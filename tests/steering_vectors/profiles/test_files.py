@@ -23,7 +23,6 @@ from steering_vectors.profiles.files import (
     installed_version,
     load_profile,
     profile_summary,
-    publish,
     read_profile,
     save_profile,
 )
@@ -187,20 +186,6 @@ def test_a_residual_norm_beyond_float32_is_not_stored(tmp_path: Path) -> None:
 
 def test_saving_creates_the_directory(tmp_path: Path) -> None:
     assert save_profile(make_profile(), tmp_path / "a" / "b") == tmp_path / "a" / "b" / "warm.safetensors"
-
-
-def test_publishing_keeps_the_bytes(tmp_path: Path, data: bytes) -> None:
-    assert publish(data, "warm", tmp_path / "served").read_bytes() == data
-
-
-@pytest.mark.parametrize("name", ["../warm", ".warm", "", "Warm", "warm/x", "warm/../../x", "warm\n", "w" * 65])
-def test_publishing_refuses_an_invalid_name(tmp_path: Path, data: bytes, name: str) -> None:
-    served = tmp_path / "outside" / "served"
-    (served / "warm").mkdir(parents=True)  # so that a path through it would exist
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ProfileError, match="is not a profile name"):
-        publish(data, name, served)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_missing_file_is_a_profile_error(tmp_path: Path) -> None:

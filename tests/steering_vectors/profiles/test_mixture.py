@@ -1,4 +1,4 @@
-"""Mixtures: sums, errors, receipts and digests."""
+"""Mixtures: sums, errors, the safe range and digests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.mixture import LARGEST, MAX_LAYER_SUBSETS, Mixture, Shifts, Term, unit_shifts
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.profiles.mixture import MAX_LAYER_SUBSETS, Mixture, Shifts, Term, unit_shifts
+from steering_vectors.profiles.profile import LARGEST, Profile
 from tests.support.tiny_profiles import tiny_profile
 
 CALIBRATION = {"kl_budget": 0.1, "kl_at_1": 0.1}
@@ -180,7 +180,7 @@ def test_beyond_the_safe_range(strength: float) -> None:
         mix((WARM, strength))
     assert str(refusal.value) == f"strength {strength} of profile 'warm' is beyond its safe range of ±2; {REMEDY}"
     assert (refusal.value.param, refusal.value.code) == ("strength", "strength_out_of_range")
-    assert mix((WARM, strength), allow_beyond_safe=True).receipt(1)[0]["allow_beyond_safe"] is True
+    assert mix((WARM, strength), allow_beyond_safe=True).shifts().layers == WARM.layers
 
 
 def test_a_sum_beyond_the_safe_range() -> None:
@@ -229,25 +229,15 @@ def test_neutral() -> None:
     assert not mix((WARM, 0.0), (TERSE, 1e-9)).is_neutral
 
 
-def test_receipt() -> None:
-    assert Mixture((Term(WARM, 0.8),)).receipt(12) == [
-        {
-            "name": "warm",
-            "version": "a" * 64,
-            "strength": 0.8,
-            "operator": "add",
-            "layers": [0, 2],
-            "apply_to": "generated",
-            "steered_tokens": 12,
-            "calibrated": True,
-        }
-    ]
+def test_a_profile_alone_at_all_its_layers_is_used_as_it_was_calibrated() -> None:
+    mixture = mix((WARM, 0.8))
+    assert mixture.is_calibrated(mixture.terms[0])
 
 
-def test_receipt_of_strength_zero_and_of_a_subset() -> None:
-    idle, subset = Mixture((Term(WARM, 0.0), Term(TERSE, 0.5, (2,))), preserve_norm=True).receipt(3)
-    assert (idle["layers"], idle["steered_tokens"], idle["strength"]) == ([], 0, 0.0)
-    assert (subset["layers"], subset["steered_tokens"], subset["preserve_norm"]) == ([2], 3, True)
+def test_a_term_without_strength_is_idle_and_a_subset_acts_at_its_layers() -> None:
+    mixture = Mixture((Term(WARM, 0.0), Term(TERSE, 0.5, (2,))), preserve_norm=True)
+    assert [mixture.is_idle(term) for term in mixture.terms] == [True, False]
+    assert mixture.terms[1].active_layers == mixture.shifts().layers == (2,)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +252,12 @@ def test_receipt_of_strength_zero_and_of_a_subset() -> None:
     ],
 )
 def test_uses_outside_the_calibration(uncalibrated: Mixture) -> None:
-    assert uncalibrated.receipt(1)[0]["calibrated"] is False
+    assert not uncalibrated.is_calibrated(uncalibrated.terms[0])
 
 
 def test_an_idle_neighbour_and_all_layers_by_name_keep_the_calibration() -> None:
-    assert mix((WARM, 0.5), (TERSE, 0.0)).receipt(1)[0]["calibrated"] is True
-    assert Mixture((Term(WARM, 0.5, (2, 0)),)).receipt(1)[0]["calibrated"] is True
+    for calibrated in (mix((WARM, 0.5), (TERSE, 0.0)), Mixture((Term(WARM, 0.5, (2, 0)),))):
+        assert calibrated.is_calibrated(calibrated.terms[0])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from steering_vectors.models.loading import wrap_model
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
-from steering_vectors.steering.bank import SteeringBank
+from steering_vectors.steering.bank import SteeringBank, shifts_in
 from tests.support.tiny import HIDDEN, STEERABLE, tiny_model
 from tests.support.tiny_profiles import tiny_profile
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -291,7 +291,7 @@ def test_a_sum_of_profiles_that_overflows_is_refused(layers: tuple[int, ...], un
     bank, ones = empty_bank(1, torch.float16, AcceleratedBank), {layer: torch.ones(HIDDEN) for layer in layers}
     profiles = [replace(tiny_profile(name=name, layers=layers, unit=unit), directions=ones) for name in ("a", "b")]
     for profile in profiles:
-        bank.check(mix((profile, 1.0)))
+        shifts_in(mix((profile, 1.0)), bank.shift.dtype)
     both = mix((profiles[0], 1.0), (profiles[1], 1.0))
     if refused:
         with pytest.raises(SteeringError, match="the shift overflows the model's dtype: use a smaller strength"):

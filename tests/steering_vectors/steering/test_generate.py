@@ -214,7 +214,7 @@ def test_several_profiles_a_mixture_and_a_subset_of_layers() -> None:
     warm, terse = tiny_profile(model, "warm"), tiny_profile(model, "terse", (1,), seed=1)
     with steer(model, [(warm, 0.5), (terse, -0.25)]) as applied:
         listed = generated(model)
-    assert [entry["strength"] for entry in applied.receipt(1)] == [0.5, -0.25]
+    assert [term.strength for term in applied.terms] == [0.5, -0.25]
     with steer(model, Mixture((Term(warm, 0.5), Term(terse, -0.25)))):
         assert torch.equal(generated(model), listed)
     with steer(model, warm, 0.5), steer(model, terse, -0.25):

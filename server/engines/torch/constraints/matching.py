@@ -37,6 +37,7 @@ MAX_USES = 128  # of one grammar: its rows share what its lexer may spend
 _BLANKS = r" |\n {0,16}"  # a space, or a line's indentation; free, a model that has lost its way writes them for ever
 
 FIELD = "constraint"  # of the protocol
+CLOSED = "the engine is shut down"
 
 Allowed = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
@@ -123,23 +124,21 @@ class GrammarCompiler:
             )
 
     def _shared(self) -> _Backend:
-        with self._making:
-            self._backend = self._backend or self._make()
-            return self._backend
-
-    def _make(self) -> _Backend:
         from llguidance import LLExecutor
         from llguidance.hf import from_tokenizer
 
-        known = sorted(one for one in self._eos_ids if one < len(self._tokenizer))
-        reject(not known, "constraint cannot be used: this model has no end-of-sequence token", FIELD)
-        try:
-            executor = LLExecutor() if (os.cpu_count() or 1) >= MIN_CORES_FOR_THREADS else None
-            return _Backend(from_tokenizer(self._tokenizer, eos_token=known), executor)
-        except ValueError as error:
-            raise RequestError(
-                f"constraint cannot be used with this model's tokenizer: {first_line(error)}", param=FIELD
-            ) from error
+        with self._making:
+            if self._backend is not None:
+                return self._backend
+            known = sorted(one for one in self._eos_ids if one < len(self._tokenizer))
+            reject(not known, "constraint cannot be used: this model has no end-of-sequence token", FIELD)
+            try:
+                executor = LLExecutor() if (os.cpu_count() or 1) >= MIN_CORES_FOR_THREADS else None
+                self._backend = _Backend(from_tokenizer(self._tokenizer, eos_token=known), executor)
+            except ValueError as error:
+                reason = f"constraint cannot be used with this model's tokenizer: {first_line(error)}"
+                raise RequestError(reason, param=FIELD) from error
+            return self._backend
 
 
 def allowed_tokens(matchers: Sequence[Matcher], vocab_size: int) -> Allowed:
@@ -230,7 +229,7 @@ class Grammars:
             return await asyncio.shield(answer)  # another may wait for the same
         except asyncio.CancelledError:
             if entry.future.cancelled():
-                raise _closed() from None
+                raise Unavailable(CLOSED) from None
             raise
 
     def close(self) -> None:
@@ -240,7 +239,7 @@ class Grammars:
 
     def _begin(self, constraint: Constraint) -> _Entry:
         if self._closed:
-            raise _closed()
+            raise Unavailable(CLOSED)
         self._entries = {one: entry for one, entry in self._entries.items() if not entry.spent}
         finished = [one for one, entry in self._entries.items() if entry.future.done()]
         waiting = len(self._entries) - len(finished)
@@ -249,7 +248,3 @@ class Grammars:
         for one in finished[: max(0, len(finished) - MAX_CACHED_GRAMMARS + 1)]:
             del self._entries[one]
         return _Entry(self._threads.submit(self._compiler.compile, constraint))
-
-
-def _closed() -> Unavailable:
-    return Unavailable("the engine is shut down")

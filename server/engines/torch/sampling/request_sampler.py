@@ -57,8 +57,8 @@ class RequestSampler:
     """The state of sampling of one choice.
 
     Prompt ids must lie in the vocabulary. Choice i of a request draws from (seed, i); without a seed one is taken from
-    the operating system. `stop_ids` end the text besides `eos_ids`; None means those of the parameters. Raises
-    RequestError as `check_vocabulary` does.
+    the operating system. `stop_ids` end the text besides `eos_ids`; None means those of the parameters, whose ids must
+    lie in the vocabulary too (`check_vocabulary`).
     """
 
     __slots__ = ("_chosen", "_random", "_unused", "bias", "counts", "forbidden", "matcher", "parameters")
@@ -74,18 +74,22 @@ class RequestSampler:
         matcher: Matcher | None = None,
         stop_ids: Collection[int] | None = None,
     ) -> None:
-        check_vocabulary(parameters, vocab_size)
         self.parameters = parameters
         self.matcher = matcher
         bias = parameters.logit_bias
         self.bias = (np.array([*bias], np.int64), np.array([*bias.values()], np.float32)) if bias else None
-        self.counts = _initial_counts(parameters, prompt_ids)
-        ending = parameters.stop_token_ids if stop_ids is None else stop_ids
-        self.forbidden = None
+        repetition = parameters.repetition_penalty != 1  # the only penalty that counts the prompt
+        penalised = repetition or parameters.presence_penalty or parameters.frequency_penalty
+        self.counts = _TokenCounts(prompt_ids if repetition else ()) if penalised else None
+        self.forbidden: TokenIds | None = None
         if parameters.min_tokens:
-            self.forbidden = _ending_ids(ending, frozenset() if parameters.ignore_eos else eos_ids, vocab_size)
+            stops = parameters.stop_token_ids if stop_ids is None else stop_ids
+            ending = {*stops, *(() if parameters.ignore_eos else eos_ids)}
+            self.forbidden = np.array(sorted(token for token in ending if token < vocab_size), dtype=np.int64)
         self._chosen = 0
-        self._random = random.Random(_stream_seed(parameters.seed, choice))
+        hashed = hashlib.sha256(f"{parameters.seed}/{choice}".encode()).digest()[:8]  # neighbours become unrelated
+        seed = secrets.randbits(64) if parameters.seed is None else int.from_bytes(hashed, "big")
+        self._random = random.Random(seed)
         self._unused: list[float] = []
 
     def observe(self, token_id: int) -> None:
@@ -123,22 +127,3 @@ class RequestSampler:
     def take_back(self, number: float) -> None:
         """Return a number that was not used; it is the next one again."""
         self._unused.append(number)
-
-
-def _stream_seed(seed: int | None, choice: int) -> int:
-    """One 64-bit seed for (seed, choice): neighbouring seeds and choices give unrelated streams."""
-    if seed is None:
-        return secrets.randbits(64)
-    return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big")
-
-
-def _initial_counts(parameters: SamplingParameters, prompt_ids: Sequence[int]) -> _TokenCounts | None:
-    if parameters.repetition_penalty != 1:
-        return _TokenCounts(prompt_ids)
-    return _TokenCounts(()) if parameters.presence_penalty or parameters.frequency_penalty else None
-
-
-def _ending_ids(stop_ids: Collection[int], eos_ids: frozenset[int], vocab_size: int) -> TokenIds:
-    """The tokens that would end the text."""
-    ending = {token_id for token_id in {*stop_ids, *eos_ids} if token_id < vocab_size}
-    return np.array(sorted(ending), dtype=np.int64)

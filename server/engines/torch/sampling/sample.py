@@ -9,7 +9,7 @@ the order of summation cannot show.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -53,8 +53,11 @@ def sample(logits: Tensor, rows: Sequence[RequestSampler], *, allow_sync: bool |
             _refuse(tokens.tolist())
     drawn = [place for place, row in enumerate(rows) if not row.greedy]
     numbers = [rows[place].uniform() for place in drawn]
-    for start, part in _parts(drawn, logits):
-        _draw(logits, rows, part, numbers[start : start + len(part)], tokens, allow_sync=allow_sync)
+    on_cpu = logits.device.type == "cpu"
+    size = max(1, _CACHED_LOGITS // logits.shape[1] if on_cpu else len(drawn))  # of rows that are drawn together
+    for start in range(0, len(drawn), size):
+        part = slice(start, start + size)
+        _draw(logits, rows, drawn[part], numbers[part], tokens, allow_sync=allow_sync)
     found: list[int] = tokens.tolist()
     try:
         _refuse(found)
@@ -75,12 +78,6 @@ def _refuse(tokens: Sequence[int]) -> None:
     """Raise NonFiniteLogits if some rows have no token."""
     if broken := [place for place, token_id in enumerate(tokens) if token_id < 0]:
         raise NonFiniteLogits(broken)
-
-
-def _parts(places: Sequence[int], logits: Tensor) -> Iterator[tuple[int, Sequence[int]]]:
-    """Rows to draw together, each part with its start: all on an accelerator, on a CPU as many as fit its caches."""
-    size = max(1, _CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(places))
-    return ((start, places[start : start + size]) for start in range(0, len(places), size))
 
 
 def _edit(logits: Tensor, rows: Sequence[RequestSampler]) -> None:

@@ -31,47 +31,33 @@ def probability_mass(logits: Tensor, parameters: Sequence[SamplingParameters], *
         temperatures = [[max(wish.temperature, _MIN_TEMPERATURE)] for wish in parameters]
         scaled.div_(tensor_on(temperatures, scaled.device, scaled.dtype))
     mass = scaled.exp().mul_(_UNIT).long()
-    _keep_top_k(scaled, mass, [wish.top_k for wish in parameters], allow_sync)
-    _keep_top_p(scaled, mass, [wish.top_p for wish in parameters], allow_sync)
+    if index := [place for place, wish in enumerate(parameters) if 0 < wish.top_k < mass.shape[1]]:
+        present = (rows_of(mass, index) > 0).long()
+        need = tensor_on([[parameters[place].top_k] for place in index], mass.device)
+        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)), allow_sync)
+    if index := [place for place, wish in enumerate(parameters) if wish.top_p < 1]:
+        part = rows_of(mass, index)
+        total = part.sum(dim=-1, keepdim=True)
+        share = tensor_on([[parameters[place].top_p] for place in index], mass.device, torch.float64)
+        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total), allow_sync)
     if any(wish.min_p for wish in parameters):
         floor = [[math.ceil(wish.min_p * _UNIT)] for wish in parameters]
         mass.masked_fill_(mass < tensor_on(floor, mass.device), 0)
     return mass
 
 
-def _keep_top_k(scaled: Tensor, mass: Tensor, top_k: Sequence[int], allow_sync: bool) -> None:
-    index = [place for place, k in enumerate(top_k) if 0 < k < mass.shape[1]]
-    if index:
-        present = (rows_of(mass, index) > 0).long()
-        need = tensor_on([[top_k[place]] for place in index], mass.device)
-        _zero_below(scaled, mass, index, present, need.minimum(present.sum(dim=-1, keepdim=True)), allow_sync)
-
-
-def _keep_top_p(scaled: Tensor, mass: Tensor, top_p: Sequence[float], allow_sync: bool) -> None:
-    index = [place for place, p in enumerate(top_p) if p < 1]
-    if index:
-        part = rows_of(mass, index)
-        total = part.sum(dim=-1, keepdim=True)
-        share = tensor_on([[top_p[place]] for place in index], mass.device, torch.float64)
-        _zero_below(scaled, mass, index, part, (share * total).ceil().long().clamp(min=1).minimum(total), allow_sync)
-
-
 def _zero_below(
     scaled: Tensor, mass: Tensor, index: Sequence[int], weight: Tensor, need: Tensor, allow_sync: bool
 ) -> None:
-    keep = likeliest_mask(rows_of(scaled, index), weight, need, allow_sync=allow_sync)
-    part = rows_of(mass, index).mul_(keep)
-    if part is not mass:
-        mass[tensor_on(list(index), mass.device)] = part
-
-
-def likeliest_mask(scaled: Tensor, weight: Tensor, need: Tensor, *, allow_sync: bool) -> Tensor:
-    """Mask `[rows, vocabulary]` of the fewest likeliest tokens whose weights sum to `need` `[rows, 1]` or more.
+    """Zero the mass of all but the fewest likeliest tokens whose weights sum to `need` `[rows, 1]` or more.
 
     Equal values are kept from the lowest id on. Needs 0 < need ≤ sum. With `allow_sync` a histogram and a sort of one
     bucket, which is fastest on a CPU; else a radix select, which copies nothing to the host.
     """
-    return (_by_histogram if allow_sync else _by_radix_select)(scaled, weight, need)
+    likeliest_mask = _by_histogram if allow_sync else _by_radix_select  # [rows, vocabulary]
+    part = rows_of(mass, index).mul_(likeliest_mask(rows_of(scaled, index), weight, need))
+    if part is not mass:
+        mass[tensor_on(list(index), mass.device)] = part
 
 
 def _by_histogram(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from server.engines.detokenizer import decode_text
 from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration, UnknownProfile
 from server.engines.protocol import (
     ALL_CAPABILITIES,
@@ -28,6 +27,7 @@ from server.engines.protocol import (
     SteeringPlan,
     StrengthSchedule,
 )
+from steering_vectors.data.chat import decoded_after
 from steering_vectors.errors import ProfileMismatch, RequestError, SteeringError
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.gate import Gate
@@ -111,7 +111,7 @@ def test_each_choice_has_its_events_in_order_and_one_end(one: Served, language_m
         assert len(deltas) == len(mine) - 2
         ids = [token for delta in deltas for token in delta.token_ids]
         assert len(ids) == mine[-1].completion_tokens == 20
-        assert "".join(delta.text for delta in deltas) == decode_text(language_model.tokenizer, PROMPT, ids)
+        assert "".join(delta.text for delta in deltas) == decoded_after(language_model.tokenizer, PROMPT, ids)
         assert [one.token_id for delta in deltas for one in delta.logprobs] == ids
         assert all(len(one.top) == 2 for delta in deltas for one in delta.logprobs)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from steering_vectors.errors import DataError
-from steering_vectors.evaluation.trust.ethics import QUESTION, auc, prepare_ethics
+from steering_vectors.evaluation.reward import auc
+from steering_vectors.evaluation.trust.ethics import QUESTION, prepare_ethics
 from steering_vectors.evaluation.trust.figures import compare
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model

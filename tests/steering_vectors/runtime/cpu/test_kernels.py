@@ -17,7 +17,16 @@ from server.engines.torch.engine import TorchEngine
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.choose_runner import choose_runner
 from steering_vectors.runtime.cpu.fused_blocks import FusedRunner, can_fuse
-from steering_vectors.runtime.cpu.kernels import Heads, Kernels, PassInputs, WholeBlock, compiled, load
+from steering_vectors.runtime.cpu.kernels import (
+    Heads,
+    Kernels,
+    PassInputs,
+    WholeBlock,
+    compiled,
+    load,
+    packed_weight,
+    unpacked_weight,
+)
 from steering_vectors.runtime.cpu.packing import pack, packs
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, quantize
 from steering_vectors.runtime.runner import RowInput
@@ -368,3 +377,10 @@ def test_the_engine_reports_whether_blocks_are_fused(architecture: str, path: st
     assert engine.info.path == path
     asyncio.run(engine.close())
     assert all("forward" not in vars(block) for block in language_model.blocks)  # restored
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 4), (37, 10), (1, 2)])
+def test_a_packed_weight_is_read_back(outputs: int, inputs: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, inputs).bfloat16()
+    assert torch.equal(unpacked_weight(packed_weight(weight))[:outputs], weight)

@@ -14,7 +14,7 @@ from torch import nn
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel, load_model, wrap_model
-from steering_vectors.runtime.cpu.packing import PackedLinear, pack, packs
+from steering_vectors.runtime.cpu.packing import PackedLinear, is_packed, pack, packs, unpack
 from tests.support.running import plan, prompts, random_profile, request, run_all
 from tests.support.tiny import STEERABLE, tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -149,3 +149,60 @@ def test_a_processor_without_bfloat16_packing_is_refused() -> None:
 def test_formats_without_packing_are_refused() -> None:
     with pytest.raises(ModelError, match="oneDNN packs no weights of this kind here; leave cpu_prepack out"):
         pack(tiny_model("llama").to(torch.float16))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_oss", "gemma3_text"])
+def test_unpacked_layers_are_the_plain_ones(architecture: str) -> None:
+    model = tiny_model(architecture)
+    before, layers = weights(model), linears(model)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    pack(model)
+    assert is_packed(model)
+    unpack(model)
+    assert not is_packed(model)
+    assert list(map(id, linears(model))) == list(map(id, layers))
+    assert {id(parameter) for parameter in model.parameters()} == parameters
+    after = weights(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_unpacked_model_can_be_trained() -> None:
+    model = tiny_model("llama").requires_grad_(True)
+    pack(model)
+    unpack(model)
+    model(input_ids=torch.tensor([[5, 9, 3]]), use_cache=False).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_weights_shared_with_embeddings_stay_shared() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    shared = model.model.embed_tokens.weight
+    assert model.lm_head.weight is shared
+    pack(model)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert model.model.embed_tokens.weight is shared
+    unpack(model)
+    assert model.lm_head.weight is shared is model.model.embed_tokens.weight
+
+
+def test_packing_holds_no_plain_weights() -> None:
+    model = tiny_model("llama")
+    layers = linears(model)
+    pack(model)
+    assert {layer.weight.numel() for layer in layers} == {0}
+
+
+@pytest.mark.parametrize("architecture", LOOKS_AT_WEIGHTS)
+def test_a_model_that_cannot_be_packed_stays_as_it_was(architecture: str) -> None:
+    model = tiny_model(architecture)
+    before, ids = weights(model), torch.tensor([[5, 9, 3, 7, 11]])
+    plain = model(input_ids=ids, use_cache=False).logits
+    with pytest.raises(ModelError, match="cannot be packed"):
+        pack(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)

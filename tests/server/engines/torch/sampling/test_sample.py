@@ -400,8 +400,6 @@ def test_ids_beyond_the_vocabulary_are_refused(wish: SamplingParameters, param: 
     with pytest.raises(RequestError, match="token ids go from 0 to 96") as caught:
         check_vocabulary(wish, VOCAB)
     assert caught.value.param == param
-    with pytest.raises(RequestError):
-        sampler(wish)
 
 
 @pytest.mark.parametrize("wish", SHAPES, ids=label)

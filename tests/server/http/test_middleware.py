@@ -10,8 +10,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server.http import json_bodies
-from server.http.json_bodies import StrictRequest, StrictRoute
+from server.http import middleware
+from server.http.middleware import StrictRequest, StrictRoute
 
 
 def read(body: bytes) -> Any:
@@ -23,7 +23,7 @@ def read(body: bytes) -> Any:
 
 def test_a_body_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
-    parser = json_bodies.from_json
+    parser = middleware.from_json
 
     def counted(body: bytes, **options: Any) -> Any:
         parsed.append(body)
@@ -39,7 +39,7 @@ def test_a_body_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def echo(body: dict[str, Any]) -> dict[str, Any]:
         return body
 
-    monkeypatch.setattr(json_bodies, "from_json", counted)
+    monkeypatch.setattr(middleware, "from_json", counted)
     with TestClient(app) as client:
         monkeypatch.setattr(json, "loads", no_other)
         answer = client.post("/echo", content=b'{"a": {"b": 1}}', headers={"content-type": "application/json"})
