@@ -8,16 +8,18 @@ rows' tokens. Every row multiplies by every weight, and its queries multiply by 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from steering_vectors.models.gguf_codes import Codes, load_codes
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.cpu.threads import run_apart
 
 LARGE = {"cpu": 2**28, "cuda": 2**33}  # bytes of a tensor, far more than the caches
-BITS = {None: (16.0, 16.0), "int8": (8.0, 8.0), "int4": (4.5, 8.0)}  # per weight, and per weight of the output layer
+BITS = {"int8": (8.0, 8.0), "int4": (4.5, 8.0)}  # per weight, and per weight of the output layer
 SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of two matrices
 REPEATS = 5
 
@@ -63,18 +65,18 @@ class Cost:
 
     @classmethod
     def of(cls, language_model: LanguageModel, quantize: str | None = None) -> Cost:
-        """The cost for a model with unpacked layers. `quantize` is that of a server, for a model in bfloat16."""
+        """The cost for a model with unpacked layers. `quantize` is that of a server."""
         model = language_model.model
         embedding, projection = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         count = sum(one.numel() for one in model.parameters())
         if embedding.data_ptr() != projection.data_ptr():
             count -= embedding.numel()
-        inner, output = (bits / 16 for bits in BITS[quantize])
-        read = (count - projection.numel()) * inner + projection.numel() * output
         config, size = model.config.get_text_config(), embedding.element_size()
+        inner, output = _bits(language_model, quantize)
+        read = ((count - projection.numel()) * inner + projection.numel() * output) / 8
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            weights=int(read * size),
+            weights=int(read),
             row=embedding.shape[1] * size,
             position=2 * config.num_hidden_layers * config.num_key_value_heads * head * size,
             token_operations=2 * count,
@@ -86,6 +88,24 @@ class Cost:
         read = self.weights + rows * (self.row + context * self.position)
         operations = rows * (self.token_operations + context * self.position_operations)
         return 1e3 * max(read / device.bandwidth, operations / device.rate)
+
+
+def _bits(language_model: LanguageModel, quantize: str | None) -> tuple[float, float]:
+    """Bits per weight, and per weight of the output layer."""
+    model = language_model.model
+    if quantize is None:
+        plain = 8.0 * model.get_output_embeddings().weight.element_size()
+        return plain, plain
+    if quantize != "gguf":
+        return BITS[quantize]
+    codes = load_codes(Path(model.config.name_or_path))
+    outer = {name for name in codes if not name.startswith("model.layers.")}
+    return _mean_bits(codes[name] for name in codes.keys() - outer), _mean_bits(codes[name] for name in outer)
+
+
+def _mean_bits(codes: Iterable[Codes]) -> float:
+    known = list(codes)
+    return 8 * sum(one.groups.numel() for one in known) / sum(one.outputs * one.inputs for one in known)
 
 
 def _best(device: torch.device, work: Callable[[], object]) -> float:

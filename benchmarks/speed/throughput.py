@@ -43,7 +43,9 @@ _ids = itertools.count()
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"demo, a directory, or one of {', '.join(SHAPES)}.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option(help=f"demo, a directory, a GGUF file, or one of {', '.join(SHAPES)}.")
+    ] = "smollm2-135m",
     rows: Annotated[str, typer.Option(help="Rows of a batch, comma-separated.")] = "1,4,16",
     contexts: Annotated[str, typer.Option(help="Tokens of each prompt, comma-separated.")] = "32,512",
     steerings: Annotated[str, typer.Option(help="Different steerings, comma-separated.")] = "1,4,16",
@@ -51,7 +53,8 @@ def main(
     pairs: Annotated[int, typer.Option(help="Pairs of a case.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = torch.get_num_threads(),
     prepack: Annotated[bool, typer.Option(help="Serve as with --cpu-prepack, on a CPU.")] = True,
-    quantize: Annotated[str | None, typer.Option(help="Serve as with --quantize: int8 or int4.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Serve as with --quantize: int8, int4 or gguf.")] = None,
+    dtype: Annotated[str, typer.Option(help="The data type: bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where the model runs, as torch names it.")] = "cpu",
     graphs: Annotated[bool, typer.Option(help="On CUDA, replay steps as graphs if possible.")] = True,
     generate: Annotated[bool, typer.Option(help="Also measure generate with hooks.")] = False,
@@ -60,7 +63,10 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     prepack = prepack and device == "cpu"
-    language_model, cost = run_apart(lambda: _loaded(model, prepack=prepack, quantize=quantize, device=device))
+    numbers = getattr(torch, dtype)
+    language_model, cost = run_apart(
+        lambda: _loaded(model, prepack=prepack, quantize=quantize, device=device, dtype=numbers)
+    )
     measured = Device.measured(language_model.device, language_model.dtype)
     profiles = [_profile(language_model, seed) for seed in range(LOADED)]
     cases = [(batch, context) for batch in _numbers(rows) for context in _numbers(contexts)]
@@ -78,6 +84,7 @@ def main(
         found += [{**one, **beside} for one in cases_of]
     figures = {
         "model": model,
+        "dtype": dtype,
         "device": _described(language_model.device),
         "bandwidth_gb_s": round(measured.bandwidth / 1e9, 1),
         "rate_gop_s": round(measured.rate / 1e9),
@@ -99,11 +106,13 @@ def _described(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _loaded(model: str, *, prepack: bool, quantize: str | None, device: str) -> tuple[LanguageModel, Cost]:
-    language_model = model_of(model, device=device)
+def _loaded(
+    model: str, *, prepack: bool, quantize: str | None, device: str, dtype: torch.dtype
+) -> tuple[LanguageModel, Cost]:
+    language_model = model_of(model, device=device, dtype=dtype)
     cost = Cost.of(language_model, quantize)
     if prepack or quantize is not None:
-        pack(language_model.model, load_settings({"quantize": quantize}).quantize)
+        pack(language_model.model, load_settings({"quantize": quantize}).quantize, dtype=dtype)
     return language_model, cost
 
 
