@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import torch
 from gguf.quants import quantize
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 Type = gguf.GGMLQuantizationType
 PERMUTED = ("attn_q.weight", "attn_k.weight")  # of Llama: llama.cpp rotates neighbouring pairs, transformers halves
@@ -67,6 +67,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def small_qwen(vocabulary: int) -> PreTrainedModel:
+    """A random model of another architecture than Llama's, with an output layer of its own."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    return Qwen2ForCausalLM(config).eval()
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from transformers import AutoModelForCausalLM, GgufConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from steering_vectors.cache_directory import cache_directory
 from steering_vectors.errors import ModelError
@@ -20,7 +20,7 @@ from steering_vectors.models.gguf import convert_gguf, find_gguf, smollm2_file
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, load_model
 from tests.support.full_disk import full_disk
-from tests.support.gguf_files import Type, write_gguf
+from tests.support.gguf_files import Type, small_qwen, write_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -74,18 +74,7 @@ def test_logits_are_those_of_transformers(files: Path) -> None:
 
 
 def test_another_architecture(demo: LanguageModel, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=demo.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-    )
-    model = Qwen2ForCausalLM(config).eval()
+    model = small_qwen(demo.vocab_size)
     lm = load_model(str(write_gguf(model, demo.tokenizer, tmp_path / "qwen.gguf", Type.BF16)), dtype="float32")
     ids = lm.tokenizer(TEXT).input_ids
     assert lm.identity.architecture == "Qwen2ForCausalLM"

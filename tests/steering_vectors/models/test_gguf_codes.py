@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from steering_vectors.models.gguf import convert_gguf
 from steering_vectors.models.gguf_codes import CODE_TYPES, OUTPUTS, Codes, joined, load_codes, save_codes
 from steering_vectors.models.loading import LanguageModel, load_model
-from tests.support.gguf_files import Type, write_gguf
+from tests.support.gguf_files import Type, small_qwen, write_gguf
 
 KINDS = pytest.mark.parametrize("kind", CODE_TYPES)
 
@@ -98,18 +97,7 @@ def test_other_types_have_no_codes(demo: LanguageModel, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_output_layer_has_codes_of_its_own(demo: LanguageModel, tmp_path: Path) -> None:
-    config = Qwen2Config(
-        vocab_size=demo.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).eval()
+    model = small_qwen(demo.vocab_size)
     file = write_gguf(model, demo.tokenizer, tmp_path / "qwen.gguf", Type.Q8_0, kinds={"output.weight": Type.Q4_1})
     lm = load_model(str(file), dtype="float32")
     found = load_codes(Path(lm.model.config.name_or_path))
