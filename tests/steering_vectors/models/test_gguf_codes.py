@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
+from steering_vectors.errors import ModelError
 from steering_vectors.models.gguf import convert_gguf
 from steering_vectors.models.gguf_codes import CODE_TYPES, OUTPUTS, Codes, joined, load_codes, save_codes
 from steering_vectors.models.loading import LanguageModel, load_model
@@ -106,3 +107,17 @@ def test_an_output_layer_has_codes_of_its_own(demo: LanguageModel, tmp_path: Pat
     for name, weight in lm.model.named_parameters():
         if weight.dim() == 2:
             assert torch.equal(found[name].dequantized(torch.bfloat16).float(), weight), name
+
+
+@pytest.mark.slow
+def test_a_conversion_leaves_the_gguf_library_as_it_was(demo: LanguageModel, tmp_path: Path) -> None:
+    """Meanwhile it shares a reader and a table of names with transformers."""
+    import gguf
+
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    file = write_gguf(demo.model, demo.tokenizer, tmp_path / "demo.gguf", Type.Q8_0)
+    convert_gguf(file)
+    (tmp_path / "broken.gguf").write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError):
+        convert_gguf(tmp_path / "broken.gguf")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
