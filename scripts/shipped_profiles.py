@@ -67,9 +67,8 @@ def main(
 def sentences(file: Path) -> list[str]:
     """The sentences of a usable length, as people write them."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    return [
-        written(line) for line in lines if WORDS[0] <= len(line.split()) <= WORDS[1] and not re.search("_num_|unk", line)
-    ]
+    usable = (line for line in lines if WORDS[0] <= len(line.split()) <= WORDS[1] and not re.search("_num_|unk", line))
+    return [written(line) for line in usable]
 
 
 def written(tokens: str) -> str:
