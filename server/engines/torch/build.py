@@ -53,8 +53,7 @@ def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageMode
         adapter=config.adapter,
         tensor_parallel=channel is not None,
     )
-    if channel is None:
-        logger.info("the weights are %s", _pack(config, language_model))
+    logger.info("the weights are %s", _pack(config, language_model))
     slots, context = _sizes(config, language_model)
     return language_model, slots if channel is None else channel.minimum(slots), context
 
@@ -65,9 +64,9 @@ def _pack(config: EngineConfig, language_model: LanguageModel) -> str:
     if config.quantize is not None or config.cpu_prepack:
         pack(language_model.model, config.quantize)
         return "packed, as configured" if config.quantize is None else f"packed in {config.quantize}, as configured"
-    if config.cpu_prepack is None:
-        return pack_if_faster(language_model)
-    return "plain, as configured"
+    if config.cpu_prepack is not None:
+        return "plain, as configured"
+    return "plain: the model is split" if config.tensor_parallel else pack_if_faster(language_model)
 
 
 def _sizes(config: EngineConfig, language_model: LanguageModel) -> tuple[int, int]:
