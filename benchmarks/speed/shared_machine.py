@@ -5,9 +5,9 @@
 A team of OpenMP workers spins while it waits for the next parallel section, and in a section for the last worker. On a
 machine that others use too, a worker spins while another process has the processor of the one it waits for. For each
 spin count (GOMP_SPINCOUNT; `default` leaves it to the library, `trimtab` is what the command sets) a process measures
-median times alone, and then beside one busy process for each processor: of a decode step with 1 and with 16 rows on the
-path of `trimtab serve`, and of a pass over 8 texts of 64 tokens as in a fit. Whatever happens, a process that shares its
-processors with as many busy ones gets half of them, so twice the time is the floor.
+median times alone, and then beside one busy process for each processor: of a decode step with 1 and with 16 rows on
+the path of `trimtab serve`, and of a pass over 8 texts of 64 tokens as in a fit. A process that shares its processors
+with as many busy ones gets half of them, so twice the time is the floor.
 """
 
 from __future__ import annotations
