@@ -1,7 +1,7 @@
 """Zeros that take memory on a CPU page by page, as they are written.
 
-torch writes its zeros at once. numpy asks for huge pages, of which the first keys of one slot take two megabytes in
-every layer and head; the first requests then wait for them.
+torch writes its zeros at once. numpy asks for huge pages: the first token of a slot then takes megabytes in every
+layer, and the first requests wait for them.
 """
 
 from __future__ import annotations
