@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from server.settings import Settings
     from server.state import Service
 
+# Rounds in which a worker of OpenMP waits for the next parallel section before it sleeps, some 10 µs. The library's
+# default of milliseconds makes a process that shares its processors with others ten to a hundred times slower.
+SPIN_COUNT = "1000"
+
 SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
 app = typer.Typer(
@@ -161,6 +165,8 @@ register(app)
 
 def main() -> None:
     """The console command: a `TrimtabError` is one line and exit code 2, a Ctrl-C one line and exit code 130."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which no command has yet
     try:
         app()
     except TrimtabError as error:

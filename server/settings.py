@@ -82,10 +82,10 @@ class Settings(BaseSettings):
     prefix_reuse: bool = _performance(
         True, "Keep the KV cache of prompts for requests with the same prefix and the same steering."
     )
-    cpu_prepack: bool = _performance(
-        False,
-        "On a CPU, reorder and join the weights of linear layers at start, and fuse the blocks of known architectures: "
-        "several times as fast in bfloat16.",
+    cpu_prepack: bool | None = _performance(
+        None,
+        "On a CPU, reorder and join the weights of linear layers at start, and fuse the blocks of known architectures; "
+        "by default where that is expected to be faster and agrees with the plain model.",
     )
     quantize: Literal["int8", "int4", "gguf"] | None = _performance(
         None,

@@ -21,6 +21,7 @@ from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
 from steering_vectors.errors import TrimtabError
 from steering_vectors.profiles.files import installed_version
+from steering_vectors.profiles.shipped import shipped_profiles
 from steering_vectors.runtime.cpu.threads import run_apart
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class Service:
                 self._engine = await ProcessEngine.start(make)
             else:
                 self._engine = await asyncio.to_thread(run_apart, make)
-            self._registry = ProfileRegistry(self.settings.profiles, self._engine)
+            shipped = await asyncio.to_thread(shipped_profiles, self._engine.info.identity)
+            self._registry = ProfileRegistry(self.settings.profiles, self._engine, shipped=shipped)
             await self._registry.start()
         except Exception as error:
             if not isinstance(error, TrimtabError):

@@ -80,7 +80,7 @@ def main(
     slots: Annotated[int, typer.Option(help="Rows of the server.")] = 20,
     context: Annotated[int | None, typer.Option(help="The server's context; else the model's, up to 4096.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
-    prepack: Annotated[bool, typer.Option(help="Serve with --cpu-prepack.")] = True,
+    prepack: Annotated[bool | None, typer.Option(help="As in `trimtab serve`.")] = None,
     engine_process: Annotated[bool, typer.Option(help="Serve with --engine-process.")] = False,
     against_engine: Annotated[bool, typer.Option("--against-engine", help="In pairs with the engine alone.")] = False,
     pairs: Annotated[int, typer.Option(help="How many pairs.")] = 5,
@@ -92,9 +92,8 @@ def main(
 ) -> None:
     if route not in ROUTES or (against_engine and long_prompts):
         raise typer.BadParameter(f"--route is {' or '.join(ROUTES)}; choose one of --against-engine and --long-prompts")
-    settings = {"slots": slots, "threads": threads, "dtype": dtype, "cpu_prepack": prepack} | (
-        {"context": context} if context else {}
-    )
+    given = {"slots": slots, "threads": threads, "dtype": dtype, "cpu_prepack": prepack, "context": context}
+    settings = {name: value for name, value in given.items() if value is not None}
     with target(model, dtype=dtype, profiles=profiles) as made:
         ranges = (lengths_of(prompts), lengths_of(completions))
         plan = Plan(made, settings, route, streams, rate, requests, seconds, *ranges, pairs, long, arrivals)

@@ -1,6 +1,6 @@
 """The time from a server's command to ready, by stage, and its memory.
 
-    python -m benchmarks.speed.startup --model demo|DIR|SHAPE [--pairs 5] [--prepack] [--cold] [--json FILE]
+    python -m benchmarks.speed.startup --model demo|DIR|SHAPE [--pairs 5] [--cold] [--json FILE]
 
 The floor is a process that imports torch and transformers and loads the same model by `from_pretrained`. Both run
 alternately as new processes, and medians are printed. A server is ready when it prints so on stdout and /ready agrees;
@@ -75,10 +75,13 @@ note("making the application")
 torch.set_num_threads(settings.threads)
 language_model = load_model(settings.model, dtype=settings.dtype)
 note("loading the model")
-if settings.cpu_prepack:
-    from steering_vectors.runtime.cpu.packing import pack
+from steering_vectors.runtime.cpu.choose_packing import pack_if_faster
+from steering_vectors.runtime.cpu.packing import pack
+if settings.cpu_prepack is None:
+    pack_if_faster(language_model)
+elif settings.cpu_prepack:
     pack(language_model.model)
-    note("packing its weights")
+note("packing its weights")
 engine = TorchEngine(language_model, settings.engine_config())
 note("choosing how to run it")
 print(json.dumps(seconds))
@@ -103,7 +106,7 @@ def main(
     slots: Annotated[int, typer.Option(help="Rows of the server.")] = 16,
     context: Annotated[int, typer.Option(help="The server's context.")] = 512,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
-    prepack: Annotated[bool, typer.Option(help="Serve with --cpu-prepack.")] = False,
+    prepack: Annotated[bool | None, typer.Option(help="As in `trimtab serve`.")] = None,
     pairs: Annotated[int, typer.Option(help="Number of measured pairs. Without --cold, one more pair warms up.")] = 5,
     cold: Annotated[bool, typer.Option("--cold", help="Drop files from the page cache before each start.")] = False,
     fill: Annotated[bool, typer.Option(help="Fill every slot before measuring memory.")] = True,
@@ -114,7 +117,7 @@ def main(
         source = str(save_shape(model, Path(scratch), dtype=number)) if model in SHAPES else model
         directory = DEMO_DIRECTORY if source == DEMO else Path(source)
         settings = {"model": source, "dtype": dtype, "slots": slots, "context": context, "threads": threads}
-        settings |= {"profiles": scratch, "cpu_prepack": prepack}
+        settings |= {"profiles": scratch} | ({} if prepack is None else {"cpu_prepack": prepack})
         sides: Sequence[Callable[[], Any]] = (
             lambda: start_server(settings, fill=fill),
             lambda: start_floor(directory, dtype, threads),

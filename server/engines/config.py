@@ -17,8 +17,8 @@ class EngineConfig:
 
     `slots` None means 16, or on CUDA as many as memory holds. `context` None means the model's own limit, at most 4096.
     `prefill_chunk` bounds the prompt tokens of one step, and `max_stall_ms` the time they may take while other rows
-    decode; None allows 1.5 times the time of a decoding step. `cuda_graphs` None means on CUDA where the model allows
-    it.
+    decode; None allows 1.5 times the time of a decoding step. `cpu_prepack` None means where it is expected to be
+    faster, and `cuda_graphs` None on CUDA where the model allows it.
     """
 
     model: str = "demo"
@@ -26,7 +26,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
     tensor_parallel: bool = False
-    cpu_prepack: bool = False
+    cpu_prepack: bool | None = None
     quantize: Literal["int8", "int4", "gguf"] | None = None
     threads: int | None = None
     gpu_memory_utilization: float | None = None

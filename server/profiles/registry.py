@@ -1,7 +1,7 @@
-"""The profiles that are served: the files of a directory, which is watched.
+"""The profiles that are served: the files of a directory, which is watched, and the shipped ones of the model.
 
-Putting a file there publishes it, removing it withdraws it. A bad file leaves the version that was served before.
-Requests keep the versions that they started with.
+Putting a file there publishes it, removing it withdraws it. A bad file leaves the version that was served before. A
+file with the name of a shipped profile takes its place. Requests keep the versions that they started with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,23 @@ class ProfileEntry:
 
 
 class ProfileRegistry:
-    """Keeps the current version of every profile in `directory`; all methods are called from the event loop.
+    """Keeps the current version of every profile in `directory`, and of the `shipped` files by name. All methods are
+    called from the event loop.
 
     A file that appears or changes is read in a thread, once two polls in a row found it unchanged, then checked
     by the engine, and swapped in whole.
     """
 
-    def __init__(self, directory: Path, engine: Engine, *, interval: float = POLL_SECONDS) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        *,
+        shipped: Mapping[str, Path] | None = None,
+        interval: float = POLL_SECONDS,
+    ) -> None:
         self._directory = directory
+        self._shipped = dict(shipped or {})
         self._engine = engine
         self._interval = interval
         self._entries: dict[str, ProfileEntry] = {}
@@ -90,7 +100,7 @@ class ProfileRegistry:
 
     async def refresh(self) -> None:
         """Look at the directory once and load every change there is, settled or not. Raises OSError."""
-        found = await asyncio.to_thread(scan, self._directory)
+        found = await asyncio.to_thread(self._scan)
         await self._apply(found, present=set(found))
 
     @property
@@ -133,7 +143,7 @@ class ProfileRegistry:
         while True:
             await asyncio.sleep(self._interval)
             try:
-                found = await asyncio.to_thread(scan, self._directory)
+                found = await asyncio.to_thread(self._scan)
                 settled = {name: mark for name, mark in found.items() if previous.get(name) == mark}
                 await self._apply(settled, present=set(found))
                 previous, troubled = found, False
@@ -141,6 +151,10 @@ class ProfileRegistry:
                 if not troubled:
                     logger.exception("the profile directory %s cannot be read", self._directory)
                 troubled = True
+
+    def _scan(self) -> dict[str, Signature]:
+        shipped = {name: signature_of(path.stat()) for name, path in self._shipped.items()}
+        return {**shipped, **scan(self._directory)}
 
     async def _apply(self, found: dict[str, Signature], *, present: set[str]) -> None:
         async with self._refreshing:
@@ -155,6 +169,8 @@ class ProfileRegistry:
         """The entry of a file of this many bytes. The engine holds its profile."""
         current = self._entries[name].profile if name in self._entries else None
         path = self._directory / f"{name}{SUFFIX}"
+        if not path.exists():
+            path = self._shipped.get(name, path)
         try:
             if size > MAX_FILE_BYTES:
                 raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
@@ -192,8 +208,9 @@ def scan(directory: Path) -> dict[str, Signature]:
                 continue
             with suppress(FileNotFoundError):
                 if entry.is_file():
-                    status = entry.stat()
-                    found[entry.name.removesuffix(SUFFIX)] = Signature(
-                        status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
-                    )
+                    found[entry.name.removesuffix(SUFFIX)] = signature_of(entry.stat())
     return found
+
+
+def signature_of(status: os.stat_result) -> Signature:
+    return Signature(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)

@@ -88,10 +88,13 @@ def declare(command: Callable[..., None], flags: Sequence[inspect.Parameter]) ->
 
 
 def find_profile(profile: str, directory: Path) -> Path:
-    """Return the file of a profile given by path or by name. Raises ProfileError, with the names that exist."""
-    named = directory / f"{profile}.safetensors"
-    for path in (Path(profile), named):
-        if path.is_file():
+    """Return the file of a profile given by path or by name, also a shipped one. Raises ProfileError, with the names
+    that exist."""
+    from steering_vectors.profiles.shipped import shipped_profiles
+
+    named, shipped = directory / f"{profile}.safetensors", shipped_profiles()
+    for path in (Path(profile), named, shipped.get(profile)):
+        if path is not None and path.is_file():
             return path
     names = ", ".join(sorted(path.stem for path in directory.glob("[!.]*.safetensors"))) or "none"
     raise ProfileError(f"profile {profile!r} not found: neither that file nor {named} exists (profiles there: {names})")

@@ -1,7 +1,7 @@
 """Zeros that take memory on a CPU page by page, as they are written.
 
-torch writes its zeros at once. numpy asks for huge pages, of which the first keys of one slot take two megabytes in
-every layer and head; the first requests then wait for them.
+torch writes its zeros at once. numpy asks for huge pages: the first token of a slot then takes megabytes in every
+layer, and the first requests wait for them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from contextlib import suppress
 import torch
 
 IS_LINUX = sys.platform == "linux"
+PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
 def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Zeros of the dtype and device of `like`."""
-    if like.device.type != "cpu" or not IS_LINUX or math.prod(shape) == 0:
-        return like.new_zeros(shape)
     size = math.prod(shape) * like.element_size()
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    if like.device.type != "cpu" or size == 0:
+        return like.new_zeros(shape)
+    memory = mmap.mmap(-1, size, **PRIVATE)
+    if IS_LINUX:
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from scripts import readme_examples
 from scripts.readme_examples import Answer, block_of, blocks, differences, faults, receipt_of, written
+from server.settings import Settings
 from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import save_profile
 from tests.support.serving import demo_engine, live_server, random_profile
@@ -39,8 +40,7 @@ def block(language: str, word: str) -> str:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     profiles = tmp_path_factory.mktemp("profiles")
     with demo_engine(slots=4) as engine:
-        for seed, name in enumerate(("warm", "concise")):
-            save_profile(random_profile(engine.info.identity, name, seed=seed), profiles)
+        save_profile(random_profile(engine.info.identity, "cheerful"), profiles)
         with live_server(engine, profiles) as client:
             yield client
 
@@ -62,14 +62,11 @@ def test_the_curl_command(client: httpx.Client, strength: int) -> None:
 
 
 def test_the_openai_client(client: httpx.Client) -> None:
-    code = here(block("python", "OpenAI("), client)
+    code = here(block("python", "OpenAI("), client).replace("smollm2:", "demo:")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *text, receipt = done.stdout.strip().splitlines()
     assert text
-    assert [(entry["name"], entry["strength"]) for entry in ast.literal_eval(receipt)] == [
-        ("warm", 0.8),
-        ("concise", -0.3),
-    ]
+    assert [(entry["name"], entry["strength"]) for entry in ast.literal_eval(receipt)] == [("cheerful", 0.8)]
 
 
 @pytest.mark.timeout(600)  # it fits a profile on one processor
@@ -99,15 +96,15 @@ def test_the_two_commands_exist() -> None:
     assert set(re.findall(r"^make (\w+)", block("bash", "make serve"), re.MULTILINE)) <= set(targets)
 
 
-# The example replies. `make check-examples` compares them with a profile that is fitted, which takes minutes; here the
-# same code runs on a random one.
+# The example replies. `make check-examples` compares them with those of SmolLM2; here the same code runs on the demo
+# model and a random profile.
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Answer]:
     profiles = tmp_path_factory.mktemp("examples")
-    save_profile(random_profile(load_model("demo").identity, "warm"), profiles)
-    return asyncio.run(readme_examples.ask(profiles, README))
+    save_profile(random_profile(load_model("demo").identity, readme_examples.PROFILE), profiles)
+    return asyncio.run(readme_examples.ask(Settings(profiles=profiles, threads=1), README))
 
 
 def changed(answers: dict[int, Answer], strength: int, **fields: object) -> dict[int, Answer]:
@@ -115,7 +112,7 @@ def changed(answers: dict[int, Answer], strength: int, **fields: object) -> dict
 
 
 def test_the_examples_are_answers_to_the_curl_command(answers: dict[int, Answer]) -> None:
-    assert readme_examples.request_of(README)["messages"] == [{"role": "user", "content": "How do I bake bread?"}]
+    assert readme_examples.request_of(README)["messages"] == [{"role": "user", "content": "How was your day?"}]
     for strength, answer in answers.items():
         (receipt,) = answer["steering"]
         assert receipt["strength"] == strength
@@ -133,17 +130,22 @@ def test_examples_that_were_written_are_up_to_date(answers: dict[int, Answer]) -
 def test_on_the_same_kind_of_machine_every_character_counts(answers: dict[int, Answer]) -> None:
     page = written(README, blocks(answers, "here"))
     assert len(differences(page, changed(answers, 0, text="Another reply."), "here")) == 1
-    receipt = {**answers[1]["steering"][0], "version": "0" * 64}  # which each fit has anew, as it holds its time
-    assert differences(page, changed(answers, 1, steering=[receipt]), "here") == []
-    fewer = {**receipt, "steered_tokens": receipt["steered_tokens"] - 1}
-    assert len(differences(page, changed(answers, 1, steering=[fewer]), "here")) == 1
+    (receipt,) = answers[1]["steering"]
+    for field, value in {"version": "0" * 64, "steered_tokens": receipt["steered_tokens"] - 1}.items():
+        assert len(differences(page, changed(answers, 1, steering=[{**receipt, field: value}]), "here")) == 1
 
 
 def test_on_another_kind_what_depends_on_rounding_may_differ(answers: dict[int, Answer]) -> None:
     page = written(README, blocks(answers, "here"))
-    rounded = {**answers[1]["steering"][0], "version": "0" * 64, "steered_tokens": 3}
+    rounded = {**answers[1]["steering"][0], "steered_tokens": 3}
     assert differences(page, changed(answers, 1, text="Another.", steering=[rounded]), "elsewhere") == []
-    for field, value in {"layers": [2], "operator": "ablate", "calibrated": True, "name": "cold"}.items():
+    for field, value in {
+        "version": "0" * 64,
+        "layers": [2],
+        "operator": "ablate",
+        "calibrated": True,
+        "name": "cold",
+    }.items():
         other = changed(answers, 1, steering=[{**rounded, field: value}])
         assert len(differences(page, other, "elsewhere")) == 1, field
     fewer = {strength: answer for strength, answer in answers.items() if strength}
@@ -163,7 +165,7 @@ def test_what_an_example_must_show(answers: dict[int, Answer]) -> None:
 def test_the_readme_has_the_form_that_is_written(answers: dict[int, Answer]) -> None:
     receipt = receipt_of(block_of(README, "receipt"))
     assert set(receipt) == set(answers[1]["steering"][0])
-    assert (receipt["name"], receipt["strength"], receipt["calibrated"]) == ("warm", 1.0, True)
+    assert (receipt["name"], receipt["strength"], receipt["calibrated"]) == ("cheerful", 1.0, True)
     rows = re.findall(r"^\| (\S+) \| (.+) \|$", block_of(README, "replies"), re.MULTILINE)
     assert [row[0] for row in rows] == ["strength", "−1", "0", "1"]
     assert len({row[1] for row in rows}) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,12 @@ from server.engines.torch.scheduling.scheduler import IDLE_PREFILL_FACTOR
 from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.limits import checked_context
 from steering_vectors.models.loading import DTYPES, LanguageModel, computing_dtype, load_model
+from steering_vectors.runtime.cpu.choose_packing import pack_if_faster
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.memory import CudaMeter, plan_memory
 from steering_vectors.runtime.tensor_parallel import Channel, repeat
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig) -> TorchEngine:
@@ -49,10 +53,20 @@ def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageMode
         adapter=config.adapter,
         tensor_parallel=channel is not None,
     )
-    if config.cpu_prepack or config.quantize is not None:
-        pack(language_model.model, config.quantize, dtype=_dtype_over_codes(config))
+    logger.info("the weights are %s", _pack(config, language_model))
     slots, context = _sizes(config, language_model)
     return language_model, slots if channel is None else channel.minimum(slots), context
+
+
+def _pack(config: EngineConfig, language_model: LanguageModel) -> str:
+    """Pack the weights as configured; returns what they are then, and why. Raises ModelError if they must be packed and
+    cannot be."""
+    if config.quantize is not None or config.cpu_prepack:
+        pack(language_model.model, config.quantize, dtype=_dtype_over_codes(config))
+        return "packed, as configured" if config.quantize is None else f"packed in {config.quantize}, as configured"
+    if config.cpu_prepack is not None:
+        return "plain, as configured"
+    return "plain: the model is split" if config.tensor_parallel else pack_if_faster(language_model)
 
 
 def _dtype_over_codes(config: EngineConfig) -> torch.dtype | None:

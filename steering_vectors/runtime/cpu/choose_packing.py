@@ -11,7 +11,7 @@ import torch
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.runtime.cpu.fused_blocks import could_fuse
-from steering_vectors.runtime.cpu.packing import is_packed, pack, packs, unpack
+from steering_vectors.runtime.cpu.packing import UNPACKED, is_packed, pack, packs, unpack
 
 MACHINES = ("x86_64", "amd64")  # where it was measured
 
@@ -19,9 +19,9 @@ MACHINES = ("x86_64", "amd64")  # where it was measured
 def pack_if_faster(language_model: LanguageModel) -> str:
     """Pack a model's weights unless they stay plain for a reason; returns which, and why, for the log.
 
-    In bfloat16 a packed product is several times as fast. In float32 it is not, so there weights are packed for fused
-    blocks only, which read them. If packing fails, the model is as before. `packing.unpack` is the way back, which
-    training needs.
+    In bfloat16 a packed product is several times as fast. In float32 it is about as fast as a plain one, so there
+    weights are packed for fused blocks only. If packing fails, the model is as before. `packing.unpack` is the way
+    back, which training needs.
     """
     model = language_model.model
     if is_packed(model):
@@ -31,10 +31,13 @@ def pack_if_faster(language_model: LanguageModel) -> str:
     try:
         sizes = pack(model)
     except ModelError as error:
-        return f"plain: {error.message}"
+        return f"plain: {error.message.removesuffix(f'; {UNPACKED}')}"
     if not sizes:
         return "plain: the model has no linear layers that can be packed"
-    return f"packed: {sum(sizes)} linear layers in {len(sizes)} products, {_dtype(language_model)}"
+    joined = f"{sum(sizes)} linear layers in {len(sizes)} products"
+    if language_model.dtype == torch.float32:
+        return f"packed: {joined}, for fused blocks"
+    return f"packed: {joined}, which are faster in {_dtype(language_model)}"
 
 
 @contextmanager

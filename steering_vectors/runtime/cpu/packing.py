@@ -11,7 +11,7 @@ import ctypes
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +33,10 @@ Stored = Quantized | Codes | None  # a weight that is packed as such, or None fo
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS = 1  # the batch size oneDNN optimises its layout for; measured, it is no worse for sixteen
-TOLERANCE = 0.03  # relative error of logits that sums in another order make in bfloat16
+SMALL = 2**22  # float32 weights below are not packed: oneDNN took 1.0 to 1.5 times as long, and 0.5 to 1.1 above
+# Relative error of logits that sums in another order make.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+UNPACKED = "leave cpu_prepack out"
 MIN_SHARE = 0.5  # of the weights besides embeddings and output layer that must be quantised
 
 
@@ -67,12 +70,28 @@ class SideBySide:
         return found if added is None else found.add_(added)
 
 
-PackedProduct = Product | CodedProduct | OneDnnProduct | SideBySide
+class JoinedProduct:
+    """x Wᵀ + b by torch's own product."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + b, and then + `added`; `[…, inputs]` to `[…, outputs]`."""
+        found = nn.functional.linear(x, self._weight, self._bias)
+        return found if added is None else found.add_(added)
+
+    def weight(self) -> torch.Tensor:
+        """The weight `[outputs, inputs]`."""
+        return self._weight
+
+
+PackedProduct = Product | CodedProduct | OneDnnProduct | JoinedProduct | SideBySide
 
 
 def packed_product(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> PackedProduct:
     """The product with these layers' weights, which are copied: by this package's kernels if the weights are quantised,
-    or in bfloat16 where the processor has the instructions, else by oneDNN."""
+    or in bfloat16 where the processor has the instructions, else by oneDNN or, where that is no faster, by torch."""
     runs = [list(run) for _, run in groupby(zip(layers, stored, strict=True), key=lambda pair: _kind(pair[1]))]
     products = [_product_of([layer for layer, _ in run], [one for _, one in run]) for run in runs]
     return products[0] if len(products) == 1 else SideBySide(products)
@@ -95,6 +114,8 @@ def _product_of(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> Packed
     weight = torch.cat([layer.weight.detach() for layer in layers])
     if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return kernels.packed(weight, bias)
+    if weight.dtype == torch.float32 and weight.numel() < SMALL:
+        return JoinedProduct(weight, bias)
     return OneDnnProduct(weight, bias)
 
 
@@ -130,7 +151,7 @@ class _JointProduct:
 
     def weights(self) -> list[torch.Tensor]:
         """The layers' weights, each in memory of its own."""
-        assert isinstance(self.product, Product | OneDnnProduct), "checked before"
+        assert not isinstance(self.product, CodedProduct | SideBySide), "checked before"
         return [part.clone() for part in torch.split(self.product.weight(), self._sizes)]
 
 
@@ -169,17 +190,19 @@ def pack(
     products for the model, or if the model's code uses more of a linear layer than its product. The model is then as
     before, but if it was to be quantised it cannot be used.
     """
-    remedy = f"leave {'cpu_prepack' if kind is None else 'quantize'} out"
+    remedy = UNPACKED if kind is None else "leave quantize out"
     if kind == "gguf":
         _check_codes(model, dtype or next(model.parameters()).dtype, remedy)
     elif kind is not None:
         _check_quantizes(model, kind, remedy)
     elif not packs(model):
         raise ModelError(f"oneDNN packs no weights of this kind here; {remedy}")
-    groups = _groups(model)
+    codes = coded_layers(model) if kind == "gguf" else {}
+    groups = _groups(model, codes, dtype)
     stored: dict[nn.Linear, Stored] = {}
     if kind == "gguf":
-        stored.update(take_codes(model, groups, remedy))
+        stored.update(take_codes(model, groups, codes, remedy))
+        del codes
         model.to(dtype=dtype)
     elif kind is not None:
         stored.update(quantize_layers(model, groups, kind, remedy))
@@ -193,7 +216,7 @@ def pack(
     except Exception as failure:  # a model's code may do anything with a layer that is no nn.Linear
         _restore(model, kind)
         raise ModelError(f"this architecture's linear layers cannot be packed ({failure}); {remedy}") from failure
-    if not error <= TOLERANCE:
+    if not error <= TOLERANCE[next(model.parameters()).dtype]:
         _restore(model, kind)
         raise ModelError(f"with packed weights the model's logits differ by {error:.2g}; {remedy}")
     return sizes
@@ -239,7 +262,7 @@ def _restore(model: nn.Module, kind: str | None) -> None:
 def _swap(model: nn.Module, groups: list[list[nn.Linear]], stored: dict[nn.Linear, Stored]) -> None:
     """Pack group after group and drop the plain weights of each, so that there are never two copies of all."""
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
-    uses = Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
+    uses = _uses(model)
     for group in groups:
         joint = _JointProduct(group, [stored.pop(layer, None) for layer in group])
         for index, layer in enumerate(group):
@@ -250,6 +273,11 @@ def _swap(model: nn.Module, groups: list[list[nn.Linear]], stored: dict[nn.Linea
                 layer.weight.data = layer.weight.data.new_empty(0)
             if layer.bias is not None:
                 layer.bias.data = layer.bias.data.clone()
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """By a parameter's id, how many modules have it."""
+    return Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
 
 
 def _release_checkpoint(model: nn.Module) -> None:
@@ -278,9 +306,24 @@ def _packs(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _groups(model: nn.Module) -> list[list[nn.Linear]]:
-    """The linear layers called in a dry run. Consecutive ones with the very same input tensor form a group."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear and module.weight.dtype in DTYPES]
+def _groups(
+    model: nn.Module, codes: Collection[nn.Linear] = (), dtype: torch.dtype | None = None
+) -> list[list[nn.Linear]]:
+    """The linear layers called in a dry run. Consecutive ones with the very same input tensor form a group.
+
+    A layer in float32, or to be in this `dtype`, that shares its weight, as an output layer does with the embeddings,
+    stays plain unless it has codes: a copy would take more memory than the little time that it saves is worth.
+    """
+    uses = _uses(model)
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and module.weight.dtype in DTYPES
+        and not (
+            (dtype or module.weight.dtype) == torch.float32 and uses[id(module.weight)] > 1 and module not in codes
+        )
+    ]
     calls = trace_calls([(str(place), layer) for place, layer in enumerate(layers)], lambda: _dry_run(model))
     counts = Counter(call.name for call in calls)
     groups: list[list[nn.Linear]] = []
@@ -346,21 +389,29 @@ def _check_codes(model: nn.Module, dtype: torch.dtype, remedy: str) -> None:
         raise ModelError(f"quantize gguf computes in float32 here, not in {name}: use dtype float32, or {remedy}")
 
 
-def take_codes(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], remedy: str) -> dict[nn.Linear, Codes]:
-    """The codes of the layers whose GGUF type is one of CODE_TYPES. Each of them gives up its plain weight, and makes
-    the one that its codes stand for whenever it is called, so that the packed model is compared with the same numbers.
+def coded_layers(model: nn.Module) -> dict[nn.Linear, Codes]:
+    """The linear layers whose weights have a type of CODE_TYPES in the GGUF file that the model was converted from."""
+    config = getattr(model, "config", None)
+    source = str(getattr(config, "name_or_path", ""))
+    known = load_codes(Path(source)) if source else {}
+    names = {id(one): name for name, one in model.named_parameters(remove_duplicate=False) if name in known}
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    return {layer: known[names[id(layer.weight)]] for layer in layers if id(layer.weight) in names}
+
+
+def take_codes(
+    model: nn.Module, groups: Sequence[Sequence[nn.Linear]], codes: Mapping[nn.Linear, Codes], remedy: str
+) -> dict[nn.Linear, Codes]:
+    """The codes of the layers in groups. Each of these layers gives up its plain weight, and makes the one that its
+    codes stand for whenever it is called, so that the packed model is compared with the same numbers.
 
     Embeddings stay as they are, even if the output layer shares their weight. Raises ModelError if the model is not a
     GGUF file, or if these layers are not most of its weights.
     """
-    config = getattr(model, "config", None)
-    source = str(getattr(config, "name_or_path", ""))
-    known = load_codes(Path(source)) if source else {}
     types = ", ".join(CODE_TYPES)
-    if not known:
+    if not codes:
         raise ModelError(f"quantize gguf is for a GGUF file with weights of the types {types}, as it is; {remedy}")
-    names = {id(one): name for name, one in model.named_parameters(remove_duplicate=False) if name in known}
-    layers = [layer for group in groups for layer in group if id(layer.weight) in names]
+    layers = [layer for group in groups for layer in group if layer in codes]
     share = _share_inside(model, layers)
     if share < MIN_SHARE:
         raise ModelError(
@@ -369,7 +420,7 @@ def take_codes(model: nn.Module, groups: Sequence[Sequence[nn.Linear]], remedy: 
         )
     found = {}
     for layer in layers:
-        found[layer] = known[names[id(layer.weight)]]
+        found[layer] = codes[layer]
         layer.forward = partial(_dequantised_product, found[layer], layer.bias)  # type: ignore[method-assign]
         layer.weight = None  # type: ignore[assignment]
     message = "%d linear layers keep the file's codes, %.1f %% of the weights besides embeddings and the output layer"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,8 +37,10 @@ def identity(engine: TorchEngine) -> ModelIdentity:
 
 
 @asynccontextmanager
-async def started(directory: Path, engine: TorchEngine, interval: float = 60) -> AsyncIterator[ProfileRegistry]:
-    registry = ProfileRegistry(directory, engine, interval=interval)
+async def started(
+    directory: Path, engine: TorchEngine, interval: float = 60, shipped: Mapping[str, Path] | None = None
+) -> AsyncIterator[ProfileRegistry]:
+    registry = ProfileRegistry(directory, engine, interval=interval, shipped=shipped)
     await registry.start()
     try:
         yield registry
@@ -248,3 +251,25 @@ def test_a_file_too_large_for_a_profile_is_not_read(tmp_path: Path, engine: Torc
 def test_a_broken_link_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     assert scan(tmp_path) == {}
+
+
+def test_a_shipped_profile_is_served_unless_the_directory_has_one_of_its_name(
+    tmp_path: Path, engine: TorchEngine, identity: ModelIdentity
+) -> None:
+    shipped = save_profile(random_profile(identity, "warm", seed=1), tmp_path / "shipped")
+    own = save_profile(random_profile(identity, "warm", seed=2), tmp_path / "own")
+    directory = tmp_path / "profiles"
+
+    async def scenario() -> None:
+        async with started(directory, engine, shipped={"warm": shipped}) as registry:
+            first = registry.find("warm").version
+            (directory / "warm.safetensors").write_bytes(own.read_bytes())
+            await registry.refresh()
+            second = registry.find("warm").version
+            (directory / "warm.safetensors").unlink()
+            await registry.refresh()
+            assert [first, second] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (shipped, own)]
+            assert registry.find("warm").version == first
+            assert [entry.name for entry in registry.entries] == ["warm"]
+
+    asyncio.run(scenario())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.runtime.cpu.choose_packing import pack_if_faster
@@ -30,7 +32,7 @@ def test_a_model_with_fused_blocks_is_packed_once(architecture: str) -> None:
     language_model = tiny(architecture)
     layers = 7 * language_model.num_layers + 1
     products = 4 * language_model.num_layers + 1
-    assert pack_if_faster(language_model) == f"packed: {layers} linear layers in {products} products, float32"
+    assert pack_if_faster(language_model) == f"packed: {layers} linear layers in {products} products, for fused blocks"
     assert is_packed(language_model.model)
     assert pack_if_faster(language_model) == "packed before"
     unpack(language_model.model)
@@ -53,12 +55,24 @@ def test_a_processor_without_bfloat16_stays_plain() -> None:
     assert not is_packed(language_model.model)
 
 
-@pytest.mark.skipif(not BFLOAT16, reason="oneDNN packs no bfloat16 on this processor")
+class LooksAtWeights(LlamaForCausalLM):
+    """A model whose code reads the weight of its output layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lm_head.weight.dtype == torch.float32
+        return super().forward(*args, **kwargs)
+
+
 def test_a_model_that_cannot_be_packed_stays_plain() -> None:
-    language_model = tiny("falcon_mamba", torch.bfloat16)
-    reason = pack_if_faster(language_model)
-    assert reason.startswith("plain: this architecture's linear layers cannot be packed (")
+    language_model = tiny("llama")
+    language_model.model.__class__ = LooksAtWeights
+    ids = torch.tensor([[5, 9, 3]])
+    plain = language_model.model(input_ids=ids).logits
+    assert pack_if_faster(language_model) == (
+        "plain: this architecture's linear layers cannot be packed ('PackedLinear' object has no attribute 'weight')"
+    )
     assert not is_packed(language_model.model)
+    assert torch.equal(language_model.model(input_ids=ids).logits, plain)
 
 
 def test_half_precision_stays_plain() -> None:
