@@ -13,7 +13,7 @@ from steering_vectors.progress import Progress
 
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 PERPLEXITY_BOUND = 3.0  # factor over the perplexity of unsteered texts
-TEXTS = 32
+TEXTS = 24
 
 
 @dataclass(frozen=True, slots=True)
