@@ -20,11 +20,11 @@ from steering_vectors.tuning.paired_reading import (
     Around,
     Reading,
     Twin,
-    grouped_by,
     no_context,
+    packed_readings,
     pad_id,
+    parted,
     plain_twin,
-    readings,
 )
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 
@@ -79,7 +79,7 @@ class BaseMargins:
     def of(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Margins in nats, float32 `[pairs]`."""
         missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
-        for part in grouped_by(missing, PASS_TOKENS, list):
+        for part in parted(missing, PASS_TOKENS, list) if missing else ():
             with torch.no_grad():
                 self._known.update(zip(part, _margins(self._lm, part), strict=True))
         return torch.stack([self._known[pair] for pair in pairs])
@@ -101,7 +101,7 @@ def bidirectional_loss(
 
 def _margins(lm: LanguageModel, pairs: Sequence[Pair], around: Around = no_context) -> torch.Tensor:
     """log P(y⁺|x) − log P(y⁻|x) in nats, float32 `[pairs]`."""
-    reading, _ = readings([twin for pair in pairs for twin in pair], pad_id(lm), lm.device)
+    reading, _ = packed_readings([twin for pair in pairs for twin in pair], pad_id(lm), lm.device)
     sums, _ = response_log_likelihoods(lm, reading, around)
     preferred, rejected = sums.view(-1, 2).unbind(1)
     return preferred - rejected
@@ -131,8 +131,10 @@ def _train(task: Task, options: BipoOptions, pairs: Sequence[Pair], base: BaseMa
 
 def _steered(reading: Reading) -> torch.Tensor:
     """A mask of the tokens from the prompt's last one on, bool `[rows, columns]`."""
-    columns = torch.arange(reading.ids.shape[1], device=reading.ids.device)
-    return reading.mask & (columns >= reading.start - 1)
+    steered = torch.zeros_like(reading.mask)
+    steered[:, reading.start :] = reading.response
+    steered[:, reading.start - 1 : -1] |= reading.response
+    return steered
 
 
 def _twin(encoded: tuple[Sequence[int], int]) -> Twin:

@@ -16,7 +16,7 @@ from steering_vectors.methods.contrast_prompts import mean_directions
 from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.methods.tuned import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
 from steering_vectors.models.hiding import check_hiding
-from steering_vectors.tuning.paired_reading import Twin, Weights, alone, own_weights, pad_id, readings
+from steering_vectors.tuning.paired_reading import Twin, Weights, alone, own_weights, packed_readings, pad_id
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import LoraShape, TunedWeights
 
@@ -110,7 +110,7 @@ def dual_tuned(task: Task, beside: Beside = NONE_BESIDE) -> Iterator[FirstStep]:
     options, (good, bad) = task.read_options(DualOptions), dual_sides(task)
 
     def loss(batch: Sequence[Twin]) -> torch.Tensor:
-        reading, _ = readings(batch, pad_id(task.lm), task.lm.device)
+        reading, _ = packed_readings(batch, pad_id(task.lm), task.lm.device)
         sums, counts = response_log_likelihoods(task.lm, reading)
         return -(sums / counts).mean()
 

@@ -19,7 +19,7 @@ from steering_vectors.models.hooks import hiding
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.cache import tuned_directory
-from steering_vectors.tuning.paired_reading import Twin, grouped_by, pad_id, readings
+from steering_vectors.tuning.paired_reading import Twin, packed_readings, pad_id, parted
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import FullWeights, LoraShape, LoraWeights, TunedWeights
 from steering_vectors.tuning.training import Run, TrainingSchedule, train
@@ -27,7 +27,7 @@ from steering_vectors.tuning.training import Run, TrainingSchedule, train
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
 BLOCKS = ("lower", "all")
 MIN_STEPS = 75
-PASS_TOKENS = 1024  # of the passes whose activations are kept for one gradient
+PASS_TOKENS = 768  # of the passes whose activations are kept for one gradient
 Sample = TypeVar("Sample")
 
 
@@ -149,7 +149,7 @@ def losses_in_parts(
 ) -> Iterator[torch.Tensor]:
     """The loss of a batch, a mean over samples, as the shares of its parts. A part has samples of similar length, of at
     most `budget` tokens with padding (at least one sample)."""
-    for part in grouped_by(batch, budget, twins_of):
+    for part in parted(batch, budget, twins_of):
         yield loss(part) * (len(part) / len(batch))
 
 
@@ -174,7 +174,7 @@ def mean_log_likelihoods(
     In the `unseeing` blocks, other tokens do not attend to the tokens at which the prompts differ.
     """
     means = []
-    for side in readings(twins, pad_id(lm), lm.device):
+    for side in packed_readings(twins, pad_id(lm), lm.device):
         sums, counts = response_log_likelihoods(lm, side, lambda part: hiding(unseeing, part.instruction))
         means.append(sums / counts)
     return means[0], means[1]

@@ -63,7 +63,7 @@ def plain_twin(ids: Sequence[int], start: int) -> Twin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """A batch of one side. Responses begin at column `start` in every row.
+    """A batch of one side. The first response begins at column `start`, and with `readings` all of them do.
 
     `positions` are counted from the start of the longer prompt of a twin, so they are equal on both sides at the
     response. `prefix` is the number of tokens with which all prompts begin, 0 if they begin at unequal positions.
@@ -78,7 +78,7 @@ class Reading:
     prefix: int = 0
     past: int = 0  # columns in the cache, before these
 
-    def parted(self) -> tuple[Reading, Reading]:
+    def split_prefix(self) -> tuple[Reading, Reading]:
         """The prefix as a reading of one row, which has no response, and the rest of every row."""
         begins = self.mask.int().argmax(1)  # [rows]
         first, row = int(begins.min()), int(begins.argmin())  # the longest prompt
@@ -154,7 +154,38 @@ def mean_differences(
 
 def grouped(twins: Sequence[Twin], budget: int) -> Iterator[list[Twin]]:
     """Yield batches of similar length, longest first, of at most `budget` tokens with padding (at least one twin)."""
-    return grouped_by(twins, budget, alone)
+    order = sorted(twins, key=lambda twin: -twin.length)
+    while order:
+        most = order[: max(1, budget // order[0].length)]
+        width = max(twin.prompt_length for twin in most) + max(len(twin.response) for twin in most)
+        rows = max(1, budget // width)
+        yield order[:rows]
+        order = order[rows:]
+
+
+def parted(samples: Sequence[Sample], budget: int, twins_of: Callable[[Sample], Sequence[Twin]]) -> list[list[Sample]]:
+    """Samples of similar length in parts of at most `budget` tokens (at least one sample), so that all parts together
+    compute the fewest tokens. A prefix of all prompts is computed once in each part, the rest is padded."""
+    order = sorted(samples, key=lambda sample: -max(twin.length for twin in twins_of(sample)))
+    twins = [twins_of(sample) for sample in order]
+    prompts = [twin.positive for group in twins for twin in group]
+    shared = _common_prefix(min(prompts), max(prompts), min(map(len, prompts)))
+    best = [(0, 0)]  # tokens of the first samples in their best parts, and where the last of these parts begins
+    for end in range(1, len(order) + 1):
+        choices = []
+        for begin in range(end - 1, -1, -1):
+            width = max(twin.length for twin in twins[begin])
+            rows = sum(map(len, twins[begin:end]))
+            if rows * width > budget and begin < end - 1:
+                break
+            choices.append((best[begin][0] + shared + rows * (width - shared), begin))
+        best.append(min(choices))
+    parts, end = list[list[Sample]](), len(order)
+    while end:
+        begin = best[end][1]
+        parts.append(order[begin:end])
+        end = begin
+    return parts[::-1]
 
 
 def alone(twin: Twin) -> tuple[Twin]:
@@ -162,32 +193,20 @@ def alone(twin: Twin) -> tuple[Twin]:
     return (twin,)
 
 
-def grouped_by(
-    samples: Sequence[Sample], budget: int, twins_of: Callable[[Sample], Sequence[Twin]]
-) -> Iterator[list[Sample]]:
-    """`grouped` for samples of one or more twins, the same number in each."""
-
-    def width(sample: Sample) -> int:
-        return max(twin.length for twin in twins_of(sample))
-
-    order = sorted(samples, key=lambda sample: -width(sample))
-    each = len(twins_of(order[0])) if order else 1
-    while order:
-        most = order[: max(1, budget // (each * width(order[0])))]
-        twins = [twin for sample in most for twin in twins_of(sample)]
-        columns = max(twin.prompt_length for twin in twins) + max(len(twin.response) for twin in twins)
-        rows = max(1, budget // (each * columns))
-        yield order[:rows]
-        order = order[rows:]
-
-
 def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tuple[Reading, Reading]:
     """Both sides of a group. Prompts are padded on the left to the same length, responses on the right."""
     start = max(twin.prompt_length for twin in group)
-    begins = torch.tensor([start - twin.prompt_length for twin in group])
     return (
-        _reading([(twin.positive, twin) for twin in group], start, begins, pad, device),
-        _reading([(twin.negative, twin) for twin in group], start, begins, pad, device),
+        _reading([(twin.positive, twin) for twin in group], start, pad, device),
+        _reading([(twin.negative, twin) for twin in group], start, pad, device),
+    )
+
+
+def packed_readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tuple[Reading, Reading]:
+    """Both sides of a group with the least padding, all of it on the right. Responses begin at unequal columns."""
+    return (
+        _reading([(twin.positive, twin) for twin in group], None, pad, device),
+        _reading([(twin.negative, twin) for twin in group], None, pad, device),
     )
 
 
@@ -208,7 +227,7 @@ def forward(lm: LanguageModel, reading: Reading, around: Around = no_context, *,
     """
     if reading.prefix < MIN_SHARED or not shares_prefixes(lm):
         return _pass(lm, reading, around, keep, {"use_cache": False})
-    common, rest = reading.parted()
+    common, rest = reading.split_prefix()
     cache = new_cache(lm)
     _pass(lm, common, around, 1, cache)
     cache["past_key_values"].batch_repeat_interleave(len(rest.ids))
@@ -258,24 +277,23 @@ def _group_difference(
 
 
 def _reading(
-    rows: Sequence[tuple[tuple[int, ...], Twin]],
-    start: int,
-    begins: torch.Tensor,
-    pad: int,
-    device: torch.device | str,
+    rows: Sequence[tuple[tuple[int, ...], Twin]], start: int | None, pad: int, device: torch.device | str
 ) -> Reading:
-    width = max(len(twin.response) for _, twin in rows)
-    ids = torch.full((len(rows), start + width), pad)
-    mask, instruction = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    """Rows whose responses begin at column `start`; rows that begin at column 0 if it is None."""
+    starts = [len(prompt) if start is None else start for prompt, _ in rows]
+    ends = [begin + len(twin.response) for begin, (_, twin) in zip(starts, rows, strict=True)]
+    ids = torch.full((len(rows), max(ends)), pad)
+    mask, response, instruction = torch.zeros(3, *ids.shape, dtype=torch.bool)
     for row, (prompt, twin) in enumerate(rows):
-        first, end = start - len(prompt), start + len(twin.response)
+        first, begin, end = starts[row] - len(prompt), starts[row], ends[row]
         ids[row, first:end] = torch.tensor([*prompt, *twin.response])
-        mask[row, first:end] = True
+        mask[row, first:end] = response[row, begin:end] = True
         heads, tails = twin.shared
-        instruction[row, first + heads : start - tails] = True
-    positions = (torch.arange(ids.shape[1]) - begins.unsqueeze(1)).clamp_min(0)
-    placed = [tensor.to(device) for tensor in (ids, mask, positions, mask[:, start:], instruction)]
-    return Reading(start, *placed, prefix=_shared_prefix(rows))
+        instruction[row, first + heads : begin - tails] = True
+    zeros = torch.tensor([begin - twin.prompt_length for begin, (_, twin) in zip(starts, rows, strict=True)])
+    positions = (torch.arange(ids.shape[1]) - zeros.unsqueeze(1)).clamp_min(0)
+    placed = [tensor.to(device) for tensor in (ids, mask, positions, response[:, min(starts) :], instruction)]
+    return Reading(min(starts), *placed, prefix=_shared_prefix(rows))
 
 
 def _shared_prefix(rows: Sequence[tuple[tuple[int, ...], Twin]]) -> int:
