@@ -86,7 +86,13 @@ class BaseMargins:
 
 
 def bidirectional_loss(
-    lm: LanguageModel, layer: int, vector: torch.Tensor, pairs: Sequence[Pair], base: BaseMargins, sign: int, beta: float
+    lm: LanguageModel,
+    layer: int,
+    vector: torch.Tensor,
+    pairs: Sequence[Pair],
+    base: BaseMargins,
+    sign: int,
+    beta: float,
 ) -> torch.Tensor:
     """The loss of a batch for one sign d; gradients flow to `vector`."""
 

@@ -292,8 +292,10 @@ def _reading(
         instruction[row, first + heads : begin - tails] = True
     zeros = torch.tensor([begin - twin.prompt_length for begin, (_, twin) in zip(starts, rows, strict=True)])
     positions = (torch.arange(ids.shape[1]) - zeros.unsqueeze(1)).clamp_min(0)
-    placed = [tensor.to(device) for tensor in (ids, mask, positions, response[:, min(starts) :], instruction)]
-    return Reading(min(starts), *placed, prefix=_shared_prefix(rows))
+    ids, mask, positions, response, instruction = (
+        tensor.to(device) for tensor in (ids, mask, positions, response[:, min(starts) :], instruction)
+    )
+    return Reading(min(starts), ids, mask, positions, response, instruction, prefix=_shared_prefix(rows))
 
 
 def _shared_prefix(rows: Sequence[tuple[tuple[int, ...], Twin]]) -> int:

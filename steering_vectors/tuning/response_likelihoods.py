@@ -58,7 +58,7 @@ def _chosen(
 ) -> torch.Tensor:
     """The scores of all positions, `size` of them at a time: float32 `[tokens]`."""
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in projection.parameters()):
-        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
     scores: torch.Tensor = _Scores.apply(hidden, targets, score, size)  # type: ignore[no-untyped-call]
     return scores
@@ -71,7 +71,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, score: Score, size: int) -> torch.Tensor:
         scores, gradients, needed = [], [], ctx.needs_input_grad[0]
-        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        for part, wanted in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
             with torch.set_grad_enabled(needed):
                 leaf = part.detach().requires_grad_(needed)
                 found = score(leaf, wanted)
