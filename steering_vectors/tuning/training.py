@@ -110,13 +110,18 @@ def train(run: Run, losses_of: Losses, *, progress: Progress | None = None, stag
         run.restore(optimizer)
         if run.step >= run.schedule.steps:
             return
-        saved, smooth = time.monotonic(), None
+        saved, smooth = time.monotonic(), math.nan
+
+        def show() -> None:
+            if progress is not None:
+                detail = "" if math.isnan(smooth) else f"loss {smooth:.3f}"
+                progress(stage, run.step, run.schedule.steps, detail=detail)
+
         try:
             while run.step < run.schedule.steps:
-                loss = _step(run, optimizer, losses_of)
-                smooth = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
-                if progress is not None:
-                    progress(stage, run.step, run.schedule.steps, detail=f"loss {smooth:.3f}")
+                loss = _step(run, optimizer, losses_of, show)
+                smooth = loss if math.isnan(smooth) else SMOOTHING * smooth + (1 - SMOOTHING) * loss
+                show()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     run.save(optimizer)
                     saved = time.monotonic()
@@ -144,13 +149,16 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _step(run: Run, optimizer: torch.optim.Optimizer, losses_of: Losses) -> float:
+def _step(run: Run, optimizer: torch.optim.Optimizer, losses_of: Losses, show: Callable[[], None]) -> float:
+    """Take one step and return its loss. `show` is called between the parts of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = run.schedule.rate(run.step)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(run.seed * 1_000_003 + run.step)
         value = 0.0
-        for loss in losses_of(run.step):
+        for number, loss in enumerate(losses_of(run.step)):
+            if number:
+                show()
             value += float(loss.detach())
             loss.backward()  # type: ignore[no-untyped-call]
     if not math.isfinite(value):
