@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS
 from steering_vectors.errors import FitError
 from steering_vectors.measures.activations import Tokens
 from steering_vectors.models.forward import takes
@@ -23,6 +22,7 @@ from steering_vectors.progress import Progress
 from steering_vectors.tuning.shared_prefixes import MIN_SHARED, new_cache, shares_prefixes
 
 Sample = TypeVar("Sample")
+READ_TOKENS = 1024  # of a pass that reads; more would add padding, not speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def mean_differences(
     *,
     tokens: Tokens = "response",
     weights: Weights = own_weights,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int = READ_TOKENS,
     progress: Progress | None = None,
 ) -> dict[int, torch.Tensor]:
     """Mean of h⁺ − h⁻ over responses and their tokens (or their last token), float64 `[hidden]` per block.
