@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named
 from steering_vectors.methods.rahf import FIRST_STEPS
 from steering_vectors.methods.tuned import train_on
+from steering_vectors.models.forward import evaluating
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import MethodOptions
@@ -23,7 +23,7 @@ from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.cache import tuned_directory
-from steering_vectors.tuning.paired_reading import Reading, Twin, differences, pad_id, plain_twin, read, readings
+from steering_vectors.tuning.paired_reading import Reading, Twin, alone, differences, pad_id, plain_twin, read, readings
 from steering_vectors.tuning.trainable_weights import LoraShape, LoraWeights
 from steering_vectors.tuning.training import Run, TrainingSchedule
 
@@ -226,7 +226,7 @@ class _Student:
         file = tuned_directory(self.lm, [training], {**asdict(settings), **key}) / "distilled.safetensors"
         run = Run(self.weights, NAME, TrainingSchedule(settings.steps, settings.learning_rate), file, settings.seed)
         train_on(
-            self.lm, run, training, settings.batch, lambda twins: self._distance(*self._goal(twins)),
+            self.lm, run, training, settings.batch, lambda twins: self._distance(*self._goal(twins)), alone,
             progress=progress, stage="distil",
         )  # fmt: skip
         checked = heldout[:: -(-len(heldout) // MAX_CHECKED)]
@@ -242,7 +242,7 @@ class _Student:
         """The reading after plain prompts, the untuned model's outputs, and their target change."""
         plain = [replace(twin, positive=twin.plain, negative=twin.plain) for twin in twins]
         reading, _ = readings(plain, pad_id(self.lm), self.lm.device)
-        with self.weights.use(None), _evaluating(self.lm), torch.no_grad():
+        with self.weights.use(None), evaluating(self.lm.model), torch.no_grad():
             return reading, read(self.lm, reading, self.layers), self.shift(twins)
 
     def _distances(self, twins: Sequence[Twin]) -> tuple[float, float]:
@@ -266,16 +266,6 @@ def _mean(difference: torch.Tensor, reading: Reading) -> torch.Tensor:
     distances = difference.masked_fill(~response[None, :, :, None], 0).square().sum(-1).clamp_min(MIN_SQUARE).sqrt()
     per_row = (distances * response).sum(-1) / response.sum(-1)  # [blocks, rows]
     return per_row.mean()
-
-
-@contextmanager
-def _evaluating(lm: LanguageModel) -> Iterator[None]:
-    training = lm.model.training
-    lm.model.eval()
-    try:
-        yield
-    finally:
-        lm.model.train(training)
 
 
 def _split(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,19 @@ from torch.nn.functional import logsigmoid
 
 from steering_vectors.errors import FitError
 from steering_vectors.methods.registry import Directions, Method, Task, option
-from steering_vectors.methods.tuned import drawn
+from steering_vectors.methods.tuned import PASS_TOKENS, drawn, losses_in_parts
 from steering_vectors.models.hooks import adding
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.tuning.paired_reading import Reading, Twin, pad_id, plain_twin, readings
+from steering_vectors.tuning.paired_reading import (
+    Around,
+    Reading,
+    Twin,
+    no_context,
+    packed_readings,
+    pad_id,
+    parted,
+    plain_twin,
+)
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 
 
@@ -50,7 +60,8 @@ def trained_vector(task: Task) -> Directions:
         (_twin(positive), _twin(negative))
         for positive, negative in zip(task.positive_ids, task.negative_ids, strict=True)
     ]
-    return {layer: _train(task, options, pairs, layer) for layer in task.layers}
+    base = BaseMargins(task.lm)
+    return {layer: _train(task, options, pairs, base, layer) for layer in task.layers}
 
 
 def middle_block(num_layers: int) -> tuple[int, ...]:
@@ -58,31 +69,65 @@ def middle_block(num_layers: int) -> tuple[int, ...]:
     return ((num_layers - 1) // 2,)
 
 
+class BaseMargins:
+    """log P(y⁺|x) − log P(y⁻|x) in the unsteered model. Each pair's is computed once."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._known: dict[Pair, torch.Tensor] = {}
+
+    def of(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Margins in nats, float32 `[pairs]`."""
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        for part in parted(missing, PASS_TOKENS, list) if missing else ():
+            with torch.no_grad():
+                self._known.update(zip(part, _margins(self._lm, part), strict=True))
+        return torch.stack([self._known[pair] for pair in pairs])
+
+
 def bidirectional_loss(
-    lm: LanguageModel, layer: int, vector: torch.Tensor, pairs: Sequence[Pair], sign: int, beta: float
+    lm: LanguageModel,
+    layer: int,
+    vector: torch.Tensor,
+    pairs: Sequence[Pair],
+    base: BaseMargins,
+    sign: int,
+    beta: float,
 ) -> torch.Tensor:
     """The loss of a batch for one sign d; gradients flow to `vector`."""
-    twins = [twin for pair in pairs for twin in pair]
-    reading, _ = readings(twins, pad_id(lm), lm.device)
-    with torch.no_grad():
-        base, _ = response_log_likelihoods(lm, reading)
-    with adding(lm.blocks[layer], sign * vector, _steered(reading)):
-        steered, _ = response_log_likelihoods(lm, reading)
-    gains = (steered - base).view(-1, 2)
-    return -logsigmoid(sign * beta * (gains[:, 0] - gains[:, 1])).mean()
+
+    def steering(part: Reading) -> AbstractContextManager[None]:
+        if part.response.shape[1] == 0:
+            return nullcontext()  # a prefix of the prompts, which is not steered
+        return adding(lm.blocks[layer], sign * vector, _steered(part))
+
+    gains = _margins(lm, pairs, steering) - base.of(pairs)
+    return -logsigmoid(sign * beta * gains).mean()
 
 
-def _train(task: Task, options: BipoOptions, pairs: Sequence[Pair], layer: int) -> torch.Tensor:
+def _margins(lm: LanguageModel, pairs: Sequence[Pair], around: Around = no_context) -> torch.Tensor:
+    """log P(y⁺|x) − log P(y⁻|x) in nats, float32 `[pairs]`."""
+    reading, _ = packed_readings([twin for pair in pairs for twin in pair], pad_id(lm), lm.device)
+    sums, _ = response_log_likelihoods(lm, reading, around)
+    preferred, rejected = sums.view(-1, 2).unbind(1)
+    return preferred - rejected
+
+
+def _train(task: Task, options: BipoOptions, pairs: Sequence[Pair], base: BaseMargins, layer: int) -> torch.Tensor:
     lm, scale = task.lm, task.statistics[layer].residual_norm / math.sqrt(task.lm.hidden_size)
     vector = torch.zeros(lm.hidden_size, device=lm.device, requires_grad=True)
     optimizer = torch.optim.AdamW([vector], lr=options.step * scale, weight_decay=0.0)
+
+    def loss_of(sign: int) -> Callable[[Sequence[Pair]], torch.Tensor]:
+        return lambda part: bidirectional_loss(lm, layer, vector, part, base, sign, options.beta)
+
     steps, draw = max(1, math.ceil(options.epochs * len(pairs) / options.batch)), random.Random(task.seed)
     for step in range(steps):
-        batch = drawn(pairs, options.batch, step, task.seed)
+        batch, sign = drawn(pairs, options.batch, step, task.seed), draw.choice((-1, 1))
         optimizer.param_groups[0]["lr"] = options.step * scale * (1 - step / steps)
         with torch.enable_grad():
-            loss = bidirectional_loss(lm, layer, vector, batch, draw.choice((-1, 1)), options.beta)
-            loss.backward()  # type: ignore[no-untyped-call]
+            for loss in losses_in_parts(batch, loss_of(sign), list):
+                loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         if task.progress is not None:
@@ -92,8 +137,10 @@ def _train(task: Task, options: BipoOptions, pairs: Sequence[Pair], layer: int) 
 
 def _steered(reading: Reading) -> torch.Tensor:
     """A mask of the tokens from the prompt's last one on, bool `[rows, columns]`."""
-    columns = torch.arange(reading.ids.shape[1], device=reading.ids.device)
-    return reading.mask & (columns >= reading.start - 1)
+    steered = torch.zeros_like(reading.mask)
+    steered[:, reading.start :] = reading.response
+    steered[:, reading.start - 1 : -1] |= reading.response
+    return steered
 
 
 def _twin(encoded: tuple[Sequence[int], int]) -> Twin:

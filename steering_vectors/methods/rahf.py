@@ -16,7 +16,7 @@ from steering_vectors.methods.contrast_prompts import mean_directions
 from steering_vectors.methods.registry import Directions, Method, Task, option
 from steering_vectors.methods.tuned import TuningOptions, both_sides, mean_log_likelihoods, tune, tuned_weights
 from steering_vectors.models.hiding import check_hiding
-from steering_vectors.tuning.paired_reading import Twin, Weights, own_weights, pad_id, readings
+from steering_vectors.tuning.paired_reading import Twin, Weights, alone, own_weights, packed_readings, pad_id
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import LoraShape, TunedWeights
 
@@ -96,7 +96,7 @@ def scit_tuned(task: Task, beside: Beside = NONE_BESIDE) -> Iterator[FirstStep]:
         return contrastive_loss(positive, negative, labels, options.smoothing)
 
     with tuned_weights(task, options, ["scit"], beside) as weights:
-        tune(task, weights, "scit", options, samples, loss, (good, bad))
+        tune(task, weights, "scit", options, samples, loss, (good, bad), _both_readings)
         yield FirstStep(weights, ("scit", "scit"), (*good, *bad))
 
 
@@ -110,13 +110,13 @@ def dual_tuned(task: Task, beside: Beside = NONE_BESIDE) -> Iterator[FirstStep]:
     options, (good, bad) = task.read_options(DualOptions), dual_sides(task)
 
     def loss(batch: Sequence[Twin]) -> torch.Tensor:
-        reading, _ = readings(batch, pad_id(task.lm), task.lm.device)
+        reading, _ = packed_readings(batch, pad_id(task.lm), task.lm.device)
         sums, counts = response_log_likelihoods(task.lm, reading)
         return -(sums / counts).mean()
 
     with tuned_weights(task, options, ["good", "bad"], beside) as weights:
         for name, side in (("good", good), ("bad", bad)):
-            tune(task, weights, name, options, side, loss, (side,))
+            tune(task, weights, name, options, side, loss, (side,), alone)
         yield FirstStep(weights, ("good", "bad"), (*good, *bad))
 
 
@@ -188,6 +188,11 @@ def contrastive_loss(
     odds = match - mismatch  # log s − log(1 − s)
     contrast = -(1 - smoothing) * logsigmoid(odds) - smoothing * logsigmoid(-odds)
     return (contrast - match).mean()
+
+
+def _both_readings(sample: tuple[Twin, float]) -> tuple[Twin, Twin]:
+    """The twin of SCIT's sample, once for each instruction under which it is read."""
+    return sample[0], sample[0]
 
 
 def _read(task: Task, twins: Sequence[Twin], max_responses: int, weights: Weights) -> Directions:

@@ -19,7 +19,7 @@ from steering_vectors.models.hooks import hiding
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
 from steering_vectors.tuning.cache import tuned_directory
-from steering_vectors.tuning.paired_reading import Twin, pad_id, readings
+from steering_vectors.tuning.paired_reading import Twin, packed_readings, pad_id, parted
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
 from steering_vectors.tuning.trainable_weights import FullWeights, LoraShape, LoraWeights, TunedWeights
 from steering_vectors.tuning.training import Run, TrainingSchedule, train
@@ -27,6 +27,7 @@ from steering_vectors.tuning.training import Run, TrainingSchedule, train
 LEARNING_RATES = {"lora": 1e-3, "full": 2e-5}  # the paper tunes all weights; low-rank updates need larger steps
 BLOCKS = ("lower", "all")
 MIN_STEPS = 75
+PASS_TOKENS = 768  # of the passes whose activations are kept for one gradient
 Sample = TypeVar("Sample")
 
 
@@ -102,14 +103,18 @@ def tune(
     samples: Sequence[Sample],
     loss: Callable[[Sequence[Sample]], torch.Tensor],
     twins: Sequence[Sequence[Twin]],
+    twins_of: Callable[[Sample], Sequence[Twin]],
 ) -> None:
-    """Train one set of weights on the samples, or load it from the cache, whose key is a hash of all inputs."""
+    """Train one set of weights on the samples, or load it from the cache, whose key is a hash of all inputs.
+
+    `loss` is a mean over samples, and reads each of the twins that `twins_of` gives.
+    """
     schedule = options.schedule(len(samples))
     settings = {**asdict(options), "responses": 0, "baseline": "", "goal": "", "name": name, "seed": task.seed}
     settings["last_block"] = options.last_block(task.layers)
     file = tuned_directory(task.lm, twins, settings) / f"{name}.safetensors"
     run = Run(weights, name, schedule, file, task.seed)
-    train_on(task.lm, run, samples, options.batch, loss, progress=task.progress, stage=f"tune {name}")
+    train_on(task.lm, run, samples, options.batch, loss, twins_of, progress=task.progress, stage=f"tune {name}")
 
 
 def train_on(
@@ -118,16 +123,34 @@ def train_on(
     samples: Sequence[Sample],
     batch: int,
     loss: Callable[[Sequence[Sample]], torch.Tensor],
+    twins_of: Callable[[Sample], Sequence[Twin]],
     *,
     progress: Progress | None,
     stage: str,
 ) -> None:
-    """Train a run to its end on batches of the samples, with dropout."""
+    """Train a run to its end on batches of the samples, with dropout. `loss` is a mean over samples."""
     lm.model.train()
     try:
-        train(run, lambda step: loss(drawn(samples, batch, step, run.seed)), progress=progress, stage=stage)
+        train(
+            run,
+            lambda step: losses_in_parts(drawn(samples, batch, step, run.seed), loss, twins_of),
+            progress=progress,
+            stage=stage,
+        )
     finally:
         lm.model.eval()
+
+
+def losses_in_parts(
+    batch: Sequence[Sample],
+    loss: Callable[[Sequence[Sample]], torch.Tensor],
+    twins_of: Callable[[Sample], Sequence[Twin]],
+    budget: int = PASS_TOKENS,
+) -> Iterator[torch.Tensor]:
+    """The loss of a batch, a mean over samples, as the shares of its parts. A part has samples of similar length, of at
+    most `budget` tokens with padding (at least one sample)."""
+    for part in parted(batch, budget, twins_of):
+        yield loss(part) * (len(part) / len(batch))
 
 
 def drawn(samples: Sequence[Sample], batch: int, step: int, seed: int) -> list[Sample]:
@@ -151,8 +174,7 @@ def mean_log_likelihoods(
     In the `unseeing` blocks, other tokens do not attend to the tokens at which the prompts differ.
     """
     means = []
-    for side in readings(twins, pad_id(lm), lm.device):
-        with hiding(unseeing, side.instruction):
-            sums, counts = response_log_likelihoods(lm, side)
+    for side in packed_readings(twins, pad_id(lm), lm.device):
+        sums, counts = response_log_likelihoods(lm, side, lambda part: hiding(unseeing, part.instruction))
         means.append(sums / counts)
     return means[0], means[1]

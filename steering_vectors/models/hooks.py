@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +53,37 @@ def record(
         yield seen
 
 
+class _Stopped(Exception):
+    """Ends a forward pass early."""
+
+
+@contextmanager
+def stopping_after(block: nn.Module) -> Iterator[None]:
+    """End a forward pass, and the context, once a block has run. Hooks that were registered before still see it."""
+
+    def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+        raise _Stopped
+
+    with suppress(_Stopped), registered([block.register_forward_hook(hook)]):
+        yield
+
+
+@contextmanager
+def intercepting(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what the output projection takes, `[rows, positions, hidden]`, in the passes run inside.
+
+    The projection computes the logits of the last position only.
+    """
+    taken: list[torch.Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+        taken.append(args[0])
+        return (args[0][:, -1:], *args[1:])
+
+    with registered([projection.register_forward_pre_hook(hook)]):
+        yield taken
+
+
 @contextmanager
 def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterator[None]:
     """Add `shift` `[hidden]` to a block's output at `where` (bool `[batch, positions]`) in the passes run inside.
@@ -72,7 +103,8 @@ def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterat
 def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]:
     """Hide `columns` (bool `[batch, positions]`) from all other positions in these blocks, in the passes run inside.
 
-    A pass raises FitError if a block takes no attention mask, or one of another form.
+    A pass may run the last positions only, after those in a cache. It raises FitError if a block takes no attention
+    mask, or one of another form.
     """
 
     def hook(block: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -87,7 +119,8 @@ def hiding(blocks: Sequence[nn.Module], columns: torch.Tensor) -> Iterator[None]
 
 
 def hide(mask: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
-    """A mask `[rows, 1, q, k]` under which `columns` (bool `[rows, positions]`) are seen by themselves alone.
+    """A mask `[rows, 1, q, k]` under which `columns` (bool `[rows, k]`) are seen by themselves alone. The queries are
+    the last q of the positions.
 
     `mask` is what a block takes: None for causal attention, bool (True is seen), or numbers added to the scores. The
     result has the same dtype, bool for None. Raises FitError for any other form (two dimensions, or made for another
@@ -97,9 +130,10 @@ def hide(mask: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
     if mask is None:
         places = torch.arange(length, device=columns.device)
         mask = (places.unsqueeze(1) >= places).expand(1, 1, length, length)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-2:] != (length, length):
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-1] != length or mask.shape[-2] > length:
         raise FitError("the blocks' attention masks have a form in which no token can be hidden")
-    barred = ~columns[:, None, :, None] & columns[:, None, None, :]
+    queries = columns[:, length - mask.shape[-2] :]
+    barred = ~queries[:, None, :, None] & columns[:, None, None, :]
     if mask.dtype == torch.bool:
         return mask & ~barred
     return mask.masked_fill(barred, torch.finfo(mask.dtype).min)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,14 @@ STAGES = {
 
 @contextmanager
 def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
-    """Show a progress bar per stage on stderr while the context lasts; yields None if `quiet`."""
+    """Show a progress bar per stage on stderr while the context lasts, or lines if stderr is no terminal; yields None
+    if `quiet`."""
     if quiet:
         yield None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield progress.ProgressLines(lambda line: print(line, file=sys.stderr, flush=True), STAGES)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -48,16 +54,16 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[progress.Progress | None]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    bars, tasks = Progress(*columns, console=Console(stderr=True)), dict[str, Any]()
+    bars, tasks = Progress(*columns, console=console), dict[str, Any]()
 
-    def progress(stage: str, done: int, total: int, /, detail: str = "") -> None:
+    def show(stage: str, done: int, total: int, /, detail: str = "") -> None:
         if stage not in tasks:
             bars.start()  # not earlier, so that an early error prints no empty bar
             tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total, detail="")
         bars.update(tasks[stage], completed=done, total=total, detail=detail)
 
     try:
-        yield progress
+        yield show
     finally:
         if bars.live.is_started:
             bars.stop()

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS
 from steering_vectors.errors import FitError
 from steering_vectors.measures.activations import Tokens
 from steering_vectors.models.forward import takes
-from steering_vectors.models.hooks import record
+from steering_vectors.models.hooks import record, stopping_after
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
+from steering_vectors.tuning.shared_prefixes import MIN_SHARED, new_cache, shares_prefixes
+
+Sample = TypeVar("Sample")
+READ_TOKENS = 1024  # of a pass that reads; more would add padding, not speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,10 @@ def plain_twin(ids: Sequence[int], start: int) -> Twin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """A batch of one side. Responses begin at column `start` in every row.
+    """A batch of one side. The first response begins at column `start`, and with `readings` all of them do.
 
     `positions` are counted from the start of the longer prompt of a twin, so they are equal on both sides at the
-    response.
+    response. `prefix` is the number of tokens with which all prompts begin, 0 if they begin at unequal positions.
     """
 
     start: int
@@ -70,7 +74,43 @@ class Reading:
     mask: torch.Tensor  # [rows, columns] bool
     positions: torch.Tensor  # [rows, columns]
     response: torch.Tensor  # [rows, columns - start] bool
-    instruction: torch.Tensor  # [rows, columns] bool: True where the prompts of both sides differ
+    instruction: torch.Tensor  # [rows, past + columns] bool: True where the prompts of both sides differ
+    prefix: int = 0
+    past: int = 0  # columns in the cache, before these
+
+    def split_prefix(self) -> tuple[Reading, Reading]:
+        """The prefix as a reading of one row, which has no response, and the rest of every row."""
+        begins = self.mask.int().argmax(1)  # [rows]
+        first, row = int(begins.min()), int(begins.argmin())  # the longest prompt
+        inside = slice(first, first + self.prefix)
+        common = Reading(
+            self.prefix,
+            self.ids[row : row + 1, inside],
+            self.mask[row : row + 1, inside],
+            self.positions[row : row + 1, inside],
+            self.response[row : row + 1, :0],
+            self.instruction[row : row + 1, inside],
+        )
+        columns = torch.arange(inside.stop, self.ids.shape[1], device=self.ids.device)
+        rest = columns >= (begins + self.prefix).unsqueeze(1)  # [rows, columns]
+        marked = self.instruction[:, inside.stop :] & rest
+        return common, Reading(
+            self.start - inside.stop,
+            self.ids[:, inside.stop :],
+            self.mask[:, inside.stop :] & rest,
+            self.positions[:, inside.stop :],
+            self.response,
+            torch.cat([common.instruction.expand(len(self.ids), -1), marked], 1),
+            past=self.prefix,
+        )
+
+
+Around = Callable[[Reading], AbstractContextManager[object]]
+"""A context for one forward pass over a reading."""
+
+
+def no_context(_reading: Reading) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 Weights = Callable[[int], AbstractContextManager[object]]
@@ -89,7 +129,7 @@ def mean_differences(
     *,
     tokens: Tokens = "response",
     weights: Weights = own_weights,
-    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    batch_tokens: int = READ_TOKENS,
     progress: Progress | None = None,
 ) -> dict[int, torch.Tensor]:
     """Mean of h⁺ − h⁻ over responses and their tokens (or their last token), float64 `[hidden]` per block.
@@ -123,29 +163,89 @@ def grouped(twins: Sequence[Twin], budget: int) -> Iterator[list[Twin]]:
         order = order[rows:]
 
 
+def parted(samples: Sequence[Sample], budget: int, twins_of: Callable[[Sample], Sequence[Twin]]) -> list[list[Sample]]:
+    """Samples of similar length in parts of at most `budget` tokens (at least one sample), so that all parts together
+    compute the fewest tokens. A prefix of all prompts is computed once in each part, the rest is padded."""
+    order = sorted(samples, key=lambda sample: -max(twin.length for twin in twins_of(sample)))
+    twins = [twins_of(sample) for sample in order]
+    prompts = [twin.positive for group in twins for twin in group]
+    shared = _common_prefix(min(prompts), max(prompts), min(map(len, prompts)))
+    best = [(0, 0)]  # tokens of the first samples in their best parts, and where the last of these parts begins
+    for end in range(1, len(order) + 1):
+        choices = []
+        for begin in range(end - 1, -1, -1):
+            width = max(twin.length for twin in twins[begin])
+            rows = sum(map(len, twins[begin:end]))
+            if rows * width > budget and begin < end - 1:
+                break
+            choices.append((best[begin][0] + shared + rows * (width - shared), begin))
+        best.append(min(choices))
+    parts, end = list[list[Sample]](), len(order)
+    while end:
+        begin = best[end][1]
+        parts.append(order[begin:end])
+        end = begin
+    return parts[::-1]
+
+
+def alone(twin: Twin) -> tuple[Twin]:
+    """The twins of a sample that is one twin."""
+    return (twin,)
+
+
 def readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tuple[Reading, Reading]:
     """Both sides of a group. Prompts are padded on the left to the same length, responses on the right."""
     start = max(twin.prompt_length for twin in group)
-    begins = torch.tensor([start - twin.prompt_length for twin in group])
     return (
-        _reading([(twin.positive, twin) for twin in group], start, begins, pad, device),
-        _reading([(twin.negative, twin) for twin in group], start, begins, pad, device),
+        _reading([(twin.positive, twin) for twin in group], start, pad, device),
+        _reading([(twin.negative, twin) for twin in group], start, pad, device),
+    )
+
+
+def packed_readings(group: Sequence[Twin], pad: int, device: torch.device | str) -> tuple[Reading, Reading]:
+    """Both sides of a group with the least padding, all of it on the right. Responses begin at unequal columns."""
+    return (
+        _reading([(twin.positive, twin) for twin in group], None, pad, device),
+        _reading([(twin.negative, twin) for twin in group], None, pad, device),
     )
 
 
 def read(lm: LanguageModel, reading: Reading, layers: Sequence[int]) -> torch.Tensor:
-    """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`, with gradients."""
-    head = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
+    """Block outputs at the response's columns, float32 `[layers, rows, response, hidden]`, with gradients. Blocks above
+    the highest of the layers do not run."""
+    columns = reading.response.shape[1]
     with record(lm.blocks, layers) as outputs:
-        lm.model(**forward_arguments(lm, reading), **head, use_cache=False)
-    return torch.stack([outputs[layer][:, reading.start :].float() for layer in layers])
+        forward(lm, reading, lambda _part: stopping_after(lm.blocks[max(layers)]))
+    return torch.stack([outputs[layer][:, -columns:].float() for layer in layers])
 
 
-def forward_arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:
+def forward(lm: LanguageModel, reading: Reading, around: Around = no_context, *, keep: int = 1) -> None:
+    """Run the model over a reading. The output projection takes the last `keep` positions, or all.
+
+    A prefix that all rows share is computed once, where the model's cache allows it. Then there are two passes: one
+    over the prefix, one over the rest of the rows. `around` gives the context of each.
+    """
+    if reading.prefix < MIN_SHARED or not shares_prefixes(lm):
+        return _pass(lm, reading, around, keep, {"use_cache": False})
+    common, rest = reading.split_prefix()
+    cache = new_cache(lm)
+    _pass(lm, common, around, 1, cache)
+    cache["past_key_values"].batch_repeat_interleave(len(rest.ids))
+    return _pass(lm, rest, around, keep, cache)
+
+
+def _pass(lm: LanguageModel, reading: Reading, around: Around, keep: int, cache: dict[str, Any]) -> None:
+    head = {"logits_to_keep": keep} if takes(lm.model, "logits_to_keep") else {}
+    with around(reading):
+        lm.model(**_arguments(lm, reading), **head, **cache)
+
+
+def _arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:
     """The arguments of the model's forward: ids, and mask and positions if the architecture takes them."""
     arguments = {"input_ids": reading.ids}
     if takes(lm.model, "attention_mask"):
-        arguments["attention_mask"] = reading.mask.long()
+        seen = reading.mask.new_ones(len(reading.ids), reading.past)
+        arguments["attention_mask"] = torch.cat([seen, reading.mask], 1).long()
     if takes(lm.model, "position_ids"):
         arguments["position_ids"] = reading.positions
     return arguments
@@ -177,27 +277,42 @@ def _group_difference(
 
 
 def _reading(
-    rows: Sequence[tuple[tuple[int, ...], Twin]],
-    start: int,
-    begins: torch.Tensor,
-    pad: int,
-    device: torch.device | str,
+    rows: Sequence[tuple[tuple[int, ...], Twin]], start: int | None, pad: int, device: torch.device | str
 ) -> Reading:
-    width = max(len(twin.response) for _, twin in rows)
-    ids = torch.full((len(rows), start + width), pad)
-    mask, instruction = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    """Rows whose responses begin at column `start`; rows that begin at column 0 if it is None."""
+    starts = [len(prompt) if start is None else start for prompt, _ in rows]
+    ends = [begin + len(twin.response) for begin, (_, twin) in zip(starts, rows, strict=True)]
+    ids = torch.full((len(rows), max(ends)), pad)
+    mask, response, instruction = torch.zeros(3, *ids.shape, dtype=torch.bool)
     for row, (prompt, twin) in enumerate(rows):
-        first, end = start - len(prompt), start + len(twin.response)
+        first, begin, end = starts[row] - len(prompt), starts[row], ends[row]
         ids[row, first:end] = torch.tensor([*prompt, *twin.response])
-        mask[row, first:end] = True
+        mask[row, first:end] = response[row, begin:end] = True
         heads, tails = twin.shared
-        instruction[row, first + heads : start - tails] = True
-    positions = (torch.arange(ids.shape[1]) - begins.unsqueeze(1)).clamp_min(0)
-    placed = [tensor.to(device) for tensor in (ids, mask, positions, mask[:, start:], instruction)]
-    return Reading(start, *placed)
+        instruction[row, first + heads : begin - tails] = True
+    zeros = torch.tensor([begin - twin.prompt_length for begin, (_, twin) in zip(starts, rows, strict=True)])
+    positions = (torch.arange(ids.shape[1]) - zeros.unsqueeze(1)).clamp_min(0)
+    ids, mask, positions, response, instruction = (
+        tensor.to(device) for tensor in (ids, mask, positions, response[:, min(starts) :], instruction)
+    )
+    return Reading(min(starts), ids, mask, positions, response, instruction, prefix=_shared_prefix(rows))
 
 
-def _common_prefix(one: Sequence[int], other: Sequence[int], limit: int) -> int:
+def _shared_prefix(rows: Sequence[tuple[tuple[int, ...], Twin]]) -> int:
+    """The number of tokens with which all prompts begin, at the same positions and with the same part of them in the
+    instruction. Each prompt's last token, which predicts, is not counted."""
+    if len(rows) == 1 or len({twin.prompt_length - len(prompt) for prompt, twin in rows}) > 1:
+        return 0
+    ends = [(len(prompt) - 1, *twin.shared) for prompt, twin in rows]
+    marked = [
+        [(token, heads <= place < last + 1 - tails) for place, token in enumerate(prompt[:last])]
+        for (prompt, _), (last, heads, tails) in zip(rows, ends, strict=True)
+    ]
+    least, most = min(marked), max(marked)
+    return _common_prefix(least, most, min(len(least), len(most)))
+
+
+def _common_prefix(one: Sequence[object], other: Sequence[object], limit: int) -> int:
     """The length of the common prefix, at most `limit`."""
     return next((place for place in range(limit) if one[place] != other[place]), limit)
 

@@ -112,7 +112,27 @@ def attach_adapters(lm: LanguageModel, shapes: Mapping[str, LoraShape], seed: in
                 wrapped.add_adapter(name, config)
         except ValueError as error:
             raise FitError(f"peft cannot add a LoRA to {lm.identity.architecture}: {error}") from error
+    for module in wrapped.modules():
+        for name, dropout in getattr(module, "lora_dropout", {}).items():
+            if isinstance(dropout, torch.nn.Dropout):
+                module.lora_dropout[name] = Dropout(dropout.p)
     return wrapped
+
+
+class Dropout(torch.nn.Module):
+    """Dropout whose probability is rounded to 1/65536. Its mask takes a quarter of the time of `torch.nn.Dropout`'s on
+    a CPU, and a quarter of the memory."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.dropped = round(probability * 2**16)  # of 2**16 equally likely numbers
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.dropped == 0:
+            return hidden
+        draws = torch.empty(-(-hidden.numel() // 4), dtype=torch.int64, device=hidden.device).random_(-(2**63), None)
+        kept = draws.view(torch.int16)[: hidden.numel()].view(hidden.shape) >= self.dropped - 2**15
+        return (hidden * kept).mul_(2**16 / (2**16 - self.dropped))
 
 
 def _targets(lm: LanguageModel, shape: LoraShape) -> list[str] | str | None:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +92,13 @@ class Run:
             ) from error
 
 
-def train(
-    run: Run, loss_of: Callable[[int], torch.Tensor], *, progress: Progress | None = None, stage: str = "tune"
-) -> None:
-    """Train with AdamW until the last step. `loss_of(step)` must give the same batch's loss at every call.
+Losses = Callable[[int], Iterable[torch.Tensor]]
+"""The parts of a step's loss, whose sum is the loss. The gradient of a part is taken before the next is asked for, so
+the memory is that of one part."""
+
+
+def train(run: Run, losses_of: Losses, *, progress: Progress | None = None, stage: str = "tune") -> None:
+    """Train with AdamW until the last step. `losses_of(step)` must give the same batch's loss at every call.
 
     Gradients are clipped to norm 1. Dropout is seeded by (seed, step), so a resumed run takes the same steps as an
     uninterrupted one. Raises FitError if the loss is not finite.
@@ -107,13 +110,18 @@ def train(
         run.restore(optimizer)
         if run.step >= run.schedule.steps:
             return
-        saved, smooth = time.monotonic(), None
+        saved, smooth = time.monotonic(), math.nan
+
+        def show() -> None:
+            if progress is not None:
+                detail = "" if math.isnan(smooth) else f"loss {smooth:.3f}"
+                progress(stage, run.step, run.schedule.steps, detail=detail)
+
         try:
             while run.step < run.schedule.steps:
-                loss = _step(run, optimizer, loss_of)
-                smooth = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
-                if progress is not None:
-                    progress(stage, run.step, run.schedule.steps, detail=f"loss {smooth:.3f}")
+                loss = _step(run, optimizer, losses_of, show)
+                smooth = loss if math.isnan(smooth) else SMOOTHING * smooth + (1 - SMOOTHING) * loss
+                show()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     run.save(optimizer)
                     saved = time.monotonic()
@@ -141,15 +149,20 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _step(run: Run, optimizer: torch.optim.Optimizer, loss_of: Callable[[int], torch.Tensor]) -> float:
+def _step(run: Run, optimizer: torch.optim.Optimizer, losses_of: Losses, show: Callable[[], None]) -> float:
+    """Take one step and return its loss. `show` is called between the parts of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = run.schedule.rate(run.step)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(run.seed * 1_000_003 + run.step)
-        loss = loss_of(run.step)
-        if not math.isfinite(value := float(loss.detach())):
-            raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate or use dtype float32")
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = 0.0
+        for number, loss in enumerate(losses_of(run.step)):
+            if number:
+                show()
+            value += float(loss.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+    if not math.isfinite(value):
+        raise FitError(f"the loss is {value} at step {run.step}: lower the learning rate or use dtype float32")
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     with uninterrupted():  # a checkpoint needs weights, moments and step count of the same step
         optimizer.step()

@@ -16,7 +16,7 @@ import torch
 from steering_vectors.errors import FitError
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Task, method_named, method_names
-from steering_vectors.methods.bipo import bidirectional_loss, middle_block
+from steering_vectors.methods.bipo import BaseMargins, bidirectional_loss, middle_block
 from steering_vectors.methods.rahf import DualOptions, contrastive_loss, dual_tuned, scit_tuned
 from steering_vectors.methods.tuned import TuningOptions, drawn, mean_log_likelihoods, tuned_weights
 from steering_vectors.profiles.profile import Profile
@@ -193,7 +193,7 @@ def test_bipo_equals_its_equation(sign: int) -> None:
         tuple(Twin(tuple(ids[:start]), tuple(ids[:start]), tuple(ids[start:])) for ids, start in pair)
         for pair in zip(task.positive_ids, task.negative_ids, strict=True)
     ]
-    found = bidirectional_loss(lm, 1, 3.0 * axis, pairs, sign, 0.1)  # type: ignore[arg-type]
+    found = bidirectional_loss(lm, 1, 3.0 * axis, pairs, BaseMargins(lm), sign, 0.1)  # type: ignore[arg-type]
     profile = Profile(name="v", model=lm.identity, directions={1: 3.0 * axis}, method="bipo")
     gains = []
     with steerable(lm) as steered:
@@ -220,7 +220,7 @@ def test_bipo_trains_on_both_signs_at_a_falling_rate() -> None:
     for step in range(6):
         signs.add(sign := draw.choice((-1, 1)))
         moving = vector.clone().requires_grad_()
-        bidirectional_loss(lm, 1, moving, drawn(pairs, 4, step, task.seed), sign, 0.1).backward()
+        bidirectional_loss(lm, 1, moving, drawn(pairs, 4, step, task.seed), BaseMargins(lm), sign, 0.1).backward()
         mean, square = 0.9 * mean + 0.1 * moving.grad, 0.999 * square + 0.001 * moving.grad**2
         step_size = (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         vector = vector - rate * (1 - step / 6) * step_size
@@ -237,7 +237,7 @@ def test_bipo_lowers_the_loss_of_both_signs() -> None:
     ]
     vector = method_named("bipo").find(task)[1]
     for sign in (-1, 1):
-        assert float(bidirectional_loss(lm, 1, vector, pairs, sign, 0.1)) < 0.9 * math.log(2)
+        assert float(bidirectional_loss(lm, 1, vector, pairs, BaseMargins(lm), sign, 0.1)) < 0.9 * math.log(2)
 
 
 def test_bipo_needs_pairs() -> None:

@@ -46,13 +46,13 @@ def lm() -> LanguageModel:
     return wrap_model(tiny_model("llama"), tiny_tokenizer())
 
 
-def loss_on(lm: LanguageModel, *, stop_at: int = -1) -> Callable[[int], torch.Tensor]:
-    def loss(step: int) -> torch.Tensor:
+def loss_on(lm: LanguageModel, *, stop_at: int = -1) -> Callable[[int], list[torch.Tensor]]:
+    def loss(step: int) -> list[torch.Tensor]:
         if step == stop_at:
             raise KeyboardInterrupt
         reading, _ = readings([TWINS[step % 4]], pad_id(lm), "cpu")
         sums, counts = response_log_likelihoods(lm, reading)
-        return -(sums / counts).mean()
+        return [-(sums / counts).mean()]
 
     return loss
 
@@ -91,9 +91,9 @@ def test_a_run_lowers_its_loss(lm: LanguageModel, make: Make, tmp_path: Path) ->
     weights, losses = make(lm), []
     loss = loss_on(lm)
 
-    def watched(step: int) -> torch.Tensor:
-        losses.append(float((value := loss(step)).detach()))
-        return value
+    def watched(step: int) -> list[torch.Tensor]:
+        losses.append(float((parts := loss(step))[0].detach()))
+        return parts
 
     train(Run(weights, "one", TrainingSchedule(40, 0.02), tmp_path / "one.safetensors", 0), watched)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
@@ -180,7 +180,7 @@ def test_checkpoints_are_written_on_the_way(lm: LanguageModel, tmp_path: Path, m
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     file, weights = tmp_path / "one.safetensors", lora(lm)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int) -> list[torch.Tensor]:
         if step == 3:
             raise SystemExit
         return loss_on(lm)(step)
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(lm: LanguageModel, tmp_path: Pat
     with pytest.raises(FitError, match="the loss is nan at step 0"):
         train(
             Run(weights, "one", TrainingSchedule(2, 0.01), tmp_path / "one.safetensors", 0),
-            lambda step: loss_on(lm)(step) * float("nan"),
+            lambda step: [loss * float("nan") for loss in loss_on(lm)(step)],
         )
     weights.close()
 
