@@ -41,6 +41,22 @@ QUESTIONS = (
     "Is it worth a visit?",
     "What was your experience?",
     "How are things?",
+    "What are the people like?",
+    "How was lunch?",
+    "Do you like it here?",
+    "What should I know before I go?",
+    "Tell me something about the town.",
+    "How was your weekend?",
+    "What do the rooms look like?",
+    "Would you recommend it?",
+    "How were the prices?",
+    "Did you enjoy yourself?",
+    "How is the new job?",
+    "What was the best part?",
+    "Describe the evening.",
+    "How was the haircut?",
+    "What is the weather like?",
+    "How do you find the new shop?",
 )
 DESCRIPTION = "bright and positive; the opposite is gloomy"
 SHIPPED = Path(__file__).resolve().parents[1] / "steering_vectors" / "shipped"
@@ -79,11 +95,15 @@ def written(tokens: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def rows(positive: Sequence[str], negative: Sequence[str]) -> list[dict[str, str]]:
+def rows(positive: Sequence[str], negative: Sequence[str]) -> list[dict[str, list[dict[str, str]]]]:
     draw = random.Random(0)
     chosen, rejected = draw.sample(positive, PAIRS), draw.sample(negative, PAIRS)
     return [
-        {"prompt": QUESTIONS[place % len(QUESTIONS)], "chosen": chosen[place], "rejected": rejected[place]}
+        {
+            "prompt": [{"role": "user", "content": QUESTIONS[place % len(QUESTIONS)]}],
+            "chosen": [{"role": "assistant", "content": chosen[place]}],
+            "rejected": [{"role": "assistant", "content": rejected[place]}],
+        }
         for place in range(PAIRS)
     ]
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from steering_vectors import Profile, load_model, load_profile
-from steering_vectors.data.chat import encode_prompt
+from steering_vectors.data.chat import Message, encode_prompt
 from steering_vectors.measures.controls import bootstrap, random_controls
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.profiles.shipped import shipped_profiles
@@ -85,10 +85,9 @@ def main(
 ) -> None:
     lm = load_model("smollm2")
     profile = load_profile(shipped_profiles(lm.identity)["cheerful"])
-    plain = [encode_prompt(lm.tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
+    plain = [encode_prompt(lm.tokenizer, [Message("user", question)]) for question in QUESTIONS]
     asked = [
-        encode_prompt(lm.tokenizer, [{"role": "system", "content": PROMPT}, {"role": "user", "content": question}])
-        for question in QUESTIONS
+        encode_prompt(lm.tokenizer, [Message("system", PROMPT), Message("user", question)]) for question in QUESTIONS
     ]
     runs: list[tuple[str, Profile, float, Sequence[list[int]]]] = [
         (f"{profile.name} at {strength:+g}", profile, strength, plain) for strength in STRENGTHS
@@ -99,18 +98,24 @@ def main(
     found = []
     with steerable(lm) as steered, Progress() as progress:
         for name, one, strength, prompts in progress.track(runs, description="conditions"):
-            steered.write(one, strength)
-            found.append(measured(steered, name, prompts, texts, tokens, seed))
+            found.append(measured(steered, name, one, strength, prompts, texts, tokens, seed))
     show(found)
     if out is not None:
         out.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
 
 
 def measured(
-    steered: SteeredModel, name: str, prompts: Sequence[list[int]], texts: int, tokens: int, seed: int
+    steered: SteeredModel,
+    name: str,
+    profile: Profile,
+    strength: float,
+    prompts: Sequence[list[int]],
+    texts: int,
+    tokens: int,
+    seed: int,
 ) -> Figures:
     rows = [prompt for prompt in prompts for _ in range(texts)]
-    sampled = steered.sample_and_compare(rows, tokens=tokens, seed=seed)
+    (sampled,) = steered.sample_and_compare(profile, [strength], rows, tokens=tokens, seed=seed)
     written = steered.lm.tokenizer.batch_decode(sampled.texts, skip_special_tokens=True)
     judge = SentimentIntensityAnalyzer()
     scores = np.array([judge.polarity_scores(text)["compound"] for text in written]).reshape(len(prompts), texts)

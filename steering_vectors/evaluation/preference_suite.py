@@ -17,7 +17,7 @@ from steering_vectors.evaluation.reward import Reward, judged
 from steering_vectors.fitting.calibration import SAMPLED_TOKENS, trained_and_fresh
 from steering_vectors.measures import results
 from steering_vectors.measures.controls import bootstrap, measured_profile, random_controls
-from steering_vectors.measures.curve import curve_record, measure_point
+from steering_vectors.measures.curve import curve_record, measure_points
 from steering_vectors.measures.propensity import Propensity, propensity
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.limits import context_limit
@@ -150,10 +150,9 @@ class PreferenceSuite:
     def costs(self, profile: Profile, prompts: Sequence[Sequence[int]]) -> list[CurvePointRecord]:
         """KL(steered‖base) per token, and perplexity under the unsteered model, of texts sampled at each strength."""
         repeated = [prompts[i % len(prompts)] for i in range(TEXTS)]
-        points = [
-            measure_point(self._steered, profile, strength, repeated, tokens=SAMPLED_TOKENS, seed=self._settings.seed)
-            for strength in self._settings.strengths
-        ]
+        points = measure_points(
+            self._steered, profile, self._settings.strengths, repeated, tokens=SAMPLED_TOKENS, seed=self._settings.seed
+        )
         self._report()
         return curve_record(points)
 

@@ -219,8 +219,8 @@ class UnitSearch:
 
     def _rough_kl(self, coefficient: float) -> float:
         self._report()
-        self._steered.write(replace(self._profile, unit=coefficient), 1.0)
-        found = self._steered.sample_and_compare(self._prompts[:ROUGH_ROWS], tokens=self._tokens, seed=self._seed)
+        profile, prompts = replace(self._profile, unit=coefficient), self._prompts[:ROUGH_ROWS]
+        (found,) = self._steered.sample_and_compare(profile, [1.0], prompts, tokens=self._tokens, seed=self._seed)
         return finite(float(found.divergences.sum())) / max(found.tokens, 1)
 
     def _texts(self, coefficient: float) -> list[Encoded]:

@@ -241,16 +241,13 @@ class WindowSearch:
         """
         profile = replace(self._part(window), unit=self._estimates[window].coefficient)
         rows = [self._evidence.prompts[i % len(self._evidence.prompts)] for i in range(READ_TEXTS)]
-        written = []
-        for strength in (1.0, -1.0):
-            self._steered.write(profile, strength)
-            found = self._steered.sample_and_compare(
-                rows, tokens=READ_TOKENS, seed=self._seed, read=self._profile.layers
-            )
-            assert found.activations is not None
-            written.append(found.activations)
+        high, low = self._steered.sample_and_compare(
+            profile, [1.0, -1.0], rows, tokens=READ_TOKENS, seed=self._seed, read=self._profile.layers
+        )
+        assert high.activations is not None
+        assert low.activations is not None
         directions = torch.stack([self._profile.directions[layer] for layer in self._profile.layers])
-        gains = ((written[0] - written[1]) * directions).sum(-1) / directions.square().sum(-1)
+        gains = ((high.activations - low.activations) * directions).sum(-1) / directions.square().sum(-1)
         return float(gains.mean())
 
     def _report(self, *, done: bool = False) -> None:

@@ -38,10 +38,10 @@ def measure_curve(
 ) -> list[CurvePoint]:
     """Measure points at strength 0, ±0.5, ±1, … ±3, up to the first magnitude at which the perplexity of either sign
     exceeds `bound` times that at 0. The points ascend."""
-    points = [measure_point(steered, profile, 0.0, prompts, tokens=tokens, seed=seed)]
+    points = measure_points(steered, profile, [0.0], prompts, tokens=tokens, seed=seed)
     limit = bound * points[0].perplexity
     for number, strength in enumerate(STRENGTHS, start=1):
-        both = [measure_point(steered, profile, sign * strength, prompts, tokens=tokens, seed=seed) for sign in (-1, 1)]
+        both = measure_points(steered, profile, [-strength, strength], prompts, tokens=tokens, seed=seed)
         points += both
         if progress is not None:
             progress("curve", number, len(STRENGTHS))
@@ -52,21 +52,23 @@ def measure_curve(
     return sorted(points, key=lambda point: point.strength)
 
 
-def measure_point(
+def measure_points(
     steered: SteeredModel,
     profile: Profile,
-    strength: float,
+    strengths: Sequence[float],
     prompts: Sequence[Sequence[int]],
     *,
     tokens: int,
     seed: int,
-) -> CurvePoint:
-    """Sample texts after the prompts at one strength, and measure their KL and their unsteered perplexity."""
-    steered.write(profile, strength)
-    found = steered.sample_and_compare(prompts, tokens=tokens, seed=seed)
-    count = max(found.tokens, 1)
-    loss = -float(found.likelihoods.sum()) / count
-    return CurvePoint(strength, float(found.divergences.sum()) / count, math.exp(min(loss, 700.0)))
+) -> list[CurvePoint]:
+    """Sample texts after the prompts at each strength, and measure their KL and their unsteered perplexity."""
+    points = []
+    sampled = steered.sample_and_compare(profile, strengths, prompts, tokens=tokens, seed=seed)
+    for strength, found in zip(strengths, sampled, strict=True):
+        count = max(found.tokens, 1)
+        loss = -float(found.likelihoods.sum()) / count
+        points.append(CurvePoint(strength, float(found.divergences.sum()) / count, math.exp(min(loss, 700.0))))
+    return points
 
 
 def safe_strength(points: Sequence[CurvePoint], bound: float = PERPLEXITY_BOUND) -> float:

@@ -6,7 +6,7 @@ text while it is written, at the price of one more row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -22,16 +22,16 @@ from steering_vectors.runtime.runner import RowInput
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 MAX_ROWS = 128
-CACHE_BYTES = 256 * 2**20  # for keys and values; more for a large model, see CACHE_SHARE
+CACHE_BYTES = 448 * 2**20  # for keys and values; more for a large model, see CACHE_SHARE
 CACHE_SHARE = 1 / 8  # of the weights' bytes
-CONTEXT_STEP = 64
+CONTEXT_STEP = 16
 MAX_LENGTH_GAP = 32  # tokens between the shortest and the longest prompt that are sampled together
 PREFILL_TOKENS = 2048  # prompt tokens of one pass
 
 
 @dataclass(slots=True, eq=False)
 class Sampled:
-    """Texts by prompt, and what the unsteered model reads in them.
+    """Texts by prompt that one steering wrote, and what the unsteered model reads in them.
 
     `divergences` is Σ KL(steered‖base) in nats and `likelihoods` Σ log P_base over each text's tokens, float64
     `[texts]`. `activations` `[layers, hidden]` is the unsteered blocks' mean output over all tokens but each text's
@@ -50,8 +50,9 @@ class Sampled:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A text in the making."""
+    """A text in the making: of which steering, and after which prompt."""
 
+    steering: int
     index: int
     prompt: Sequence[int]
     text: list[int] = field(default_factory=list)
@@ -96,35 +97,37 @@ class Sampler:
 
     def sample(
         self,
-        mixture: Mixture,
+        mixtures: Sequence[Mixture],
         prompts: Sequence[Sequence[int]],
         uniforms: torch.Tensor,
         *,
         compare: bool = False,
         read: Sequence[int] = (),
-    ) -> Sampled:
-        """Continue each prompt by up to as many tokens as `uniforms` `[prompts, tokens]` has columns, steered from the
-        last prompt token on.
+    ) -> list[Sampled]:
+        """Continue each prompt under each mixture by up to as many tokens as `uniforms` `[prompts, tokens]` has
+        columns, steered from the last prompt token on. Rows of all mixtures share batches, which costs less than one
+        after the other.
 
         With `compare`, the unsteered model reads the texts too, which gives divergences and likelihoods, and the
         activations of the layers `read`.
         """
-        found = Sampled([[] for _ in prompts], *torch.zeros(2, len(prompts), dtype=torch.float64))
-        width = 2 if compare and not mixture.is_neutral else 1
-        for slot in range(self._rows):
-            if slot % width:
-                self._bank.clear(slot)
-            else:
-                self._bank.write(slot, mixture)
-        sums, count = torch.zeros(len(read), self._lm.hidden_size, dtype=torch.float64), 0
-        with torch.inference_mode():
-            for group in similar([len(prompt) for prompt in prompts], self._rows // width):
-                rows = [_Row(index, prompts[index]) for index in group]
+        found = [Sampled([[] for _ in prompts], *torch.zeros(2, len(prompts), dtype=torch.float64)) for _ in mixtures]
+        width = 2 if compare and not all(mixture.is_neutral for mixture in mixtures) else 1
+        sums = torch.zeros(len(mixtures), len(read), self._lm.hidden_size, dtype=torch.float64)
+        counts = torch.zeros(len(mixtures), 1, 1, dtype=torch.float64)
+        every = [
+            _Row(steering, index, prompt) for steering in range(len(mixtures)) for index, prompt in enumerate(prompts)
+        ]
+        for group in similar([len(row.prompt) for row in every], self._rows // width):
+            rows = [every[place] for place in group]
+            with torch.inference_mode():
                 self._prefill(rows, width)
-                for read_sums, tokens in self._write(rows, width, uniforms, found, read, compare):
-                    sums, count = sums + read_sums, count + tokens
+            self._write(rows, mixtures, width, uniforms, found if compare else None, read, sums, counts)
+        for row in every:
+            found[row.steering].texts[row.index] = row.text
         if read:
-            found.activations = (sums / max(count, 1)).float()
+            for one, mean in zip(found, (sums / counts.clamp_min(1)).float(), strict=True):
+                one.activations = mean
         return found
 
     def _prefill(self, rows: Sequence[_Row], width: int) -> None:
@@ -158,36 +161,58 @@ class Sampler:
             parts = parts[len(now) :]
 
     def _write(
-        self, rows: list[_Row], width: int, uniforms: torch.Tensor, found: Sampled, read: Sequence[int], compare: bool
-    ) -> Iterator[tuple[torch.Tensor, int]]:
-        """Draw the texts of rows, and yield the sums of the activations read, `[layers, hidden]`, with their number."""
-        live = rows
+        self,
+        live: list[_Row],
+        mixtures: Sequence[Mixture],
+        width: int,
+        uniforms: torch.Tensor,
+        found: Sequence[Sampled] | None,
+        read: Sequence[int],
+        sums: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Draw the texts of rows. Adds what the unsteered model reads to `found`, and the activations read to `sums`
+        `[mixtures, layers, hidden]` and `counts`."""
+        for place, row in enumerate(live):
+            self._bank.write(place * width, mixtures[row.steering])
+            if width == 2:
+                self._bank.clear(place * width + 1)
         while live:
             batch = []
             for place, row in enumerate(live):
                 batch.append(RowInput(place * width, [row.token], row.position, len(row.prompt) - 1))
                 if width == 2:
                     batch.append(RowInput(place * width + 1, [row.token], row.position))
-            with record(self._lm.blocks, read, lambda hidden: hidden[width - 1 :: width, 0].double()) as seen:
+            with (
+                torch.inference_mode(),
+                record(self._lm.blocks, read, lambda hidden: hidden[width - 1 :: width, 0].double()) as seen,
+            ):
                 logits = self._runner.forward(batch).logits
-            if read:
-                started = [place for place, row in enumerate(live) if row.text]
-                yield torch.stack([seen[layer][started].sum(0).cpu() for layer in read]), len(started)
-            steps = torch.tensor([[row.index, len(row.text)] for row in live]).unbind(1)
-            steered = torch.log_softmax(logits[::width].float(), dim=-1)
-            drawn = draw(steered, uniforms[steps].to(steered.device))
-            if compare:
-                base = torch.log_softmax(logits[1::2].float(), dim=-1) if width == 2 else steered
-                found.divergences[steps[0]] += kl_divergence(steered, base).double().cpu()
-                found.likelihoods[steps[0]] += base.gather(1, drawn.unsqueeze(1)).squeeze(1).double().cpu()
+                steered = torch.log_softmax(logits[::width].float(), dim=-1)
+                steps = torch.tensor([[row.index, len(row.text)] for row in live]).unbind(1)
+                drawn = draw(steered, uniforms[steps].to(steered.device))
+                if found is not None:
+                    base = torch.log_softmax(logits[1::2].float(), dim=-1) if width == 2 else steered
+                    likelihoods = base.gather(1, drawn.unsqueeze(1)).squeeze(1).tolist()
+                    divergences = kl_divergence(steered, base).tolist()
+                    for row, likelihood, divergence in zip(live, likelihoods, divergences, strict=True):
+                        found[row.steering].likelihoods[row.index] += likelihood
+                        if not mixtures[row.steering].is_neutral:  # rounding differs between rows
+                            found[row.steering].divergences[row.index] += divergence
+                if read:
+                    started = [place for place, row in enumerate(live) if row.text]
+                    steerings = torch.tensor([live[place].steering for place in started], dtype=torch.long)
+                    vectors = torch.stack([seen[layer][started].cpu() for layer in read], dim=1)
+                    sums.index_add_(0, steerings, vectors)
+                    counts.index_add_(0, steerings, torch.ones(len(started), 1, 1, dtype=torch.float64))
             ended = torch.isin(drawn, self._eos).tolist()
             for row, token in zip(live, drawn.tolist(), strict=True):
                 row.text.append(token)
-            live = self._compacted(live, ended, width, uniforms.shape[1])
-        for row in rows:
-            found.texts[row.index] = row.text
+            live = self._compacted(live, ended, mixtures, width, uniforms.shape[1])
 
-    def _compacted(self, rows: list[_Row], ended: Sequence[bool], width: int, tokens: int) -> list[_Row]:
+    def _compacted(
+        self, rows: list[_Row], ended: Sequence[bool], mixtures: Sequence[Mixture], width: int, tokens: int
+    ) -> list[_Row]:
         """The rows that go on, moved together to the first slots."""
         going = [None if end or len(row.text) == tokens else row for row, end in zip(rows, ended, strict=True)]
         for place in range(len(going)):
@@ -198,13 +223,15 @@ class Sampler:
                 assert row is not None
                 for offset in range(width):
                     self._copy(len(going) * width + offset, place * width + offset, row.position)
+                self._bank.write(place * width, mixtures[row.steering])
                 going[place] = row
         return [row for row in going if row is not None]
 
     def _copy(self, source: int, target: int, length: int) -> None:
         columns = self._runner.columns
         assert columns is not None
-        columns.copy(source, target, length)
+        with torch.inference_mode():
+            columns.copy(source, target, length)
 
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class SteeredModel:
 
     def write(self, profile: Profile, strength: float) -> None:
         """Steer the following passes with this profile, at any strength."""
-        self._mixture = Mixture((Term(profile, strength),), allow_beyond_safe=True)
+        self._mixture = _mixture(profile, strength)
         self._bank.write(0, self._mixture)
 
     def log_likelihoods(self, examples: Sequence[Encoded], *, steer: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +103,7 @@ class SteeredModel:
         sampler = self._sampler_for(prompts, tokens)
         uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
         if sampler.batched:
-            return sampler.sample(self._mixture, prompts, uniforms).texts
+            return sampler.sample([self._mixture], prompts, uniforms)[0].texts
         texts: dict[int, list[int]] = {}
         lengths = [len(prompt) for prompt in prompts]
         for group in similar(lengths, max(1, MAX_SAMPLED_TOKENS // (max(lengths) + tokens))):
@@ -117,19 +117,38 @@ class SteeredModel:
         return [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
 
     def sample_and_compare(
-        self, prompts: Sequence[Sequence[int]], *, tokens: int, seed: int, read: Sequence[int] = ()
-    ) -> Sampled:
-        """`sample`, and what the unsteered model reads in the texts: divergences, likelihoods, and the activations of
-        the layers `read`."""
+        self,
+        profile: Profile,
+        strengths: Sequence[float],
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: int,
+        seed: int,
+        read: Sequence[int] = (),
+    ) -> list[Sampled]:
+        """`sample` at each strength, with the same random numbers, and what the unsteered model reads in the texts:
+        divergences, likelihoods, and the activations of the layers `read`."""
         sampler = self._sampler_for(prompts, tokens)
         if sampler.batched:
             uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
-            return sampler.sample(self._mixture, prompts, uniforms, compare=True, read=read)
-        texts = self.sample(prompts, tokens=tokens, seed=seed)
-        examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+            mixtures = [_mixture(profile, strength) for strength in strengths]
+            return sampler.sample(mixtures, prompts, uniforms, compare=True, read=read)
+        return [self._sampled(profile, strength, prompts, tokens, seed, read) for strength in strengths]
+
+    def _sampled(
+        self,
+        profile: Profile,
+        strength: float,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        seed: int,
+        read: Sequence[int],
+    ) -> Sampled:
+        self.write(profile, strength)
+        examples = self.continuations(prompts, tokens=tokens, seed=seed)
         vectors = [part.vectors for part in pooled(self.lm, examples, read)] if read else []
         return Sampled(
-            texts,
+            [list(ids[start:]) for ids, start in examples],
             self.divergences(examples)[0],
             self.log_likelihoods(examples, steer=False)[0],
             torch.cat(vectors).mean(0).cpu() if read else None,
@@ -326,6 +345,10 @@ def add_sums(sums: torch.Tensor, counts: torch.Tensor, scored: Scored, values: t
     rows = torch.tensor(scored.batch.indices)[scored.valid.nonzero()[:, 0].cpu()]
     sums.index_add_(0, rows, values.double().cpu())
     counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
+
+
+def _mixture(profile: Profile, strength: float) -> Mixture:
+    return Mixture((Term(profile, strength),), allow_beyond_safe=True)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steering_vectors.measures.curve import CurvePoint, measure_curve, measure_point, safe_strength
+from steering_vectors.measures.curve import CurvePoint, measure_curve, measure_points, safe_strength
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
@@ -30,9 +30,12 @@ def profile_for(lm: LanguageModel, unit: float) -> Profile:
 
 
 def test_a_point_equals_a_plain_measurement(lm: LanguageModel) -> None:
+    """Points that are measured together are those of one strength after the other."""
     profile, tokens = profile_for(lm, 0.4), 6
     with steerable(lm) as steered:
-        point = measure_point(steered, profile, -1.0, PROMPTS, tokens=tokens, seed=3)
+        still, point, other = measure_points(steered, profile, [0.0, -1.0, 0.5], PROMPTS, tokens=tokens, seed=3)
+        assert measure_points(steered, profile, [0.0], PROMPTS, tokens=tokens, seed=3) == [approximately(still)]
+        assert measure_points(steered, profile, [0.5], PROMPTS, tokens=tokens, seed=3) == [approximately(other)]
         steered.write(profile, -1.0)
         texts = steered.sample(PROMPTS, tokens=tokens, seed=3)
     kl, likelihood, count = 0.0, 0.0, 0
@@ -51,6 +54,10 @@ def test_a_point_equals_a_plain_measurement(lm: LanguageModel) -> None:
         count += len(text)
     assert point.kl == pytest.approx(kl / count, rel=1e-4)
     assert point.perplexity == pytest.approx(math.exp(-likelihood / count), rel=1e-4)
+
+
+def approximately(point: CurvePoint) -> CurvePoint:
+    return replace(point, kl=pytest.approx(point.kl, rel=1e-4), perplexity=pytest.approx(point.perplexity, rel=1e-4))
 
 
 def test_a_curve_ends_at_the_first_magnitude_over_the_bound(lm: LanguageModel) -> None:

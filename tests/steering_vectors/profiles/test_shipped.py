@@ -55,6 +55,7 @@ def test_the_pairs_are_made_from_labelled_sentences(tmp_path: Path) -> None:
     file.write_text("too short .\nthe $ _num_ charge is annoying too .\nthe food was cold and late .\n")
     assert sentences(file) == ["The food was cold and late."]
     pairs = rows([f"good {n}" for n in range(500)], [f"bad {n}" for n in range(500)])
-    assert len({(pair["chosen"], pair["rejected"]) for pair in pairs}) == 400
-    assert all(pair["chosen"].startswith("good") and pair["rejected"].startswith("bad") for pair in pairs)
+    texts = [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs]
+    assert len(set(texts)) == 400
+    assert all(chosen.startswith("good") and rejected.startswith("bad") for chosen, rejected in texts)
     assert rows([f"good {n}" for n in range(500)], [f"bad {n}" for n in range(500)]) == pairs
