@@ -153,13 +153,17 @@ def test_on_another_kind_what_depends_on_rounding_may_differ(answers: dict[int, 
 
 
 def test_what_an_example_must_show(answers: dict[int, Answer]) -> None:
-    whole = {strength: {**answer, "finish_reason": "stop"} for strength, answer in answers.items()}
-    assert faults(whole) == []
-    assert faults(changed(whole, 1, finish_reason="length")) == ["strength 1: the reply did not end"]
-    assert faults(changed(whole, 0, text=whole[1]["text"])) == ["two strengths give the same reply"]
-    unsteered = {**whole[1]["steering"][0], "steered_tokens": 2}
-    tokens = whole[1]["usage"]["completion_tokens"]
-    assert faults(changed(whole, 1, steering=[unsteered])) == [f"strength 1: 2 of {tokens} tokens were steered"]
+    assert faults(answers) == []
+    assert faults(changed(answers, 0, text=answers[1]["text"])) == ["two strengths give the same reply"]
+    unsteered = {**answers[1]["steering"][0], "steered_tokens": 2}
+    tokens = answers[1]["usage"]["completion_tokens"]
+    assert faults(changed(answers, 1, steering=[unsteered])) == [f"strength 1: 2 of {tokens} tokens were steered"]
+
+
+def test_a_reply_that_was_cut_ends_in_an_ellipsis(answers: dict[int, Answer]) -> None:
+    for reason, end in {"length": "and so …", "stop": "and so"}.items():
+        shown = blocks(changed(answers, 1, text="and  so", finish_reason=reason), "here")["replies"]
+        assert shown.splitlines()[-1] == f"| 1 | {end} |"
 
 
 def test_the_readme_has_the_form_that_is_written(answers: dict[int, Answer]) -> None:
