@@ -3,10 +3,10 @@
     python scripts/readme_examples.py [--check]
 
 The script serves SmolLM2 with the shipped profile `cheerful` as `make serve` does, and sends the README's curl command
-at three strengths. The temperature is 0, but sums are rounded differently by other instruction sets and other versions of
-torch, and one different token changes the rest of a reply. Therefore the block names its machine. On an equal machine
-the check compares everything. On another machine it compares only what does not depend on rounding: the table's
-strengths, and the receipt without the number of steered tokens.
+at three strengths. The temperature is 0, but sums are rounded differently by other instruction sets and other versions
+of torch, and one different token changes the rest of a reply. Therefore the block names its machine. On an equal
+machine the check compares everything. On another machine it compares only what does not depend on rounding: the
+table's strengths, and the receipt without the number of steered tokens.
 """
 
 from __future__ import annotations

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from server.settings import Settings
     from server.state import Service
 
-# Rounds in which a worker of OpenMP waits for the next parallel section before it sleeps, some 10 µs. The library's
-# default of milliseconds makes a process that shares its processors with others ten to a hundred times slower.
-SPIN_COUNT = "1000"
+# Rounds in which a worker of OpenMP waits for the next parallel section before it sleeps, a fraction of a millisecond.
+# The library's default makes a process that shares its processors with others ten times slower. Fewer rounds cost more
+# alone, because a sleeping worker of a virtual machine takes long to wake (docs/performance.md).
+SPIN_COUNT = "20000"
 
 SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
