@@ -54,3 +54,30 @@ def batches(examples: Sequence[Encoded], budget: int, device: torch.device | str
             torch.tensor([len(ids) for ids, _ in chosen], device=device),
             torch.tensor([start for _, start in chosen], device=device),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A batch, the positions `[rows, k]` whose logits predict its responses, and which of them are valid."""
+
+    batch: Batch
+    index: torch.Tensor
+    valid: torch.Tensor
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The tokens that are predicted, `[positions]`."""
+        following = (self.index + 1).clamp_max(self.batch.ids.shape[1] - 1)
+        return self.batch.ids.gather(1, following)[self.valid]
+
+
+def scored_batches(examples: Sequence[Encoded], budget: int, device: torch.device | str = "cpu") -> Iterator[Scored]:
+    """Yield `batches` with the positions that predict their responses. The first token of a response is predicted if
+    there is a token before it."""
+    for batch in batches(examples, budget, device):
+        first = batch.starts.clamp_min(1)
+        counts = (batch.lengths - first).clamp_min(0)
+        steps = torch.arange(max(int(counts.max()), 1), device=batch.ids.device)
+        valid = steps < counts.unsqueeze(1)
+        index = (first - 1).unsqueeze(1) + steps
+        yield Scored(batch, torch.where(valid, index, 0).clamp_max(batch.ids.shape[1] - 2).clamp_min(0), valid)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from steering_vectors.data.batches import Encoded, batches
+from steering_vectors.data.batches import Encoded, scored_batches
 from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import PositionSelector, adding
 from steering_vectors.models.loading import LanguageModel
@@ -25,25 +25,19 @@ def likelihood_gradients(lm: LanguageModel, examples: Sequence[Encoded], layers:
     total = torch.zeros(len(layers), lm.hidden_size)
     selector = PositionSelector(lm.model.get_output_embeddings())
     shifts = [torch.zeros(lm.hidden_size, device=lm.device, requires_grad=True) for _ in layers]
-    options = {"use_cache": False}
     try:
         with _frozen(lm.model), torch.enable_grad():
-            for batch in batches(examples, BATCH_TOKENS, lm.device):
-                first = batch.starts.clamp_min(1) - 1
-                where = batch.mask & (batch.positions >= first.unsqueeze(1))
-                counts = batch.lengths - 1 - first
-                steps = torch.arange(max(int(counts.max()), 1), device=lm.device)
-                valid = steps < counts.unsqueeze(1)
-                index = torch.where(valid, first.unsqueeze(1) + steps, 0)
+            for scored in scored_batches(examples, BATCH_TOKENS, lm.device):
+                batch, valid = scored.batch, scored.valid
+                where = batch.mask & (batch.positions >= (batch.starts.clamp_min(1) - 1).unsqueeze(1))
                 with ExitStack() as stack:
                     for layer, shift in zip(layers, shifts, strict=True):
                         stack.enter_context(adding(lm.blocks[layer], shift, where))
-                    stack.enter_context(selector.select(index))
+                    stack.enter_context(selector.select(scored.index))
                     mask = {"attention_mask": batch.mask.long()} if takes(lm.model, "attention_mask") else {}
-                    logits = lm.model(input_ids=batch.ids, **options, **mask).logits[valid]
-                targets = batch.ids.gather(1, (index + 1).clamp_max(batch.ids.shape[1] - 1))[valid]
-                losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-                weights = (1 / counts.clamp_min(1)).unsqueeze(1).expand_as(valid)[valid]
+                    logits = lm.model(input_ids=batch.ids, use_cache=False, **mask).logits[valid]
+                losses = torch.nn.functional.cross_entropy(logits.float(), scored.targets, reduction="none")
+                weights = (1 / valid.sum(1, keepdim=True).clamp_min(1)).expand_as(valid)[valid]
                 gradients = torch.autograd.grad(-(losses * weights).sum() / len(examples), shifts)
                 total += torch.stack([gradient.float().cpu() for gradient in gradients])
     finally:

@@ -74,11 +74,12 @@ class Sampler:
         self._lm, self.context = lm, context
         self._rows = _rows_that_fit(lm, context)
         self._bank = AcceleratedBank.over(lm, rows=self._rows)
-        self._stack = ExitStack()
-        self._bank.attach()
-        self._stack.callback(self._bank.detach)
-        self._runner = choose_runner(lm, self._bank, context=context, static=False)
-        self._stack.callback(self._runner.close)
+        with ExitStack() as stack:
+            self._bank.attach()
+            stack.callback(self._bank.detach)
+            self._runner = choose_runner(lm, self._bank, context=context, static=False)
+            stack.callback(self._runner.close)
+            self._stack = stack.pop_all()
         self._eos = torch.tensor(sorted(eos_ids(lm)), dtype=torch.long, device=lm.device)
 
     @staticmethod

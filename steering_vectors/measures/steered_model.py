@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
+from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Encoded, Scored, scored_batches
 from steering_vectors.errors import ModelError
 from steering_vectors.measures.activations import pooled
 from steering_vectors.measures.divergence import kl_divergence
@@ -33,21 +32,6 @@ MAX_LOGITS = 2**24  # numbers that are computed at once
 MAX_SAMPLED_TOKENS = 2**15  # prompts and samples of a batch, which bounds the cache's memory
 PROBE_TOKENS = 4
 TOLERANCE = 1e-3  # relative error of logits from a pass in parts; it sums in the same order, but in other batches
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """A batch, the positions `[rows, k]` whose logits predict its responses, and which of them are valid."""
-
-    batch: Batch
-    index: torch.Tensor
-    valid: torch.Tensor
-
-    @property
-    def targets(self) -> torch.Tensor:
-        """The tokens that are predicted, `[positions]`."""
-        following = (self.index + 1).clamp_max(self.batch.ids.shape[1] - 1)
-        return self.batch.ids.gather(1, following)[self.valid]
 
 
 class SteeredModel:
@@ -159,14 +143,8 @@ class SteeredModel:
         return KeptTexts(self, examples, layers)
 
     def scored(self, examples: Sequence[Encoded]) -> Iterator[Scored]:
-        """Yield the batches of examples, with the positions that predict their responses."""
-        for batch in batches(examples, self.batch_tokens, self.lm.device):
-            first = batch.starts.clamp_min(1)
-            counts = (batch.lengths - first).clamp_min(0)
-            steps = torch.arange(max(int(counts.max()), 1), device=self.lm.device)
-            valid = steps < counts.unsqueeze(1)
-            index = (first - 1).unsqueeze(1) + steps
-            yield Scored(batch, torch.where(valid, index, 0).clamp_max(batch.ids.shape[1] - 2).clamp_min(0), valid)
+        """The batches of examples, with the positions that predict their responses."""
+        return scored_batches(examples, self.batch_tokens, self.lm.device)
 
     def chosen(self, final: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log P of the tokens `[positions]` at positions with these inputs of the output projection."""
