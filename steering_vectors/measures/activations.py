@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded, batches
+from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded
 from steering_vectors.errors import FitError
+from steering_vectors.measures.passes import batches_for, prompt_cache, run
 from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import LanguageModel
@@ -101,7 +102,7 @@ def pooled(
     Outputs are read with hooks, because the last of transformers' `hidden_states` has passed the final norm.
     """
     done = 0
-    for batch in batches(examples, batch_tokens, lm.device):
+    for batch in batches_for(lm, examples, batch_tokens):
         yield _pooled(lm, batch, layers, tokens)
         done += len(batch.indices)
         if progress is not None:
@@ -167,10 +168,9 @@ def _pooled(lm: LanguageModel, batch: Batch, layers: Sequence[int], tokens: Toke
         return hidden.float().masked_fill(~response, 0).sum(1) / response.sum(1), norms
 
     options: dict[str, Any] = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
-    if takes(lm.model, "attention_mask"):
-        options["attention_mask"] = batch.mask.long()
+    cache = prompt_cache(lm, batch)
     with torch.no_grad(), record(lm.blocks, layers, pool) as outputs:
-        lm.model(input_ids=batch.ids, use_cache=False, **options)
+        run(lm, batch, cache, **options)
     vectors, norms = zip(*(outputs[layer] for layer in layers), strict=True)
     return Pooled(batch.indices, torch.stack(vectors, dim=1), torch.stack(norms))
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from steering_vectors.data.batches import Encoded, scored_batches
-from steering_vectors.models.forward import takes
+from steering_vectors.data.batches import Encoded
+from steering_vectors.measures.passes import prompt_cache, run, scored_batches_for
 from steering_vectors.models.hooks import PositionSelector, adding
 from steering_vectors.models.loading import LanguageModel
 
@@ -27,15 +27,15 @@ def likelihood_gradients(lm: LanguageModel, examples: Sequence[Encoded], layers:
     shifts = [torch.zeros(lm.hidden_size, device=lm.device, requires_grad=True) for _ in layers]
     try:
         with _frozen(lm.model), torch.enable_grad():
-            for scored in scored_batches(examples, BATCH_TOKENS, lm.device):
+            for scored in scored_batches_for(lm, examples, BATCH_TOKENS):
                 batch, valid = scored.batch, scored.valid
                 where = batch.mask & (batch.positions >= (batch.starts.clamp_min(1) - 1).unsqueeze(1))
+                cache = prompt_cache(lm, batch)
                 with ExitStack() as stack:
                     for layer, shift in zip(layers, shifts, strict=True):
                         stack.enter_context(adding(lm.blocks[layer], shift, where))
                     stack.enter_context(selector.select(scored.index))
-                    mask = {"attention_mask": batch.mask.long()} if takes(lm.model, "attention_mask") else {}
-                    logits = lm.model(input_ids=batch.ids, use_cache=False, **mask).logits[valid]
+                    logits = run(lm, batch, cache).logits[valid]
                 losses = torch.nn.functional.cross_entropy(logits.float(), scored.targets, reduction="none")
                 weights = (1 / valid.sum(1, keepdim=True).clamp_min(1)).expand_as(valid)[valid]
                 gradients = torch.autograd.grad(-(losses * weights).sum() / len(examples), shifts)

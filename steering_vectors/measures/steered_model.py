@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Encoded, Scored, scored_batches
+from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Encoded, Scored
 from steering_vectors.errors import ModelError
 from steering_vectors.measures.activations import pooled
 from steering_vectors.measures.divergence import kl_divergence
+from steering_vectors.measures.passes import prompt_cache, run, scored_batches_for
 from steering_vectors.measures.sampling import Sampled, Sampler, draw, similar
-from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import PositionSelector, raw_outputs, record, resumed
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.models.shared_prompts import SharedPrompts
 from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.cpu.choose_packing import packed
@@ -30,6 +32,7 @@ from steering_vectors.steering.bank import SteeringBank
 CACHES = ("past_key_values", "cache_params")  # other models are recomputed (RWKV's state is wrong in batches)
 MAX_LOGITS = 2**24  # numbers that are computed at once
 MAX_SAMPLED_TOKENS = 2**15  # prompts and samples of a batch, which bounds the cache's memory
+KEPT_BYTES = 2**27  # of shared prompts; the others are computed again
 PROBE_TOKENS = 4
 TOLERANCE = 1e-3  # relative error of logits from a pass in parts; it sums in the same order, but in other batches
 
@@ -144,7 +147,7 @@ class SteeredModel:
 
     def scored(self, examples: Sequence[Encoded]) -> Iterator[Scored]:
         """The batches of examples, with the positions that predict their responses."""
-        return scored_batches(examples, self.batch_tokens, self.lm.device)
+        return scored_batches_for(self.lm, examples, self.batch_tokens)
 
     def chosen(self, final: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log P of the tokens `[positions]` at positions with these inputs of the output projection."""
@@ -165,21 +168,28 @@ class SteeredModel:
         parts = zip(torch.split(steered, size), torch.split(base, size), strict=True)
         return torch.cat([compare(self._log_probs(one), self._log_probs(other)) for one, other in parts])
 
-    def final(self, scored: Scored, steer: bool, resume: tuple[int, torch.Tensor] | None = None) -> torch.Tensor:
+    def final(
+        self,
+        scored: Scored,
+        steer: bool,
+        resume: tuple[int, torch.Tensor] | None = None,
+        cache: SharedPrompts | None = None,
+    ) -> torch.Tensor:
         """The inputs of the output projection at the valid positions, `[positions, hidden]`.
 
-        With `resume` the pass begins after a layer, whose outputs are given.
+        With `resume` the pass begins after a layer, whose outputs are given. `cache` is the batch's `prompt_cache`,
+        which is computed if it is None.
         """
         batch = scored.batch
         where = batch.mask & (batch.positions >= (batch.starts.clamp_min(1) - 1).unsqueeze(1))
-        options = {"attention_mask": batch.mask.long()} if takes(self.lm.model, "attention_mask") else {}
+        cache = prompt_cache(self.lm, batch) if cache is None else cache
         with torch.no_grad(), ExitStack() as stack:
             taken = stack.enter_context(self._selector.take(scored.index))
             if steer:
                 stack.enter_context(self._bank.step(slice(1), where))
             if resume is not None:
                 stack.enter_context(resumed(self.lm.blocks, self._block_outputs, *resume))
-            self.lm.model(input_ids=batch.ids, use_cache=False, **options)
+            run(self.lm, batch, cache)
         return taken[0][scored.valid]
 
     @cached_property
@@ -276,20 +286,33 @@ class SteeredModel:
         return output.logits[:, -1], dict(list(memory.items())[:1])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeptPart:
+    """A batch, the inputs of the output projection `[positions, hidden]`, outputs by layer, and the shared prompts."""
+
+    scored: Scored
+    base: torch.Tensor
+    outputs: dict[int, torch.Tensor]
+    cache: SharedPrompts | None
+
+
 class KeptTexts:
     """Texts with their unsteered pass: measured again, they cost the blocks from the first steered one on.
 
-    Keeps the outputs of some layers at all positions and the inputs of the output projection at the scored ones.
+    Keeps the outputs of some layers at all positions but those of shared prompts, the inputs of the output projection
+    at the scored ones, and keys and values of shared prompts up to KEPT_BYTES.
     """
 
     def __init__(self, steered: SteeredModel, examples: Sequence[Encoded], layers: Sequence[int]) -> None:
         self._steered, self.examples = steered, examples
-        self._parts: list[tuple[Scored, torch.Tensor, dict[int, torch.Tensor]]] = []
-        keep = layers if steered.resumes else ()
+        self._parts: list[_KeptPart] = []
+        keep, room = layers if steered.resumes else (), KEPT_BYTES
         for scored in steered.scored(examples):
+            cache = prompt_cache(steered.lm, scored.batch)
             with record(steered.lm.blocks, keep) as outputs:
-                final = steered.final(scored, False)
-            self._parts.append((scored, final, dict(outputs)))
+                final = steered.final(scored, False, cache=cache)
+            room -= 0 if cache is None else cache.nbytes
+            self._parts.append(_KeptPart(scored, final, dict(outputs), cache if room > 0 else None))
 
     def divergences(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`SteeredModel.divergences` of the texts under steering whose first layer is `first`."""
@@ -302,20 +325,21 @@ class KeptTexts:
         self, first: int, compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[Scored, torch.Tensor]]:
         """Yield batches with `compare` of the steered and the unsteered log-probabilities, `[positions, …]`."""
-        for scored, base, outputs in self._parts:
-            yield scored, self._steered.compared(self._final(scored, outputs, first), base, compare)
+        for part in self._parts:
+            yield part.scored, self._steered.compared(self._final(part, first), part.base, compare)
 
     def log_likelihoods(self, first: int, *, steer: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """`SteeredModel.log_likelihoods` of the texts under steering whose first layer is `first`."""
         sums, counts = torch.zeros(2, len(self.examples), dtype=torch.float64)
-        for scored, base, outputs in self._parts:
-            final = self._final(scored, outputs, first) if steer else base
-            add_sums(sums, counts, scored, self._steered.chosen(final, scored.targets))
+        for part in self._parts:
+            final = self._final(part, first) if steer else part.base
+            add_sums(sums, counts, part.scored, self._steered.chosen(final, part.scored.targets))
         return sums, counts
 
-    def _final(self, scored: Scored, outputs: dict[int, torch.Tensor], first: int) -> torch.Tensor:
-        layer = max((layer for layer in outputs if layer <= first), default=None)
-        return self._steered.final(scored, True, None if layer is None else (layer, outputs[layer]))
+    def _final(self, part: _KeptPart, first: int) -> torch.Tensor:
+        layer = max((layer for layer in part.outputs if layer <= first), default=None)
+        resume = None if layer is None else (layer, part.outputs[layer])
+        return self._steered.final(part.scored, True, resume, part.cache)
 
 
 def add_sums(sums: torch.Tensor, counts: torch.Tensor, scored: Scored, values: torch.Tensor) -> None:

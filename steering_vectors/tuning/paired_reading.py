@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,10 +18,11 @@ from steering_vectors.measures.activations import Tokens
 from steering_vectors.models.forward import takes
 from steering_vectors.models.hooks import record, stopping_after
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.models.shared_prompts import SharedPrompts, shares_prompts
 from steering_vectors.progress import Progress
-from steering_vectors.tuning.shared_prefixes import MIN_SHARED, new_cache, shares_prefixes
 
 Sample = TypeVar("Sample")
+MIN_SHARED = 8  # tokens; a shorter prefix is computed in every row
 READ_TOKENS = 1024  # of a pass that reads; more would add padding, not speed
 
 
@@ -225,19 +226,20 @@ def forward(lm: LanguageModel, reading: Reading, around: Around = no_context, *,
     A prefix that all rows share is computed once, where the model's cache allows it. Then there are two passes: one
     over the prefix, one over the rest of the rows. `around` gives the context of each.
     """
-    if reading.prefix < MIN_SHARED or not shares_prefixes(lm):
-        return _pass(lm, reading, around, keep, {"use_cache": False})
+    if reading.prefix < MIN_SHARED or not shares_prompts(lm):
+        return _pass(lm, reading, around, keep, None)
     common, rest = reading.split_prefix()
-    cache = new_cache(lm)
+    cache = SharedPrompts(lm)
     _pass(lm, common, around, 1, cache)
-    cache["past_key_values"].batch_repeat_interleave(len(rest.ids))
+    cache.share(torch.zeros(len(rest.ids), dtype=torch.long, device=rest.ids.device))
     return _pass(lm, rest, around, keep, cache)
 
 
-def _pass(lm: LanguageModel, reading: Reading, around: Around, keep: int, cache: dict[str, Any]) -> None:
+def _pass(lm: LanguageModel, reading: Reading, around: Around, keep: int, cache: SharedPrompts | None) -> None:
     head = {"logits_to_keep": keep} if takes(lm.model, "logits_to_keep") else {}
+    state = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
     with around(reading):
-        lm.model(**_arguments(lm, reading), **head, **cache)
+        lm.model(**_arguments(lm, reading), **head, **state)
 
 
 def _arguments(lm: LanguageModel, reading: Reading) -> dict[str, torch.Tensor]:

@@ -30,6 +30,17 @@ def examples(count: int, seed: int) -> list[Encoded]:
     return made
 
 
+def sharing(prompts: int, responses: int, seed: int) -> list[Encoded]:
+    """So many responses of 1 to 5 tokens to each prompt, which has 2 to 12."""
+    draw = torch.Generator().manual_seed(seed)
+    made: list[Encoded] = []
+    for start in torch.randint(2, 13, (prompts,), generator=draw).tolist():
+        prompt = torch.randint(2, 380, (start,), generator=draw).tolist()
+        for length in torch.randint(1, 6, (responses,), generator=draw).tolist():
+            made.append((prompt + torch.randint(2, 380, (length,), generator=draw).tolist(), start))
+    return made
+
+
 def outputs(lm: LanguageModel, example: Encoded, layer: int) -> torch.Tensor:
     """The block's output at the response's tokens, from a pass over this example only."""
     ids, start = example
@@ -52,6 +63,33 @@ def test_batches_are_bounded_sorted_and_complete() -> None:
             assert batch.response[row].nonzero().flatten().tolist() == list(range(start, len(ids)))
 
 
+@pytest.mark.parametrize("budget", [48, 200, 10_000])
+def test_shared_prompts_and_rows_are_bounded_and_complete(budget: int) -> None:
+    rows = sharing(6, 5, 0) + examples(7, 1)
+    made = list(batches(rows, budget, share=True))
+    assert any(batch.prompts for batch in made)
+    assert sorted(index for batch in made for index in batch.indices) == list(range(len(rows)))
+    computed = sum(batch.ids.numel() + (batch.prompts.ids.numel() if batch.prompts else 0) for batch in made)
+    assert computed < 0.95 * sum(batch.ids.numel() for batch in batches(rows, budget))
+    for batch in made:
+        prompts = batch.prompts
+        width = 0 if prompts is None else prompts.ids.shape[1]
+        assert batch.ids.shape[0] == 1 or batch.ids.shape[0] * (width + batch.ids.shape[1]) <= budget
+        for row, index in enumerate(batch.indices):
+            ids, start = rows[index]
+            head: list[int] = []
+            if prompts is not None:
+                owner = prompts.owners[row]
+                head = prompts.ids[owner, : prompts.lengths[owner]].tolist()
+                assert len(head) == start - 1 > 0
+            assert head + batch.ids[row, : batch.lengths[row]].tolist() == list(ids)
+            assert len(head) + batch.response[row].nonzero().flatten()[0] == start
+
+
+def test_prompts_are_not_shared_where_that_saves_little() -> None:
+    assert not any(batch.prompts for batch in batches(examples(40, 0), 200, share=True))
+
+
 def test_an_example_longer_than_the_budget_runs_alone() -> None:
     assert [batch.indices for batch in batches([([5] * 9, 1), ([5] * 9, 1)], 4)] == [(0,), (1,)]
 
@@ -61,7 +99,7 @@ def test_an_example_longer_than_the_budget_runs_alone() -> None:
 @pytest.mark.parametrize("tokens", ["response", "last"])
 def test_padded_batches_equal_single_rows(architecture: str, tokens: activations.Tokens) -> None:
     lm = wrap_model(tiny_model(architecture), tiny_tokenizer())
-    rows, layers = examples(12, 1), list(range(lm.num_layers))
+    rows, layers = examples(12, 1) + sharing(3, 4, 2), list(range(lm.num_layers))
     found: dict[int, torch.Tensor] = {}
     for part in pooled(lm, rows, layers, tokens=tokens, batch_tokens=64):
         found.update(zip(part.indices, part.vectors, strict=True))

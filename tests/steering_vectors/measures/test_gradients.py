@@ -14,17 +14,19 @@ from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 EXAMPLES: list[Encoded] = [([0, 5, 9, 30, 41], 2), ([7, 8, 9, 10, 11, 12, 13, 14], 5), ([0, 77, 3], 1), ([4, 6], 0)]
+SHARING: list[Encoded] = [([3, 1, 4, 1, 5, 9, 2, 6, 5, *range(20 + n, 22 + 2 * n)], 9) for n in range(5)]
 STEP = 0.01
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(("examples", "budget"), [(EXAMPLES, 12), (SHARING, 64)])
 def test_the_gradient_of_every_layer_equals_finite_differences(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, examples: list[Encoded], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "BATCH_TOKENS", 12)  # several batches
+    monkeypatch.setattr(gradients, "BATCH_TOKENS", budget)  # several batches
     lm = wrap_model(tiny_model(architecture), tiny_tokenizer())
     layers = list(range(lm.num_layers))
-    found = likelihood_gradients(lm, EXAMPLES, layers)
+    found = likelihood_gradients(lm, examples, layers)
     draw = torch.Generator().manual_seed(3)
     for layer in layers:
         direction = torch.randn(lm.hidden_size, generator=draw)
@@ -32,12 +34,12 @@ def test_the_gradient_of_every_layer_equals_finite_differences(
         def mean(sign: float, layer: int = layer, direction: torch.Tensor = direction) -> float:
             """Mean log-likelihood per token with the shift added from the last prompt token on."""
             total = 0.0
-            for ids, start in EXAMPLES:
+            for ids, start in examples:
                 first = max(start, 1)
                 with torch.no_grad(), shifted(lm, {layer: sign * STEP * direction}, first - 1):
                     logs = lm.model(input_ids=torch.tensor([list(ids)])).logits[0, first - 1 : -1].log_softmax(-1)
                 total += float(logs.gather(1, torch.tensor(list(ids[first:])).unsqueeze(1)).mean())
-            return total / len(EXAMPLES)
+            return total / len(examples)
 
         slope = (mean(1.0) - mean(-1.0)) / (2 * STEP)
         assert float(found[layer] @ direction) == pytest.approx(slope, rel=0.02, abs=2e-3)

@@ -129,6 +129,28 @@ def test_kept_texts_give_what_whole_passes_give(
             assert_equal(kept, steered, one.layers[0])
 
 
+@pytest.mark.parametrize("room", [0, 2**27])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_kept_texts_that_share_prompts_are_measured_as_alone(
+    architecture: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is no room to keep the prompts."""
+    monkeypatch.setattr(steered_model, "KEPT_BYTES", room)
+    lm = lm_of(architecture)
+    late = Profile("late", lm.identity, {lm.num_layers - 1: profile_for(lm).directions[0]}, "mean-diff", unit=0.5)
+    prompt = list(range(10, 22))
+    examples = [([*prompt, 50 + n, 51, 52], len(prompt)) for n in range(5)]
+    with steerable(lm) as steered:
+        kept = steered.kept(examples, [0])
+        assert all(scored.batch.prompts is not None for scored in steered.scored(examples))
+        for one in (profile_for(lm), late):
+            steered.write(one, 1.0)
+            for _ in range(2):  # a pass leaves the prompts as they were
+                found = kept.divergences(one.layers[0])[0]
+                alone = [steered.divergences([example])[0] for example in examples]
+                torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 def assert_equal(kept: KeptTexts, steered: SteeredModel, first: int) -> None:
     for found, expected in (
         (kept.divergences(first), steered.divergences(kept.examples)),

@@ -12,6 +12,7 @@ from steering_vectors.measures.divergence import kl_divergence
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.models.shared_prompts import shares_prompts
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model
@@ -19,6 +20,10 @@ from tests.support.tiny_tokenizers import tiny_tokenizer
 
 ARCHITECTURES = ["llama", "gpt2", "gemma3_text", "mamba", "rwkv", "openai-gpt", "recurrent_gemma"]
 EXAMPLES: list[Encoded] = [([0, 5, 9, 30, 41], 2), ([7, 8, 9, 10, 11, 12, 13, 14], 5), ([0, 77, 3], 1), ([4, 6], 0)]
+
+
+PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8])
+SHARING: list[Encoded] = [([*PROMPTS[n % 2], *range(20 + n, 22 + 2 * n)], len(PROMPTS[n % 2])) for n in range(6)]
 
 
 def lm_of(architecture: str) -> LanguageModel:
@@ -41,15 +46,18 @@ def plain_logits(lm: LanguageModel, profile: Profile | None, ids: list[int], sta
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_and_divergences_equal_plain_passes(architecture: str) -> None:
+@pytest.mark.parametrize(("examples", "budget"), [(EXAMPLES, 16), (SHARING, 96)])
+def test_scores_and_divergences_equal_plain_passes(architecture: str, examples: list[Encoded], budget: int) -> None:
     lm = lm_of(architecture)
     profile = profile_for(lm)
     with steerable(lm) as steered:
         steered.write(profile, 1.0)
-        steered.batch_tokens = 16
-        scores = [steered.log_likelihoods(EXAMPLES, steer=steer) for steer in (False, True)]
-        divergences, counts = steered.divergences(EXAMPLES)
-    for i, (ids, start) in enumerate(EXAMPLES):
+        steered.batch_tokens = budget
+        if examples is SHARING:
+            assert any(scored.batch.prompts for scored in steered.scored(examples)) == shares_prompts(lm)
+        scores = [steered.log_likelihoods(examples, steer=steer) for steer in (False, True)]
+        divergences, counts = steered.divergences(examples)
+    for i, (ids, start) in enumerate(examples):
         first = max(start, 1)
         logs = [plain_logits(lm, one, list(ids), start).log_softmax(-1)[first - 1 : -1] for one in (None, profile)]
         for (sums, tokens), log in zip(scores, logs, strict=True):

@@ -15,6 +15,7 @@ from steering_vectors.methods.bipo import BaseMargins, bidirectional_loss
 from steering_vectors.methods.tuned import losses_in_parts, mean_log_likelihoods
 from steering_vectors.models.hooks import adding, hiding, record
 from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.models.shared_prompts import shares_prompts
 from steering_vectors.tuning import response_likelihoods
 from steering_vectors.tuning.paired_reading import (
     Twin,
@@ -26,7 +27,6 @@ from steering_vectors.tuning.paired_reading import (
     readings,
 )
 from steering_vectors.tuning.response_likelihoods import response_log_likelihoods
-from steering_vectors.tuning.shared_prefixes import shares_prefixes
 from steering_vectors.tuning.trainable_weights import Dropout, FullWeights, LoraShape, LoraWeights, TunedWeights
 from tests.support.tiny import HIDDEN, tiny_model
 from tests.support.tiny_tokenizers import VOCAB, tiny_tokenizer
@@ -124,7 +124,7 @@ def test_parts_have_the_gradient_of_the_whole_batch(architecture: str, budget: i
 @pytest.mark.parametrize("architecture", [*SHARING, *NOT_SHARING])
 def test_a_prefix_is_shared_where_that_changes_no_gradient(architecture: str) -> None:
     lm = tiny(architecture)
-    assert shares_prefixes(lm) == (architecture in SHARING)
+    assert shares_prompts(lm) == (architecture in SHARING)
     shift = torch.zeros(lm.hidden_size, requires_grad=True)
     wanted = torch.autograd.grad(_shifted(lm, shift, share=False), shift)[0]
     found = torch.autograd.grad(_shifted(lm, shift, share=True), shift)[0]
@@ -204,7 +204,7 @@ def test_an_instruction_is_hidden_in_a_shared_prefix_too() -> None:
 
 def test_reading_stops_after_the_highest_block_that_is_read() -> None:
     lm = tiny("llama")
-    assert shares_prefixes(lm)
+    assert shares_prompts(lm)
     with record(lm.blocks, [2]) as above:
         found = mean_differences(lm, twins(instructed=True), [0, 1])
     assert not above
