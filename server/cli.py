@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
+from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 
 if TYPE_CHECKING:
     import socket
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
     from server.state import Service
-
-# Rounds in which a worker of OpenMP waits for the next parallel section before it sleeps, a fraction of a millisecond.
-# The library's default makes a process that shares its processors with others ten times slower. Fewer rounds cost more
-# alone, because a sleeping worker of a virtual machine takes long to wake (docs/performance.md).
-SPIN_COUNT = "20000"
 
 SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
@@ -166,10 +162,9 @@ register(app)
 
 def main() -> None:
     """The console command: a `TrimtabError` is one line and exit code 2, a Ctrl-C one line and exit code 130."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which no command has yet
     try:
-        app()
+        with spinning_unless_shared():
+            app()
     except TrimtabError as error:
         from server.settings import Settings
 

@@ -1,13 +1,14 @@
 """How much slower decoding and fitting are while other processes keep every processor busy.
 
-    python -m benchmarks.speed.shared_machine [--model smollm2] [--seconds 10] [--spins 0,100,1000,10000,default]
+    python -m benchmarks.speed.shared_machine [--model smollm2] [--seconds 10] [--spins 0,100,1000,default,trimtab]
 
 A team of OpenMP workers spins while it waits for the next parallel section, and in a section for the last worker. On a
 machine that others use too, a worker spins while another process has the processor of the one it waits for. For each
-spin count (GOMP_SPINCOUNT; `default` leaves it to the library, `trimtab` is what the command sets) a process measures
-median times alone, and then beside one busy process for each processor: of a decode step with 1 and with 16 rows on
-the path of `trimtab serve`, and of a pass over 8 texts of 64 tokens as in a fit. A process that shares its processors
-with as many busy ones gets half of them, so twice the time is the floor.
+way of waiting (a number for GOMP_SPINCOUNT; `default` leaves it to the library, `trimtab` is what its commands do, see
+steering_vectors.runtime.cpu.spinning) a process measures median times alone, and then beside one busy process for each
+processor: of a decode step with 1 and with 16 rows on the path of `trimtab serve`, and of a pass over 8 texts of 64
+tokens as in a fit. A process that shares its processors with as many busy ones gets half of them, so twice the time is
+the floor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Annotated
 
@@ -26,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from server.cli import SPIN_COUNT
+from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 
 ROWS = 16
 BUSY = "while True: pass"
@@ -39,7 +40,8 @@ def main(
     measure: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     if measure:
-        print(json.dumps(measured(model, seconds)), flush=True)
+        with spinning_unless_shared() if spins == "trimtab" else nullcontext():
+            print(json.dumps(measured(model, seconds)), flush=True)
         return
     table = Table("spin count", "work", "alone, ms", "shared, ms", "ratio")
     for spin in spins.split(","):
@@ -50,9 +52,9 @@ def main(
 
 def _in_process(model: str, seconds: float, spin: str) -> dict[str, tuple[float, float]]:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    if spin != "default":
-        environment["GOMP_SPINCOUNT"] = SPIN_COUNT if spin == "trimtab" else spin
-    command = [sys.executable, "-m", "benchmarks.speed.shared_machine", "--measure"]
+    if spin.isdecimal():
+        environment["GOMP_SPINCOUNT"] = spin
+    command = [sys.executable, "-m", "benchmarks.speed.shared_machine", "--measure", "--spins", spin]
     done = subprocess.run(
         [*command, "--model", model, "--seconds", str(seconds)],
         env=environment,

@@ -36,6 +36,7 @@ from steering_vectors.profiles.metadata import DataRecord, LayerScores, Metrics,
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
 from steering_vectors.runtime.cpu.choose_packing import packed
+from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 
 NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
 FEW_ROWS = 100
@@ -159,7 +160,8 @@ def fit(
         raise FitError("fit takes (lm, pairs, settings) or (model, tokenizer, pairs), with pairs from load_pairs")
     if settings is not None and options:
         raise FitError("fit takes settings or keyword arguments, not both")
-    return _Fit(_language_model(model, tokenizer), settings or FitSettings(**options), progress).run(pairs)
+    with spinning_unless_shared():
+        return _Fit(_language_model(model, tokenizer), settings or FitSettings(**options), progress).run(pairs)
 
 
 def _language_model(model: LanguageModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LanguageModel:

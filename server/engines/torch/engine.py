@@ -43,6 +43,7 @@ from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import unit_shifts
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.runtime.choose_runner import choose_runner
+from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 from steering_vectors.runtime.cpu.threads import run_apart, use_threads
 from steering_vectors.runtime.runner import Runner
 from steering_vectors.runtime.tensor_parallel import Channel, LeadingRunner
@@ -244,7 +245,7 @@ class TorchEngine:
         _set_thread_name()
         use_threads(self._threads)
         self._started.set()
-        with torch.inference_mode():
+        with spinning_unless_shared(), torch.inference_mode():
             while not self._closing:
                 self._take_commands(wait=not self._scheduler.has_work)
                 if not self._closing and self._scheduler.has_work:
