@@ -1,20 +1,21 @@
-"""What the shipped profile `cheerful` does to a real chat model's replies, by a judge that fitting never saw.
+"""What the shipped profiles do to a real chat model's replies, by judges that fitting never saw.
 
-    python -m benchmarks.quality.shipped [--texts 4] [--tokens 60] [--controls 4] [--seed 0] [--json FILE]
+    python -m benchmarks.quality.shipped [NAME ...] [--texts 4] [--tokens 60] [--controls 10] [--data DIR] [--json FILE]
 
-SmolLM2-135M-Instruct answers 24 everyday questions several times each, at strengths from −2 to 2. The judge is VADER, a
-lexicon of sentiment made by others (Hutto and Gilbert, 2014): its compound score from −1 to 1, and the share of replies
-that it calls negative (−0.05 or less). Random directions with the norms of the profile's shift are controls, at the
-strengths −1 and 1, and so is the system prompt "Be cheerful." without steering. KL(steered‖base) per token and the
-perplexity of the replies under the unsteered model are the costs. Intervals (95 %) resample questions.
+SmolLM2-135M-Instruct answers the prompts of a profile's judge (see benchmarks.quality.judges) several times each, at
+strengths from −2 to 2. Controls at −1 and 1 are random directions with the norms of the profile's shift, and the same
+directions at the strength at which they cost the profile's KL; the model under a system prompt is compared too.
+KL(steered‖base) per token, the perplexity of the replies under the unsteered model, distinct pairs of words and length
+are the costs; the KL of the system prompt is that of its replies from the plain model. Intervals (95 %) resample
+prompts. `careful` needs the file of XSTest in DIR.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +24,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from benchmarks.quality.conditions import Instructed
+from benchmarks.quality.judges import JUDGES, Judge
 from steering_vectors import Profile, load_model, load_profile
 from steering_vectors.data.chat import Message, encode_prompt
 from steering_vectors.measures.controls import bootstrap, random_controls
@@ -32,121 +34,180 @@ from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.profiles.shipped import shipped_profiles
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-NEGATIVE = -0.05  # VADER's own threshold
-PROMPT = "Be cheerful."
-QUESTIONS = (
-    "How was your day?",
-    "What do you think of Mondays?",
-    "Tell me about the weather today.",
-    "What should I have for dinner?",
-    "How do I get to the station?",
-    "What is your favourite season?",
-    "Tell me about your neighbours.",
-    "How was the film last night?",
-    "What do you think of my new haircut?",
-    "Is it worth learning to play the piano?",
-    "How do you feel about winter?",
-    "What happened at work this week?",
-    "Tell me about the city where you live.",
-    "How is the coffee here?",
-    "What do you think about getting up early?",
-    "How was the train ride?",
-    "Should I go to the party tonight?",
-    "Tell me about your last holiday.",
-    "What is it like to own a dog?",
-    "How did the football match go?",
-    "What do you think of supermarkets?",
-    "How was school as a child?",
-    "Tell me about your garden.",
-    "What do you think of long meetings?",
-)
+EQUAL_KL_STEPS = 2  # of bringing a random direction to the profile's KL
+Tokens = list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One condition: the mean compound score and the share of negative replies, each with its interval, and costs."""
+    """One condition: the judge's mean figure with its interval, and the costs."""
 
+    profile: str
     condition: str
-    compound: float
-    compound_interval: tuple[float, float]
-    negative: float
-    negative_interval: tuple[float, float]
+    prompts: str
+    figure: float
+    interval: tuple[float, float]
     kl: float
     perplexity: float
+    distinct: float
+    words: float
     example: str
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How replies are sampled: the prompts, replies to each, tokens of a reply, seed."""
+
+    prompts: Sequence[Tokens]
+    texts: int
+    tokens: int
+    seed: int
+
+    @property
+    def rows(self) -> list[Tokens]:
+        return [prompt for prompt in self.prompts for _ in range(self.texts)]
+
+
 def main(
-    texts: Annotated[int, typer.Option(help="Replies to each question.")] = 4,
+    names: Annotated[list[str] | None, typer.Argument(help="Profiles; all that have a judge if none.")] = None,
+    texts: Annotated[int, typer.Option(help="Replies to each prompt.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens of a reply, at most.")] = 60,
-    controls: Annotated[int, typer.Option(help="Random directions.")] = 4,
+    controls: Annotated[int, typer.Option(help="Random directions.")] = 10,
     seed: Annotated[int, typer.Option(help="Of sampling and of the random directions.")] = 0,
+    data: Annotated[Path, typer.Option(help="Folder with the public files.")] = Path(),
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     lm = load_model("smollm2")
-    profile = load_profile(shipped_profiles(lm.identity)["cheerful"])
-    plain = [encode_prompt(lm.tokenizer, [Message("user", question)]) for question in QUESTIONS]
-    asked = [
-        encode_prompt(lm.tokenizer, [Message("system", PROMPT), Message("user", question)]) for question in QUESTIONS
-    ]
-    runs: list[tuple[str, Profile, float, Sequence[list[int]]]] = [
-        (f"{profile.name} at {strength:+g}", profile, strength, plain) for strength in STRENGTHS
-    ]
+    files = shipped_profiles(lm.identity)
+    found: list[Figures] = []
+    with steerable(lm) as steered:
+        for name in names or [name for name in files if name in JUDGES]:
+            profile, judge = load_profile(files[name]), JUDGES[name]
+            here = []
+            with Progress() as progress:
+                task = progress.add_task(name, total=len(STRENGTHS) + 4 * controls + 1 + 2 * bool(judge.also))
+                for one in conditions(steered, profile, judge, data, texts, tokens, controls, seed):
+                    here.append(one)
+                    progress.advance(task)
+            show(judge, here)
+            found += here
+            if out is not None:
+                out.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
+
+
+def conditions(
+    steered: SteeredModel,
+    profile: Profile,
+    judge: Judge,
+    data: Path,
+    texts: int,
+    tokens: int,
+    controls: int,
+    seed: int,
+) -> Iterator[Figures]:
+    tokenizer = steered.lm.tokenizer
+
+    def asked(prompts: Sequence[str], *system: Message) -> Asked:
+        encoded = [encode_prompt(tokenizer, [*system, Message("user", prompt)]) for prompt in prompts]
+        return Asked(encoded, texts, tokens, seed)
+
+    main_prompts = judge.prompts(data)
+    plain = asked(main_prompts)
+    costs = {}
+    for strength in STRENGTHS:
+        one = measured(steered, profile, judge, profile, strength, plain)
+        costs[strength] = one.kl
+        yield one
     for control in random_controls(profile, controls, seed=seed):
-        runs += [(f"{control.name} at {strength:+g}", control, strength, plain) for strength in (-1.0, 1.0)]
-    runs.append((f"system prompt: {PROMPT}", profile, 0.0, asked))
-    found = []
-    with steerable(lm) as steered, Progress() as progress:
-        for name, one, strength, prompts in progress.track(runs, description="conditions"):
-            found.append(measured(steered, name, one, strength, prompts, texts, tokens, seed))
-    show(found)
-    if out is not None:
-        out.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+        for strength in (-1.0, 1.0):
+            equal_norm = measured(steered, profile, judge, control, strength, plain)
+            yield equal_norm
+            factor, kl = 1.0, equal_norm.kl
+            for _ in range(EQUAL_KL_STEPS):  # KL grows as the square of the strength
+                factor *= math.sqrt(costs[strength] / max(kl, 1e-6))
+                scaled = replace(control, name=f"{control.name}, equal KL", unit=control.unit * factor)
+                equal_kl = measured(steered, profile, judge, scaled, strength, plain)
+                kl = equal_kl.kl
+            yield equal_kl
+    instruction = Message("system", judge.instruction)
+    yield instructed(steered, profile, judge, plain, asked(main_prompts, instruction))
+    if judge.also is not None:
+        label, others = judge.also
+        for strength in (0.0, 1.0):
+            yield measured(steered, profile, judge, profile, strength, asked(others(data)), label)
 
 
 def measured(
     steered: SteeredModel,
-    name: str,
     profile: Profile,
+    judge: Judge,
+    steering: Profile,
     strength: float,
-    prompts: Sequence[list[int]],
-    texts: int,
-    tokens: int,
-    seed: int,
+    asked: Asked,
+    label: str = "",
 ) -> Figures:
-    rows = [prompt for prompt in prompts for _ in range(texts)]
-    (sampled,) = steered.sample_and_compare(profile, [strength], rows, tokens=tokens, seed=seed)
-    written = steered.lm.tokenizer.batch_decode(sampled.texts, skip_special_tokens=True)
-    judge = SentimentIntensityAnalyzer()
-    scores = np.array([judge.polarity_scores(text)["compound"] for text in written]).reshape(len(prompts), texts)
+    (sampled,) = steered.sample_and_compare(steering, [strength], asked.rows, tokens=asked.tokens, seed=asked.seed)
     count = max(sampled.tokens, 1)
+    kl, surprise = (float(values.sum()) / count for values in (sampled.divergences, sampled.likelihoods))
+    name = "unsteered" if strength == 0 else f"{steering.name} at {strength:+g}"
+    return judged(steered, profile, judge, name, label, sampled.texts, asked, kl, math.exp(-surprise))
 
-    def mean(of: np.ndarray) -> tuple[float, tuple[float, float]]:
-        return float(of.mean()), bootstrap(lambda questions: float(of[questions].mean()), len(of))
 
+def instructed(steered: SteeredModel, profile: Profile, judge: Judge, plain: Asked, asked: Asked) -> Figures:
+    """The unsteered model under the judge's system prompt."""
+    rewritten = {tuple(one): other for one, other in zip(plain.prompts, asked.prompts, strict=True)}
+    condition = Instructed(steered, lambda prompt: rewritten[tuple(prompt)])
+    steered.write(profile, 0.0)
+    texts = condition.write(plain.rows, tokens=asked.tokens, seed=asked.seed)
+    examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(plain.rows, texts, strict=True)]
+    sums, counts = steered.log_likelihoods(examples, steer=False)
+    perplexity = math.exp(-float(sums.sum() / counts.sum()))
+    kl = condition.divergence(examples)
+    return judged(steered, profile, judge, f"system prompt: {judge.instruction}", "", texts, asked, kl, perplexity)
+
+
+def judged(
+    steered: SteeredModel,
+    profile: Profile,
+    judge: Judge,
+    condition: str,
+    label: str,
+    texts: Sequence[Tokens],
+    asked: Asked,
+    kl: float,
+    perplexity: float,
+) -> Figures:
+    replies = steered.lm.tokenizer.batch_decode(texts, skip_special_tokens=True)
+    scores = np.array([judge.score(reply) for reply in replies]).reshape(len(asked.prompts), asked.texts)
+    pairs = [pair for reply in replies for pair in zip(reply.split(), reply.split()[1:], strict=False)]
     return Figures(
-        name,
-        *mean(scores),
-        *mean((scores <= NEGATIVE).astype(float)),
-        kl=float(sampled.divergences.sum()) / count,
-        perplexity=math.exp(-float(sampled.likelihoods.sum()) / count),
-        example=" ".join(written[0].split()),
+        profile.name,
+        condition,
+        label,
+        float(scores.mean()),
+        bootstrap(lambda prompts: float(scores[prompts].mean()), len(scores)),
+        kl,
+        perplexity,
+        len(set(pairs)) / max(len(pairs), 1),
+        float(np.mean([len(reply.split()) for reply in replies])),
+        " ".join(replies[0].split()),
     )
 
 
-def show(found: Sequence[Figures]) -> None:
-    table = Table("condition", "compound", "negative", "KL", "perplexity", title="VADER on replies of SmolLM2-135M")
+def show(judge: Judge, found: Sequence[Figures]) -> None:
+    title = f"{found[0].profile}: {judge.figure} in replies of SmolLM2-135M"
+    table = Table("condition", judge.figure, "KL", "perplexity", "distinct pairs", "words", title=title)
     for one in found:
-        low, high = one.compound_interval
-        least, most = one.negative_interval
+        low, high = one.interval
         table.add_row(
-            one.condition,
-            f"{one.compound:+.2f} ({low:+.2f} to {high:+.2f})",
-            f"{one.negative:.0%} ({least:.0%} to {most:.0%})",
+            one.condition + (f", {one.prompts}" if one.prompts else ""),
+            f"{one.figure:.2f} ({low:.2f} to {high:.2f})",
             f"{one.kl:.3f}",
             f"{one.perplexity:.1f}",
+            f"{one.distinct:.2f}",
+            f"{one.words:.0f}",
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
