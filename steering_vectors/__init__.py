@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from steering_vectors.distillation.lora import distill as distill
     from steering_vectors.distillation.lora import distill_method as distill_method
     from steering_vectors.distillation.lora import paper_settings as paper_settings
+    from steering_vectors.evaluation.compare_methods import ComparisonSettings as ComparisonSettings
+    from steering_vectors.evaluation.compare_methods import compare_methods as compare_methods
     from steering_vectors.evaluation.preference_suite import EvaluationSettings as EvaluationSettings
     from steering_vectors.evaluation.preference_suite import evaluate as evaluate
     from steering_vectors.evaluation.reward import Reward as Reward
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from steering_vectors.fitting.fit import fit as fit
     from steering_vectors.fitting.gates import GatePrompts as GatePrompts
     from steering_vectors.fitting.gates import load_gate_prompts as load_gate_prompts
+    from steering_vectors.measures.results import MethodComparison as MethodComparison
     from steering_vectors.measures.results import PreferenceEvaluation as PreferenceEvaluation
     from steering_vectors.measures.results import TrustEvaluation as TrustEvaluation
     from steering_vectors.models.blocks import find_blocks as find_blocks
@@ -68,13 +71,14 @@ _MODULES = {
         "distill_method",
         "paper_settings",
     ),
+    "evaluation.compare_methods": ("ComparisonSettings", "compare_methods"),
     "evaluation.preference_suite": ("EvaluationSettings", "evaluate"),
     "evaluation.reward": ("Reward",),
     "evaluation.trust.suite": ("TrustSettings", "evaluate_trust"),
     "fitting.calibration": ("CalibrationSettings", "calibrate"),
     "fitting.fit": ("FitSettings", "fit"),
     "fitting.gates": ("GatePrompts", "load_gate_prompts"),
-    "measures.results": ("PreferenceEvaluation", "TrustEvaluation"),
+    "measures.results": ("MethodComparison", "PreferenceEvaluation", "TrustEvaluation"),
     "models.blocks": ("find_blocks",),
     "models.loading": ("LanguageModel", "load_model", "wrap_model"),
     "profiles.files": ("load_profile", "profile_summary", "save_profile"),

@@ -18,8 +18,9 @@ import typer
 from steering_vectors.cli.deprecated import DistillCommand, EvaluateGroup, evaluate_suites
 from steering_vectors.cli.distill import bake, distill, distill_method
 from steering_vectors.cli.evaluate import preferences, trust
-from steering_vectors.cli.fit import calibrate, fit, methods, show
+from steering_vectors.cli.fit import calibrate, fit, show
 from steering_vectors.cli.flags import declare, parameters_of
+from steering_vectors.cli.methods import compare, methods
 from steering_vectors.errors import TrimtabError
 
 FAILED, INTERRUPTED = 2, 130
@@ -31,8 +32,12 @@ WEIGHTS = "Profiles as weights"
 
 def register(app: typer.Typer) -> None:
     """Add the offline commands to a typer app."""
-    for command in (fit, methods, calibrate, show):
+    for command in (fit, calibrate, show):
         app.command(rich_help_panel=FITTING)(runnable(command))
+    listing = typer.Typer(help="List the methods of `trimtab fit`, or compare them on your data.")
+    listing.callback(invoke_without_command=True)(methods)
+    listing.command("compare")(runnable(compare))
+    app.add_typer(listing, name="methods", rich_help_panel=FITTING)
     evaluate = typer.Typer(cls=EvaluateGroup, no_args_is_help=True, help="Measure what profiles do, and what it costs.")
     for suite in (preferences, trust):
         evaluate.command()(runnable(suite))

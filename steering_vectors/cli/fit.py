@@ -1,4 +1,4 @@
-"""`trimtab fit`, `trimtab methods`, `trimtab calibrate` and `trimtab show`."""
+"""`trimtab fit`, `trimtab calibrate` and `trimtab show`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import steering_vectors
 from steering_vectors.cli import flags
@@ -68,28 +65,6 @@ def fit(
     with progress_on_stderr(quiet=as_json) as progress:
         profile = steering_vectors.fit(lm, pairs, settings, progress=progress)
     _store(profile, out, as_json)
-
-
-def methods(as_json: flags.AsJson = False) -> None:
-    """List the methods of `trimtab fit`, with their options, defaults and papers."""
-    from steering_vectors.methods import method_named, method_names
-
-    found = [method_named(name).describe() for name in method_names()]
-    if as_json:
-        print(json.dumps(found, ensure_ascii=False))
-        return
-    console = Console(highlight=False)
-    table = Table("method", "direction", "paper", "blocks with --layers auto")
-    options = Table("method", "option", "default", "meaning")
-    for method in found:
-        table.add_row(method["name"], escape(method["direction"]), escape(method["paper"]), method["layers"])
-        for number, option in enumerate(method["options"]):
-            default = escape(str(option["default"])) or '""'
-            options.add_row(method["name"] if number == 0 else "", option["name"], default, escape(option["help"]))
-    console.print(table)
-    console.print("h is a block's output, q a prompt, r a response; p⁺ and p⁻ are an instruction and its opposite.")
-    console.print(options)
-    console.print("Set an option with -o KEY=VALUE.")
 
 
 def calibrate(

@@ -133,6 +133,32 @@ class PreferenceEvaluation(MeasuredProfile, MarginsByStrength):
     reward: RewardReport | NotMeasured
 
 
+class ComparedMethod(MarginsByStrength):
+    """One method: margins at strengths −1, 0 and 1, and costs there. `seconds` is the time of its fit, calibration
+    included, and `stored_bytes` the size of its vectors. Random directions have the method `random`."""
+
+    method: str
+    layers: list[int]
+    max_strength: float
+    kl_at_1: float
+    costs: list[CurvePointRecord]
+    seconds: float
+    stored_bytes: int
+    notes: list[str]
+
+
+class MethodComparison(TypedDict):
+    """The result of `compare_methods`; `failed` has the reason of each method that could not be fitted."""
+
+    model: str
+    data: EvaluatedRows
+    unit: str
+    kl_budget: float
+    methods: list[ComparedMethod]
+    prompting: PromptingBaseline
+    failed: dict[str, str]
+
+
 class Change(TypedDict):
     """A figure and its change against strength 0."""
 

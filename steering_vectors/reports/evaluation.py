@@ -66,7 +66,9 @@ def margin_change(points: Sequence[results.StrengthMargins]) -> float:
     return points[-1]["margin"] - points[0]["margin"]
 
 
-def prompting_estimates(one: results.PreferenceEvaluation) -> list[tuple[str, results.MarginEstimate]]:
+def prompting_estimates(
+    one: results.PreferenceEvaluation | results.MethodComparison,
+) -> list[tuple[str, results.MarginEstimate]]:
     """The measured estimates of the prompting baseline, by sign."""
     found = (("positive", one["prompting"].get("positive")), ("negative", one["prompting"].get("negative")))
     return [(sign, estimate) for sign, estimate in found if estimate is not None]
