@@ -9,8 +9,9 @@ from pathlib import PurePath
 import torch
 
 from steering_vectors.data.batches import Encoded
+from steering_vectors.data.cells import read_label
 from steering_vectors.data.chat import Prompt, encode_prompt
-from steering_vectors.data.records import PROMPT, read_label, read_prompt
+from steering_vectors.data.records import PROMPT, read_prompt
 from steering_vectors.data.tables import BadRow, TableRow, read_table
 from steering_vectors.errors import DataError, FitError, RequestError
 from steering_vectors.fitting.layers import candidate_layers
@@ -101,9 +102,9 @@ def _read(row: TableRow, source: str) -> tuple[Prompt, bool]:
             raise row.cells
         if unknown := sorted(set(row.cells) - {PROMPT, LABEL}):
             raise BadRow(f"the rows of a gate have only the columns {PROMPT} and {LABEL}", str(unknown[0]))
-        if PROMPT not in row.cells:
-            raise BadRow("it is missing", PROMPT)
-        return read_prompt(row.cells), read_label(row.cells)
+        if (prompt := read_prompt(row.cells)) is None:
+            raise BadRow("it is empty" if PROMPT in row.cells else "it is missing", PROMPT)
+        return prompt, read_label(row.cells)
     except BadRow as bad:
         raise DataError(bad.message, path=source, line=row.line, field=bad.field) from bad
 
