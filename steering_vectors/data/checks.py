@@ -10,7 +10,7 @@ from steering_vectors.data.chat import Example
 from steering_vectors.data.records import Record
 
 MIN_PROMPT = 8  # characters of a prompt whose repetition is no accident
-MOST = 0.5
+MOST, FEW = 0.5, 0.05  # of the rows
 MAX_NAMES = 8
 SPEAKERS = (  # the beginning of a transcript, and what begins its replies
     (r"(?:###\s*)?(?:Human|User|USER)\s*:", r"\n\s*(?:###\s*)?(?:Assistant|ASSISTANT|AI|Bot)\s*:"),
@@ -43,10 +43,11 @@ def notes_on(records: Sequence[Record], sides: tuple[str, str]) -> list[str]:
     named = " and ".join(dict.fromkeys(sides))
     if 0 < without < len(examples):
         notes.append(f"{without} of {len(examples)} texts have no prompt")
-    if repeated := sum(map(_repeats_prompt, examples)):
+    repeated = sum(map(_repeats_prompt, examples))
+    if repeated > FEW * len(examples):
         notes.append(f"{repeated} of {len(examples)} texts begin with the text of their prompt")
     found = [mark for example in examples if (mark := _transcript(example))]
-    if found:
+    if len(found) > FEW * len(examples):
         notes.append(
             f"{len(found)} of {len(examples)} texts in {named} are transcripts, as {found[0]}, and are read as "
             "one text; write them as messages, so that the last reply alone is read"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from steering_vectors.data.tables import BadRow, Table
 from steering_vectors.errors import DataError
 
 FORMATS = "{prompt, chosen, rejected}, {prompt, completion, label} or {positive, negative}"
-EXAMPLE = "rename them, as in columns prompt=question,chosen=good,rejected=bad"
+EXAMPLE = (
+    "rename them, as in columns prompt=question,chosen=good,rejected=bad; one text per row needs a label, true or false"
+)
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "conversations", "input", "context", "messages")
 COMPLETION_NAMES = ("completion", "response", "output", "answer", "generation", "sentence", "text", "input")
 CHOSEN_WORDS = {"chosen", "preferred", "accepted", "matching", "better", "best", "good", "positive", "pos", "winner"}
@@ -63,6 +66,7 @@ def find_kind(table: Table, renames: Mapping[str, str]) -> Kind:
                 message = f"the columns fit the formats {' and '.join(fits)}; choose one with columns"
                 raise DataError(message, path=table.source)
             if fits:
+                _check_sides(table, fits[0], renames)
                 return fits[0]
     if not table.rows:
         raise DataError("there are no rows in it", path=table.source)
@@ -74,37 +78,42 @@ def find_kind(table: Table, renames: Mapping[str, str]) -> Kind:
         message = f"there is no column {missing[0]!r}, which columns names; the columns are {found}"
         raise DataError(message, path=table.source, line=row.line)
     raise DataError(
-        f"the columns ({found}) fit none of the formats {FORMATS}; {_remedy(row.cells)}",
+        f"the columns ({found}) fit none of the formats {FORMATS}; {_remedy(row.cells, renames)}",
         path=table.source,
         line=row.line,
     )
 
 
-def other_prompt(cells: Mapping[str, Any], kind: Kind) -> str:
-    """The renaming that reads the prompt from a column of another name, if there is one; else an empty text."""
-    if not is_absent(cells.get(PROMPT)):
+def prompt_remedy(rows: Sequence[Mapping[str, Any]], kind: Kind) -> str:
+    """How to read the prompt of rows without one from a column of another name; an empty text if there is none."""
+    names = [name for name in PROMPT_NAMES if not all(is_absent(cells.get(name)) for cells in rows)]
+    if not names:
         return ""
-    names = [*(name for name in PROMPT_NAMES[1:] if not is_absent(cells.get(name)))]
-    sides = "chosen=positive,rejected=negative" if kind == "contrast" else ""
-    return _written(f"prompt={names[0]}{',' if sides else ''}{sides}") if names else ""
+    if {"instruction", "input"} <= set(names):
+        return "write instruction and input to one column prompt"
+    sides = {"chosen": "positive", "rejected": "negative"} if kind == "contrast" else {}
+    kept = COLUMNS[kind][0]
+    remedy = f"read it with {_written({PROMPT: names[0], **sides})}"
+    return f"{remedy}, or leave it out with columns {kept}={kept}"
 
 
-def _remedy(cells: Mapping[str, Any]) -> str:
-    """What to do about a row whose columns fit no format: a renaming where their names leave no doubt."""
-    texts = {name: _words(name) for name, value in cells.items() if isinstance(value, str | list | dict)}
-    texts = {name: words for name, words in texts.items() if not OTHER_WORDS & set(words)}
-    rejected = [name for name, words in texts.items() if REJECTED_WORDS & set(words) or _negated(words)]
-    chosen = [name for name, words in texts.items() if CHOSEN_WORDS & set(words) and name not in rejected]
-    sides = [*chosen, *rejected]
-    prompt = _named(texts, PROMPT_NAMES, without=sides)
-    if len(chosen) == len(rejected) == 1:
-        return _renaming({PROMPT: prompt, "chosen": chosen[0], "rejected": rejected[0]})
-    labels = [name for name in cells if {"label", "labels", "tag"} & set(_words(name))]
-    completion = _named(texts, COMPLETION_NAMES, without=labels)
-    if len(labels) == 1 and completion:
-        prompt = _named(texts, PROMPT_NAMES, without=[completion, *labels])
-        return _renaming({PROMPT: prompt, "completion": completion, "label": labels[0]})
-    if numbered := _numbered(texts):
+def _check_sides(table: Table, kind: Kind, renames: Mapping[str, str]) -> None:
+    """Raise DataError for a column of the format that no row has, with the renaming to write."""
+    rows = [(row.line, row.cells) for row in table.rows if not isinstance(row.cells, BadRow)]
+    for name in COLUMNS[kind]:
+        if not any(name in renamed(cells, renames) for _, cells in rows):
+            line, cells = rows[0]
+            renaming = _renaming(cells, renames)
+            remedy = f"write {renaming}" if renaming else "name it in columns"
+            message = f"it is missing; if the column has another name, {remedy}"
+            raise DataError(message, path=table.source, line=line, field=renames.get(name, name))
+
+
+def _remedy(cells: Mapping[str, Any], renames: Mapping[str, str]) -> str:
+    """What to do about a row whose columns fit no format."""
+    if renaming := _renaming(cells, renames):
+        return f"rename them: {renaming}"
+    if numbered := _numbered(_texts(cells)):
         one, two = numbered
         return (
             f"{one} and {two} do not say which text is preferred: write the preferred text of each row to chosen, and "
@@ -115,6 +124,33 @@ def _remedy(cells: Mapping[str, Any]) -> str:
     return EXAMPLE
 
 
+def _renaming(cells: Mapping[str, Any], renames: Mapping[str, str]) -> str:
+    """The renaming that the names of columns suggest, as it is written; an empty text if they leave doubt.
+
+    `renames` are kept.
+    """
+    cells = renamed(cells, renames)
+    texts = _texts(cells)
+    rejected = [name for name, words in texts.items() if REJECTED_WORDS & set(words) or _negated(words)]
+    chosen = [name for name, words in texts.items() if CHOSEN_WORDS & set(words) and name not in rejected]
+    labels = [name for name in cells if {"label", "labels", "tag"} & set(_words(name))]
+    completion = _named(texts, COMPLETION_NAMES, without=labels)
+    if len(chosen) == len(rejected) == 1:
+        wanted = {"chosen": chosen[0], "rejected": rejected[0]}
+    elif len(labels) == 1 and completion:
+        wanted = {"completion": completion, "label": labels[0]}
+    else:
+        return ""
+    prompt = _named(texts, PROMPT_NAMES, without=[*wanted.values()])
+    return _written({PROMPT: prompt, **wanted, **renames})
+
+
+def _texts(cells: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The words in the names of columns that hold texts or messages."""
+    texts = {name: _words(name) for name, value in cells.items() if isinstance(value, str | list | dict)}
+    return {name: words for name, words in texts.items() if not OTHER_WORDS & set(words)}
+
+
 def _named(texts: Mapping[str, Sequence[str]], names: Sequence[str], *, without: Sequence[str]) -> str:
     """The first column that has one of these words in its name, in their order; an empty text if there is none."""
     found = [column for name in names for column, words in texts.items() if name in words and column not in without]
@@ -122,22 +158,18 @@ def _named(texts: Mapping[str, Sequence[str]], names: Sequence[str], *, without:
 
 
 def _numbered(texts: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Two columns whose names differ in the number or letter at their end only."""
-    stems: dict[str, str] = {}
+    """Two columns, and no third one, whose names differ in the number or letter at their end only."""
+    stems = defaultdict[str, list[str]](list)
     for name in texts:
         if match := NUMBERED.fullmatch(str(name)):
-            if match[1] in stems:
-                return stems[match[1]], name
-            stems[match[1]] = name
-    return None
+            stems[match[1]].append(name)
+    found = [(names[0], names[1]) for names in stems.values() if len(names) == 2]
+    return found[0] if found else None
 
 
-def _renaming(columns: Mapping[str, str]) -> str:
-    return "rename them: " + _written(",".join(f"{name}={column}" for name, column in columns.items() if column))
-
-
-def _written(renames: str) -> str:
-    return f"columns {shlex.quote(renames)}"
+def _written(columns: Mapping[str, str]) -> str:
+    """A renaming as it is written in a shell, without columns that keep their names."""
+    return "columns " + shlex.quote(",".join(f"{name}={old}" for name, old in columns.items() if old not in ("", name)))
 
 
 def _words(name: Any) -> tuple[str, ...]:

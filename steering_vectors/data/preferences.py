@@ -64,6 +64,11 @@ class Preferences:
         """The number of rows that repeat an earlier one."""
         return self.rows - len(set(self.items()))
 
+    @property
+    def first_skipped(self) -> str:
+        """Why the first bad row was skipped, without the path of the file; an empty text if none was."""
+        return self.skip_messages[0].removeprefix(f"{self.source}, ") if self.skip_messages else ""
+
     def check(self, *, left_out: str = "") -> None:
         """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if both sides of every row are equal.
 
@@ -71,15 +76,17 @@ class Preferences:
         """
         left_out = left_out or (f"{self.skipped} bad ones were skipped" if self.skipped else "")
         without = f" ({left_out})" if left_out else ""
+        first = f"; the first bad row: {self.first_skipped}" if self.first_skipped else ""
         path = self.source or None
         if self.rows < MIN_ROWS:
-            raise DataError(f"it has {self.rows} usable rows{without}; at least {MIN_ROWS} are needed", path=path)
+            message = f"it has {self.rows} usable rows{without}; at least {MIN_ROWS} are needed{first}"
+            raise DataError(message, path=path)
         for label, side in (("true", self.positives), ("false", self.negatives)):
             if len(side) < MIN_PER_LABEL:
-                raise DataError(
-                    f"it has {len(side)} usable rows with label {label}{without}; at least {MIN_PER_LABEL} are needed",
-                    path=path,
+                message = (
+                    f"it has {len(side)} usable rows with label {label}{without}; at least {MIN_PER_LABEL} are needed"
                 )
+                raise DataError(f"{message}{first}", path=path)
         if self.paired and self.positives == self.negatives:
             raise DataError("both sides of every row are the same text; check the columns", path=path)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from steering_vectors.data.cells import is_absent
 from steering_vectors.data.checks import MOST, note_on_columns, note_on_scores, notes_on, repeated_prompts
-from steering_vectors.data.columns import checked_renames, find_kind, other_prompt, renamed
+from steering_vectors.data.columns import checked_renames, find_kind, prompt_remedy, renamed
 from steering_vectors.data.columns import parse_columns as parse_columns
 from steering_vectors.data.preferences import MAX_SKIP_MESSAGES, Kind, Preferences
 from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
@@ -42,8 +42,9 @@ def load_pairs(
     rows = [row.cells for row in table.rows if isinstance(row.cells, dict)]
     has_prompts = any(not is_absent(cells.get(renames.get(PROMPT, PROMPT))) for cells in rows)
     records, errors = _records(table, kind, renames, skip_bad_rows, has_prompts)
-    if not (renames or has_prompts or any(record.chat for _, record in records)):
-        _check_prompt_column(table, kind)
+    unprompted = not (renames or has_prompts or any(record.chat for _, record in records))
+    if unprompted and (remedy := prompt_remedy(rows, kind)):
+        raise DataError(f"no row has a prompt, but another column looks like one; {remedy}", path=table.source)
     used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
     columns_read = (str(column) for cells in rows for column in cells)
     ignored = tuple(dict.fromkeys(column for column in columns_read if column not in used))
@@ -87,17 +88,6 @@ def find_data(path: str) -> str:
         names = sorted(file.name.removesuffix(TRAINING) for file in DEMO_DIRECTORY.glob(f"*{TRAINING}"))
         raise DataError(f"{path!r} is not an embedded data set; use demo: with one of {', '.join(names) or 'none'}")
     return str(file)
-
-
-def _check_prompt_column(table: Table, kind: Kind) -> None:
-    """Raise DataError if no row has a prompt, but a column of another name has one."""
-    for row in table.rows:
-        if isinstance(row.cells, dict) and (remedy := other_prompt(row.cells, kind)):
-            raise DataError(
-                f"no row has a prompt, but another column looks like one: read it with {remedy}, or remove it",
-                path=table.source,
-                line=row.line,
-            )
 
 
 def _records(

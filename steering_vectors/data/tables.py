@@ -75,7 +75,8 @@ def read_table(source: str) -> Table:
     if not suffixes or suffixes[-1] not in READERS:
         known = ", ".join(READERS)
         raise DataError(
-            f"the file name must end in {known}, optionally with .gz; rename it, or convert it to rows with columns",
+            f"the file name must end in {known}, optionally with .gz; rename it, or write its texts in columns, "
+            "such as completion and label",
             path=source,
         )
     try:

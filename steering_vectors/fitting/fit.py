@@ -391,7 +391,7 @@ def _data_notes(data: DataRecord, pairs: Preferences, parts: Parts) -> list[str]
     if data["duplicates"]:
         notes.append(f"{data['duplicates']} rows repeat an earlier one")
     if data["bad_rows_skipped"]:
-        first = "".join(f"; the first: {one.removeprefix(f'{pairs.source}, ')}" for one in pairs.skip_messages[:1])
+        first = f"; the first: {pairs.first_skipped}" if pairs.first_skipped else ""
         notes.append(f"{data['bad_rows_skipped']} bad rows were skipped{first}")
     if data["long_rows_skipped"]:
         notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
