@@ -49,7 +49,8 @@ class Preferences:
 
     def __post_init__(self) -> None:
         assert not self.paired or len(self.positives) == len(self.negatives), "pairs must be aligned"
-        assert len(self.lines) in (0, self.rows), "every row has a line, or none has"
+        if len(self.lines) != self.rows:  # rows were replaced
+            object.__setattr__(self, "lines", ())
 
     @property
     def paired(self) -> bool:
