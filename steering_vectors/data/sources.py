@@ -12,7 +12,7 @@ from steering_vectors.data.columns import checked_renames, find_kind, prompt_rem
 from steering_vectors.data.columns import parse_columns as parse_columns
 from steering_vectors.data.preferences import MAX_SKIP_MESSAGES, Kind, Preferences
 from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
-from steering_vectors.data.tables import BadRow, Table, read_table
+from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
 from steering_vectors.errors import DataError
 
 REMEDY = "correct the row, or skip such rows with skip_bad_rows"
@@ -95,24 +95,34 @@ def _records(
 ) -> tuple[list[tuple[int, Record]], list[DataError]]:
     """The usable rows with their lines, and an error for each of the others. Raises the first error unless bad rows are
     skipped."""
+    read = [(row.line, _read(row, kind, renames, has_prompts)) for row in table.rows]
+    forms = [record for _, record in read if isinstance(record, Record)]
+    chat = sum(record.chat for record in forms) * 2 > len(forms)  # the form of most rows is the right one
+    usual = next((record.form for record in forms if record.chat == chat), "")
     records: list[tuple[int, Record]] = []
     errors: list[DataError] = []
-    for row in table.rows:
-        try:
-            if isinstance(row.cells, BadRow):
-                raise row.cells
-            record = read_record(kind, _cells(row.cells, renames, has_prompts))
-            if records and record.chat != (first := records[0][1]).chat:
-                raise BadRow(f"it contains {record.form}, but earlier rows contain {first.form}", COLUMNS[kind][0])
-            records.append((row.line, record))
-        except BadRow as bad:
-            column, *place = (bad.field or "").partition("[")  # a field is as chosen[2].content
-            field = "".join([renames.get(column, column), *place]) or None  # with the file's name of the column
-            message = bad.message if skip_bad_rows else f"{bad.message}; {REMEDY}"
-            errors.append(DataError(message, path=table.source, line=row.line, field=field))
-            if not skip_bad_rows:
-                raise errors[0] from bad
+    for line, found in read:
+        if isinstance(found, Record) and found.chat != chat:
+            found = BadRow(f"it contains {found.form}, but most rows contain {usual}", COLUMNS[kind][0])
+        if isinstance(found, Record):
+            records.append((line, found))
+            continue
+        column, *place = (found.field or "").partition("[")  # a field is as chosen[2].content
+        field = "".join([renames.get(column, column), *place]) or None  # with the file's name of the column
+        message = found.message if skip_bad_rows else f"{found.message}; {REMEDY}"
+        errors.append(DataError(message, path=table.source, line=line, field=field))
+        if not skip_bad_rows:
+            raise errors[0] from found
     return records, errors
+
+
+def _read(row: TableRow, kind: Kind, renames: Mapping[str, str], has_prompts: bool) -> Record | BadRow:
+    if isinstance(row.cells, BadRow):
+        return row.cells
+    try:
+        return read_record(kind, _cells(row.cells, renames, has_prompts))
+    except BadRow as bad:
+        return bad
 
 
 def _cells(cells: Mapping[str, Any], renames: Mapping[str, str], has_prompts: bool) -> dict[str, Any]:

@@ -155,7 +155,8 @@ def _read_json(data: bytes) -> Iterable[TableRow]:
     try:
         value = _parse_json(_text(data))
     except BadRow as error:
-        raise BadRow(f"{error.message}; if the file has one object per line, rename it to .jsonl") from error
+        lines = "; if the file has one object per line, rename it to .jsonl" if "Extra data" in error.message else ""
+        raise BadRow(f"{error.message}{lines}") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise BadRow(f"must be a list of objects, or an object with a list of objects in 'data'{_shape(value)}")

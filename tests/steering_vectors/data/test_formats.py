@@ -77,8 +77,16 @@ def test_a_column_of_empty_prompts_says_nothing(write: Write, rows: Rows, prompt
 
 def test_chat_and_plain_text_are_not_mixed(write: Write) -> None:
     path = write(changed(PROMPTED, 4, prompt=None))
-    problem = "it contains a message without a prompt, but earlier rows contain chat messages"
+    problem = "it contains a message without a prompt, but most rows contain chat messages"
     assert error_of(path) == f"{path}, line 5, field 'chosen': {problem}; {REMEDY}"
+
+
+def test_the_form_of_most_rows_is_kept(write: Write) -> None:
+    path = write([{"chosen": "a", "rejected": "b"}, *CHAT])
+    message = f"{path}, line 1, field 'chosen': it contains plain text, but most rows contain chat messages"
+    assert error_of(path) == f"{message}; {REMEDY}"
+    preferences = load_pairs(path, skip_bad_rows=True)
+    assert (preferences.pairs(), preferences.skip_messages) == (list(WANTED), (message,))
 
 
 def test_transcripts_and_messages_are_one_form(write: Write) -> None:

@@ -228,7 +228,7 @@ BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
         PREFERENCE,
         {"prompt": turns("q 4")},
         "chosen",
-        "it contains chat messages, but earlier rows contain plain text",
+        "it contains chat messages, but most rows contain plain text",
     ),
     (
         CONTRAST,

@@ -126,7 +126,7 @@ def test_a_key_with_two_values_is_refused(write: Write) -> None:
     assert error_of(path) == f"{path}, line 1: {problem}; {REMEDY}"
     assert load_pairs(path, skip_bad_rows=True).skipped == 1
     path = write(b"[" + twice + b"]", "data.json")
-    assert error_of(path) == f"{path}: {problem}; if the file has one object per line, rename it to .jsonl"
+    assert error_of(path) == f"{path}: {problem}"
 
 
 def test_a_key_may_be_repeated_with_its_value(write: Write) -> None:
