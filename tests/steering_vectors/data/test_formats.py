@@ -6,9 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steering_vectors.data.chat import Example, Message
 from steering_vectors.data.sources import load_pairs, parse_columns
+from steering_vectors.errors import DataError
 from tests.support.preference_rows import (
     CONTRAST,
     PREFERENCE,
@@ -400,3 +403,35 @@ def test_an_instruction_with_its_input_is_one_prompt(write: Write) -> None:
 def test_chat_messages_hold_their_prompt(write: Write) -> None:
     rows = [row | {"messages": turns("q"), "question": "q"} for row in CHAT]
     assert load_pairs(write(rows)).pairs() == list(WANTED)
+
+
+# Anything else
+
+KEYS = st.sampled_from(["role", "content", "from", "value", "type", "text", "name", "x"])
+WORDS = st.sampled_from(["user", "assistant", "system", "human", "gpt", "text", "", " ", "nan", "[{", "{'role': 1}"])
+CELLS = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | WORDS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+NAMES = st.sampled_from(["prompt", "chosen", "completion", "label", "positive"])
+
+
+@given(cell=CELLS, written=st.booleans(), column=NAMES)
+def test_any_cell_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, cell: Any, written: bool, column: str
+) -> None:
+    rows = next(rows for rows in (PREFERENCE, UNPAIRED, CONTRAST) if column in rows[0])
+    path = tmp_path_factory.mktemp("any") / "data.jsonl"
+    value = json.dumps(cell) if written else cell
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, changed(rows, 4, **{column: value})[4]]))
+    kept = load_pairs(path, skip_bad_rows=True)
+    assert (kept.rows, kept.skipped) in ((17, 0), (16, 1))
+    if not kept.skipped:
+        assert load_pairs(path).items() == kept.items()
+        return
+    with pytest.raises(DataError) as caught:
+        load_pairs(path)
+    assert (caught.value.line, str(caught.value.field).partition("[")[0]) in {(17, key) for key in rows[0]}
