@@ -76,6 +76,10 @@ def runnable(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_flags(message: str, names: Iterable[str]) -> str:
-    """A message of the library in which settings of these names, if they have an underscore, are written as flags."""
+    """A message of the library in which settings of these names are written as flags.
+
+    They are those with an underscore, and `columns` before a renaming.
+    """
     known = {name for name in names if "_" in name}
-    return re.sub(r"\w+", lambda word: f"--{word[0].replace('_', '-')}" if word[0] in known else word[0], message)
+    written = re.sub(r"\w+", lambda word: f"--{word[0].replace('_', '-')}" if word[0] in known else word[0], message)
+    return re.sub(r"\bcolumns (?='?\w+=)", "--columns ", written) if "columns" in names else written

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,16 @@ class Data:
     ] = False
 
     def load(self) -> steering_vectors.Preferences:
+        """Load the data, and print its notes and the first skipped rows on stderr."""
         from steering_vectors.data.sources import parse_columns
 
         columns = parse_columns(self.columns) if self.columns else None
-        return steering_vectors.load_pairs(self.data, columns=columns, skip_bad_rows=self.skip_bad_rows)
+        pairs = steering_vectors.load_pairs(self.data, columns=columns, skip_bad_rows=self.skip_bad_rows)
+        for note in pairs.notes:
+            print(f"note: {note}", file=sys.stderr)
+        for message in pairs.skip_messages:
+            print(f"skipped: {message}", file=sys.stderr)
+        return pairs
 
 
 def parameters_of(group: type[Any]) -> list[inspect.Parameter]:

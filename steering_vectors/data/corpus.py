@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Example, encode_example, encode_prompt
-from steering_vectors.data.preferences import Preferences
+from steering_vectors.data.preferences import MAX_SKIP_MESSAGES, Preferences, Side
 from steering_vectors.errors import DataError, RequestError
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 
 MAX_PROMPTS = 96  # for calibration
+SIDES: tuple[Side, Side] = ("positive", "negative")
 PROMPT_WORDS = 5  # words of a completion that replace a missing prompt
 
 Item = TypeVar("Item")
@@ -57,33 +58,77 @@ class Corpus:
         return replace(self, pairs=first), replace(self, pairs=second)
 
 
-def encode_corpus(
-    tokenizer: PreTrainedTokenizerBase, pairs: Preferences, *, limit: int | None, skip_long_rows: bool = False
-) -> Corpus:
-    """Encode every row. Raises DataError for a row of more than `limit` tokens, or leaves it out if `skip_long_rows`.
+def corpus_for(lm: LanguageModel, pairs: Preferences, *, skip_long_rows: bool) -> Corpus:
+    """`encode_corpus` within a model's context and vocabulary."""
+    return encode_corpus(
+        lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows, vocab_size=lm.vocab_size
+    )
 
-    Enough rows must remain. Rows are never truncated, because half a response may express another preference.
+
+def encode_corpus(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Preferences,
+    *,
+    limit: int | None,
+    skip_long_rows: bool = False,
+    vocab_size: int | None = None,
+) -> Corpus:
+    """Encode every row. Raises DataError, with the line and the column of the row, if one cannot be used.
+
+    Rows that the chat template refuses, that have no token, or a token from `vocab_size` on, are left out if `pairs`
+    were read with `skip_bad_rows`. Rows of more than `limit` tokens are left out if `skip_long_rows`. Enough rows must
+    remain. Rows are never truncated, because half a response may express another preference.
     """
     encoded: dict[Example, Encoded] = {}
-    for side, number, example in _numbered(pairs):
-        try:
-            encoded[example] = encode_example(tokenizer, example)
-        except (DataError, RequestError) as error:
-            raise DataError(f"{_name(side, number, example)}: {error.message}") from error
-    long = {one for one, (ids, _) in encoded.items() if limit is not None and len(ids) > limit}
-    if not long:
+    bad: dict[int, tuple[Side, str]] = {}
+    long: dict[int, tuple[Side, str]] = {}
+    for row, item in enumerate(pairs.items()):
+        for side, example in zip(SIDES, item, strict=True):
+            if example is None or row in bad:
+                continue
+            try:
+                if example not in encoded:
+                    encoded[example] = _encode(tokenizer, example, vocab_size)
+            except RequestError as error:
+                bad[row] = "prompt", error.message
+            except DataError as error:
+                bad[row] = side, error.message
+            else:
+                size = len(encoded[example][0])
+                if limit is not None and size > limit:
+                    long.setdefault(row, (side, f"it has {size} tokens, but the model's context holds {limit}"))
+    long = {row: fault for row, fault in long.items() if row not in bad}
+    if bad and not pairs.skip_bad_rows:
+        row, (side, problem) = next(iter(bad.items()))
+        remedy = "; correct the row, or skip such rows with skip_bad_rows" if pairs.lines else ""
+        raise pairs.error(row, side, f"{problem}; {len(bad)} of {pairs.rows} rows cannot be encoded{remedy}")
+    if long and not skip_long_rows:
+        row, (side, problem) = next(iter(long.items()))
+        remedy = "leave them out with skip_long_rows (rows are never truncated)"
+        raise pairs.error(row, side, f"{problem}; {len(long)} of {pairs.rows} rows are too long; {remedy}")
+    if not (bad or long):
         return Corpus(pairs, encoded)
-    kept = pairs.select({row for row, item in enumerate(pairs.items()) if not long.intersection(item)})
-    if not skip_long_rows:
-        side, number, example = next(one for one in _numbered(pairs) if one[2] in long)
-        raise DataError(
-            f"{_name(side, number, example)} has {len(encoded[example][0])} tokens, but the model's context holds "
-            f"{limit}; {pairs.rows - kept.rows} of {pairs.rows} rows are too long; leave them out with "
-            "skip_long_rows (rows are never truncated)",
-            path=pairs.source or None,
-        )
-    kept.check(left_out=f"{pairs.rows - kept.rows} exceed the model's context of {limit} tokens")
-    return Corpus(kept, encoded, pairs.rows - kept.rows)
+    messages = [*pairs.skip_messages, *(pairs.error(row, *fault).message for row, fault in bad.items())]
+    kept = replace(
+        pairs.select(set(range(pairs.rows)) - bad.keys() - long.keys()),
+        skipped=pairs.skipped + len(bad),
+        skip_messages=tuple(messages[:MAX_SKIP_MESSAGES]),
+    )
+    left_out = [f"{kept.skipped} bad ones were skipped"] if kept.skipped else []
+    if long:
+        left_out.append(f"{len(long)} exceed the model's context of {limit} tokens")
+    kept.check(left_out=", ".join(left_out))
+    return Corpus(kept, encoded, len(long))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, vocab_size: int | None) -> Encoded:
+    """Encode an example. Raises RequestError for its prompt, DataError for its completion."""
+    ids, start = encode_example(tokenizer, example)
+    for place, token in enumerate(ids):
+        if vocab_size is not None and token >= vocab_size:
+            problem = f"it contains the token {token}, but the model's embedding has {vocab_size}"
+            raise RequestError(problem) if place < start else DataError(problem)
+    return ids, start
 
 
 def sampling_prompts(
@@ -113,16 +158,3 @@ def prompts_with_room(lm: LanguageModel, pairs: Preferences, *, room: int, seed:
     """`sampling_prompts` that leave room for `room` more tokens in the model's context."""
     limit = context_limit(lm)
     return sampling_prompts(lm.tokenizer, pairs, max_tokens=None if limit is None else limit - room, seed=seed)
-
-
-def _numbered(pairs: Preferences) -> Iterator[tuple[str, int, Example]]:
-    for side, examples in (("positive", pairs.positives), ("negative", pairs.negatives)):
-        for number, example in enumerate(examples, start=1):
-            yield side, number, example
-
-
-def _name(side: str, number: int, example: Example, length: int = 40) -> str:
-    """The name of an example in errors."""
-    text = " ".join(example.completion.split())
-    shown = text if len(text) <= length else f"{text[: length - 1]}…"
-    return f"{side} example {number} ({shown!r})"

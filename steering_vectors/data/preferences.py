@@ -14,9 +14,11 @@ from steering_vectors.data.chat import Example
 from steering_vectors.errors import DataError
 
 Kind = Literal["preference", "unpaired", "contrast"]
+Side = Literal["prompt", "positive", "negative"]
 MIN_SIDE = 4
 MIN_ROWS = 16
 MIN_PER_LABEL = 8
+MAX_SKIP_MESSAGES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,10 @@ class Preferences:
     For the paired kinds "preference" and "contrast", entry i of `positives` and of `negatives` comes from one row.
     `skipped` counts the bad rows that were left out, and `skip_messages` holds the first few reasons. `ignored_columns`
     are the columns that the format does not use. `sha256` is that of the whole source, also after a split.
+
+    `notes` says what looks mistaken in the rows. For errors, `lines` holds the line of each row in the order of
+    `items`, and `fields` the columns of the prompt, of the preferred and of the other text. `skip_bad_rows` leaves out
+    rows that a model's chat template or tokenizer refuses.
     """
 
     kind: Kind
@@ -36,9 +42,15 @@ class Preferences:
     skipped: int = 0
     skip_messages: tuple[str, ...] = ()
     ignored_columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
+    fields: tuple[str, str, str] = ("", "", "")
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         assert not self.paired or len(self.positives) == len(self.negatives), "pairs must be aligned"
+        if len(self.lines) != self.rows:  # rows were replaced
+            object.__setattr__(self, "lines", ())
 
     @property
     def paired(self) -> bool:
@@ -53,6 +65,11 @@ class Preferences:
         """The number of rows that repeat an earlier one."""
         return self.rows - len(set(self.items()))
 
+    @property
+    def first_skipped(self) -> str:
+        """Why the first bad row was skipped, without the path of the file; an empty text if none was."""
+        return self.skip_messages[0].removeprefix(f"{self.source}, ") if self.skip_messages else ""
+
     def check(self, *, left_out: str = "") -> None:
         """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if both sides of every row are equal.
 
@@ -60,15 +77,17 @@ class Preferences:
         """
         left_out = left_out or (f"{self.skipped} bad ones were skipped" if self.skipped else "")
         without = f" ({left_out})" if left_out else ""
+        first = f"; the first bad row: {self.first_skipped}" if self.first_skipped else ""
         path = self.source or None
         if self.rows < MIN_ROWS:
-            raise DataError(f"it has {self.rows} usable rows{without}; at least {MIN_ROWS} are needed", path=path)
+            message = f"it has {self.rows} usable rows{without}; at least {MIN_ROWS} are needed{first}"
+            raise DataError(message, path=path)
         for label, side in (("true", self.positives), ("false", self.negatives)):
             if len(side) < MIN_PER_LABEL:
-                raise DataError(
-                    f"it has {len(side)} usable rows with label {label}{without}; at least {MIN_PER_LABEL} are needed",
-                    path=path,
+                message = (
+                    f"it has {len(side)} usable rows with label {label}{without}; at least {MIN_PER_LABEL} are needed"
                 )
+                raise DataError(f"{message}{first}", path=path)
         if self.paired and self.positives == self.negatives:
             raise DataError("both sides of every row are the same text; check the columns", path=path)
 
@@ -117,9 +136,23 @@ class Preferences:
     def select(self, rows: Collection[int]) -> Preferences:
         """These rows, by their numbers in `items`, in file order."""
         items = [item for row, item in enumerate(self.items()) if row in rows]
+        lines = tuple(line for row, line in enumerate(self.lines) if row in rows)
         positives = tuple(positive for positive, _ in items if positive is not None)
         negatives = tuple(negative for _, negative in items if negative is not None)
-        return replace(self, positives=positives, negatives=negatives)
+        return replace(self, positives=positives, negatives=negatives, lines=lines)
+
+    def error(self, row: int, side: Side, message: str) -> DataError:
+        """An error in a text of a row, by its number in `items`. It names the line and the column if they are known."""
+        positive, negative = self.items()[row]
+        text = negative if side == "negative" or positive is None else positive
+        assert text is not None
+        if not self.lines:
+            number = row if self.paired or text is positive else row - len(self.positives)
+            name = "negative" if text is negative else "positive"
+            return DataError(f"{name} example {number + 1} ({_shown(text)!r}): {message}", path=self.source or None)
+        prompt, *sides = self.fields
+        field = prompt if side == "prompt" and prompt else sides[text is negative]
+        return DataError(message, path=self.source, line=self.lines[row], field=field)
 
     def _sizes(self, rows: Sequence[int]) -> np.ndarray:
         """The number of rows; if unpaired, of each label."""
@@ -165,3 +198,9 @@ class Preferences:
         for row in range(self.rows):
             groups[find(row)].append(row)
         return list(groups.values())
+
+
+def _shown(example: Example, length: int = 40) -> str:
+    """The beginning of a text, for errors."""
+    text = " ".join(example.completion.split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"

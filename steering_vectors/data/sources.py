@@ -6,50 +6,76 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from steering_vectors.data.preferences import Kind, Preferences
+from steering_vectors.data.cells import is_absent
+from steering_vectors.data.checks import MOST, note_on_columns, note_on_scores, notes_on, repeated_prompts
+from steering_vectors.data.columns import checked_renames, find_kind, prompt_remedy, renamed
+from steering_vectors.data.columns import parse_columns as parse_columns
+from steering_vectors.data.preferences import MAX_SKIP_MESSAGES, Kind, Preferences
 from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
-from steering_vectors.data.tables import BadRow, Table, read_table
+from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
 from steering_vectors.errors import DataError
 
-MAX_SKIP_MESSAGES = 5
 REMEDY = "correct the row, or skip such rows with skip_bad_rows"
 DEMO = "demo:"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "demo" / "preferences"
 TRAINING = ".train.jsonl"
-FORMATS = "{prompt, chosen, rejected}, {prompt, completion, label} or {positive, negative}"
 
 
 def load_pairs(
     path: str | Path, *, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False
 ) -> Preferences:
-    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, also with .gz; `hf:NAME[:split]`; `demo:NAME`.
+    """Read preference data: .jsonl, .json, .csv, .tsv or .parquet, also gzipped; `hf:NAME[:split]`; `demo:NAME`.
 
-    The columns are those of TRL's formats: preference {prompt, chosen, rejected}, unpaired {prompt?, completion, label}
-    and contrast {positive, negative}. Texts are plain or lists of chat messages. In the preference format, chosen and
-    rejected may contain the prompt, as messages or as an HH-RLHF transcript. `columns` renames: `{"chosen":
-    "matching"}` reads the column "matching" as chosen. Unused columns are listed in `ignored_columns`. `hf:` also takes
-    a directory that `datasets` saved.
+    The columns are those of TRL's formats: preference {prompt?, chosen, rejected}, unpaired {prompt?, completion,
+    label} and contrast {positive, negative}. Texts are plain or lists of chat messages, also written as JSON. In the
+    preference format, chosen and rejected may contain the prompt, as messages or as an HH-RLHF transcript. `columns`
+    renames: `{"chosen": "matching"}` reads the column "matching" as chosen. Unused columns are listed in
+    `ignored_columns`. `hf:` also takes a directory that `datasets` saved. `notes` says what looks mistaken in the rows.
 
-    Raises DataError, with path, line and field, for a bad row, unless `skip_bad_rows` is set, which counts it instead.
-    Also raises DataError for fewer than 16 usable rows, and for unpaired data with fewer than 8 of one label.
+    Raises DataError, with path, line and field, for a bad row, unless `skip_bad_rows` is set, which counts it instead,
+    also if a model's chat template or tokenizer refuses it later. Also raises DataError for fewer than 16 usable rows,
+    for unpaired data with fewer than 8 of one label, and for texts that repeat their prompt in most rows.
     """
     table = read_table(find_data(str(path)))
-    renames = _checked_renames(columns or {})
-    kind = _kind_of(table, renames)
-    records, errors = _records(table, kind, renames, skip_bad_rows)
+    renames = checked_renames(columns or {})
+    kind = find_kind(table, renames)
+    rows = [row.cells for row in table.rows if isinstance(row.cells, dict)]
+    has_prompts = any(not is_absent(cells.get(renames.get(PROMPT, PROMPT))) for cells in rows)
+    records, errors = _records(table, kind, renames, skip_bad_rows, has_prompts)
+    unprompted = not (renames or has_prompts or any(record.chat for _, record in records))
+    if unprompted and (remedy := prompt_remedy(rows, kind)):
+        raise DataError(f"no row has a prompt, but another column looks like one; {remedy}", path=table.source)
     used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
-    columns_read = (str(column) for row in table.rows if isinstance(row.cells, dict) for column in row.cells)
+    columns_read = (str(column) for cells in rows for column in cells)
+    ignored = tuple(dict.fromkeys(column for column in columns_read if column not in used))
+    sides = [renames.get(name, name) for name in COLUMNS[kind][: 1 if kind == "unpaired" else 2]]
+    ordered = sorted(records, key=lambda one: one[1].positive is None)  # unpaired rows: the preferred ones first
     preferences = Preferences(
         kind=kind,
-        positives=tuple(one.positive for one in records if one.positive is not None),
-        negatives=tuple(one.negative for one in records if one.negative is not None),
+        positives=tuple(one.positive for _, one in ordered if one.positive is not None),
+        negatives=tuple(one.negative for _, one in ordered if one.negative is not None),
         source=table.source,
         sha256=table.sha256,
         skipped=len(errors),
         skip_messages=tuple(error.message for error in errors[:MAX_SKIP_MESSAGES]),
-        ignored_columns=tuple(dict.fromkeys(column for column in columns_read if column not in used)),
+        ignored_columns=ignored,
+        notes=(
+            *note_on_columns(ignored),
+            *notes_on([record for _, record in records], (sides[0], sides[-1])),
+            *note_on_scores(rows),
+        ),
+        lines=tuple(line for line, _ in ordered),
+        fields=(renames.get(PROMPT, PROMPT) if has_prompts else "", sides[0], sides[-1]),
+        skip_bad_rows=skip_bad_rows,
     )
     preferences.check()
+    repeated = repeated_prompts([record for _, record in records])
+    if repeated > MOST * len(records):
+        raise DataError(
+            f"in {repeated} of {len(records)} rows the texts begin with the text of their prompt, which would be read "
+            "twice; remove it from the texts, or remove the column of the prompt",
+            path=table.source,
+        )
     return preferences
 
 
@@ -64,77 +90,42 @@ def find_data(path: str) -> str:
     return str(file)
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Read `prompt=question,chosen=matching` as the `columns` of `load_pairs`. Raises DataError."""
-    renames: dict[str, str] = {}
-    for part in text.split(","):
-        name, equals, column = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and column) or name in renames:
-            raise DataError(f"columns {text!r} cannot be read; write prompt=question,chosen=matching")
-        renames[name] = column
-    return _checked_renames(renames)
-
-
-def _checked_renames(renames: Mapping[str, str]) -> dict[str, str]:
-    known = [PROMPT, *(column for columns in COLUMNS.values() for column in columns)]
-    for name in renames:
-        if name not in known:
-            raise DataError(f"columns: {name!r} is not a column of any format; rename to one of {', '.join(known)}")
-    return dict(renames)
-
-
-def _kind_of(table: Table, renames: Mapping[str, str]) -> Kind:
-    """The format of the first complete row, else that of the first row with a column of any format."""
-    rows = [_renamed(row.cells, renames) for row in table.rows if not isinstance(row.cells, BadRow)]
-    allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {PROMPT} <= set(columns)]
-    for wanted in (all, any):
-        for cells in rows:
-            fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]
-            if wanted is all and len(fits) > 1:
-                message = f"the columns fit the formats {' and '.join(fits)}; choose one with columns"
-                raise DataError(message, path=table.source)
-            if fits:
-                return fits[0]
-    if not table.rows:
-        raise DataError("there are no rows in it", path=table.source)
-    row = table.rows[0]
-    if isinstance(row.cells, BadRow):
-        raise DataError(row.cells.message, path=table.source, line=row.line)
-    found = ", ".join(map(str, row.cells)) or "none"
-    raise DataError(
-        f"the columns ({found}) fit none of the formats {FORMATS}; rename them, as in "
-        "columns prompt=question,chosen=good,rejected=bad",
-        path=table.source,
-        line=row.line,
-    )
-
-
-def _renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
-    taken = {*renames, *renames.values()}
-    kept = {column: value for column, value in cells.items() if column not in taken}
-    return kept | {name: cells[column] for name, column in renames.items() if column in cells}
-
-
 def _records(
-    table: Table, kind: Kind, renames: Mapping[str, str], skip_bad_rows: bool
-) -> tuple[list[Record], list[DataError]]:
-    """The usable rows, and an error for each of the others. Raises the first error unless bad rows are skipped."""
-    records: list[Record] = []
+    table: Table, kind: Kind, renames: Mapping[str, str], skip_bad_rows: bool, has_prompts: bool
+) -> tuple[list[tuple[int, Record]], list[DataError]]:
+    """The usable rows with their lines, and an error for each of the others. Raises the first error unless bad rows are
+    skipped."""
+    read = [(row.line, _read(row, kind, renames, has_prompts)) for row in table.rows]
+    forms = [record for _, record in read if isinstance(record, Record)]
+    chat = sum(record.chat for record in forms) * 2 > len(forms)  # the form of most rows is the right one
+    usual = next((record.form for record in forms if record.chat == chat), "")
+    records: list[tuple[int, Record]] = []
     errors: list[DataError] = []
-    for row in table.rows:
-        try:
-            if isinstance(row.cells, BadRow):
-                raise row.cells
-            record = read_record(kind, _renamed(row.cells, renames))
-            if records and record.form != records[0].form:
-                message = f"it contains {record.form}, but earlier rows contain {records[0].form}"
-                raise BadRow(message, COLUMNS[kind][0])
-            records.append(record)
-        except BadRow as bad:
-            column, *place = (bad.field or "").partition("[")  # a field is as chosen[2].content
-            field = "".join([renames.get(column, column), *place]) or None  # with the file's name of the column
-            message = bad.message if skip_bad_rows else f"{bad.message}; {REMEDY}"
-            errors.append(DataError(message, path=table.source, line=row.line, field=field))
-            if not skip_bad_rows:
-                raise errors[0] from bad
+    for line, found in read:
+        if isinstance(found, Record) and found.chat != chat:
+            found = BadRow(f"it contains {found.form}, but most rows contain {usual}", COLUMNS[kind][0])
+        if isinstance(found, Record):
+            records.append((line, found))
+            continue
+        column, *place = (found.field or "").partition("[")  # a field is as chosen[2].content
+        field = "".join([renames.get(column, column), *place]) or None  # with the file's name of the column
+        message = found.message if skip_bad_rows else f"{found.message}; {REMEDY}"
+        errors.append(DataError(message, path=table.source, line=line, field=field))
+        if not skip_bad_rows:
+            raise errors[0] from found
     return records, errors
+
+
+def _read(row: TableRow, kind: Kind, renames: Mapping[str, str], has_prompts: bool) -> Record | BadRow:
+    if isinstance(row.cells, BadRow):
+        return row.cells
+    try:
+        return read_record(kind, _cells(row.cells, renames, has_prompts))
+    except BadRow as bad:
+        return bad
+
+
+def _cells(cells: Mapping[str, Any], renames: Mapping[str, str], has_prompts: bool) -> dict[str, Any]:
+    """The cells by the format's names. A column of prompts that is empty throughout says nothing."""
+    found = renamed(cells, renames)
+    return found if has_prompts else {name: value for name, value in found.items() if name != PROMPT}

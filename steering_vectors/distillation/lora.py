@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from steering_vectors.data.corpus import Sides, encode_corpus
+from steering_vectors.data.corpus import Sides, corpus_for
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named
 from steering_vectors.methods.rahf import FIRST_STEPS
 from steering_vectors.methods.tuned import train_on
 from steering_vectors.models.forward import evaluating
-from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import MethodOptions
 from steering_vectors.profiles.mixture import Mixture, Term
@@ -272,5 +271,5 @@ def _split(
     lm: LanguageModel, pairs: Preferences, settings: DistillSettings, skip_long_rows: bool
 ) -> list[tuple[Preferences, Sides]]:
     """The rows to train on and the held-out rows, each as texts and encoded."""
-    corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows)
+    corpus = corpus_for(lm, pairs, skip_long_rows=skip_long_rows)
     return [(part.pairs, part.sides()) for part in corpus.split(HELDOUT, settings.seed, min_side=4)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.corpus import Corpus, Sides, encode_corpus, prompts_with_room, spread
+from steering_vectors.data.corpus import Corpus, Sides, corpus_for, prompts_with_room, spread
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import DataError, FitError
 from steering_vectors.evaluation.frontier import reward_curve
@@ -77,7 +77,7 @@ def evaluate(
     settings = settings or EvaluationSettings()
     profile.check_model(lm.identity, allow_mismatch=False)
     limit = context_limit(lm)
-    corpus = encode_corpus(lm.tokenizer, pairs, limit=limit, skip_long_rows=settings.skip_long_rows)
+    corpus = corpus_for(lm, pairs, skip_long_rows=settings.skip_long_rows)
     trained, fresh = trained_and_fresh(profile, corpus)
     prompts = prompts_with_room(lm, fresh.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
     with steerable(lm) as steered:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from steering_vectors.data.batches import Encoded
-from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, corpus_for, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.measures.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
 from steering_vectors.measures.propensity import REPORT_ROWS, propensity_report
 from steering_vectors.measures.steered_model import KeptTexts, SteeredModel, steerable
-from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import Calibration, Metrics
 from steering_vectors.profiles.profile import Profile
@@ -73,7 +72,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     profile.check_model(lm.identity, allow_mismatch=settings.allow_model_mismatch)
-    corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows)
+    corpus = corpus_for(lm, pairs, skip_long_rows=settings.skip_long_rows)
     _, fresh = trained_and_fresh(profile, corpus)
     calibrated = calibrate_on(
         lm,

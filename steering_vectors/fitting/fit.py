@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS
 from steering_vectors.data.chat import chat_template_sha256
-from steering_vectors.data.corpus import Corpus, encode_corpus, prompts_with_room
+from steering_vectors.data.corpus import Corpus, corpus_for, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate_on, check_budget
@@ -30,7 +30,6 @@ from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, 
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Task, method_named
-from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.metadata import DataRecord, LayerScores, Metrics, OptionValue
 from steering_vectors.profiles.profile import Layering, Profile
@@ -199,7 +198,7 @@ class _Fit:
         gate = None
         if settings.gate is not None:
             gate = fit_gate(lm, settings.gate, seed=settings.seed, progress=self._progress)
-        corpus = encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=settings.skip_long_rows)
+        corpus = corpus_for(lm, pairs, skip_long_rows=settings.skip_long_rows)
         parts = self._split(corpus)
         statistics = self._capture(parts.train)
         profile = replace(
@@ -233,7 +232,7 @@ class _Fit:
             with steerable(lm) as steered:
                 metrics["propensity"] = propensity_report(steered, profile, measured)
         metrics["notes"] = [
-            *_data_notes(profile.data, parts),
+            *_data_notes(profile.data, corpus.pairs, parts),
             *self._sample_notes(parts.train),
             *_effect_notes(profile, metrics),
         ]
@@ -382,9 +381,9 @@ def _data_record(corpus: Corpus, parts: Parts) -> DataRecord:
     }
 
 
-def _data_notes(data: DataRecord, parts: Parts) -> list[str]:
+def _data_notes(data: DataRecord, pairs: Preferences, parts: Parts) -> list[str]:
     """Warnings about the rows of a fit."""
-    notes = []
+    notes = [*pairs.notes]
     if parts.train.pairs.shares_prompts(parts.heldout.pairs):
         notes.append(
             "too few different prompts: held-out rows have other completions than trained ones, not other prompts"
@@ -394,7 +393,8 @@ def _data_notes(data: DataRecord, parts: Parts) -> list[str]:
     if data["duplicates"]:
         notes.append(f"{data['duplicates']} rows repeat an earlier one")
     if data["bad_rows_skipped"]:
-        notes.append(f"{data['bad_rows_skipped']} bad rows were skipped")
+        first = f"; the first: {pairs.first_skipped}" if pairs.first_skipped else ""
+        notes.append(f"{data['bad_rows_skipped']} bad rows were skipped{first}")
     if data["long_rows_skipped"]:
         notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
     return notes

@@ -9,8 +9,9 @@ from pathlib import PurePath
 import torch
 
 from steering_vectors.data.batches import Encoded
+from steering_vectors.data.cells import read_label
 from steering_vectors.data.chat import Prompt, encode_prompt
-from steering_vectors.data.records import PROMPT, read_label, read_prompt
+from steering_vectors.data.records import PROMPT, read_prompt
 from steering_vectors.data.tables import BadRow, TableRow, read_table
 from steering_vectors.errors import DataError, FitError, RequestError
 from steering_vectors.fitting.layers import candidate_layers
@@ -28,12 +29,16 @@ LABEL = "label"
 
 @dataclass(frozen=True, slots=True)
 class GatePrompts:
-    """Prompts that open a gate, and others that do not. Raises DataError for fewer than 8 of either."""
+    """Prompts that open a gate, and others that do not. Raises DataError for fewer than 8 of either.
+
+    `lines` holds the line of each in `source`, first of those that open it.
+    """
 
     opening: tuple[Prompt, ...]
     others: tuple[Prompt, ...]
     source: str = ""
     sha256: str = ""
+    lines: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, side in (("true", self.opening), ("false", self.others)):
@@ -51,9 +56,9 @@ def load_gate_prompts(path: str) -> GatePrompts:
     path, line and field.
     """
     table = read_table(path)
-    rows = [_read(row, table.source) for row in table.rows]
-    opening, others = (tuple(prompt for prompt, label in rows if label is wanted) for wanted in (True, False))
-    return GatePrompts(opening, others, table.source, table.sha256)
+    rows = sorted(((*_read(row, table.source), row.line) for row in table.rows), key=lambda row: not row[1])
+    opening, others = (tuple(prompt for prompt, label, _ in rows if label is wanted) for wanted in (True, False))
+    return GatePrompts(opening, others, table.source, table.sha256, tuple(line for _, _, line in rows))
 
 
 def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress: Progress | None = None) -> Gate:
@@ -67,7 +72,7 @@ def fit_gate(lm: LanguageModel, prompts: GatePrompts, *, seed: int = 0, progress
     Raises DataError for a prompt of fewer than two tokens, FitError if no block separates the labels.
     """
     layers = candidate_layers(lm.num_layers)
-    examples = [_encode(lm, prompt) for prompt in (*prompts.opening, *prompts.others)]
+    examples = [_encode(lm, prompts, number) for number in range(len(prompts.opening) + len(prompts.others))]
     labels = torch.tensor([True] * len(prompts.opening) + [False] * len(prompts.others))
     means = torch.zeros(len(examples), len(layers), lm.hidden_size)
     for batch in pooled(lm, examples, layers, progress=progress, stage="gate"):
@@ -101,22 +106,26 @@ def _read(row: TableRow, source: str) -> tuple[Prompt, bool]:
             raise row.cells
         if unknown := sorted(set(row.cells) - {PROMPT, LABEL}):
             raise BadRow(f"the rows of a gate have only the columns {PROMPT} and {LABEL}", str(unknown[0]))
-        if PROMPT not in row.cells:
-            raise BadRow("it is missing", PROMPT)
-        return read_prompt(row.cells), read_label(row.cells)
+        if (prompt := read_prompt(row.cells)) is None:
+            raise BadRow("it is empty" if PROMPT in row.cells else "it is missing", PROMPT)
+        return prompt, read_label(row.cells)
     except BadRow as bad:
         raise DataError(bad.message, path=source, line=row.line, field=bad.field) from bad
 
 
-def _encode(lm: LanguageModel, prompt: Prompt) -> Encoded:
+def _encode(lm: LanguageModel, prompts: GatePrompts, number: int) -> Encoded:
     """All tokens of a prompt except the last, as a response to be pooled."""
+    prompt = (*prompts.opening, *prompts.others)[number]
     try:
         ids = encode_prompt(lm.tokenizer, prompt or "")
+        if len(ids) >= 2:
+            return ids[:-1], 0
+        problem = f"the prompt {prompt!r} has one token; a gate reads all tokens but the last"
     except RequestError as error:
-        raise DataError(f"a prompt of the gate cannot be encoded: {error.message}") from error
-    if len(ids) < 2:
-        raise DataError(f"the prompt {prompt!r} has one token; a gate reads all tokens but the last")
-    return ids[:-1], 0
+        problem = f"a prompt of the gate cannot be encoded: {error.message}"
+    if number < len(prompts.lines):
+        raise DataError(problem, path=prompts.source, line=prompts.lines[number], field=PROMPT)
+    raise DataError(problem)
 
 
 def _heldout(labels: torch.Tensor, seed: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner, Result
 from steering_vectors.cli.app import register
 from steering_vectors.profiles.files import load_profile
 from tests.support.full_disk import full_disk
-from tests.support.tiny import POSITIONS, save_tiny
+from tests.support.tiny import POSITIONS, save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +165,77 @@ def test_rows_with_equal_sides_are_skipped_and_counted(
     assert "note: 10 bad rows were skipped" in result.stdout
     data = load_profile(profiles / "kind.safetensors").data
     assert (data["rows"], data["bad_rows_skipped"]) == (30, 10)
+
+
+def conversations(count: int = 40) -> Rows:
+    """Rows of messages, of which every tenth begins with two turns of the user."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"What of {row}?"}] * (2 if row % 10 == 4 else 1),
+            "chosen": f"warm {row} kindly",
+            "rejected": f"three {row} letters",
+        }
+        for row in range(count)
+    ]
+
+
+@pytest.mark.parametrize("command", FIXED)
+def test_rows_that_the_template_refuses(
+    model: Path,
+    profiles: Path,
+    kept: bytes,
+    write: Callable[[Rows], Path],
+    command: str,
+    tmp_path: Path,
+) -> None:
+    strict = tmp_path / "strict"
+    shutil.copytree(model, strict)
+    tokenizer = tiny_tokenizer()
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + template
+    tokenizer.save_pretrained(strict)
+    data = write(conversations())
+    problem = "the model's chat template refuses these messages: one turn"
+    result = run(command, strict, data, profiles)
+    check_refused(
+        result,
+        profiles,
+        kept,
+        f"error: {data}, line 5, field 'prompt': {problem}; 4 of 40 rows cannot be encoded; correct the row, or skip "
+        "such rows with --skip-bad-rows",
+    )
+    if command == "fit":
+        result = run(command, strict, data, profiles, "--no-calibrate", "--skip-bad-rows")
+        assert result.exit_code == 0, result.stderr
+        assert f"note: 4 bad rows were skipped; the first: line 5, field 'prompt': {problem}" in unwrapped(result)
+        stored = load_profile(profiles / "kind.safetensors").data
+        assert (stored["rows"], stored["bad_rows_skipped"]) == (36, 4)
+
+
+def unwrapped(result: Result) -> str:
+    return " ".join(result.stdout.split())
+
+
+def test_notes_and_skipped_rows_are_printed(model: Path, profiles: Path, write: Callable[[Rows], Path]) -> None:
+    data = write([row | {"system": "Be brief."} for row in same(1)])
+    result = run("fit", model, data, profiles, "--no-calibrate", "--skip-bad-rows")
+    skipped = "line 1, field 'rejected': chosen and rejected are equal, so nothing is preferred"
+    assert result.stderr.splitlines()[:2] == [
+        "note: columns that were not read: system",
+        f"skipped: {data}, {skipped}",
+    ]
+    assert "note: columns that were not read: system" in unwrapped(result)
+    assert f"note: 1 bad rows were skipped; the first: {skipped}" in unwrapped(result)
+
+
+def test_the_flag_to_type_is_in_the_error(
+    model: Path, profiles: Path, kept: bytes, write: Callable[[Rows], Path]
+) -> None:
+    names = {"prompt": "question", "chosen": "response_chosen", "rejected": "response_rejected"}
+    data = write([{names[key]: value for key, value in row.items()} for row in pairs()])
+    flag = "--columns prompt=question,chosen=response_chosen,rejected=response_rejected"
+    check_refused(run("fit", model, data, profiles), profiles, kept, f"rename them: {flag}\n")
+    assert run("fit", model, data, profiles, "--no-calibrate", *flag.split()).exit_code == 0
 
 
 def test_a_full_disk_leaves_the_profile(

