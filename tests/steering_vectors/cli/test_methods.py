@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +37,34 @@ def test_the_table_shows_every_option(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_help_of_fit_names_every_method() -> None:
     assert tuple(METHODS.split(", ")) == method_names()
+
+
+@pytest.mark.slow
+def test_methods_are_compared_and_stored(
+    run: Run, tiny: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    result = run(
+        *("methods", "compare", "--model", tiny, "--data", pairs, "--methods", "mean-diff, pca", "--layers", 1),
+        *("--randoms", 1, "--heldout-fraction", 0.4, "--rows", 8, "--out", tmp_path / "made"),
+        *("--report", tmp_path / "page.html"),
+    )
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")]
+    assert rows == ["mean-diff", "pca", "random"]
+    assert f"report: {tmp_path / 'page.html'}" in result.stdout
+    assert sorted(path.stem for path in (tmp_path / "made").glob("*.safetensors")) == ["mean-diff", "pca"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "magic"), "error: method 'magic' is not one of mean-diff"),
+        (("-o", "rank=4"), "error: --option rank=4 names no method; write METHOD.rank=4"),
+        (("--methods", "pca", "-o", "bipo.beta=1"), "error: options are given for bipo, which is not compared"),
+    ],
+)
+def test_unusable_choices(run: Run, tiny: Path, pairs: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run("methods", "compare", "--model", tiny, "--data", pairs, *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(message)
