@@ -154,24 +154,28 @@ def encode_prompt(
         raise RequestError(f"{param} is empty; send at least one character", param=param)
     try:
         ids = encode(text)
-        check_known(tokenizer, ids, vocabulary_of(tokenizer))
     except UnicodeEncodeError as error:
         raise RequestError(f"{param} contains half of a surrogate pair; send valid Unicode", param=param) from error
     except RequestError as error:
         raise RequestError(f"{param}: {error.message}", param=param) from error
+    check_known(tokenizer, ids, vocabulary_of(tokenizer), param=param)
     if not ids:
         raise RequestError(f"{param} contains no token of this model; send other text", param=param)
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def check_known(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], size: int | None) -> None:
-    """Raise RequestError for the first token of a text that is beyond the model's vocabulary."""
+def check_known(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], size: int | None, *, param: str | None = None
+) -> None:
+    """Raise RequestError for the first token of a text that is beyond the model's vocabulary of `size` tokens."""
     token = None if size is None else next((one for one in ids if one >= size), None)
     if token is not None:
+        text = tokenizer.convert_ids_to_tokens(token)
         raise RequestError(
-            f"the text contains {tokenizer.convert_ids_to_tokens(token)!r}, the tokenizer's token {token}, but the "
-            f"model has only {size} tokens: leave it out"
+            f"{param or 'the text'} contains {text!r}, token {token} of the tokenizer, but the model has {size} tokens "
+            "only: leave it out",
+            param=param,
         )
 
 
@@ -192,7 +196,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tupl
     except UnicodeEncodeError as error:
         raise DataError("the completion contains half of a surrogate pair; correct or remove the row") from error
     except RequestError as error:
-        raise DataError(f"the completion: {error.message}") from error
+        raise DataError(error.message) from error
     if not completion:
         raise DataError(f"the completion {example.completion!r} contains no token of this model; remove the row")
     return before + completion, len(before)
@@ -313,6 +317,6 @@ def _refuse_ending(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     for end in sorted(end for end in ends if end):
         if text.rstrip().endswith(end):
             raise RequestError(
-                f"it ends in {end!r}, the name of a control token: remove it, because the end of a completion is not "
-                "part of its text"
+                f"the completion ends in {end!r}, the name of a control token: remove it, because a completion's end "
+                "is not part of its text"
             )
