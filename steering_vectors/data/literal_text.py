@@ -66,7 +66,9 @@ def encode_marked(
     controls = control_tokens(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         name = min(marks)
-        raise RequestError(f"the text contains the control token {name!r}, which this tokenizer cannot read as text")
+        raise RequestError(
+            f"the text contains the control token {name!r}, which this tokenizer cannot read as text: leave it out"
+        )
     aliases, backend = _renamed(tokenizer, controls)
     aliased = _names(controls).sub(lambda one: aliases[one[0]], text)
     return list(backend.encode(restored(aliased, marks), add_special_tokens=add_special_tokens).ids)

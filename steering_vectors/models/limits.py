@@ -28,7 +28,7 @@ def eos_ids(lm: LanguageModel) -> frozenset[int]:
         None if generation is None else generation.eos_token_id,
         lm.model.config.get_text_config().eos_token_id,
     )
-    first = next((ids for ids in stated if ids is not None and ids != []), [])
+    first: int | list[int] = next((ids for ids in stated if ids is not None and ids != []), [])
     template = chat_template(lm.tokenizer)
     turn = None if template is None else lm.tokenizer.added_tokens_encoder.get(template.end_of_turn)
     found = {*([first] if isinstance(first, int) else first), lm.tokenizer.eos_token_id, turn}

@@ -146,8 +146,8 @@ def _read(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
             "choose one with --chat-template NAME, or send plain text"
         )
         return ChatTemplate("", {}, problem=problem)
-    if problem := _syntax_error(tokenizer, source):
-        return ChatTemplate(source, {}, problem=f"the model's chat template is not valid Jinja ({problem}): {REMEDY}")
+    if error := _syntax_error(tokenizer, source):
+        return ChatTemplate(source, {}, problem=f"the model's chat template is not valid Jinja ({error}): {REMEDY}")
     formats: dict[str, ContentFormat | None] = {}
     for role in CONVERSATIONS:
         formats[role] = _format(tokenizer, source, role, formats)
@@ -199,17 +199,17 @@ def _format(
         except Exception:
             failed = True
             continue
-        if probe in text:
+        if probe in text and f"'{probe}'}}" not in text:  # else it prints the list of parts as Python does
             return form
     return "text" if failed else None  # a template that refuses a role says so when it meets one
 
 
 def _header(asked: str, prompted: str, answered: str) -> str:
     """What stands before a reply, if the prompt lacks it because the template ignores `add_generation_prompt`."""
-    if asked != prompted or REPLY not in answered or not answered.startswith(asked):
+    if USER not in asked or asked != prompted or REPLY not in answered or not answered.startswith(asked):
         return ""
     header = answered[len(asked) : answered.index(REPLY)]
-    return header if header.strip() else ""
+    return header if header.strip() and USER not in header else ""
 
 
 def _end_of_turn(answered: str, added: Collection[str], bos: str | None) -> str | None:
