@@ -80,17 +80,42 @@ class ChatTemplate:
 
 
 REMEDY = "choose another with --chat-template, or send plain text"
-_TEMPLATES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ChatTemplate | None]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What was read from a tokenizer with this template and this many tokens."""
+
+    stated: Any
+    tokens: int
+    template: ChatTemplate | None
+    control_tokens: frozenset[str]
+
+
+_READINGS: WeakKeyDictionary[PreTrainedTokenizerBase, _Reading] = WeakKeyDictionary()
+
+
+def _reading(tokenizer: PreTrainedTokenizerBase) -> _Reading:
+    stated, tokens = tokenizer.chat_template, len(tokenizer)
+    known = _READINGS.get(tokenizer)
+    if known is None or known.stated != stated or known.tokens != tokens:
+        template = _read(tokenizer) if stated else None
+        written = frozenset() if template is None else template.written
+        controls = frozenset(text for text, special in added_tokens(tokenizer).items() if special or text in written)
+        known = _Reading(dict(stated) if isinstance(stated, dict) else stated, tokens, template, controls)
+        _READINGS[tokenizer] = known
+    return known
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """The tokenizer's chat template; None without one, or with an empty one. Kept for each tokenizer."""
-    stated = tokenizer.chat_template
-    known = _TEMPLATES.get(tokenizer)
-    if known is None or known[0] != stated:
-        known = (dict(stated) if isinstance(stated, dict) else stated, _read(tokenizer) if stated else None)
-        _TEMPLATES[tokenizer] = known
-    return known[1]
+    return _reading(tokenizer).template
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The texts of the tokens that structure a conversation: special tokens, and those between a template's turns.
+    Kept for each tokenizer."""
+    return _reading(tokenizer).control_tokens
 
 
 def render(
@@ -122,13 +147,6 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     added = {str(token): bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     found = {**dict.fromkeys(special, True), **{text: known or text in special for text, known in added.items()}}
     return {text: known for text, known in found.items() if len(text) > 1 and not text.isspace()}
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The texts of the tokens that structure a conversation: special tokens, and those between a template's turns."""
-    template = chat_template(tokenizer)
-    written = frozenset() if template is None else template.written
-    return frozenset(text for text, special in added_tokens(tokenizer).items() if special or text in written)
 
 
 def _content(text: str, form: ContentFormat | None) -> Any:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
 from steering_vectors.data.chat import Example, Message, continuation, encode_example, encode_prompt, render_chat
-from steering_vectors.data.literal_text import encode_marked, holds_control_token
+from steering_vectors.data.literal_text import encode_marked, holds_control_token, marked, restored
 from steering_vectors.errors import DataError, ModelError, RequestError
 from steering_vectors.models.loading import DEMO_DIRECTORY, load_model
 from steering_vectors.models.tokenizers import control_tokens
@@ -141,6 +141,16 @@ def test_holds_control_token() -> None:
     tokenizer = chatml_tokenizer()
     assert holds_control_token(tokenizer, "a<|im_start|>b")
     assert not holds_control_token(tokenizer, "a<|im_start>b <think>")
+
+
+def test_of_two_names_the_longer_one_is_meant() -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>!", "<|im"]})
+    text = "<|im_end|>! <|im_end|> <|im_en <|i"
+    (content,), marks = marked(tokenizer, [text], [False])
+    assert sorted(marks) == ["<|im", "<|im_end|>", "<|im_end|>!"]
+    assert content == f"{marks['<|im_end|>!']} {marks['<|im_end|>']} {marks['<|im']}_en <|i"
+    assert restored(content, marks) == text
 
 
 def test_a_tokenizer_that_cannot_be_renamed_refuses_names() -> None:
