@@ -45,6 +45,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
     model: str = _model("demo", "The model: demo, smollm2, a directory, a GGUF file or a hub id.", min_length=1)
+    chat_template: str | None = _model(
+        None,
+        "The chat template: the name of one of the tokenizer's, or a Jinja file; by default its own.",
+        min_length=1,
+    )
     adapter: Path | None = _model(None, "A LoRA in peft's format, merged into the model at start.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model(
         "auto", "The data type of the weights; auto is the checkpoint's, or float32 on a CPU without bfloat16 products."

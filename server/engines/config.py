@@ -15,13 +15,15 @@ DEFAULT_CHUNK = 256
 class EngineConfig:
     """What `build_engine` needs. The first group loads the model, the second runs it.
 
-    `slots` None means 16, or on CUDA as many as memory holds. `context` None means the model's own limit, at most 4096.
+    `chat_template` is the name of one of the tokenizer's templates or a Jinja file, None its default one. `slots` None
+    means 16, or on CUDA as many as memory holds. `context` None means the model's own limit, at most 4096.
     `prefill_chunk` bounds the prompt tokens of one step, and `max_stall_ms` the time they may take while other rows
     decode; None allows 1.5 times the time of a decoding step. `cpu_prepack` None means where it is expected to be
     faster, and `cuda_graphs` None on CUDA where the model allows it.
     """
 
     model: str = "demo"
+    chat_template: str | None = None
     adapter: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from server.engines.errors import reject
 from server.engines.protocol import (
     Capability,
     Constraint,
@@ -26,12 +27,11 @@ from server.engines.protocol import (
 from server.generation.choices import Generations
 from server.generation.client_errors import client_errors
 from server.generation.steering_grammar import pinned
-from steering_vectors.data.chat import Message, continuation, encode_prompt
+from steering_vectors.data.chat import Message, check_known, continuation, encode_prompt
+from steering_vectors.data.literal_text import holds_control_token
 from steering_vectors.errors import RequestError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from server.profiles.registry import ProfileRegistry
 
 Ids = tuple[int, ...]
@@ -132,11 +132,11 @@ class Intake:
     async def _encoded(self, ask: Ask) -> list[tuple[Ids, int]]:
         """The ids of each prompt, with the number of them at the end that are scored."""
         info = self.engine.info
-        found = [await _encode(info.tokenizer, prompt, ask.encoding) for prompt in ask.prompts]
+        found = [await _encode(info, prompt, ask.encoding) for prompt in ask.prompts]
         if ask.completions is None:
             return [(ids, 0) for ids in found]
         (prompt,) = found
-        completions = await _encode_continuations(info.tokenizer, prompt, ask.completions, info.vocab_size)
+        completions = await _encode_continuations(info, prompt, ask.completions)
         return [((*prompt, *completion), len(completion)) for completion in completions]
 
 
@@ -152,32 +152,47 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-async def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoding: Mapping[str, Any]) -> Ids:
-    """Token ids of a text or of messages; token ids pass as they are. Raises RequestError."""
+async def _encode(info: EngineInfo, prompt: Prompt, encoding: Mapping[str, Any]) -> Ids:
+    """Token ids of a text or of messages; token ids pass as they are. Raises RequestError for ids that the model does
+    not have, and what `encode_prompt` raises."""
     if isinstance(prompt, list):
+        problem = f"the prompt has a token id outside of the vocabulary, 0 to {info.vocab_size - 1}"
+        reject(not _in_vocabulary(prompt, info), problem, "prompt")
         return tuple(prompt)
-    work = partial(encode_prompt, tokenizer, prompt, **encoding)
-    length = len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
-    return tuple(await asyncio.to_thread(work) if length > LONG_TEXT else work())
+    work = partial(encode_prompt, info.tokenizer, prompt, **encoding)
+    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    slow = sum(map(len, texts)) > LONG_TEXT or (
+        not isinstance(prompt, str) and any(holds_control_token(info.tokenizer, text) for text in texts)
+    )
+    ids = await asyncio.to_thread(work) if slow else work()
+    check_known(info.tokenizer, ids, info.vocab_size, param="prompt" if isinstance(prompt, str) else "messages")
+    return tuple(ids)
 
 
-async def _encode_continuations(
-    tokenizer: PreTrainedTokenizerBase, prompt: Ids, completions: Sequence[str | list[int]], vocab_size: int
-) -> list[Ids]:
+async def _encode_continuations(info: EngineInfo, prompt: Ids, completions: Sequence[str | list[int]]) -> list[Ids]:
     """Token ids of each completion as the model would write it after the prompt. Raises RequestError that names a
     completion without a token, or with an id outside of the vocabulary."""
 
-    def ids_of(completion: str | list[int]) -> Ids:
-        return tuple(completion if isinstance(completion, list) else continuation(tokenizer, list(prompt), completion))
+    def ids_of(place: int, completion: str | list[int]) -> Ids:
+        if isinstance(completion, list):
+            return tuple(completion)
+        try:
+            return tuple(continuation(info.tokenizer, prompt, completion))
+        except RequestError as error:
+            name = f"completions[{place}]"
+            raise RequestError(f"{name}: {error.message}; or send token ids", param=name) from error
 
     try:
-        found = await asyncio.to_thread(lambda: [ids_of(completion) for completion in completions])
+        found = await asyncio.to_thread(lambda: [ids_of(*numbered) for numbered in enumerate(completions)])
     except UnicodeEncodeError as error:
         raise RequestError("completions has a lone surrogate, which is not a character", param="completions") from error
     for place, ids in enumerate(found):
         name = f"completions[{place}]"
-        if not ids:
-            raise RequestError(f"{name} holds no token of this model", param=name)
-        if not all(0 <= token < vocab_size for token in ids):
-            raise RequestError(f"{name} has a token id outside of the vocabulary, 0 to {vocab_size - 1}", param=name)
+        reject(not ids, f"{name} holds no token of this model", name)
+        problem = f"{name} has a token id outside of the vocabulary, 0 to {info.vocab_size - 1}"
+        reject(not _in_vocabulary(ids, info), problem, name)
     return found
+
+
+def _in_vocabulary(ids: Sequence[int], info: EngineInfo) -> bool:
+    return all(0 <= token < info.vocab_size for token in ids)

@@ -48,13 +48,19 @@ class Model:
         ),
     ] = "auto"
     device: Annotated[str, in_model(help="The device to run on: cpu, cuda, cuda:1, …")] = "cpu"
+    chat_template: Annotated[
+        str | None,
+        in_model(help="The chat template: the name of one of the tokenizer's, or a Jinja file; by default its own."),
+    ] = None
 
     def load(self) -> steering_vectors.LanguageModel:
         """Load the model without transformers' progress bar."""
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        return steering_vectors.load_model(self.model, dtype=self.dtype, device=self.device)
+        return steering_vectors.load_model(
+            self.model, dtype=self.dtype, device=self.device, chat_template=self.chat_template
+        )
 
 
 @dataclass(frozen=True, slots=True)

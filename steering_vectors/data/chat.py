@@ -1,21 +1,35 @@
-"""Chat templates, BOS tokens, and where a prompt ends: one definition for fitting and serving."""
+"""Prompts and completions as token ids: one definition for fitting and serving.
+
+The text of messages, and of a completion after a prompt, is plain text, whatever it contains. Plain prompts, and texts
+without a prompt, are read as the tokenizer reads them, with control tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from steering_vectors.errors import DataError, ModelError, RequestError
+from steering_vectors.data.literal_text import encode_marked, holds_control_token, marked, restored
+from steering_vectors.errors import DataError, RequestError
+from steering_vectors.models.tokenizers import ChatTemplate, chat_template, render, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Role = Literal["system", "user", "assistant"]
-TemplateSource = Literal["tokenizer", "fallback"]
+TemplateSource = Literal["tokenizer", "fallback", "unusable"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+# What templates may take out of a text: commands to themselves, and the thoughts before a reply.
+COMMANDS = re.compile(r"/(?:no_)?think\b|/system_override\b")
+THOUGHTS = re.compile(r".*(?:</[\w:]*(?:think|thought|reason)\w*>|\[/THINK\])", re.DOTALL)
+ANCHORS = ("\n", ".", ")", "a", "0")  # texts before a continuation that a tokenizer may not join it to
+CONTEXT = 32  # tokens before a continuation that can change how it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +50,20 @@ class Example:
 
 
 def chat_template_source(tokenizer: PreTrainedTokenizerBase) -> TemplateSource:
-    """The renderer of messages: the tokenizer's own template, or the fallback, which joins contents by newlines."""
-    return "fallback" if _template(tokenizer) is None else "tokenizer"
+    """The renderer of messages: the tokenizer's own template, or the fallback, which joins contents by newlines.
+
+    A template that cannot be used is neither: messages are refused with the reason.
+    """
+    template = chat_template(tokenizer)
+    if template is None:
+        return "fallback"
+    return "tokenizer" if template.problem is None else "unusable"
 
 
 def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The sha256 of the template's text, or None for a tokenizer without one."""
-    template = _template(tokenizer)
-    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    """The sha256 of the template's text, or None for a tokenizer without one, or with several and no default."""
+    template = chat_template(tokenizer)
+    return None if template is None or not template.source else hashlib.sha256(template.source.encode()).hexdigest()
 
 
 def render_chat(
@@ -55,24 +75,55 @@ def render_chat(
     """Render a conversation as text, with the special tokens of the template and its generation prompt.
 
     `template_kwargs` are variables of the template, never arguments of the renderer. Raises RequestError, with
-    `param` "messages" or "chat_template_kwargs", if the template refuses them.
+    `param` "messages" or "chat_template_kwargs", if the template refuses them or leaves out a text.
     """
     if not messages:
         raise RequestError("messages is empty; send at least one message", param="messages")
     variables = dict(template_kwargs or {})
-    if _template(tokenizer) is None:
+    template = chat_template(tokenizer)
+    if template is None:
         _refuse_variables(variables, "this tokenizer has no chat template")
         return "\n".join(message.content for message in messages)
+    if template.problem is not None:
+        raise RequestError(template.problem, param="messages")
     reserved = {"messages", "self", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"kwargs"}
     _refuse_variables(variables.keys() & reserved, "it is set by the server")
+    turns = [(message.role, message.content) for message in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True, **variables
-        )
+        text = render(tokenizer, template, turns, variables=variables)
     except Exception as error:  # a template is a program and may raise anything
         reason = str(error) or type(error).__name__
         raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from error
-    return cast(str, text)
+    _check_complete(template, messages, text)
+    return text
+
+
+def _check_complete(template: ChatTemplate, messages: Sequence[Message], text: str) -> None:
+    for place, message in enumerate(messages):
+        written = template.formats.get(message.role, "text") is not None
+        if message.content.strip() and not (written and _contains(text, message)):
+            raise RequestError(
+                f"the model's chat template leaves out or changes the text of messages[{place}], whose role is "
+                f"{message.role}: put the text into a user message, or choose another template with --chat-template",
+                param="messages",
+            )
+
+
+def _contains(text: str, message: Message) -> bool:
+    """Whether a rendered text has a message's, but for spaces, commands to the template, and thoughts."""
+    content = message.content.strip()
+    if content in text:
+        return True
+    forms = [
+        content,
+        COMMANDS.sub("", content),
+        json.dumps(content)[1:-1],
+        json.dumps(content, ensure_ascii=False)[1:-1],
+    ]
+    if message.role == "assistant":
+        forms.append(THOUGHTS.sub("", content))
+    squeezed = "".join(text.split())
+    return any("".join(form.split()) in squeezed for form in forms)
 
 
 def encode_prompt(
@@ -84,41 +135,68 @@ def encode_prompt(
 ) -> list[int]:
     """Encode a plain text or messages, with the generation prompt and never with two BOS tokens.
 
-    `add_special_tokens` applies to plain texts and to the fallback only, because a template writes its own special
-    tokens. Raises RequestError for an empty prompt, and if the template fails.
+    Names of control tokens are control tokens in a plain text, and text in a message. `add_special_tokens` applies to
+    plain texts and to the fallback only, because a template writes its own special tokens. Raises RequestError for an
+    empty prompt, if the template fails, and for a token that the model does not have.
     """
     if isinstance(prompt, str):
-        param, text, special = "prompt", prompt, add_special_tokens
+        param, text = "prompt", prompt
+        encode = _encoder(tokenizer, add_special_tokens)
     else:
-        param, text = "messages", render_chat(tokenizer, prompt, template_kwargs=template_kwargs)
-        special = add_special_tokens and _template(tokenizer) is None
+        param = "messages"
+        thoughts = [message.role == "assistant" for message in prompt]
+        contents, marks = marked(tokenizer, [message.content for message in prompt], thoughts)
+        messages = [Message(one.role, content) for one, content in zip(prompt, contents, strict=True)]
+        text = render_chat(tokenizer, messages, template_kwargs=template_kwargs)
+        special = add_special_tokens and chat_template(tokenizer) is None
+        encode = _encoder(tokenizer, special, marks)
     if not text:
         raise RequestError(f"{param} is empty; send at least one character", param=param)
     try:
-        ids = _tokenize(tokenizer, text, special)
+        ids = encode(text)
     except UnicodeEncodeError as error:
         raise RequestError(f"{param} contains half of a surrogate pair; send valid Unicode", param=param) from error
+    except RequestError as error:
+        raise RequestError(f"{param}: {error.message}", param=param) from error
+    check_known(tokenizer, ids, vocabulary_of(tokenizer), param=param)
     if not ids:
         raise RequestError(f"{param} contains no token of this model; send other text", param=param)
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
+def check_known(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], size: int | None, *, param: str | None = None
+) -> None:
+    """Raise RequestError for the first token of a text that is beyond the model's vocabulary of `size` tokens."""
+    token = None if size is None else next((one for one in ids if one >= size), None)
+    if token is not None:
+        text = tokenizer.convert_ids_to_tokens(token)
+        raise RequestError(
+            f"{param or 'the text'} contains {text!r}, token {token} of the tokenizer, but the model has {size} tokens "
+            "only: leave it out",
+            param=param,
+        )
+
+
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
     """Encode an example. Returns its token ids and the index of the first token of its completion.
 
     The ids before that index are those that the server computes from the prompt alone; without a prompt, BOS if the
-    tokenizer adds it, else none. The others are the ids that the model would have generated. Raises RequestError if the
-    chat template refuses the prompt, DataError if the completion has no token.
+    tokenizer adds it, else none. The others are the ids that the model would have generated. Without a prompt, the
+    completion is a plain text. Raises RequestError if the chat template refuses the prompt, and for a token that the
+    model does not have; DataError if the completion has no token, or ends in a control token.
     """
     if example.prompt is not None:
         before = encode_prompt(tokenizer, example.prompt)
     else:
         before = [token for token in _tokenize(tokenizer, "", True)[:1] if token == tokenizer.bos_token_id]
     try:
-        completion = continuation(tokenizer, before, example.completion)
+        completion = continuation(tokenizer, before, example.completion, plain=example.prompt is None)
     except UnicodeEncodeError as error:
         raise DataError("the completion contains half of a surrogate pair; correct or remove the row") from error
+    except RequestError as error:
+        raise DataError(error.message) from error
     if not completion:
         raise DataError(f"the completion {example.completion!r} contains no token of this model; remove the row")
     return before + completion, len(before)
@@ -155,19 +233,6 @@ def text_after(before: str, whole: str) -> str:
     return whole[next((place for place, (old, new) in pairs if old != new), len(whole)) :]
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        names = ", ".join(sorted(tokenizer.chat_template))
-        raise ModelError(
-            f"the tokenizer has several chat templates ({names}) and none called 'default'; "
-            "rename one of them in its tokenizer_config.json"
-        ) from error
-
-
 def _refuse_variables(names: Collection[str], reason: str) -> None:
     if names:
         raise RequestError(
@@ -180,14 +245,78 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens:
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
-def continuation(tokenizer: PreTrainedTokenizerBase, before: list[int], text: str) -> list[int]:
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool, marks: Mapping[str, str] | None = None
+) -> Callable[[str], list[int]]:
+    if not marks:
+        return lambda text: _tokenize(tokenizer, text, add_special_tokens)
+
+    def encode(text: str) -> list[int]:
+        text.encode()
+        return encode_marked(tokenizer, text, marks, add_special_tokens=add_special_tokens)
+
+    return encode
+
+
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], text: str, *, plain: bool = False
+) -> list[int]:
     """Encode `text` as the model would generate it after `before`.
 
-    SentencePiece-like tokenizers add a space before every text, so a text that begins with a space would get two. The
-    text's own space is left out if the ids then still decode to the text.
+    What is decoded from both is the concatenated text, if any of the tokenizations that are tried has that property:
+    many tokenizers put a space before every text, which belongs to the text's start only. Names of control tokens are
+    text, but in a `plain` text they are control tokens. Raises RequestError for a token that the model does not have,
+    and for a text that ends in a control token, where it is unclear which of both is meant.
     """
-    ids = _tokenize(tokenizer, text, False)
-    if not text.startswith(" ") or decoded_after(tokenizer, before, ids) == text:
-        return ids
-    shorter = _tokenize(tokenizer, text[1:], False)
-    return shorter if decoded_after(tokenizer, before, shorter) == text else ids
+    text.encode()
+    encode = _encoder(tokenizer, False)
+    if not plain and holds_control_token(tokenizer, text):
+        _refuse_ending(tokenizer, text)
+        (content,), marks = marked(tokenizer, [text], [False])
+        text, encode = content, _encoder(tokenizer, False, marks)
+    else:
+        marks = {}
+    wanted = restored(text, marks)
+    context = list(before[-CONTEXT:])
+    if not decoded(tokenizer, context):
+        context = list(before)
+    tried: list[tuple[list[int], str]] = []
+    for ids in _tokenizations(tokenizer, encode, before, text):
+        shown = decoded_after(tokenizer, context, ids)
+        if shown == wanted:
+            break
+        tried.append((ids, shown))
+    else:  # the tokenizer changes texts: only the space at the start is compared
+        spaces = _leading_spaces(wanted)
+        alike = (ids for ids, shown in tried if ids and _leading_spaces(shown) == spaces)
+        ids = next(alike, tried[0][0])
+    check_known(tokenizer, ids, vocabulary_of(tokenizer))
+    return ids
+
+
+def _tokenizations(
+    tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]], before: Sequence[int], text: str
+) -> Iterator[list[int]]:
+    """Ways to encode a text that goes on after other tokens, the best first."""
+    yield encode(text)
+    if text.startswith(" "):
+        yield encode(text[1:])
+    for anchor in (*ANCHORS, decoded(tokenizer, before)):
+        start, whole = encode(anchor), encode(anchor + text)
+        if whole[: len(start)] == start:
+            yield whole[len(start) :]
+
+
+def _leading_spaces(text: str) -> int:
+    return len(text) - len(text.lstrip())
+
+
+def _refuse_ending(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    template = chat_template(tokenizer)
+    ends = {tokenizer.eos_token, tokenizer.pad_token, None if template is None else template.end_of_turn}
+    for end in sorted(end for end in ends if end):
+        if text.rstrip().endswith(end):
+            raise RequestError(
+                f"the completion ends in {end!r}, the name of a control token: remove it, because a completion's end "
+                "is not part of its text"
+            )

@@ -9,26 +9,30 @@ from transformers import PretrainedConfig
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models.loading import LanguageModel
+from steering_vectors.models.tokenizers import chat_template
 
 DEFAULT_CONTEXT = 4096  # tokens, where nobody asks for more
 MIN_CONTEXT = 2
 
 
 def eos_ids(lm: LanguageModel) -> frozenset[int]:
-    """The tokens that end a text, as in transformers' `generate`: those of the generation config.
+    """The tokens that end a text: all that say so of themselves.
 
-    If it has none, those of the model's config; if that has none either, the tokenizer's.
+    They are those of the generation config, or of the model's config if that has none, where transformers' `generate`
+    stops; the tokenizer's EOS token; and the token that the chat template writes after a reply. A chat model ends its
+    turns with the last one, and its generation config often lacks it. The model's config alone is no reason to stop:
+    many architectures have a default there, which is another token in other vocabularies.
     """
     generation = lm.model.generation_config
     stated = (
         None if generation is None else generation.eos_token_id,
         lm.model.config.get_text_config().eos_token_id,
-        lm.tokenizer.eos_token_id,
     )
-    for ids in stated:
-        if ids is not None and ids != []:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+    first: int | list[int] = next((ids for ids in stated if ids is not None and ids != []), [])
+    template = chat_template(lm.tokenizer)
+    turn = None if template is None else lm.tokenizer.added_tokens_encoder.get(template.end_of_turn)
+    found = {*([first] if isinstance(first, int) else first), lm.tokenizer.eos_token_id, turn}
+    return frozenset(int(one) for one in found if one is not None and 0 <= one < lm.vocab_size)
 
 
 def context_limit(lm: LanguageModel) -> int | None:

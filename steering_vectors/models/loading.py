@@ -17,6 +17,7 @@ from steering_vectors.errors import ModelError, first_line
 from steering_vectors.models.blocks import find_blocks, hidden_size_of
 from steering_vectors.models.fingerprint import fingerprint_checkpoint, fingerprint_parameters
 from steering_vectors.models.gguf import SMOLLM2, SUFFIX, convert_gguf, converted_fingerprint, find_gguf, smollm2_file
+from steering_vectors.models.tokenizers import choose_template, set_vocabulary
 from steering_vectors.profiles.profile import ModelIdentity
 
 DEMO = "demo"
@@ -58,13 +59,20 @@ class LanguageModel:
 
 
 def load_model(
-    model: str, *, dtype: str = "auto", device: str = "cpu", adapter: Path | None = None, tensor_parallel: bool = False
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    adapter: Path | None = None,
+    tensor_parallel: bool = False,
+    chat_template: str | None = None,
 ) -> LanguageModel:
     """Load `demo`, `smollm2`, a directory, a hub id or a GGUF file; only safetensors and GGUF weights, no remote code.
 
     `dtype` is auto (the checkpoint's, see `computing_dtype`), float32, bfloat16 or float16. An `adapter` is a folder in
     peft's format, merged into the weights: the result is another model, whose profiles are its own. With
     `tensor_parallel` each process of torch's process group holds a part of the weights, and all run the same passes.
+    `chat_template` is the name of one of the tokenizer's templates, or a Jinja file, to use in place of its default.
     Raises ModelError with the remedy.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -72,6 +80,8 @@ def load_model(
     source = _source(model)
     _check_source(source)
     tokenizer = _load_tokenizer(source)
+    if chat_template is not None:
+        choose_template(tokenizer, chat_template)
     network = _load_network(source, DTYPES.get(dtype, "auto"), None if tensor_parallel else device)
     if dtype == "auto" and not tensor_parallel:
         network = cast(PreTrainedModel, network.to(computing_dtype(network.dtype, network.device)))
@@ -91,6 +101,7 @@ def computing_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> LanguageModel:
     """A LanguageModel around a model that is loaded already; its blocks are found by a dry run."""
     blocks = find_blocks(model)
+    set_vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
     identity = identify(model, num_layers=len(blocks), name=name)
     return LanguageModel(identity.id, model, tokenizer, blocks, identity)
 

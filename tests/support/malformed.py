@@ -126,7 +126,7 @@ CASES = [
     ),
     chat(
         {"messages": [{"role": "user", "content": "x", "name": "Ann"}]},
-        "field 'messages[0].name' is not supported: leave it out",
+        "field 'messages[0].name' is not supported: leave it out or set it to \"\"",
     ),
     chat(
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},

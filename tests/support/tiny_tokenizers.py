@@ -1,13 +1,13 @@
-"""Two tokenizers trained in-process: byte-level BPE, and SentencePiece-like with byte fallback.
+"""Tokenizers trained in-process: byte-level BPE, and two like SentencePiece's with byte fallback (BPE and unigram).
 
-Both fit the vocabulary of the tiny models, add <s> before a text, and can have a chat template.
+All fit the vocabulary of the tiny models, add <s> before a text, and can have a chat template.
 """
 
 from __future__ import annotations
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB = 384  # 256 bytes, two special tokens, merges
@@ -20,6 +20,11 @@ SENTENCES = (
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -54,6 +59,47 @@ def byte_fallback_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenize
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return _finished(tokenizer, chat_template, unk_token="<unk>")
+
+
+def unigram_tokenizer(*, chat_template: bool = True, prepend_scheme: str = "always") -> PreTrainedTokenizerFast:
+    """A SentencePiece-like unigram tokenizer with byte fallback. `prepend_scheme` says which texts get a ▁."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(SENTENCES, trainers.UnigramTrainer(vocab_size=110, show_progress=False))
+    pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
+    pieces += [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        if prepend_scheme != "never"
+        else [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return _finished(tokenizer, chat_template, unk_token="<unk>")
+
+
+def legacy_llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Like `byte_fallback_tokenizer`, with a normalizer that writes the ▁, as Llama's legacy conversion has."""
+    tokenizer = byte_fallback_tokenizer(chat_template=False).backend_tokenizer
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _finished(tokenizer, False, unk_token="<unk>")
+
+
+def prefix_space_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that puts a space before every text."""
+    tokenizer = tiny_tokenizer(chat_template=False).backend_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return _finished(tokenizer, False)
+
+
+def chatml_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML's tokens: <|im_end|> is special, <|im_start|> is only an added token."""
+    fast = tiny_tokenizer(chat_template=False)
+    fast.add_tokens(["<|im_start|>", "<think>", "</think>"])
+    fast.add_tokens([AddedToken("<|im_end|>", special=True, normalized=False)], special_tokens=True)
+    fast.chat_template = CHATML if template is None else template
+    return fast
 
 
 def _finished(tokenizer: Tokenizer, chat_template: bool, **special: str) -> PreTrainedTokenizerFast:

@@ -28,12 +28,15 @@ OPENAI_NO_OPS: NoOps = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
+    "prompt_cache_key": (),
     "reasoning_effort": ("none",),
+    "safety_identifier": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "verbosity": (),
     "web_search_options": (),
 }
 

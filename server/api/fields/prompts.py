@@ -44,7 +44,8 @@ def _joined_parts(content: Any) -> Any:
             raise PydanticCustomError(
                 "unsupported_content", "a content part of type {kind} is not supported, only text", {"kind": repr(kind)}
             )
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        stated = {name for name, value in part.items() if value is not None}
+        if stated != {"type", "text"} or not isinstance(part["text"], str):
             raise PydanticCustomError("content_part", "a text part is an object of type and text, nothing else")
     return "\n".join(part["text"] for part in content)
 
@@ -70,10 +71,13 @@ class MessageBody(Body):
     no_ops: ClassVar[NoOps] = {
         "annotations": ([],),
         "audio": (),
-        "function_call": (),
-        "name": (),
-        "refusal": (),
-        "tool_call_id": (),
+        "cache_control": (),
+        "function_call": ({},),
+        "name": ("",),
+        "reasoning": ("",),
+        "reasoning_content": ("",),
+        "refusal": ("",),
+        "tool_call_id": ("",),
         "tool_calls": ([],),
     }
 

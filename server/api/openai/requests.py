@@ -87,7 +87,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
 class ChatBody(OpenAIBody):
     """The body of POST /v1/chat/completions. By default a reply may be as long as the context."""
 
-    no_ops: ClassVar[NoOps] = {**OPENAI_NO_OPS, "echo": (False,)}
+    no_ops: ClassVar[NoOps] = {**OPENAI_NO_OPS, "echo": (False,), "prompt": ()}
     examples: ClassVar[Examples] = (
         {
             "model": "demo",
@@ -123,7 +123,7 @@ class ChatBody(OpenAIBody):
 class CompletionBody(OpenAIBody):
     """The body of POST /v1/completions."""
 
-    no_ops: ClassVar[NoOps] = {**OPENAI_NO_OPS, "top_logprobs": (0,)}
+    no_ops: ClassVar[NoOps] = {**OPENAI_NO_OPS, "messages": (), "top_logprobs": (0,)}
     examples: ClassVar[Examples] = ({"model": "demo:warm@0.8", "prompt": "Bread is", "max_tokens": 16, "seed": 7},)
 
     prompt: ManyPrompts = Field(description="One or more prompts, each a text or token ids.")

@@ -199,8 +199,11 @@ class ModelEntry(TypedDict):
     owned_by: Annotated[Literal["trimtab"], about("The server.")]
     max_model_len: Annotated[int, about("The most tokens of prompt and completion together.", 512)]
     chat_template: Annotated[
-        Literal["tokenizer", "fallback"],
-        about("`fallback`: the tokenizer has no template, and contents are joined without roles."),
+        Literal["tokenizer", "fallback", "unusable"],
+        about(
+            "`tokenizer`: the tokenizer's own, or that of `--chat-template`. `fallback`: there is none, and contents "
+            "are joined without roles. `unusable`: it cannot be used, and conversations are a 400 that says why."
+        ),
     ]
     parent: NotRequired[Annotated[str, about("The base model of an alias.", "demo")]]
     profile: NotRequired[Annotated[str, about("The profile of an alias.", "warm")]]

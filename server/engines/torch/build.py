@@ -52,6 +52,7 @@ def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageMode
         device=config.device,
         adapter=config.adapter,
         tensor_parallel=channel is not None,
+        chat_template=config.chat_template,
     )
     logger.info("the weights are %s", _pack(config, language_model))
     slots, context = _sizes(config, language_model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -122,3 +123,68 @@ def test_a_gate_is_fitted_and_stored(model: Path, data: Path, tmp_path: Path) ->
     refused = run("fit", "kind", model, data, tmp_path, "--gate", str(gate))
     expected = f"error: {gate}: there are 7 prompts with label false; a gate needs at least 8 of each\n"
     assert (refused.exit_code, refused.stderr) == (2, expected)
+
+
+def chats(directory: Path, reply: str) -> Path:
+    """Rows of messages whose last one has this chosen reply."""
+    turn = {"role": "user", "content": "What?"}
+    rows = [
+        {
+            "prompt": [turn],
+            "chosen": [{"role": "assistant", "content": f"warm {row}"}],
+            "rejected": [{"role": "assistant", "content": f"wind {row}"}],
+        }
+        for row in range(20)
+    ]
+    rows[-1]["chosen"] = [{"role": "assistant", "content": reply}]
+    path = directory / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def fit_chats(model: Path, data: Path, out: Path, *more: str) -> Result:
+    fixed = ["fit", "kind", "--model", str(model), "--data", str(data), "--out", str(out), "--layers", "1"]
+    return CliRunner().invoke(app, [*fixed, "--no-calibrate", *more])
+
+
+def test_a_template_can_be_chosen(model: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    chosen = ("--chat-template", str(tmp_path / "mine.jinja"))
+    assert fit_chats(model, chats(tmp_path, "warm"), tmp_path, *chosen).exit_code == 0
+    stored = load_profile(tmp_path / "kind.safetensors").chat_template_sha256
+    assert stored == hashlib.sha256(template.encode()).hexdigest()
+
+
+def test_a_template_that_does_not_exist_is_an_error(model: Path, tmp_path: Path) -> None:
+    result = fit_chats(model, chats(tmp_path, "warm"), tmp_path, "--chat-template", "rag")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the chat template 'rag' is neither one of the tokenizer's")
+
+
+@pytest.mark.parametrize(
+    ("reply", "tokens", "reason"),
+    [
+        (
+            "warm</s>",
+            384,
+            "the completion ends in '</s>', the name of a control token: remove it, because a completion's end is not "
+            "part of its text",
+        ),
+        (
+            "warm<pad>it",
+            373,
+            "the text contains '<pad>', token 373 of the tokenizer, but the model has 373 tokens only: leave it out",
+        ),
+    ],
+)
+def test_a_reply_that_cannot_be_encoded_is_named(tmp_path: Path, reply: str, tokens: int, reason: str) -> None:
+    tiny_model("llama", vocab_size=tokens).save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = fit_chats(tmp_path / "model", chats(tmp_path, reply), tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith(f"({reply!r}): {reason}")
+    assert "positive example 20" in result.stderr
+    assert fit_chats(tmp_path / "model", chats(tmp_path, "warm"), tmp_path).exit_code == 0

@@ -16,7 +16,7 @@ from steering_vectors.models.limits import DEFAULT_CONTEXT, checked_context, con
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from tests.support.running import request, run_all
 from tests.support.tiny import tiny_model
-from tests.support.tiny_tokenizers import tiny_tokenizer
+from tests.support.tiny_tokenizers import CHATML, chatml_tokenizer, tiny_tokenizer
 
 GENERATION, OTHER, CONFIG, TOKENIZER, PLAIN = CANDIDATES = (20, 21, 22, 23, 24)
 TOKENS = 12
@@ -45,11 +45,11 @@ def model_with(generation: Any, config: Any, tokenizer: int | None) -> LanguageM
 @pytest.mark.parametrize(
     ("generation", "config", "tokenizer", "expected"),
     [
-        (GENERATION, CONFIG, TOKENIZER, {GENERATION}),
-        ([GENERATION, OTHER], CONFIG, TOKENIZER, {GENERATION, OTHER}),
-        (None, CONFIG, TOKENIZER, {CONFIG}),
-        (None, [CONFIG, OTHER], TOKENIZER, {CONFIG, OTHER}),
-        ("no generation config", CONFIG, TOKENIZER, {CONFIG}),
+        (GENERATION, CONFIG, TOKENIZER, {GENERATION, TOKENIZER}),
+        ([GENERATION, OTHER], CONFIG, TOKENIZER, {GENERATION, OTHER, TOKENIZER}),
+        (None, CONFIG, TOKENIZER, {CONFIG, TOKENIZER}),
+        (None, [CONFIG, OTHER], TOKENIZER, {CONFIG, OTHER, TOKENIZER}),
+        ("no generation config", CONFIG, TOKENIZER, {CONFIG, TOKENIZER}),
         (None, None, TOKENIZER, {TOKENIZER}),
         (None, None, None, set()),
     ],
@@ -71,6 +71,76 @@ def test_calibration_and_serving_end_texts_at_the_same_tokens(
         assert (one.end.reason == "length") == (len(one.ids) == TOKENS)
     for seen in ([token for ids in sampled for token in ids], [token for one in served for token in one.ids]):
         assert set(CANDIDATES) - expected <= set(seen)
+
+
+def chat_model(template: str | None, *, tokenizer: str, generation: list[str], config: str = "</s>") -> LanguageModel:
+    """A model with ChatML's tokens whose parts say these tokens end a text."""
+    words = chatml_tokenizer(template)
+    words.eos_token = tokenizer
+    network = tiny_model("llama")
+    network.config.eos_token_id = words.convert_tokens_to_ids(config)
+    network.generation_config.eos_token_id = words.convert_tokens_to_ids(generation) or None
+    return wrap_model(network, words)
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}END\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokenizer", "generation", "expected"),
+    [
+        # all agree
+        (CHATML, "<|im_end|>", ["<|im_end|>"], {"<|im_end|>"}),
+        # an early Llama 3: neither generation config nor tokenizer has the turn's end
+        (CHATML, "</s>", ["</s>"], {"</s>", "<|im_end|>"}),
+        # Gemma: the generation config has both, the tokenizer one
+        (CHATML, "</s>", ["</s>", "<|im_end|>"], {"</s>", "<|im_end|>"}),
+        # a fine-tune of a base model: its generation config is the base model's, its tokenizer is not
+        (CHATML, "<|im_end|>", ["</s>"], {"</s>", "<|im_end|>"}),
+        # no generation config: the model's config, whose token need not be the tokenizer's
+        (CHATML, "<|im_end|>", [], {"</s>", "<|im_end|>"}),
+        # a template without an end of turn, one that begins turns only, and one that cannot be used
+        (TURNS.replace("END", ""), "</s>", ["</s>"], {"</s>"}),
+        (TURNS.replace("END", "</s>"), "</s>", ["</s>"], {"</s>"}),
+        ("{% if %}", "</s>", ["</s>"], {"</s>"}),
+        # an end that is an added token only
+        (TURNS.replace("END", "</think>"), "</s>", ["</s>"], {"</s>", "</think>"}),
+    ],
+)
+def test_a_text_ends_at_every_token_that_is_said_to_end_it(
+    template: str, tokenizer: str, generation: list[str], expected: set[str]
+) -> None:
+    lm = chat_model(template, tokenizer=tokenizer, generation=generation)
+    assert set(lm.tokenizer.convert_ids_to_tokens(sorted(eos_ids(lm)))) == expected
+
+
+def test_a_default_of_the_models_config_ends_nothing_beside_a_generation_config() -> None:
+    lm = chat_model(CHATML, tokenizer="<|im_end|>", generation=["<|im_end|>"], config="a")
+    assert eos_ids(lm) == {lm.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_a_token_that_the_model_does_not_have_ends_nothing() -> None:
+    words = chatml_tokenizer()
+    words.eos_token = "<|im_end|>"
+    network = tiny_model("llama", vocab_size=370)
+    network.generation_config.eos_token_id = [1, 400, -1]
+    lm = wrap_model(network, words)
+    assert eos_ids(lm) == {1}
+    (one,) = run_all(lm, [request([0, 5], max_tokens=4, min_tokens=3)], slots=1, context=64)
+    assert len(one.ids) >= 3
+
+
+def test_a_reply_ends_where_the_template_ends_a_turn() -> None:
+    """The generation config and the tokenizer know </s> only; the model writes <|im_end|>."""
+    lm = chat_model(CHATML, tokenizer="</s>", generation=["</s>"])
+    end = lm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    network = tiny_model("phi")
+    with torch.no_grad():
+        network.get_output_embeddings().weight.zero_()
+        network.get_output_embeddings().bias[end] = 1e4
+    network.generation_config.eos_token_id = 1
+    (one,) = run_all(wrap_model(network, lm.tokenizer), [request([0, 5], max_tokens=8)], slots=1, context=64)
+    assert (one.ids, one.end.reason) == ((), "stop")
 
 
 def test_a_served_model_has_the_context_of_the_fitted_one() -> None:
