@@ -59,10 +59,8 @@ class Corpus:
 
 
 def corpus_for(lm: LanguageModel, pairs: Preferences, *, skip_long_rows: bool) -> Corpus:
-    """`encode_corpus` within a model's context and vocabulary."""
-    return encode_corpus(
-        lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows, vocab_size=lm.vocab_size
-    )
+    """`encode_corpus` within a model's context."""
+    return encode_corpus(lm.tokenizer, pairs, limit=context_limit(lm), skip_long_rows=skip_long_rows)
 
 
 def encode_corpus(
@@ -71,13 +69,12 @@ def encode_corpus(
     *,
     limit: int | None,
     skip_long_rows: bool = False,
-    vocab_size: int | None = None,
 ) -> Corpus:
     """Encode every row. Raises DataError, with the line and the column of the row, if one cannot be used.
 
-    Rows that the chat template refuses, that have no token, or a token from `vocab_size` on, are left out if `pairs`
-    were read with `skip_bad_rows`. Rows of more than `limit` tokens are left out if `skip_long_rows`. Enough rows must
-    remain. Rows are never truncated, because half a response may express another preference.
+    Rows that the chat template refuses, that have no token, or one that the model does not have, are left out if
+    `pairs` were read with `skip_bad_rows`. Rows of more than `limit` tokens are left out if `skip_long_rows`. Enough
+    rows must remain. Rows are never truncated, because half a response may express another preference.
     """
     encoded: dict[Example, Encoded] = {}
     bad: dict[int, tuple[Side, str]] = {}
@@ -88,7 +85,7 @@ def encode_corpus(
                 continue
             try:
                 if example not in encoded:
-                    encoded[example] = _encode(tokenizer, example, vocab_size)
+                    encoded[example] = encode_example(tokenizer, example)
             except RequestError as error:
                 bad[row] = "prompt", error.message
             except DataError as error:
@@ -119,16 +116,6 @@ def encode_corpus(
         left_out.append(f"{len(long)} exceed the model's context of {limit} tokens")
     kept.check(left_out=", ".join(left_out))
     return Corpus(kept, encoded, len(long))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, vocab_size: int | None) -> Encoded:
-    """Encode an example. Raises RequestError for its prompt, DataError for its completion."""
-    ids, start = encode_example(tokenizer, example)
-    for place, token in enumerate(ids):
-        if vocab_size is not None and token >= vocab_size:
-            problem = f"it contains the token {token}, but the model's embedding has {vocab_size}"
-            raise RequestError(problem) if place < start else DataError(problem)
-    return ids, start
 
 
 def sampling_prompts(

@@ -185,6 +185,6 @@ def test_a_reply_that_cannot_be_encoded_is_named(tmp_path: Path, reply: str, tok
     tokenizer.save_pretrained(tmp_path / "model")
     result = fit_chats(tmp_path / "model", chats(tmp_path, reply), tmp_path)
     assert result.exit_code == 2
-    assert result.stderr.strip().endswith(f"({reply!r}): {reason}")
-    assert "positive example 20" in result.stderr
+    counted = "1 of 20 rows cannot be encoded; correct the row, or skip such rows with --skip-bad-rows"
+    assert result.stderr.strip().endswith(f", line 20, field 'chosen': {reason}; {counted}")
     assert fit_chats(tmp_path / "model", chats(tmp_path, "warm"), tmp_path).exit_code == 0

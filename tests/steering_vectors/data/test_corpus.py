@@ -147,19 +147,16 @@ def test_a_text_without_a_token_is_named(write: Write, tokenizer: PreTrainedToke
 
 
 def test_tokens_beyond_the_embedding_are_named(write: Write) -> None:
-    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    lm.tokenizer.add_tokens(["<new>"])
-    path = write(changed(PREFERENCE, 3, rejected="bad <new>"))
-    token = lm.tokenizer.convert_tokens_to_ids("<new>")
-    lm.model.config.vocab_size = token
-    with pytest.raises(DataError) as caught:
-        corpus_for(lm, load_pairs(path), skip_long_rows=False)
-    assert str(caught.value).startswith(
-        f"{path}, line 4, field 'rejected': it contains the token {token}, but the model's embedding has {token}"
-    )
-    path = write(changed(PREFERENCE, 3, prompt="q <new>"))
-    with pytest.raises(DataError, match=f"line 4, field 'prompt': it contains the token {token}"):
-        corpus_for(lm, load_pairs(path), skip_long_rows=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    token = tokenizer.convert_tokens_to_ids("<new>")
+    lm = wrap_model(tiny_model("llama", vocab_size=token), tokenizer)
+    known = f"contains '<new>', token {token} of the tokenizer, but the model has {token} tokens only: leave it out"
+    for column, text in (("rejected", "the text"), ("prompt", "prompt")):
+        path = write(changed(PREFERENCE, 3, **{column: "bad <new>"}))
+        with pytest.raises(DataError) as caught:
+            corpus_for(lm, load_pairs(path), skip_long_rows=False)
+        assert str(caught.value).startswith(f"{path}, line 4, field {column!r}: {text} {known}; 1 of ")
 
 
 def test_rows_in_memory_are_named_by_their_text(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
