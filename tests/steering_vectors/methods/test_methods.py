@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from steering_vectors.data.batches import Encoded
 from steering_vectors.errors import FitError
 from steering_vectors.measures.activations import LayerStatistics, capture
-from steering_vectors.methods import Method, Task, method_named, method_names, register
+from steering_vectors.methods import Method, Task, method_named, method_names, register, registry
 from steering_vectors.methods.pca import first_component, principal_difference
 from steering_vectors.methods.probe import probe_normal
 from steering_vectors.methods.registry import option, per_layer
@@ -193,6 +194,26 @@ class Options:
 
 
 OWN = Method("own", lambda task: {}, options=Options, direction="d", paper="p")
+
+
+def test_an_option_has_a_default_and_a_help_text() -> None:
+    """Also where it is made after the import of its module."""
+    made = dataclasses.make_dataclass("Made", [("word", str, option("b", "Another word."))])
+    method = Method("made", lambda task: {}, options=made)
+    assert method.complete({}) == {"word": "b"}
+    assert method.describe()["options"] == [{"name": "word", "type": "str", "default": "b", "help": "Another word."}]
+
+
+def test_a_registered_method_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", {})
+    register(OWN)
+    assert method_named("own") is OWN
+    assert method_names() == ("own",)
+
+
+def test_a_method_per_layer_needs_no_description() -> None:
+    bare = per_layer("bare", lambda one: one.difference, needs_sample=False)
+    assert (bare.direction, bare.paper, bare.options) == ("", "", None)
 
 
 def test_a_method_describes_itself_and_its_options() -> None:
