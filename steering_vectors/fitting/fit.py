@@ -27,12 +27,13 @@ from steering_vectors.fitting.layers import (
     parse_layers,
 )
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
+from steering_vectors.measures.data_quality import data_quality
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Task, method_named
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.metadata import DataRecord, LayerScores, Metrics, OptionValue
+from steering_vectors.profiles.metadata import DataQuality, DataRecord, LayerScores, Metrics, OptionValue
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
 from steering_vectors.runtime.cpu.choose_packing import packed
@@ -147,8 +148,9 @@ def fit(
     (see `choose_layers`) and the other half calibrates the unit (see `calibrate_on`) and gives the metrics, so the
     reported figures come from rows that neither step has seen. With layers given, all held-out rows calibrate.
 
-    The profile holds float32 directions of shape `[hidden_size]` per block. Its `metrics` hold `projection_accuracy`
-    by block, `propensity` at strengths −1, 0 and +1, `layer_choice`, and `notes` for the user.
+    The profile holds float32 directions of shape `[hidden_size]` per block. Its `metrics` hold `data_quality` of the
+    training rows, `projection_accuracy` by block, `propensity` at strengths −1, 0 and +1, `layer_choice`, and `notes`
+    for the user.
 
     Raises FitError if no profile can be fitted, DataError for rows that this model cannot use, ProfileError for an
     unusable name.
@@ -230,8 +232,11 @@ class _Fit:
                 )
             with steerable(lm) as steered:
                 metrics["propensity"] = propensity_report(steered, profile, measured)
+        if quality := data_quality(statistics, parts.train, profile.layers):
+            metrics["data_quality"] = quality
         metrics["notes"] = [
             *_data_notes(profile.data, parts),
+            *(_quality_notes(quality) if quality and self._method.reads_labels else ()),
             *self._sample_notes(parts.train),
             *_effect_notes(profile, metrics),
         ]
@@ -412,3 +417,7 @@ def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
             f"residual stream, and KL is {cost['kl_at_1']:.3g}"
         )
     return notes
+
+
+def _quality_notes(quality: DataQuality) -> list[str]:
+    return []

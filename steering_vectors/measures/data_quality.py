@@ -78,6 +78,7 @@ def quality_at(layer: int, statistics: LayerStatistics, tokens: Lengths, charact
         "layer": layer,
         "rows": sample.rows,
         "agreement": sample.agreement(),
+        "significance": sample.significance(),
         "reproducibility": sample.reproducibility(),
         "separation": scores.separation,
         "length": length_quality(scores, sample.own(tokens), tokens, characters),
@@ -139,6 +140,27 @@ class _Sample:
         signal = self._signal()
         total = signal + _variance(self._positives) + _variance(self._negatives)
         return signal / total if total > 0 else 0.0
+
+    def significance(self) -> float:
+        """What exceeds chance in the agreement, in its standard deviations if no label meant anything.
+
+        For pairs, labels are as good as random if each difference has a random sign: the products of two unit vectors
+        then have mean 0, and are uncorrelated. For unpaired data it is the statistic of Chen and Qin (2010,
+        doi:10.1214/09-AOS716) for equal means in many dimensions.
+        """
+        if self._paired:
+            units = torch.nn.functional.normalize(self._positives - self._negatives, dim=1)
+            products = (units @ units.T).fill_diagonal_(0)
+            excess, variance = float(products.sum()), 2 * float(products.square().sum())
+        else:
+            sides = self._positives, self._negatives
+            means = [side.mean(0) for side in sides]
+            one, other = (side - mean for side, mean in zip(sides, means, strict=True))
+            excess = float((means[0] - means[1]).square().sum())
+            excess -= sum(_variance(side) / len(side) for side in sides)
+            within = [float((side @ side.T).fill_diagonal_(0).square().sum()) / len(side) ** 4 for side in (one, other)]
+            variance = 2 * sum(within) + 4 * float((one @ other.T).square().sum()) / (len(one) * len(other)) ** 2
+        return excess / variance**0.5 if variance > 0 else 0.0
 
     def reproducibility(self) -> float:
         """The cosine to expect between the mean difference and that of as many other rows, at least 0."""

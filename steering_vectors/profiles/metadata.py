@@ -83,14 +83,15 @@ class LengthQuality(TypedDict):
 class DataQuality(TypedDict):
     """Figures of the training rows at one block, of the difference of means (see `data_quality`).
 
-    `rows` were read. `agreement` is the mean cosine between the differences of two pairs. `reproducibility` is the
-    cosine to expect between the direction and one from as many other rows. `separation` is d′ of the two sides along a
-    direction from other rows.
+    `rows` were read. `agreement` is the mean cosine between the differences of two pairs, and `significance` how many
+    standard deviations it lies above that of random labels. `reproducibility` is the cosine to expect between the
+    direction and one from as many other rows. `separation` is d′ of the two sides along a direction from other rows.
     """
 
     layer: int
     rows: int
     agreement: float
+    significance: float
     reproducibility: float
     separation: float
     length: LengthQuality

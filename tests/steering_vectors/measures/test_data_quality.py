@@ -66,6 +66,7 @@ def test_shuffled_labels_leave_nothing(seed: int) -> None:
     assert abs(found["agreement"]) < 0.02
     assert found["reproducibility"] < 0.75
     assert abs(found["separation"]) < 0.35
+    assert abs(found["significance"]) < 4
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -82,6 +83,24 @@ def test_pure_noise_has_no_bias(paired: bool, figure: str) -> None:
     mean, error = float(np.mean(values)), float(np.std(values)) / len(values) ** 0.5
     assert abs(mean) < 3.5 * error
     assert error < 0.05
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_significance_of_noise_is_a_standard_score(paired: bool) -> None:
+    values = []
+    for seed in range(300):
+        positives, negatives = planted(seed, rows=30, gap=0.0)
+        if not paired:
+            negatives = planted(seed + 1000, rows=30, gap=0.0)[1]
+        values.append(quality(statistics_of(positives, negatives, paired=paired))["significance"])
+    assert abs(np.mean(values)) < 0.2
+    assert np.std(values) == pytest.approx(1.0, abs=0.15)
+
+
+def test_significance_grows_with_rows_and_agreement() -> None:
+    few, many = (quality(statistics_of(*planted(1, rows=rows, noise=0.5)))["significance"] for rows in (40, 400))
+    assert 5 < 3 * few < many
+    assert quality(statistics_of(*planted(1, rows=400, noise=0.5, flipped=0.3)))["significance"] < many / 2
 
 
 @pytest.mark.parametrize("flipped", [0.0, 0.1, 0.3])
@@ -153,7 +172,7 @@ def test_the_order_of_rows_and_the_names_of_sides_do_not_matter(paired: bool, se
         lengths_of(tokens[0][order], tokens[1][other], paired=paired),
     )
     swapped = quality(statistics_of(negatives, positives, paired=paired), lengths_of(tokens[1], tokens[0], paired=paired))
-    for figure in ("agreement", "reproducibility", "separation"):
+    for figure in ("agreement", "significance", "reproducibility", "separation"):
         assert shuffled[figure] == pytest.approx(first[figure], abs=1e-5)  # type: ignore[literal-required]
         assert swapped[figure] == pytest.approx(first[figure], abs=1e-5)  # type: ignore[literal-required]
     assert shuffled["length"] == pytest.approx(first["length"], abs=1e-5)
