@@ -1,4 +1,4 @@
-"""Do the figures that a fit reads from its pairs foretell what the profile will do, and does the alarm ring in time?
+"""How well the figures that a fit reads from its data foretell the effect of its profile, on data of known quality.
 
     python -m benchmarks.quality.bad_pairs --out DIR [--summary]
 
@@ -6,7 +6,8 @@ Data sets of known quality are made from the demo model's four manners: all rows
 the labels shuffled; random texts as pairs; unpaired rows; and mixtures with pairs of short and long replies. A mean
 difference at one block is brought to the same KL for each of them. Its effect from strength −1 to +1 is measured on
 held-out rows: the margin of clean pairs, the share of replies in the manner (by the rule-based judge), and the length
-of replies. Figures of the data are then ranked against these effects. Intervals (95 %) resample the data sets.
+of replies. `effect` is the mean of the first two, each as a share of what the manner's clean rows reach. Figures of the
+data are then ranked against the effects. Intervals (95 %) resample the data sets.
 
 The activations and each data set's effects are files in DIR. A second run measures only what is missing; `--summary`
 measures nothing.
@@ -20,9 +21,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -35,11 +35,12 @@ from scipy.stats import spearmanr
 from benchmarks.quality.dose_response import MANNERS, PREFERENCES, heldout_prompts, messages
 from benchmarks.quality.manners import judge
 from steering_vectors import Profile, load_model, load_pairs
-from steering_vectors.data.chat import Example, encode_prompt
+from steering_vectors.data.chat import encode_prompt
 from steering_vectors.data.corpus import Sides, encode_corpus
 from steering_vectors.fitting.calibration import cost_of, largest_coefficient, search
+from steering_vectors.fitting.fit import MIN_SIGNIFICANCE
 from steering_vectors.measures.activations import LayerStatistics, capture
-from steering_vectors.measures.controls import interval
+from steering_vectors.measures.controls import bootstrap
 from steering_vectors.measures.data_quality import Lengths, quality_at
 from steering_vectors.measures.steered_model import KeptTexts, SteeredModel, eos_ids, steerable
 from steering_vectors.models.loading import LanguageModel
@@ -58,9 +59,10 @@ SIZES = {  # rows, and the shares of swapped labels
 }
 FULL, UNPAIRED = 384, 96
 LENGTH_MANNER = "concise"
-FIGURES = ("agreement", "reproducibility", "separation", "length alone", "explained by length")
-EFFECTS = ("share", "margin")
-DRAWS = 2000
+FIGURES = ("agreement", "significance", "reproducibility", "separation")
+LENGTH_FIGURES = ("length alone", "correlation", "explained")
+WORKS = 0.5  # of the effect of the manner's clean rows
+DRAWS = 1000
 
 Key = tuple[str, int, int]  # manner, row and side (0: preferred) of a text
 
@@ -153,7 +155,7 @@ class Readings:
             "separation": found["separation"],
             "length alone": abs(2 * found["length"]["longer_tokens"] - 1),
             "correlation": found["length"]["correlation"],
-            "explained by length": found["length"]["explained"],
+            "explained": found["length"]["explained"],
         }
 
 
@@ -283,9 +285,97 @@ class Cell:
     figures: Mapping[str, float]
     effects: Mapping[str, float]
 
+    @property
+    def confounded(self) -> bool:
+        return "length" in self.data.kind
+
+    @property
+    def rings(self) -> bool:
+        return self.figures["significance"] < MIN_SIGNIFICANCE
+
+
+def with_effect(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with `effect`, which compares each with its manner's clean rows."""
+    clean = {cell.data.manner: cell.effects for cell in cells if (cell.data.kind, cell.data.flipped) == ("all", 0.0)}
+
+    def effect(cell: Cell) -> float:
+        return sum(cell.effects[name] / clean[cell.data.manner][name] for name in ("share", "margin")) / 2
+
+    return [replace(cell, effects={**cell.effects, "effect": effect(cell)}) for cell in cells]
+
+
+def overall(cells: Sequence[Cell], figure: str, effect: str) -> float:
+    return rank_correlation([(cell.figures[figure], cell.effects[effect]) for cell in cells])
+
+
+def within(cells: Sequence[Cell], figure: str, effect: str, group: Callable[[Cell], object]) -> float:
+    """The mean over groups of at least three cells."""
+    groups: dict[object, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(group(cell), []).append(cell)
+    return float(np.nanmean([overall(one, figure, effect) for one in groups.values() if len(one) > 2]))
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's; NaN if all values of one kind are equal."""
+    one, other = (np.array(values) for values in zip(*pairs, strict=True))
+    return float(spearmanr(one, other).statistic) if np.ptp(one) > 0 and np.ptp(other) > 0 else math.nan
+
+
+def with_interval(cells: Sequence[Cell], statistic: Callable[[Sequence[Cell]], float]) -> str:
+    low, high = bootstrap(lambda drawn: statistic([cells[i] for i in drawn]), len(cells), draws=DRAWS)
+    return f"{statistic(cells):.2f} ({low:.2f} to {high:.2f})"
+
 
 def show(cells: Sequence[Cell]) -> None:
-    pass
+    cells, console = with_effect(cells), Console(width=170)
+    table = Table(
+        "manner", "data", "rows", "swapped", *FIGURES, *LENGTH_FIGURES, "share", "margin", "effect", "length",
+        title="Data sets",
+    )  # fmt: skip
+    for cell in cells:
+        figures = [f"{cell.figures[name]:.2f}" for name in (*FIGURES, *LENGTH_FIGURES)]
+        effects = [f"{cell.effects[name]:.2f}" for name in ("share", "margin", "effect", "length")]
+        data = cell.data
+        table.add_row(data.manner, data.kind, str(len(data.positives)), f"{data.flipped:.0%}", *figures, *effects)
+    console.print(table)
+    console.print(ranking([cell for cell in cells if not cell.confounded], "without mixtures by length"))
+    console.print(ranking(cells, "all data sets"))
+    plain = [cell for cell in cells if not cell.confounded]
+    for name, group in (("at or above", False), ("below", True)):
+        effects = sorted(cell.effects["effect"] for cell in plain if cell.rings is group)
+        works = sum(effect >= WORKS for effect in effects)
+        console.print(
+            f"significance {name} {MIN_SIGNIFICANCE:g}: {works} of {len(effects)} sets reach {WORKS:.0%} of the effect "
+            f"of clean rows; from {effects[0]:.2f} to {effects[-1]:.2f}, median {effects[len(effects) // 2]:.2f}"
+        )
+    sound = [cell for cell in cells if not cell.rings]
+    for name, meant in (("pairs that differ in length, or mixtures with them", True), ("other pairs", False)):
+        some = [cell for cell in sound if (cell.confounded or cell.data.manner == LENGTH_MANNER) is meant]
+        explained = [cell.figures["explained"] for cell in some]
+        moved = [abs(cell.effects["length"]) for cell in some]
+        console.print(
+            f"{name}: length explains {min(explained):.2f} to {max(explained):.2f}; "
+            f"replies change by a factor of {math.exp(min(moved)):.2f} to {math.exp(max(moved)):.2f}"
+        )
+
+
+def ranking(cells: Sequence[Cell], title: str) -> Table:
+    table = Table(
+        "figure", "effect", "share", "margin", "effect, within a manner", "effect, across swapped shares",
+        title=f"Spearman's correlation, {title} ({len(cells)})",
+    )  # fmt: skip
+    for figure in FIGURES:
+        found = [
+            with_interval(cells, lambda some, figure=figure, effect=effect: overall(some, figure, effect))
+            for effect in ("effect", "share", "margin")
+        ]
+        found += [
+            with_interval(cells, lambda some, figure=figure, group=group: within(some, figure, "effect", group))
+            for group in (lambda cell: cell.data.manner, lambda cell: (cell.data.manner, cell.data.kind))
+        ]
+        table.add_row(figure, *found)
+    return table
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ from steering_vectors.runtime.cpu.choose_packing import packed
 NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
 FEW_ROWS = 100
 NEAR_CHANCE = 0.55  # projection accuracy
+# From benchmarks/quality/bad_pairs.py: every data set that failed was below the first (docs/results.md has the table).
+MIN_SIGNIFICANCE = 3.0  # standard deviations of random labels
+BY_LENGTH = 0.15  # share of the distance between the sides that length explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +406,26 @@ def _data_notes(data: DataRecord, parts: Parts) -> list[str]:
     return notes
 
 
+def _quality_notes(quality: DataQuality) -> list[str]:
+    """Warnings about labels that agree no better than random ones, and about a difference that is one of length."""
+    notes, length = [], quality["length"]
+    if quality["significance"] < MIN_SIGNIFICANCE:
+        notes.append(
+            f"the rows agree little on what is preferred (mean cosine of their differences {quality['agreement']:.3f}, "
+            f"{quality['significance']:.1f} standard deviations above random labels and not {MIN_SIGNIFICANCE:g}): the "
+            "profile may not do what the data means; check the labels, or add rows"
+        )
+    if length["explained"] >= BY_LENGTH:
+        longer = length["longer_tokens"]
+        which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
+        notes.append(
+            f"length explains {length['explained']:.0%} of the difference between preferred and rejected responses "
+            f"(the preferred one is {which} in {share:.0%} of pairs): the "
+            "profile may change the length of replies too; if this is not meant, add pairs of equal length"
+        )
+    return notes
+
+
 def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
     """Warnings about a profile's effect, from its calibration and its held-out metrics."""
     cost, notes = profile.calibration, []
@@ -417,7 +440,3 @@ def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
             f"residual stream, and KL is {cost['kl_at_1']:.3g}"
         )
     return notes
-
-
-def _quality_notes(quality: DataQuality) -> list[str]:
-    return []

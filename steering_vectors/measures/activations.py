@@ -128,7 +128,8 @@ def capture(
 
     The sample is drawn from `seed`. It has at most SAMPLE_ROWS examples per side, and fewer if the samples of all
     blocks would exceed SAMPLE_BYTES. Without `keep_sample` it has at most CHECK_ROWS, at as many evenly spaced blocks
-    as fit into CHECK_BYTES, and is empty at the others. Raises FitError, with the block, if an activation is not finite.
+    as fit into CHECK_BYTES, and is empty at the others. Raises FitError, with the block, if an activation is not
+    finite.
     """
     layers = sorted(set(layers))
     draw = random.Random(seed)

@@ -64,10 +64,11 @@ def data_quality(statistics: Mapping[int, LayerStatistics], train: Corpus, layer
     if not usable:
         return None
     layer = min(usable, key=lambda k: (abs(k - middle), k))
-    sides, paired = train.sides(), train.pairs.paired
-    tokens = [[len(ids) - start for ids, start in side] for side in (sides.positives, sides.negatives)]
-    characters = [[len(one.completion) for one in side] for side in train.pairs.sides()]
-    return quality_at(layer, statistics[layer], Lengths.of(*tokens, paired), Lengths.of(*characters, paired))
+    sides, pairs = train.sides(), train.pairs
+    positives, negatives = ([len(ids) - start for ids, start in side] for side in (sides.positives, sides.negatives))
+    tokens = Lengths.of(positives, negatives, pairs.paired)
+    positives, negatives = ([len(one.completion) for one in side] for side in pairs.sides())
+    return quality_at(layer, statistics[layer], tokens, Lengths.of(positives, negatives, pairs.paired))
 
 
 def quality_at(layer: int, statistics: LayerStatistics, tokens: Lengths, characters: Lengths) -> DataQuality:

@@ -193,12 +193,13 @@ def _print_quality(console: Console, metrics: Metrics) -> None:
         return
     length = quality["length"]
     console.print(
-        f"{quality['rows']} training rows at block {quality['layer']}: agreement {quality['agreement']:.3f}, "
-        f"reproducibility {quality['reproducibility']:.3f}, separation {quality['separation']:.2f}"
+        f"{quality['rows']} training rows at block {quality['layer']}: agreement {quality['agreement']:.3f} "
+        f"({quality['significance']:.1f} standard deviations above random labels), reproducibility "
+        f"{quality['reproducibility']:.3f}, separation {quality['separation']:.2f}"
     )
     console.print(
-        f"length: preferred responses have more tokens in {length['longer_tokens']:.0%} of pairs and more characters in "
-        f"{length['longer_characters']:.0%}; within a side, its correlation with the projection is "
+        f"length: preferred responses have more tokens in {length['longer_tokens']:.0%} of pairs and more characters "
+        f"in {length['longer_characters']:.0%}; within a side, its correlation with the projection is "
         f"{length['correlation']:.2f}, which explains {length['explained']:.0%} of the distance"
     )
 

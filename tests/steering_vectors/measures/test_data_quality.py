@@ -44,9 +44,7 @@ def planted(
     draw = torch.Generator().manual_seed(seed)
     topic = 2 * torch.randn(rows, HIDDEN, generator=draw)
     axis = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=draw), dim=0)
-    sides = [
-        topic + sign * gap / 2 * axis + noise * torch.randn(rows, HIDDEN, generator=draw) for sign in (1.0, -1.0)
-    ]
+    sides = [topic + sign * gap / 2 * axis + noise * torch.randn(rows, HIDDEN, generator=draw) for sign in (1.0, -1.0)]
     swap = (torch.arange(rows) < round(flipped * rows)).unsqueeze(1)
     return torch.where(swap, sides[1], sides[0]), torch.where(swap, sides[0], sides[1])
 
@@ -171,7 +169,9 @@ def test_the_order_of_rows_and_the_names_of_sides_do_not_matter(paired: bool, se
         statistics_of(positives[order], negatives[other], paired=paired),
         lengths_of(tokens[0][order], tokens[1][other], paired=paired),
     )
-    swapped = quality(statistics_of(negatives, positives, paired=paired), lengths_of(tokens[1], tokens[0], paired=paired))
+    swapped = quality(
+        statistics_of(negatives, positives, paired=paired), lengths_of(tokens[1], tokens[0], paired=paired)
+    )
     for figure in ("agreement", "significance", "reproducibility", "separation"):
         assert shuffled[figure] == pytest.approx(first[figure], abs=1e-5)  # type: ignore[literal-required]
         assert swapped[figure] == pytest.approx(first[figure], abs=1e-5)  # type: ignore[literal-required]
@@ -207,11 +207,11 @@ def test_a_planted_confound_of_length_is_seen(paired: bool, seed: int) -> None:
     assert free["length"]["explained"] < 0.1
 
 
-def test_rows_beyond_the_sample_count(lm_rows: int = 400) -> None:
+def test_rows_beyond_the_sample_count() -> None:
     """A sample of 100 of 400 rows gives nearly the reproducibility of all, and more than that of 100 rows alone."""
-    positives, negatives = planted(5, rows=lm_rows, noise=1.5)
+    positives, negatives = planted(5, rows=400, noise=1.5)
     whole = statistics_of(positives, negatives)
-    rows = tuple(range(0, lm_rows, 4))
+    rows = tuple(range(0, 400, 4))
     part = replace(whole, positives=positives[::4], negatives=negatives[::4], sampled=(rows, rows))
     expected = quality(whole)["reproducibility"]
     assert quality(part, equal_lengths(whole))["reproducibility"] == pytest.approx(expected, abs=0.02)
