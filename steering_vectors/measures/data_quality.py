@@ -102,7 +102,7 @@ def length_quality(scores: Scores, own: Lengths, tokens: Lengths, characters: Le
         "longer_tokens": tokens.preferred_longer,
         "longer_characters": characters.preferred_longer,
         "correlation": covariance / norms if norms > 0 else 0.0,
-        "explained": min(max(by_length / scores.gap, 0.0), 1.0) if scores.gap > 0 else 0.0,
+        "explained": min(max(0.0, by_length / scores.gap), 1.0) if scores.gap > 0 else 0.0,
     }
 
 
@@ -166,7 +166,7 @@ class _Sample:
     def reproducibility(self) -> float:
         """The cosine to expect between the mean difference and that of as many other rows, at least 0."""
         square = float(self._direction.square().sum())
-        return max(self._signal() / square, 0.0) if square > 0 else 0.0
+        return max(0.0, self._signal() / square) if square > 0 else 0.0
 
     def scores(self) -> Scores:
         """Each example's projection on the mean difference of all other rows."""
