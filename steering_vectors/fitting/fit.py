@@ -41,9 +41,9 @@ from steering_vectors.runtime.cpu.choose_packing import packed
 NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
 FEW_ROWS = 100
 NEAR_CHANCE = 0.55  # projection accuracy
-# From benchmarks/quality/bad_pairs.py (docs/results.md): data sets that failed lay below 1.7 standard deviations of random
-# labels, and all above 3.3 worked. Length explained at least 22 % where the sides differ in it by design, and at most 4 %
-# elsewhere but for one set.
+# From benchmarks/quality/bad_pairs.py (docs/results.md): data sets that failed lay below 1.7 standard deviations of
+# random labels, and all above 3.3 worked. Length explained 22 % or more where the sides differ in it by design, and at
+# most 4 % elsewhere but for one set.
 MIN_SIGNIFICANCE = 3.0
 BY_LENGTH = 0.15
 

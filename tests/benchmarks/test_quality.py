@@ -298,10 +298,13 @@ def judged_cell(manner: str, kind: str, figure: float, share: float, flipped: fl
 
 
 def test_effects_are_compared_with_clean_rows_and_ranked() -> None:
+    shares = {"warm": (0.5, 0.25, 0.0), "honest": (0.2, 0.1, -0.1)}
+    figures = {"warm": (9.0, 2.0, -1.0), "honest": (8.0, 3.0, 0.0)}
     made = [
-        judged_cell("warm", "all", 9.0, 0.5), judged_cell("warm", "all", 2.0, 0.25, 0.4), judged_cell("warm", "all", -1.0, 0.0, 0.5),
-        judged_cell("honest", "all", 8.0, 0.2), judged_cell("honest", "all", 3.0, 0.1, 0.4), judged_cell("honest", "all", 0.0, -0.1, 0.5),
-    ]  # fmt: skip
+        judged_cell(manner, "all", figure, share, flipped)
+        for manner in shares
+        for figure, share, flipped in zip(figures[manner], shares[manner], (0.0, 0.4, 0.5), strict=True)
+    ]
     cells = bad_pairs.with_effect(made)
     assert [one.effects["effect"] for one in cells] == pytest.approx([1, 0.5, 0, 1, 0.5, -0.5])
     assert [one.rings for one in cells] == [False, True, True, False, False, True]
