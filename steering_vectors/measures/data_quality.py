@@ -31,8 +31,11 @@ class Lengths:
     def preferred_longer(self) -> float:
         """The share of pairs whose preferred response is the longer one, ties as a half; for unpaired data, of all
         pairs across the sides."""
-        others = self.negatives if self.paired else self.negatives.unsqueeze(1)
-        return float(((self.positives > others).double() + 0.5 * (self.positives == others).double()).mean())
+        if self.paired:
+            return float((1 + (self.positives - self.negatives).sign()).mean()) / 2
+        ordered = self.negatives.sort().values
+        below = torch.searchsorted(ordered, self.positives) + torch.searchsorted(ordered, self.positives, right=True)
+        return float(below.double().mean()) / (2 * len(ordered))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +95,7 @@ def length_quality(scores: Scores, own: Lengths, tokens: Lengths, characters: Le
     Within each side, scores are regressed on the logarithm of the tokens. The gap that this slope gives for the sides'
     mean lengths is `explained`, as a share of the whole gap.
     """
-    logs = own.positives.log(), own.negatives.log()
+    logs = own.positives.clamp_min(1).log(), own.negatives.clamp_min(1).log()
     length = torch.cat([one - one.mean() for one in logs])
     score = torch.cat([one - one.mean() for one in (scores.positives, scores.negatives)])
     variance, covariance = float(length @ length), float(length @ score)

@@ -207,6 +207,17 @@ def test_a_planted_confound_of_length_is_seen(paired: bool, seed: int) -> None:
     assert free["length"]["explained"] < 0.1
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_share_of_longer_responses_equals_counting(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    one, other = (torch.randint(1, 9, (size,), generator=draw) for size in (30, 30 if seed % 2 else 17))
+    counted = [float((a > b).double() + 0.5 * (a == b).double()) for a in one for b in other]
+    assert lengths_of(one, other, paired=False).preferred_longer == pytest.approx(sum(counted) / len(counted))
+    if len(one) == len(other):
+        counted = [float((a > b).double() + 0.5 * (a == b).double()) for a, b in zip(one, other, strict=True)]
+        assert lengths_of(one, other).preferred_longer == pytest.approx(sum(counted) / len(counted))
+
+
 def test_rows_beyond_the_sample_count() -> None:
     """A sample of 100 of 400 rows gives nearly the reproducibility of all, and more than that of 100 rows alone."""
     positives, negatives = planted(5, rows=400, noise=1.5)
