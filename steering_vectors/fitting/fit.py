@@ -27,11 +27,12 @@ from steering_vectors.fitting.layers import (
     parse_layers,
 )
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
+from steering_vectors.measures.data_quality import data_quality
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Task, method_named
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.metadata import DataRecord, LayerScores, Metrics, OptionValue
+from steering_vectors.profiles.metadata import DataQuality, DataRecord, LayerScores, Metrics, OptionValue
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
 from steering_vectors.runtime.cpu.choose_packing import packed
@@ -40,6 +41,11 @@ from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 NEGLIGIBLE = 1e-6  # of the residual norm; a shorter direction is rounding error
 FEW_ROWS = 100
 NEAR_CHANCE = 0.55  # projection accuracy
+# From benchmarks/quality/bad_pairs.py (docs/results.md): data sets that failed lay below 1.7 standard deviations of
+# random labels, and all above 3.3 worked. Length explained 22 % or more where the sides differ in it by design, and at
+# most 4 % elsewhere but for one set.
+MIN_SIGNIFICANCE = 3.0
+BY_LENGTH = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +153,9 @@ def fit(
     (see `choose_layers`) and the other half calibrates the unit (see `calibrate_on`) and gives the metrics, so the
     reported figures come from rows that neither step has seen. With layers given, all held-out rows calibrate.
 
-    The profile holds float32 directions of shape `[hidden_size]` per block. Its `metrics` hold `projection_accuracy`
-    by block, `propensity` at strengths −1, 0 and +1, `layer_choice`, and `notes` for the user.
+    The profile holds float32 directions of shape `[hidden_size]` per block. Its `metrics` hold `data_quality` of the
+    training rows, `projection_accuracy` by block, `propensity` at strengths −1, 0 and +1, `layer_choice`, and `notes`
+    for the user.
 
     Raises FitError if no profile can be fitted, DataError for rows that this model cannot use, ProfileError for an
     unusable name.
@@ -231,8 +238,11 @@ class _Fit:
                 )
             with steerable(lm) as steered:
                 metrics["propensity"] = propensity_report(steered, profile, measured)
+        if quality := data_quality(statistics, parts.train, profile.layers):
+            metrics["data_quality"] = quality
         metrics["notes"] = [
             *_data_notes(profile.data, corpus.pairs, parts),
+            *(_quality_notes(quality) if quality and self._method.reads_labels else ()),
             *self._sample_notes(parts.train),
             *_effect_notes(profile, metrics),
         ]
@@ -398,6 +408,27 @@ def _data_notes(data: DataRecord, pairs: Preferences, parts: Parts) -> list[str]
     if data["long_rows_skipped"]:
         notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
     return notes
+
+
+def _quality_notes(quality: DataQuality) -> list[str]:
+    """A warning about labels that agree no better than random ones, or else about a difference that is one of length,
+    which cannot be read from such labels."""
+    if quality["significance"] < MIN_SIGNIFICANCE:
+        return [
+            f"the rows agree little on what is preferred (mean cosine of their differences {quality['agreement']:.3f}, "
+            f"{quality['significance']:.1f} standard deviations above random labels and not {MIN_SIGNIFICANCE:g}): the "
+            "profile may not do what the data means; check the labels, or add rows"
+        ]
+    length = quality["length"]
+    if length["explained"] < BY_LENGTH:
+        return []
+    longer = length["longer_tokens"]
+    which, share = ("longer", longer) if longer > 0.5 else ("shorter", 1 - longer)
+    return [
+        f"length explains {length['explained']:.0%} of the difference between preferred and rejected responses (the "
+        f"preferred one is {which} in {share:.0%} of pairs): the profile may change the length of replies too; if this "
+        "is not meant, add pairs of equal length"
+    ]
 
 
 def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:

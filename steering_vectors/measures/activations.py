@@ -1,7 +1,7 @@
 """Statistics of block outputs over preferred and rejected responses.
 
-For each block: the mean of each side, a seeded sample of pooled vectors, and the median norm. Memory does not grow with
-the number of rows.
+For each block: the mean of each side, a seeded sample of pooled vectors, and the median norm. Memory is bounded for any
+number of rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ Tokens = Literal["response", "last"]
 
 SAMPLE_ROWS = 4096  # maximum number of pooled vectors per side
 SAMPLE_BYTES = 2**30  # maximum for all blocks together
+CHECK_ROWS = 512  # the same, where only the data's quality is read
+CHECK_BYTES = 2**26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +44,7 @@ class LayerStatistics:
 
     The means are over all examples. `positives` and `negatives` are a sample of the pooled vectors, or all of them if
     they are few. If `paired`, row i of both belongs to one pair. `residual_norm` is the median ‖h‖ over the response
-    tokens of both sides.
+    tokens of both sides. `sampled` are the examples of each side that the sample's rows belong to.
     """
 
     positive_mean: torch.Tensor  # [hidden] float64
@@ -51,6 +53,7 @@ class LayerStatistics:
     negatives: torch.Tensor  # [sample, hidden] float32
     residual_norm: float
     paired: bool
+    sampled: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     @property
     def difference(self) -> torch.Tensor:
@@ -125,15 +128,21 @@ def capture(
     """Statistics of both sides at the given blocks, in one pass over the examples.
 
     The sample is drawn from `seed`. It has at most SAMPLE_ROWS examples per side, and fewer if the samples of all
-    blocks would exceed SAMPLE_BYTES. Raises FitError, with the block, if an activation is not finite.
+    blocks would exceed SAMPLE_BYTES. Without `keep_sample` it has at most CHECK_ROWS, at as many evenly spaced blocks
+    as fit into CHECK_BYTES, and is empty at the others. Raises FitError, with the block, if an activation is not
+    finite.
     """
     layers = sorted(set(layers))
-    size = min(SAMPLE_ROWS, SAMPLE_BYTES // (2 * 4 * len(layers) * lm.hidden_size)) if keep_sample else 0
     draw = random.Random(seed)
+    if keep_sample:
+        places, size = list(range(len(layers))), min(SAMPLE_ROWS, SAMPLE_BYTES // _bytes(1, len(layers), lm))
+    else:
+        size = min(CHECK_ROWS, max(len(positives), len(negatives)))
+        places = _spaced(len(layers), CHECK_BYTES // _bytes(size, 1, lm))
     kept = _kept(len(positives), size, draw)
     others = kept if paired else _kept(len(negatives), size, draw)
     slots = {row: slot for slot, row in enumerate([*kept, *(len(positives) + row for row in others)])}
-    sample = torch.zeros(len(layers), len(slots), lm.hidden_size)
+    sample = torch.zeros(len(places), len(slots), lm.hidden_size)
     sums = torch.zeros(2, len(layers), lm.hidden_size, dtype=torch.float64)
     histograms = [NormHistogram() for _ in layers]
     examples = [*positives, *negatives]
@@ -142,15 +151,28 @@ def capture(
         for index, vectors in zip(part.indices, part.vectors.cpu(), strict=True):  # [layers, hidden]
             sums[int(index >= len(positives))] += vectors
             if index in slots:
-                sample[:, slots[index]] = vectors
+                sample[:, slots[index]] = vectors[places]
         for histogram, norms in zip(histograms, part.norms.cpu(), strict=True):
             histogram.add(norms)
     means = [sums[side] / max(len(examples), 1) for side, examples in enumerate((positives, negatives))]
-    samples = sample[:, : len(kept)], sample[:, len(kept) :]
-    return {
-        layer: LayerStatistics(means[0][k], means[1][k], samples[0][k], samples[1][k], histograms[k].median(), paired)
-        for k, layer in enumerate(layers)
-    }
+    found = {}
+    for k, layer in enumerate(layers):
+        own = sample[places.index(k)] if k in places else sample.new_zeros(0, lm.hidden_size)
+        sampled = (kept, others) if k in places else ((), ())
+        sides = own[: len(kept)], own[len(kept) :]
+        found[layer] = LayerStatistics(means[0][k], means[1][k], *sides, histograms[k].median(), paired, sampled)
+    return found
+
+
+def _bytes(rows: int, layers: int, lm: LanguageModel) -> int:
+    """The size of a sample of `rows` examples per side."""
+    return 2 * 4 * max(rows, 1) * max(layers, 1) * lm.hidden_size
+
+
+def _spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the places 0 to count − 1, at least one, evenly spaced and in the middle of their parts."""
+    number = min(count, max(most, 1))
+    return [(2 * i + 1) * count // (2 * number) for i in range(number)]
 
 
 def _kept(rows: int, size: int, draw: random.Random) -> list[int]:

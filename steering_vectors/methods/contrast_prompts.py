@@ -65,4 +65,5 @@ METHOD = Method(
     options=InstructionOptions,
     direction="mean over r of h(p⁺, q, r) − h(p⁻, q, r)",
     paper="Representation Engineering (arXiv:2310.01405)",
+    reads_labels=False,
 )

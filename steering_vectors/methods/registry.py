@@ -82,7 +82,8 @@ class Method:
 
     `needs_sample` says that the statistics must hold a sample of pooled vectors, not only means. `options` is the
     dataclass of the method's options, each with a default. `layers` gives the blocks that `--layers auto` considers,
-    from the number of blocks; all candidates if it is None. `direction` and `paper` describe the method.
+    from the number of blocks; all candidates if it is None. `direction` and `paper` describe the method. `reads_labels`
+    says that the direction depends on which responses are preferred.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Method:
     layers: Callable[[int], tuple[int, ...]] | None = None
     direction: str = ""
     paper: str = ""
+    reads_labels: bool = True
 
     def complete(self, given: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
         """Add the defaults to the given options. A text is converted to the type of the default.

@@ -66,9 +66,42 @@ class LayerScores(TypedDict):
     sampled: NotRequired[dict[str, float]]
 
 
-class Metrics(TypedDict, total=False):
-    """What `fit` measured on held-out rows. `projection_accuracy` is by block; `notes` are sentences for the user."""
+class LengthQuality(TypedDict):
+    """How far length alone tells preferred from rejected responses.
 
+    `longer_tokens` and `longer_characters` are the shares of pairs whose preferred response is the longer one; .5 says
+    nothing. `correlation` is that of the projection with the logarithm of the tokens within a side. `explained` is the
+    share of the distance between the sides that this relation gives for their lengths.
+    """
+
+    longer_tokens: float
+    longer_characters: float
+    correlation: float
+    explained: float
+
+
+class DataQuality(TypedDict):
+    """Figures of the training rows at one block, of the difference of means (see `data_quality`).
+
+    `rows` were read. `agreement` is the mean cosine between the differences of two pairs, and `significance` how many
+    standard deviations it lies above that of random labels. `reproducibility` is the cosine to expect between the
+    direction and one from as many other rows. `separation` is d′ of the two sides along a direction from other rows.
+    """
+
+    layer: int
+    rows: int
+    agreement: float
+    significance: float
+    reproducibility: float
+    separation: float
+    length: LengthQuality
+
+
+class Metrics(TypedDict, total=False):
+    """What `fit` measured, on held-out rows but for `data_quality`. `projection_accuracy` is by block; `notes` are
+    sentences for the user."""
+
+    data_quality: DataQuality
     projection_accuracy: dict[str, float]
     layer_choice: LayerScores
     propensity: PropensityReport

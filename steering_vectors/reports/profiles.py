@@ -172,6 +172,8 @@ def _facts(profile: Profile) -> list[list[str]]:
         for key, value in profile_summary(profile).items()
         if key not in PLOTTED and value not in ("", {}, None)
     }
+    if quality := profile.metrics.get("data_quality"):
+        facts["data_quality"] = quality
     if "calibration" in facts:
         facts["calibration"] = {key: value for key, value in facts["calibration"].items() if key != "curve"}
     return [[key.replace("_", " "), _shown(value)] for key, value in facts.items()]

@@ -108,6 +108,7 @@ def print_profile(profile: Profile, path: Path) -> None:
             table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
         console.print(table)
     console.print(_layer_table(profile))
+    _print_quality(console, profile.metrics)
     _print_propensity(console, profile.metrics)
     if choice := profile.metrics.get("layer_choice"):
         console.print(f"layer choice by {choice['criterion']}: {_ranked(choice['scores'])}")
@@ -185,6 +186,22 @@ def _layer_table(profile: Profile) -> Table:
             f"{accuracies[str(layer)]:.3f}" if str(layer) in accuracies else "",
         )
     return table
+
+
+def _print_quality(console: Console, metrics: Metrics) -> None:
+    if not (quality := metrics.get("data_quality")):
+        return
+    length = quality["length"]
+    console.print(
+        f"{quality['rows']} training rows at block {quality['layer']}: agreement {quality['agreement']:.3f} "
+        f"({quality['significance']:.1f} standard deviations above random labels), reproducibility "
+        f"{quality['reproducibility']:.3f}, separation {quality['separation']:.2f}"
+    )
+    console.print(
+        f"length: preferred responses have more tokens in {length['longer_tokens']:.0%} of pairs and more characters "
+        f"in {length['longer_characters']:.0%}; within a side, its correlation with the projection is "
+        f"{length['correlation']:.2f}, which explains {length['explained']:.0%} of the distance"
+    )
 
 
 def _print_propensity(console: Console, metrics: Metrics) -> None:

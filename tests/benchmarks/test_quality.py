@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import dose_response, sentiment
+from benchmarks.quality import bad_pairs, dose_response, sentiment
 from benchmarks.quality.conditions import Instructed, Weights, mean_divergence, measure
 from benchmarks.quality.equal_kl import at_equal_kl, kl_on
 from benchmarks.quality.gguf_agreement import Agreement, agreement
@@ -270,3 +270,44 @@ def test_agreement_is_of_tokens_after_the_same_ids_and_of_whole_texts() -> None:
     after = [[1, 2, 3, 9], [5, 6, 7, 8]]
     own = [[1, 2, 9, 9], [5, 6, 7, 8]]
     assert agreement(ours, after, own) == Agreement(8, teacher_forced=7 / 8, free_running=6 / 8, same_texts=0.5)
+
+
+# Data of known quality
+
+
+def test_the_data_sets_are_what_their_names_say() -> None:
+    sets = list(bad_pairs.data_sets(480))
+    assert len({one.name for one in sets}) == len(sets) == 97
+    assert list(bad_pairs.data_sets(480)) == sets
+    for one in sets:
+        assert len(one.positives) == len(one.negatives)
+        keys = [*one.positives, *one.negatives]
+        assert len(set(keys)) == len(keys)
+        if "random" not in one.kind:
+            swapped = [side for _, _, side in one.positives].count(1)
+            assert swapped == [side for _, _, side in one.negatives].count(0) == round(one.flipped * len(one.positives))
+        if one.paired and "random" not in one.kind:
+            assert all(a[:2] == b[:2] for a, b in zip(one.positives, one.negatives, strict=True))
+        by_length = [manner for manner, _, _ in one.positives].count("concise") if one.manner != "concise" else 0
+        assert by_length == (int(one.kind[0]) * 96 if "length" in one.kind else 0)
+
+
+def judged_cell(manner: str, kind: str, figure: float, share: float, flipped: float = 0.0) -> bad_pairs.Cell:
+    data = bad_pairs.DataSet(manner, kind, (), (), flipped)
+    return bad_pairs.Cell(data, {"significance": figure}, {"share": share, "margin": 10 * share})
+
+
+def test_effects_are_compared_with_clean_rows_and_ranked() -> None:
+    shares = {"warm": (0.5, 0.25, 0.0), "honest": (0.2, 0.1, -0.1)}
+    figures = {"warm": (9.0, 2.0, -1.0), "honest": (8.0, 3.0, 0.0)}
+    made = [
+        judged_cell(manner, "all", figure, share, flipped)
+        for manner in shares
+        for figure, share, flipped in zip(figures[manner], shares[manner], (0.0, 0.4, 0.5), strict=True)
+    ]
+    cells = bad_pairs.with_effect(made)
+    assert [one.effects["effect"] for one in cells] == pytest.approx([1, 0.5, 0, 1, 0.5, -0.5])
+    assert [one.rings for one in cells] == [False, True, True, False, False, True]
+    assert bad_pairs.within(cells, "significance", "effect", lambda one: one.data.manner) == pytest.approx(1.0)
+    assert 0.8 < bad_pairs.overall(cells, "significance", "effect") < 1
+    assert math.isnan(bad_pairs.rank_correlation([(1.0, 2.0), (1.0, 3.0)]))

@@ -31,6 +31,25 @@ def test_a_file_or_a_name(run: Run, stored: Path) -> None:
     assert "median ‖h‖" in by_file.stdout
 
 
+def test_the_quality_of_the_data(run: Run, tmp_path: Path) -> None:
+    quality = {
+        "layer": 1, "rows": 96, "agreement": 0.0321, "significance": 4.04, "reproducibility": 0.594,
+        "separation": 0.54, "length": {
+            "longer_tokens": 0.6, "longer_characters": 0.55, "correlation": -0.39, "explained": 0.021,
+        },
+    }  # fmt: skip
+    save_profile(tiny_profile(name="judged", metrics={"data_quality": quality}), tmp_path)
+    shown = run("show", "judged", "--profiles", tmp_path).stdout
+    assert (
+        "96 training rows at block 1: agreement 0.032 (4.0 standard deviations above random labels), "
+        "reproducibility 0.594, separation 0.54\n"
+    ) in shown
+    assert (
+        "length: preferred responses have more tokens in 60% of pairs and more characters in 55%; within a side, its "
+        "correlation with the projection is -0.39, which explains 2% of the distance\n"
+    ) in shown
+
+
 def test_json_is_an_object_or_a_list(run: Run, stored: Path) -> None:
     listed = json.loads(run("show", "warm", "kind", "--profiles", stored, "--json").stdout)
     assert [one["name"] for one in listed] == ["warm", "kind"]

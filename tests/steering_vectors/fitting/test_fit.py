@@ -181,6 +181,72 @@ def test_an_unreached_budget_is_noted(lm: LanguageModel) -> None:
     assert "the KL budget of 50 was not reached" in " ".join(profile.metrics["notes"])
 
 
+ALARM, LENGTH = "agree little on what is preferred", "length explains"
+
+
+def notes_of(lm: LanguageModel, pairs: Preferences, **options: Any) -> str:
+    return "\n".join(fit(lm, None, pairs, layers="1", calibrate=False, **options).metrics["notes"])
+
+
+def shuffled(pairs: Preferences, seed: int) -> Preferences:
+    """The same rows, half of them with their sides swapped."""
+    swapped = set(random.Random(seed).sample(range(pairs.rows), pairs.rows // 2))
+    items = [(b, a) if row in swapped else (a, b) for row, (a, b) in enumerate(pairs.pairs())]
+    return replace(pairs, positives=tuple(a for a, _ in items), negatives=tuple(b for _, b in items))
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired"])
+def test_shuffled_labels_are_noted_and_true_ones_are_not(lm: LanguageModel, kind: Any) -> None:
+    """Random labels exceed the threshold by chance, about once in some hundred sets; none of these does."""
+    for seed in range(5):
+        pairs = preferences(seed=seed)
+        assert ALARM not in notes_of(lm, replace(pairs, kind=kind), seed=seed)
+        assert ALARM in notes_of(lm, replace(shuffled(pairs, seed), kind=kind), seed=seed)
+
+
+@pytest.mark.parametrize("method", ["mean-diff", "probe"])
+def test_the_alarm_rings_for_each_method_that_reads_labels(lm: LanguageModel, method: str) -> None:
+    assert ALARM in notes_of(lm, shuffled(preferences(), 0), method=method)
+
+
+def test_a_method_that_reads_no_labels_has_no_alarm(lm: LanguageModel) -> None:
+    options = {"positive": "please", "negative": "always"}
+    profile = fit(
+        lm, None, shuffled(preferences(), 0), layers="1", calibrate=False, method="contrast-prompts", options=options
+    )
+    assert profile.metrics["data_quality"]["significance"] < 3
+    assert ALARM not in "\n".join(profile.metrics["notes"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_preferred_responses_that_are_only_longer_are_noted(lm: LanguageModel, seed: int) -> None:
+    """Both sides use the same words. Within a side lengths vary, so that length can be told from the side."""
+    draw = random.Random(seed)
+
+    def made(longer: int) -> Preferences:
+        sides: list[list[Example]] = [[], []]
+        for row in range(80):
+            for side, most in zip(sides, (3 + longer, 3), strict=True):
+                text = " ".join(draw.choices(GOOD + BAD, k=draw.randint(most - 2, most)))
+                side.append(Example(f"Say {row}.", text))
+        return Preferences("preference", tuple(sides[0]), tuple(sides[1]), source="made.jsonl", sha256="0" * 64)
+
+    confounded = notes_of(lm, made(8))
+    assert LENGTH in confounded
+    assert "the preferred one is longer in 100% of pairs" in confounded
+    assert LENGTH not in notes_of(lm, preferences(seed=seed))
+
+
+def test_the_quality_of_the_data_is_stored_for_one_of_the_profiles_blocks(lm: LanguageModel) -> None:
+    profile = fit(lm, None, preferences(), layers="0,2", calibrate=False)
+    quality = profile.metrics["data_quality"]
+    assert quality["layer"] in profile.layers
+    assert quality["rows"] == profile.data["train_rows"]
+    assert quality["significance"] > 10
+    assert 0 < quality["agreement"] < quality["reproducibility"] <= 1
+    assert 0.3 < quality["length"]["longer_tokens"] < 0.7
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -138,9 +138,23 @@ def test_the_sample_is_bounded_seeded_and_aligned(lm: LanguageModel, monkeypatch
     assert torch.equal(first.positive_mean, other.positive_mean)
 
 
-def test_without_a_sample_only_means_are_kept(lm: LanguageModel) -> None:
-    rows = examples(5, 5)
-    assert capture(lm, rows, rows, [0], paired=True, keep_sample=False)[0].positives.shape[0] == 0
+def test_without_a_sample_a_few_vectors_are_kept_at_spaced_blocks(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, layers = examples(12, 5), [0, 1, 2]
+    whole = capture(lm, rows, rows, layers, paired=True)
+    few = capture(lm, rows, rows, layers, paired=True, keep_sample=False)
+    for layer in layers:
+        assert torch.equal(few[layer].positives, whole[layer].positives)
+        assert torch.equal(few[layer].positive_mean, whole[layer].positive_mean)
+    monkeypatch.setattr(activations, "CHECK_ROWS", 8)
+    monkeypatch.setattr(activations, "CHECK_BYTES", 2 * 4 * 8 * lm.hidden_size)  # of one block
+    bounded = capture(lm, rows, rows, layers, paired=True, keep_sample=False)
+    assert [len(bounded[layer].positives) for layer in layers] == [0, 8, 0]
+    kept, others = bounded[1].sampled
+    assert kept == others
+    assert torch.equal(bounded[1].positives, whole[1].positives[list(kept)])
+    assert torch.equal(bounded[1].positive_mean, whole[1].positive_mean)
 
 
 def test_progress_counts_every_example(lm: LanguageModel) -> None:
