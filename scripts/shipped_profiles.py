@@ -119,6 +119,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory of profiles.")] = SHIPPED,
 ) -> None:
     from steering_vectors import FitSettings, fit, load_gate_prompts, load_model, load_pairs, save_profile
+    from steering_vectors.progress import ProgressLines
 
     if unknown := set(names or ()) - RECIPES.keys():
         raise typer.BadParameter(f"{min(unknown)} is not one of {', '.join(RECIPES)}")
@@ -138,7 +139,8 @@ def main(
                 gate=None if recipe.gate is None else load_gate_prompts(written(recipe.gate(data), "gate")),
                 **recipe.settings,
             )
-            profile = fit(lm, load_pairs(written(recipe.rows(data), name)), settings)
+            pairs = load_pairs(written(recipe.rows(data), name))
+            profile = fit(lm, pairs, settings, progress=ProgressLines(lambda line: print(line, file=sys.stderr)))
         path = save_profile(profile, out)
         print(f"fitted {path} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
