@@ -7,7 +7,8 @@ strengths from −2 to 2. Controls at −1 and 1 are random directions with the 
 directions at the strength at which they cost the profile's KL; the model under a system prompt is compared too.
 KL(steered‖base) per token, the perplexity of the replies under the unsteered model, distinct pairs of words and length
 are the costs; the KL of the system prompt is that of its replies from the plain model. Intervals (95 %) resample
-prompts. `careful` needs the file of XSTest in DIR.
+prompts. A profile with a gate steers only prompts that open it, and so do its controls. `careful` needs the file of
+XSTest in DIR.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.quality.conditions import Instructed
 from benchmarks.quality.judges import JUDGES, Judge
 from steering_vectors import Profile, load_model, load_profile
 from steering_vectors.data.chat import Message, encode_prompt
+from steering_vectors.measures.activations import pooled
 from steering_vectors.measures.controls import bootstrap, random_controls
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.profiles.shipped import shipped_profiles
@@ -146,11 +148,31 @@ def measured(
     asked: Asked,
     label: str = "",
 ) -> Figures:
-    (sampled,) = steered.sample_and_compare(steering, [strength], asked.rows, tokens=asked.tokens, seed=asked.seed)
-    count = max(sampled.tokens, 1)
-    kl, surprise = (float(values.sum()) / count for values in (sampled.divergences, sampled.likelihoods))
+    opened = [one for one in opens(steered, profile, asked.prompts) for _ in range(asked.texts)]
+    closed = [] if all(opened) else [0.0]
+    first, *others = steered.sample_and_compare(
+        steering, [strength, *closed], asked.rows, tokens=asked.tokens, seed=asked.seed
+    )
+    chosen = [first if one else others[0] for one in opened]
+    texts = [one.texts[row] for row, one in enumerate(chosen)]
+    count = max(sum(map(len, texts)), 1)
+    kl = sum(float(one.divergences[row]) for row, one in enumerate(chosen)) / count
+    surprise = sum(float(one.likelihoods[row]) for row, one in enumerate(chosen)) / count
     name = "unsteered" if strength == 0 else f"{steering.name} at {strength:+g}"
-    return judged(steered, profile, judge, name, label, sampled.texts, asked, kl, math.exp(-surprise))
+    return judged(steered, profile, judge, name, label, texts, asked, kl, math.exp(-surprise))
+
+
+def opens(steered: SteeredModel, profile: Profile, prompts: Sequence[Tokens]) -> list[bool]:
+    """Whether each prompt opens the profile's gate, if it has one."""
+    gate = profile.gate
+    if gate is None:
+        return [True] * len(prompts)
+    found = {
+        index: gate.opens(gate.similarity(vector[0]))
+        for part in pooled(steered.lm, [(prompt[:-1], 0) for prompt in prompts], [gate.layer])
+        for index, vector in zip(part.indices, part.vectors, strict=True)
+    }
+    return [found[index] for index in range(len(prompts))]
 
 
 def instructed(steered: SteeredModel, profile: Profile, judge: Judge, plain: Asked, asked: Asked) -> Figures:

@@ -20,7 +20,8 @@ from steering_vectors.reports.evaluation import frontier_sentence, margin_change
 from steering_vectors.reports.trust import print_trust
 
 if TYPE_CHECKING:
-    from steering_vectors.profiles.profile import Profile
+    from steering_vectors.profiles.gate import Gate
+from steering_vectors.profiles.profile import Profile
 
 STAGES = {
     "capture": "reading activations",
@@ -74,6 +75,7 @@ def print_fit(profile: Profile, path: Path) -> None:
     console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
     console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
     console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
+    _print_gate(console, profile.gate)
     _print_propensity(console, profile.metrics)
     _print_notes(console, profile.metrics)
     console.print(f"Show everything: trimtab show {escape(str(path))}")
@@ -108,6 +110,7 @@ def print_profile(profile: Profile, path: Path) -> None:
             table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
         console.print(table)
     console.print(_layer_table(profile))
+    _print_gate(console, profile.gate)
     _print_quality(console, profile.metrics)
     _print_propensity(console, profile.metrics)
     if choice := profile.metrics.get("layer_choice"):
@@ -115,6 +118,16 @@ def print_profile(profile: Profile, path: Path) -> None:
         if sampled := choice.get("sampled"):
             console.print(f"of these, by the texts they write: {_ranked(sampled)}")
     _print_notes(console, profile.metrics)
+
+
+def _print_gate(console: Console, gate: Gate | None) -> None:
+    if gate is None:
+        return
+    line = f"gate: steers prompts whose similarity at block {gate.layer} is {gate.side} {gate.threshold:.3g}"
+    found = gate.metrics
+    if "f1_heldout" in found:
+        line += f" (F1 {found['f1_train']:.2f} on its training prompts, {found['f1_heldout']:.2f} on held-out ones)"
+    console.print(line)
 
 
 def _ranked(scores: Mapping[str, float]) -> str:

@@ -116,6 +116,7 @@ def test_a_gate_is_fitted_and_stored(model: Path, data: Path, tmp_path: Path) ->
     gate.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run("fit", "kind", model, data, tmp_path, "--layers", "1", "--no-calibrate", "--gate", str(gate))
     assert result.exit_code == 0, result.output
+    assert "gate: steers prompts whose similarity at block" in result.stdout
     stored = load_profile(tmp_path / "kind.safetensors").gate
     assert stored is not None
     assert (stored.metrics["prompts"], stored.metrics["source"]) == ([10, 10], "gate.jsonl")
