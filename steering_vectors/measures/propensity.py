@@ -16,6 +16,7 @@ from steering_vectors.profiles.profile import Profile
 
 STRENGTHS = (-1.0, 0.0, 1.0)
 REPORT_ROWS = 256  # examples per side for the reported margins
+KEPT_ROWS = 128  # examples whose unsteered pass is kept at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,10 +65,7 @@ def propensity(steered: SteeredModel, sides: Sides, *, steer: bool) -> Propensit
 
 def propensity_report(steered: SteeredModel, profile: Profile, sides: Sides) -> PropensityReport:
     """Margin and accuracy at strengths −1, 0 and +1; for pairs also the share whose margin decreases from −1 to +1."""
-    seen: dict[float, Propensity] = {}
-    for strength in STRENGTHS:
-        steered.write(profile, strength)
-        seen[strength] = propensity(steered, sides, steer=strength != 0)
+    seen = _propensities(steered, profile, sides)
     report: PropensityReport = {
         "unit": "nats per response" if sides.paired else "nats per token",
         "rows": len(sides.positives) if sides.paired else len(sides.positives) + len(sides.negatives),
@@ -80,6 +78,22 @@ def propensity_report(steered: SteeredModel, profile: Profile, sides: Sides) -> 
         moved = (high.positives - high.negatives) - (low.positives - low.negatives)
         report["anti_steerable"] = float((moved < 0).double().mean())
     return report
+
+
+def _propensities(steered: SteeredModel, profile: Profile, sides: Sides) -> dict[float, Propensity]:
+    """The propensity at each strength. The blocks below the first steered one are computed once for all strengths."""
+    count, examples = len(sides.positives), [*sides.positives, *sides.negatives]
+    # both responses to a prompt are in one part, which computes the prompt once
+    order = sorted(range(len(examples)), key=lambda index: (index % count if sides.paired else index, index))
+    scores = {strength: torch.zeros(len(examples), dtype=torch.float64) for strength in STRENGTHS}
+    for first in range(0, len(order), KEPT_ROWS):
+        part = order[first : first + KEPT_ROWS]
+        kept = steered.kept([examples[index] for index in part], profile.layers[:1])
+        for strength in STRENGTHS:
+            steered.write(profile, strength)
+            sums, counts = kept.log_likelihoods(profile.layers[0], steer=strength != 0)
+            scores[strength][part] = sums if sides.paired else sums / counts.clamp_min(1)
+    return {strength: Propensity(one[:count], one[count:], sides.paired) for strength, one in scores.items()}
 
 
 def projection_accuracies(
