@@ -26,7 +26,8 @@ NAMES = ("avx512_bf16", "avx2")  # fastest first
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"}
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 KINDS = {"int8": 1, "int4": 2}  # as in products.hpp
-CODE_KINDS = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}  # as in codes.cpp
+CODE_KINDS = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2}  # as in grouped.cpp
+FLOATS = 3
 MAX_HEAD_SIZE = 512
 LANES = 16  # outputs in a block of weights; the last block is padded with zeros
 
@@ -55,7 +56,7 @@ class _Product(Structure):
     ]
 
 
-class _CodedProduct(Structure):
+class _GroupedProduct(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "weight", "bias", "added", "out")),
         *((name, c_int64) for name in ("rows", "inputs", "outputs", "kind")),
@@ -117,8 +118,8 @@ class Kernels:
             gated.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
             attend.argtypes = [POINTER(_Attention)]
             norm.restype = gated.restype = attend.restype = None
-        self._coded_product = unlocked.coded_product
-        self._coded_product.argtypes, self._coded_product.restype = [POINTER(_CodedProduct)], None
+        self._grouped_product = unlocked.grouped_product
+        self._grouped_product.argtypes, self._grouped_product.restype = [POINTER(_GroupedProduct)], None
         if self.has_products:
             self._product, self._attend_prompts = unlocked.product, unlocked.attend_prompts
             self._product.argtypes, self._product.restype = [POINTER(_Product)], None
@@ -175,9 +176,9 @@ class Kernels:
         codes, scales = packed_codes(weight), packed_scales(weight)
         return Product(self._product, codes, inputs, outputs, bias, KINDS[weight.kind], scales)
 
-    def coded(self, weight: Codes, bias: torch.Tensor | None = None) -> CodedProduct:
-        """x Wᵀ + b for a weight in the codes of a GGUF file, which is copied."""
-        return CodedProduct(self._coded_product, weight, bias)
+    def grouped(self, weight: Codes | torch.Tensor, bias: torch.Tensor | None = None) -> GroupedProduct:
+        """x Wᵀ + b for a weight in the codes of a GGUF file, or in float32 with whole groups of inputs."""
+        return GroupedProduct(self._grouped_product, weight, bias)
 
 
 class Product:
@@ -219,21 +220,25 @@ class Product:
         return unpacked_weight(self._kept[0])[: self.given.outputs]
 
 
-class CodedProduct:
-    """x Wᵀ + b in float32 over a weight in the codes of a GGUF file. One call at a time.
+class GroupedProduct:
+    """x Wᵀ + b in float32 over a weight in the codes of a GGUF file, or in float32. One call at a time.
 
-    A bfloat16 input is converted, and the result rounded.
+    The weight is copied. A bfloat16 input is converted, and the result rounded. A row's result does not depend on the
+    number of rows.
     """
 
-    def __init__(self, function: Any, weight: Codes, bias: torch.Tensor | None) -> None:
-        self._function, self._kept = function, (packed_groups(weight), None if bias is None else bias.float())
-        packed, bias = self._kept
-        self.given = _CodedProduct(
+    def __init__(self, function: Any, weight: Codes | torch.Tensor, bias: torch.Tensor | None) -> None:
+        if isinstance(weight, Codes):
+            packed, kind, shape = packed_groups(weight), CODE_KINDS[weight.kind], (weight.outputs, weight.inputs)
+        else:
+            packed, kind, shape = packed_floats(weight), FLOATS, (weight.shape[0], weight.shape[1])
+        self._function, self._kept = function, (packed, None if bias is None else bias.float())
+        self.given = _GroupedProduct(
             weight=packed.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
-            inputs=weight.inputs,
-            outputs=weight.outputs,
-            kind=CODE_KINDS[weight.kind],
+            bias=None if self._kept[1] is None else self._kept[1].data_ptr(),
+            outputs=shape[0],
+            inputs=shape[1],
+            kind=kind,
         )
 
     def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
@@ -248,6 +253,11 @@ class CodedProduct:
         given.added = None if added is None else added.data_ptr()
         self._function(given)
         return out
+
+    def weight(self) -> torch.Tensor:
+        """The weight that was packed, `[outputs, inputs]`, if it was in float32."""
+        assert self.given.kind == FLOATS
+        return unpacked_floats(self._kept[0])[: self.given.outputs]
 
 
 class PassInputs:
@@ -332,7 +342,7 @@ class Heads:
         )
 
 
-# The layouts in which the kernels read weights, as defined in `tiles.hpp`, `quantized.hpp` and `codes.cpp`.
+# The layouts in which the kernels read weights, as defined in `tiles.hpp`, `quantized.hpp` and `grouped.cpp`.
 
 
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -374,6 +384,17 @@ def packed_groups(weight: Codes) -> torch.Tensor:
         fields = [*halves, words]
         torch.cat([_interleaved(field) for field in fields], dim=-1, out=to)
     return packed
+
+
+def packed_floats(weight: torch.Tensor) -> torch.Tensor:
+    """A float32 weight `[outputs, inputs]` as `[blocks, inputs, 16]`; missing outputs are zeros."""
+    whole = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % LANES))
+    return whole.view(-1, LANES, weight.shape[1]).transpose(1, 2).contiguous()
+
+
+def unpacked_floats(packed: torch.Tensor) -> torch.Tensor:
+    """The weight of `packed_floats`, with the zeros that fill its last block."""
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])
 
 
 def _interleaved(fields: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,9 @@ from torch import nn
 
 from steering_vectors.errors import ModelError
 from steering_vectors.models import gguf_codes
-from steering_vectors.models.gguf_codes import CODE_TYPES, Codes, load_codes
+from steering_vectors.models.gguf_codes import CODE_TYPES, GROUP, Codes, load_codes
 from steering_vectors.models.hooks import trace_calls
-from steering_vectors.runtime.cpu.kernels import CodedProduct, Kernels, Product, load
+from steering_vectors.runtime.cpu.kernels import GroupedProduct, Kernels, Product, load
 from steering_vectors.runtime.cpu.quantization import Kind, Quantized, dequantize, joined, quantize
 
 logger = logging.getLogger(__name__)
@@ -86,12 +86,12 @@ class JoinedProduct:
         return self._weight
 
 
-PackedProduct = Product | CodedProduct | OneDnnProduct | JoinedProduct | SideBySide
+PackedProduct = Product | GroupedProduct | OneDnnProduct | JoinedProduct | SideBySide
 
 
 def packed_product(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> PackedProduct:
-    """The product with these layers' weights, which are copied: by this package's kernels if the weights are quantised,
-    or in bfloat16 where the processor has the instructions, else by oneDNN or, where that is no faster, by torch."""
+    """The product with these layers' weights, which are copied: by this package's kernels if the processor has the
+    instructions, else by oneDNN or, where that is no faster, by torch."""
     runs = [list(run) for _, run in groupby(zip(layers, stored, strict=True), key=lambda pair: _kind(pair[1]))]
     products = [_product_of([layer for layer, _ in run], [one for _, one in run]) for run in runs]
     return products[0] if len(products) == 1 else SideBySide(products)
@@ -110,10 +110,13 @@ def _product_of(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> Packed
     if codes := [one for one in stored if isinstance(one, Codes)]:
         library = load()
         assert library is not None, "checked before the codes were loaded"
-        return library.coded(gguf_codes.joined(codes), bias)
+        return library.grouped(gguf_codes.joined(codes), bias)
     weight = torch.cat([layer.weight.detach() for layer in layers])
     if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return kernels.packed(weight, bias)
+    library = load()
+    if library is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
+        return library.grouped(weight, bias)
     if weight.dtype == torch.float32 and weight.numel() < SMALL:
         return JoinedProduct(weight, bias)
     return OneDnnProduct(weight, bias)
@@ -151,7 +154,7 @@ class _JointProduct:
 
     def weights(self) -> list[torch.Tensor]:
         """The layers' weights, each in memory of its own."""
-        assert not isinstance(self.product, CodedProduct | SideBySide), "checked before"
+        assert not isinstance(self.product, SideBySide), "checked before"
         return [part.clone() for part in torch.split(self.product.weight(), self._sizes)]
 
 

@@ -1,6 +1,6 @@
-"""The CPU time of products over a GGUF file's codes, beside float32 weights packed by oneDNN, by type and rows.
+"""The CPU time of our float32 products, over plain weights and a GGUF file's codes, beside those of torch and oneDNN.
 
-    python -m benchmarks.speed.coded_products [--rows 1,4,16,256] [--shapes 576x3072,1536x576]
+    python -m benchmarks.speed.grouped_products [--rows 1,4,16,256] [--shapes 576x3072,1536x576]
 
 One thread. A pass multiplies by as many different weights as exceed the processor's caches, so that few rows read them
 from memory. The figure is the shortest pass, because other programs can only make one longer.
@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from steering_vectors.models.gguf_codes import CODE_TYPES, Codes
-from steering_vectors.runtime.cpu.kernels import load
-from steering_vectors.runtime.cpu.packing import OneDnnProduct
+from steering_vectors.runtime.cpu.kernels import Kernels, load
+from steering_vectors.runtime.cpu.packing import JoinedProduct, OneDnnProduct
 
-PLAIN = "float32"
+TORCH, ONEDNN, FLOATS = "torch", "oneDNN", "float32"
 BYTES = 2**27  # of the float32 weights of a pass
 
 
@@ -44,10 +44,8 @@ def main(
         inputs, outputs = (int(part) for part in shape.split("x"))
         weights = torch.randn(max(1, BYTES // (4 * inputs * outputs)), outputs, inputs)
         times: dict[str, list[float]] = {}
-        for kind in (PLAIN, *CODE_TYPES):
-            products = [
-                OneDnnProduct(one, None) if kind == PLAIN else kernels.coded(coded(one, kind)) for one in weights
-            ]
+        for kind in (TORCH, ONEDNN, FLOATS, *CODE_TYPES):
+            products = [product(kernels, one, kind) for one in weights]
             times[kind] = [microseconds(products, torch.randn(count, inputs), passes) for count in counts]
         found += [
             {"shape": shape, "rows": count, **{kind: round(one[place], 1) for kind, one in times.items()}}
@@ -58,8 +56,14 @@ def main(
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def coded(weight: torch.Tensor, kind: str) -> Codes:
-    return Codes(kind, torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType[kind])))
+def product(kernels: Kernels, weight: torch.Tensor, kind: str) -> Callable[[torch.Tensor], Any]:
+    if kind == TORCH:
+        return JoinedProduct(weight, None)
+    if kind == ONEDNN:
+        return OneDnnProduct(weight, None)
+    if kind == FLOATS:
+        return kernels.grouped(weight)
+    return kernels.grouped(Codes(kind, torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType[kind]))))
 
 
 def microseconds(products: Sequence[Callable[[torch.Tensor], Any]], x: torch.Tensor, passes: int) -> float:
@@ -74,10 +78,10 @@ def microseconds(products: Sequence[Callable[[torch.Tensor], Any]], x: torch.Ten
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    table = Table("inputs x outputs", "rows", f"{PLAIN}, us", *CODE_TYPES)
+    table = Table("inputs x outputs", "rows", f"{TORCH}, us", ONEDNN, FLOATS, *CODE_TYPES)
     for one in found:
-        cells = (f"{one[kind]:,.0f} ({one[kind] / one[PLAIN]:.2f})" for kind in CODE_TYPES)
-        table.add_row(one["shape"], str(one["rows"]), f"{one[PLAIN]:,.0f}", *cells)
+        cells = (f"{one[kind]:,.0f} ({one[kind] / one[TORCH]:.2f})" for kind in (ONEDNN, FLOATS, *CODE_TYPES))
+        table.add_row(one["shape"], str(one["rows"]), f"{one[TORCH]:,.0f}", *cells)
     Console().print(table)
 
 

@@ -1,4 +1,5 @@
-"""Products over the codes of GGUF files, and models served from them, against the weights that the codes stand for."""
+"""Products over plain weights and over the codes of GGUF files, and models served from codes, against the weights that
+the codes stand for."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from steering_vectors.models.loading import LanguageModel, load_model
 from steering_vectors.runtime.choose_runner import choose_runner, disagreement
 from steering_vectors.runtime.cpu import kernels as library
 from steering_vectors.runtime.cpu.fused_blocks import FusedRunner
-from steering_vectors.runtime.cpu.kernels import Kernels, compiled, load
+from steering_vectors.runtime.cpu.kernels import GroupedProduct, Kernels, compiled, load
 from steering_vectors.runtime.cpu.packing import (
+    JoinedProduct,
     PackedLinear,
     SideBySide,
     coded_layers,
@@ -36,7 +38,8 @@ from tests.support.serving import live_server, save_profiles
 from tests.support.tiny import tiny_model
 
 needs_kernels = pytest.mark.skipif(load() is None, reason="no kernels were compiled for this processor")
-KINDS = pytest.mark.parametrize("kind", CODE_TYPES)
+PLAIN = "float32"
+KINDS = pytest.mark.parametrize("kind", [*CODE_TYPES, PLAIN])
 SIZES = pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (37, 64), (70, 544), (192, 1536)])
 ROWS = [*range(1, 41), 239, 240, 241, 300]
 BOUND = 2e-6  # relative to the norm: sums in float32 of up to 1536 products
@@ -59,8 +62,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def coded(outputs: int, inputs: int, kind: str, seed: int = 0) -> tuple[Codes, torch.Tensor]:
-    """A weight's codes, and the weight that the gguf library makes of them."""
+def coded(outputs: int, inputs: int, kind: str, seed: int = 0) -> tuple[Any, torch.Tensor]:
+    """A weight's codes, and the weight that the gguf library makes of them; or a plain weight, twice."""
+    if kind == PLAIN:
+        weight = draw(outputs, inputs, seed=seed)
+        return weight, weight
     groups = quantize(draw(outputs, inputs, seed=seed).numpy(), Type[kind])
     return Codes(kind, torch.from_numpy(groups)), torch.from_numpy(dequantize(groups, Type[kind]))
 
@@ -75,7 +81,7 @@ def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
 def test_a_product_is_that_of_the_librarys_weight(kernels: Kernels, kind: str, outputs: int, inputs: int) -> None:
     codes, weight = coded(outputs, inputs, kind)
     bias, x, added = draw(outputs, seed=1), draw(max(ROWS), inputs, seed=2), draw(max(ROWS), outputs, seed=3)
-    plain, biased = kernels.coded(codes), kernels.coded(codes, bias)
+    plain, biased = kernels.grouped(codes), kernels.grouped(codes, bias)
     exact = x.double() @ weight.double().T
     for rows in ROWS:
         assert_near(plain(x[:rows]), exact[:rows])
@@ -85,7 +91,7 @@ def test_a_product_is_that_of_the_librarys_weight(kernels: Kernels, kind: str, o
 @KINDS
 def test_a_row_does_not_depend_on_other_rows(kernels: Kernels, kind: str) -> None:
     codes, _ = coded(70, 544, kind)
-    product, x = kernels.coded(codes), draw(max(ROWS), 544)
+    product, x = kernels.grouped(codes), draw(max(ROWS), 544)
     whole = product(x)
     for rows in ROWS:
         assert torch.equal(product(x[-rows:]), whole[-rows:])
@@ -94,7 +100,7 @@ def test_a_row_does_not_depend_on_other_rows(kernels: Kernels, kind: str) -> Non
 @KINDS
 def test_a_sum_may_replace_its_addend(kernels: Kernels, kind: str) -> None:
     codes, _ = coded(37, 64, kind)
-    product, x, added = kernels.coded(codes), draw(2, 3, 64), draw(2, 3, 37)
+    product, x, added = kernels.grouped(codes), draw(2, 3, 64), draw(2, 3, 37)
     assert torch.equal(product(x, added), product(x) + added)
     assert product(x).shape == (2, 3, 37)
 
@@ -102,9 +108,26 @@ def test_a_sum_may_replace_its_addend(kernels: Kernels, kind: str) -> None:
 @KINDS
 def test_bfloat16_is_computed_in_float32_and_rounded(kernels: Kernels, kind: str) -> None:
     codes, _ = coded(37, 64, kind)
-    product, x, added = kernels.coded(codes, draw(37)), draw(5, 64).bfloat16(), draw(5, 37).bfloat16()
+    product, x, added = kernels.grouped(codes, draw(37)), draw(5, 64).bfloat16(), draw(5, 37).bfloat16()
     assert torch.equal(product(x), product(x.float()).bfloat16())
     assert torch.equal(product(x, added), product(x) + added)
+
+
+@pytest.mark.parametrize("outputs", [1, 16, 37])
+def test_a_plain_weight_is_given_back_bit_for_bit(kernels: Kernels, outputs: int) -> None:
+    weight = draw(outputs, 96)
+    assert torch.equal(kernels.grouped(weight).weight(), weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "kind"), [(64, GroupedProduct), (48, JoinedProduct)])
+def test_float32_weights_with_whole_groups_of_inputs_are_computed_here(inputs: int, kind: type) -> None:
+    layers = [nn.Linear(inputs, outputs, bias=False).requires_grad_(False) for outputs in (8, 24)]
+    product = packed_product(layers, [None, None])
+    assert type(product) is kind
+    x = draw(3, inputs)
+    wanted = torch.cat([layer(x) for layer in layers], dim=-1)
+    torch.testing.assert_close(product(x), wanted, atol=1e-5, rtol=1e-5)
 
 
 def layers_of(stored: Sequence[tuple[Codes | None, torch.Tensor]]) -> list[nn.Linear]:
