@@ -21,7 +21,7 @@ from steering_vectors.reports.trust import print_trust
 
 if TYPE_CHECKING:
     from steering_vectors.profiles.gate import Gate
-from steering_vectors.profiles.profile import Profile
+    from steering_vectors.profiles.profile import Profile
 
 STAGES = {
     "capture": "reading activations",
