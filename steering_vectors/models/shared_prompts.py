@@ -17,7 +17,7 @@ from steering_vectors.models.forward import evaluating, takes
 from steering_vectors.models.loading import LanguageModel
 
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "use_cache")  # arguments of the model's forward
-PROMPTS, OWNERS, RESTS = (5, 3), (0, 0, 1), (4, 2, 3)  # lengths in tokens of the rows that the check compares
+PROMPTS, OWNERS, REST = (5, 3), (0, 0, 1), 4  # lengths in tokens of the rows that the check compares
 TOLERANCE = 1e-3  # of the logits' range
 
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -79,29 +79,23 @@ def _measured(lm: LanguageModel) -> bool:
 
 
 def _logits(lm: LanguageModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last logits of rows with common prompts, in a pass for each row and after cached prompts."""
+    """The last logits of rows with common prompts, in a pass for each row and after cached prompts. The caller may have
+    hooks that compute no others."""
     draw = torch.Generator().manual_seed(0)
-    prompts, rests = (
-        [torch.randint(lm.vocab_size, (length,), generator=draw) for length in lengths] for lengths in (PROMPTS, RESTS)
-    )
-    rows = [torch.cat([prompts[owner], rest]).to(lm.device) for owner, rest in zip(OWNERS, rests, strict=True)]
+    prompts = [torch.randint(lm.vocab_size, (length,), generator=draw).to(lm.device) for length in PROMPTS]
+    rests = torch.randint(lm.vocab_size, (len(OWNERS), REST), generator=draw).to(lm.device)
+    rows = [torch.cat([prompts[owner], rest]) for owner, rest in zip(OWNERS, rests, strict=True)]
     whole = [lm.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in rows]
-    (ids, known), (tails, mask) = _padded(prompts, lm), _padded(rests, lm)
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    lengths = torch.tensor(PROMPTS, device=lm.device).unsqueeze(1)
+    known = (torch.arange(ids.shape[1], device=lm.device) < lengths).long()
     owners, cache = torch.tensor(OWNERS, device=lm.device), SharedPrompts(lm)
     places = torch.arange(ids.shape[1], device=lm.device).expand_as(ids)
     lm.model(input_ids=ids, attention_mask=known, position_ids=places, past_key_values=cache, use_cache=True)
     cache.share(owners)
-    seen = torch.cat([known[owners], mask], 1)
-    places = known.sum(1)[owners, None] + torch.arange(tails.shape[1], device=lm.device)
-    logits = lm.model(
-        input_ids=tails, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True
-    ).logits
-    parted = logits[torch.arange(len(RESTS)), torch.tensor(RESTS) - 1]
+    seen = torch.cat([known[owners], torch.ones_like(rests)], 1)
+    places = lengths[owners] + torch.arange(REST, device=lm.device)
+    parted = lm.model(
+        input_ids=rests, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True
+    ).logits[:, -1]
     return torch.stack(whole).float(), parted.float()
-
-
-def _padded(rows: list[torch.Tensor], lm: LanguageModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the right, and a mask of their tokens."""
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lm.device)
-    lengths = torch.tensor([len(row) for row in rows], device=lm.device)
-    return ids, (torch.arange(ids.shape[1], device=lm.device) < lengths.unsqueeze(1)).long()
