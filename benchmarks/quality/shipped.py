@@ -127,7 +127,7 @@ def conditions(
             factor, kl = 1.0, equal_norm.kl
             for _ in range(EQUAL_KL_STEPS):  # KL grows as the square of the strength
                 factor *= math.sqrt(costs[strength] / max(kl, 1e-6))
-                scaled = replace(control, name=f"{control.name}, equal KL", unit=control.unit * factor)
+                scaled = replace(control, name=f"{control.name}-equal-kl", unit=control.unit * factor)
                 equal_kl = measured(steered, profile, judge, scaled, strength, plain)
                 kl = equal_kl.kl
             yield equal_kl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RANDOM = "random"
+WIDTH = 104  # of the table, also on a narrower terminal
 HEAD = ("method", "blocks", "rise", "95 %", "accuracy", "KL", "perplexity", "safe to", "seconds", "kB")
 
 
 def print_comparison(found: MethodComparison) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, WIDTH))
     console.print(escape(_headline(found)))
-    drawn = Table(*HEAD)
+    drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in HEAD:
+        drawn.add_column(name, no_wrap=True)
     for row in map(_cells, found["methods"]):
         drawn.add_row(*row)
     console.print(drawn)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.quality.judges import EVERYDAY, JUDGES, compound, letters_per_word, refuses, requests, rudeness, words
-from benchmarks.quality.shipped import Asked, measured, opens
+from benchmarks.quality.shipped import Asked, conditions, measured, opens
 from steering_vectors.measures.activations import pooled
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
@@ -102,3 +102,24 @@ def test_a_closed_gate_leaves_replies_unsteered(lm: LanguageModel) -> None:
     surprise = sum(float(part.likelihoods[row]) for part, row in rows) / count
     assert one.perplexity == pytest.approx(math.exp(-surprise))
     assert one.interval[0] <= one.figure <= one.interval[1]
+
+
+def test_controls_are_brought_to_the_profile_s_cost(lm: LanguageModel) -> None:
+    profile = tiny_profile(lm.identity, layers=(1,), unit=2.0)
+    judge = replace(JUDGES["concise"], prompts=lambda _data: [f"Ask {n}" for n in range(8)])
+    with steerable(lm) as steered:
+        found = list(conditions(steered, profile, judge, Path(), texts=4, tokens=12, controls=1, seed=0))
+    names = [one.condition for one in found]
+    assert names == [
+        *(f"{profile.name} at {strength}" for strength in ("-2", "-1")),
+        "unsteered",
+        *(f"{profile.name} at {strength}" for strength in ("+1", "+2")),
+        *(f"random-0{end} at {strength}" for strength in ("-1", "+1") for end in ("", "-equal-kl")),
+        f"system prompt: {judge.instruction}",
+    ]
+    by_name = dict(zip(names, found, strict=True))
+    assert by_name["unsteered"].kl == 0
+    for strength in ("-1", "+1"):
+        cost = by_name[f"{profile.name} at {strength}"].kl
+        assert by_name[f"random-0-equal-kl at {strength}"].kl == pytest.approx(cost, rel=0.1)
+    assert found[-1].kl > 0
