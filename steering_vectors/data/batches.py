@@ -11,6 +11,9 @@ import torch
 Order = Callable[[int], tuple[object, ...]]
 """The sort key of an example, by its index."""
 
+Rows = list[tuple[int, int]]
+"""The rows of a batch: an example, and the number of its tokens in the shared prompt."""
+
 Encoded = tuple[Sequence[int], int]
 """Token ids of a prompt with its response, and the index of the response's first token."""
 
@@ -72,20 +75,22 @@ def batches(
     plan = _planned(examples, budget, [0] * len(examples), lambda index: (-len(examples[index][0]), index))
     if share:
         cuts = [max(0, start - 1) for _, start in examples]
-        shared = min(
-            (_planned(examples, budget, cuts, order) for order in _orders(examples, cuts)), key=lambda plan: plan.tokens
-        )
-        plan = shared if shared.tokens < WORTHWHILE * plan.tokens else plan
-    for rows in plan.batches:
+        plans = [_planned(examples, budget, cuts, order) for order in _orders(examples, cuts)]
+        shared = min(plans, key=lambda plan: _tokens(examples, plan))
+        if _tokens(examples, shared) < WORTHWHILE * _tokens(examples, plan):
+            plan = shared
+    for rows in plan:
         yield _batch(examples, rows, device)
 
 
-@dataclass(slots=True)
-class _Plan:
-    """Batches of (example, number of its tokens in the shared prompt), and the tokens that they compute."""
-
-    batches: list[list[tuple[int, int]]]
-    tokens: int = 0
+def _tokens(examples: Sequence[Encoded], plan: Sequence[Rows]) -> int:
+    """The tokens that batches compute, padding included."""
+    total = 0
+    for rows in plan:
+        prompts = {tuple(examples[index][0][:cut]) for index, cut in rows}
+        rest = max(len(examples[index][0]) - cut for index, cut in rows)
+        total += len(prompts) * max(map(len, prompts)) + len(rows) * rest
+    return total
 
 
 def _orders(examples: Sequence[Encoded], cuts: Sequence[int]) -> Iterator[Order]:
@@ -104,39 +109,28 @@ def _orders(examples: Sequence[Encoded], cuts: Sequence[int]) -> Iterator[Order]
     yield lambda index: key(index, longest[heads[index]], len(heads[index]))
 
 
-def _planned(
-    examples: Sequence[Encoded],
-    budget: int,
-    cuts: Sequence[int],
-    order: Order,
-) -> _Plan:
+def _planned(examples: Sequence[Encoded], budget: int, cuts: Sequence[int], order: Order) -> list[Rows]:
     """Fill batches one after the other, with the first `cuts[index]` tokens of each example in shared prompts."""
-    plan = _Plan([])
-    rows: list[tuple[int, int]] = []
+    plan: list[Rows] = []
     heads: set[tuple[int, ...]] = set()
     head_width = width = 0
     for index in sorted(range(len(examples)), key=order):
-        ids = examples[index][0]
-        cut = cuts[index]
+        ids, cut = examples[index][0], cuts[index]
         head = tuple(ids[:cut])
         wider, longer = max(head_width, cut), max(width, len(ids) - cut)
-        prompts, count = len(heads | {head}) * wider, len(rows) + 1
+        prompts, count = len(heads | {head}) * wider, 1 + (len(plan[-1]) if plan else 0)
         part = budget // SHARED_PART if wider else budget
         full = prompts > part or count * longer > part or count * (wider + longer) > budget
-        if rows and (full or bool(cut) != bool(rows[0][1])):  # an empty prompt has nothing to attend to
-            plan.batches.append(rows)
-            plan.tokens += len(heads) * head_width + len(rows) * width
-            rows, heads, wider, longer = [], set(), cut, len(ids) - cut
-        rows.append((index, cut))
+        if not plan or full or bool(cut) != bool(head_width):  # an empty prompt has nothing to attend to
+            plan.append([])
+            heads, wider, longer = set(), cut, len(ids) - cut
+        plan[-1].append((index, cut))
         heads.add(head)
         head_width, width = wider, longer
-    if rows:
-        plan.batches.append(rows)
-        plan.tokens += len(heads) * head_width + len(rows) * width
     return plan
 
 
-def _batch(examples: Sequence[Encoded], rows: Sequence[tuple[int, int]], device: torch.device | str) -> Batch:
+def _batch(examples: Sequence[Encoded], rows: Rows, device: torch.device | str) -> Batch:
     chosen = [(examples[index], cut) for index, cut in rows]
     heads: dict[tuple[int, ...], int] = {}
     owners = [heads.setdefault(tuple(ids[:cut]), len(heads)) for (ids, _), cut in chosen]
