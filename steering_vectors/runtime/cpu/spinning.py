@@ -8,6 +8,7 @@ so a second team that does nothing is a switch. Other OpenMP libraries take no n
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class _Watch:
                 before = now
                 if used > BUSY * elapsed:
                     calm = calm + 1 if waited < FREE * elapsed else 0
-                if team is None and waited > SHARED * elapsed:
+                if team is None and waited > SHARED * elapsed and "torch" in sys.modules:
                     team = SecondTeam()
                 elif team is not None and calm >= CALM:
                     team.close()
@@ -109,7 +110,7 @@ class SecondTeam:
 
     def _hold(self, begun: threading.Event) -> None:
         try:
-            import torch  # here, as commands that need no torch do not wait for it
+            import torch  # here, as commands that need no torch never load it
 
             from steering_vectors.runtime.cpu.threads import processors, use_threads
 

@@ -30,7 +30,7 @@ team.close()
 print(eventually(lambda: tasks() == before), torch.get_num_threads())
 """
 SHARED_CODE = """
-import os, subprocess, sys, threading, time
+import os, subprocess, sys, threading, time, torch
 from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
