@@ -9,35 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steering_vectors.data.chat import Example
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.evaluation.compare_methods import STRENGTHS, ComparisonSettings, compare_methods
 from steering_vectors.evaluation.preference_suite import EvaluationSettings, evaluate
 from steering_vectors.fitting.fit import fit
 from steering_vectors.measures.results import MethodComparison
-from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.comparison import render_comparison
-from tests.support.tiny import tiny_model
-from tests.support.tiny_tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
 METHODS = ("pca", "mean-diff")
 Compared = tuple[MethodComparison, list[Profile]]
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return wrap_model(tiny_model("llama"), tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def pairs() -> Preferences:
-    names = [f"Ask {row}" for row in range(40)]
-    good, bad = ([Example(name, text) for name in names] for text in (" please, kindly", " three apples"))
-    return Preferences("preference", tuple(good), tuple(bad), sha256="5" * 64)
 
 
 @pytest.fixture(scope="module")

@@ -30,22 +30,6 @@ STRENGTHS = (-1.0, 0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return wrap_model(tiny_model("llama"), tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def pairs() -> Preferences:
-    names = [f"Ask {row}" for row in range(40)]
-    return Preferences(
-        "preference",
-        tuple(Example(name, " please, kindly") for name in names),
-        tuple(Example(name, " three apples") for name in names),
-        sha256="5" * 64,
-    )
-
-
-@pytest.fixture(scope="module")
 def profile(lm: LanguageModel, pairs: Preferences) -> Profile:
     return fit(lm, None, pairs, layers="1", name="warm")
 
