@@ -46,16 +46,18 @@ class HeldEngine(TorchEngine):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         self._left: int | None = None
+        self._of: str | None = None
         self._until_change = self._is_changing = False
         self._go, self._held = threading.Event(), threading.Event()
         self.cancelled: list[str] = []
         super().__init__(*given, **options)
 
-    def hold(self, after: int = 0, *, until_change: bool = False) -> None:
-        """Stop after `after` more steps until `go`, or until a change of steering is requested."""
+    def hold(self, after: int = 0, *, of: str | None = None, until_change: bool = False) -> None:
+        """Stop after `after` more steps, or once choice `of` has `after` tokens however many steps others take, until
+        `go`, or until a change of steering is requested."""
         self._go.clear()
         self._held.clear()
-        self._left, self._until_change = after, until_change
+        self._of, self._left, self._until_change = of, after, until_change
 
     def until_held(self) -> None:
         assert self._held.wait(PATIENCE), "it has no step to take"
@@ -65,13 +67,23 @@ class HeldEngine(TorchEngine):
         self._go.set()
 
     def step(self) -> None:
-        left = self._left
-        if left == 0:
+        if self._is_due():
             self._held.set()
-            assert self._go.wait(PATIENCE), "the test never let it go"
-        elif left is not None:
-            self._left = left - 1
+            try:
+                assert self._go.wait(PATIENCE), "the test never let it go"
+            finally:
+                self._left = None  # one test that fails holds no other
         super().step()
+
+    def _is_due(self) -> bool:
+        left = self._left
+        if left is None:
+            return False
+        if self._of is not None:
+            state = self._requests.get(self._of)
+            return state is not None and state.completion_length >= left
+        self._left = left - 1
+        return left == 0
 
     async def set_steering(self, id: str, plan: SteeringPlan) -> SteeringChange:
         self._is_changing = self._until_change

@@ -98,7 +98,7 @@ async def written(
     ids: list[int] = []
     acknowledged = None
     if at is not None:
-        engine.hold(after=at + 1, until_change=True)
+        engine.hold(after=at + 1, of=request.ids[0], until_change=True)
     async for event in await submit(engine, request):
         if isinstance(event, Delta):
             ids += event.token_ids

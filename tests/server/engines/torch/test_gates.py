@@ -25,7 +25,7 @@ from steering_vectors.profiles.files import save_profile
 from steering_vectors.profiles.gate import Gate, similarities
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.steering.generate import steer
-from tests.support.running import HeldEngine, outcome, plan, request, steps, submit, versioned
+from tests.support.running import HeldEngine, load, outcome, plan, request, steps, submit, versioned
 from tests.support.serving import demo_engine, live_server, random_profile
 
 LM = load_model("demo", dtype="float32")
@@ -192,6 +192,7 @@ def test_where_a_prompt_cannot_decide_it_is_refused(client: httpx.Client, path: 
 
 def test_a_gate_cannot_join_a_running_generation(engine: TorchEngine, gated: Profile) -> None:
     async def run() -> None:
+        await load(engine, plan(gated).versions)
         running = replace(request((5, 6, 7)), sampling=replace(GREEDY, max_tokens=200))
         stream = await submit(engine, running)
         with pytest.raises(SteeringError, match="cannot join a running generation"):
