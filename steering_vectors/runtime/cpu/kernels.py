@@ -259,6 +259,11 @@ class GroupedProduct:
         assert self.given.kind == FLOATS
         return unpacked_floats(self._kept[0])[: self.given.outputs]
 
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of such a weight, `[…, inputs]`, as of an embedding."""
+        assert self.given.kind == FLOATS
+        return self._kept[0][indices // LANES, :, indices % LANES]
+
 
 class PassInputs:
     """The inputs that all blocks of one forward pass share.

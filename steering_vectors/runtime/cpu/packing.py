@@ -114,8 +114,7 @@ def _product_of(layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> Packed
     weight = torch.cat([layer.weight.detach() for layer in layers])
     if kernels is not None and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0:
         return kernels.packed(weight, bias)
-    library = load()
-    if library is not None and weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0:
+    if (library := load()) is not None and _is_grouped(weight):
         return library.grouped(weight, bias)
     if weight.dtype == torch.float32 and weight.numel() < SMALL:
         return JoinedProduct(weight, bias)
@@ -136,6 +135,7 @@ class _JointProduct:
     def __init__(self, layers: Sequence[nn.Linear], stored: Sequence[Stored]) -> None:
         self._sizes = [layer.out_features for layer in layers]
         self.product = packed_product(layers, stored)
+        self.embedding: nn.Embedding | None = None  # that reads its rows from the product
         self.is_quantized = any(one is not None for one in stored)
         self._input: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
@@ -170,7 +170,7 @@ class PackedLinear(nn.Module):
     """Replaces an `nn.Linear` and computes the same up to the order of sums.
 
     `plain` is the layer, for `unpack`, in a tuple so that it is no child. It has no weight meanwhile, unless another
-    module has the same.
+    module has the same and does not read it from the product.
     """
 
     def __init__(self, layer: nn.Linear, joint: _JointProduct, index: int) -> None:
@@ -240,6 +240,9 @@ def unpack(model: nn.Module) -> None:
     if any(packed.joint.is_quantized for _, _, packed in places):
         raise ModelError("quantised weights cannot be unpacked: load the model again")
     of_joint: dict[_JointProduct, list[nn.Linear]] = {}
+    for joint in {packed.joint for _, _, packed in places}:
+        if joint.embedding is not None:
+            vars(joint.embedding).pop("forward")
     for parent, name, packed in sorted(places, key=lambda place: place[2].index):
         of_joint.setdefault(packed.joint, []).append(packed.plain[0])
         setattr(parent, name, packed.plain[0])
@@ -265,9 +268,14 @@ def _restore(model: nn.Module, kind: str | None) -> None:
 def _swap(model: nn.Module, groups: list[list[nn.Linear]], stored: dict[nn.Linear, Stored]) -> None:
     """Pack group after group and drop the plain weights of each, so that there are never two copies of all."""
     parents = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
-    uses = _uses(model)
+    uses, embeddings = _uses(model), _embeddings(model)
     for group in groups:
         joint = _JointProduct(group, [stored.pop(layer, None) for layer in group])
+        of_weight = embeddings.get(id(group[0].weight))
+        if of_weight is not None and isinstance(joint.product, GroupedProduct):
+            joint.embedding = of_weight
+            of_weight.forward = joint.product.rows  # type: ignore[method-assign, assignment]
+            uses[id(of_weight.weight)] -= 1
         for index, layer in enumerate(group):
             parent, name = parents[id(layer)]
             setattr(parent, name, PackedLinear(layer, joint, index))
@@ -281,6 +289,24 @@ def _swap(model: nn.Module, groups: list[list[nn.Linear]], stored: dict[nn.Linea
 def _uses(model: nn.Module) -> Counter[int]:
     """By a parameter's id, how many modules have it."""
     return Counter(id(one) for module in model.modules() for one in module.parameters(recurse=False))
+
+
+def _embeddings(model: nn.Module) -> dict[int, nn.Embedding]:
+    """By a float32 weight's id, the embedding that shares it with one linear layer, if the weight can be a product of
+    this package, which holds its numbers."""
+    uses = _uses(model)
+    return {
+        id(module.weight): module
+        for module in model.modules()
+        if type(module) is nn.Embedding
+        and module.max_norm is None
+        and uses[id(module.weight)] == 2
+        and _is_grouped(module.weight)
+    }
+
+
+def _is_grouped(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.shape[1] % GROUP == 0 and load() is not None
 
 
 def _release_checkpoint(model: nn.Module) -> None:
@@ -315,16 +341,20 @@ def _groups(
     """The linear layers called in a dry run. Consecutive ones with the very same input tensor form a group.
 
     A layer in float32, or to be in this `dtype`, that shares its weight, as an output layer does with the embeddings,
-    stays plain unless it has codes: a copy would take more memory than the little time that it saves is worth.
+    is packed if it has codes, or if embeddings can be read from the product. Elsewhere it stays plain: a copy would
+    take more memory than the little time that it saves is worth.
     """
-    uses = _uses(model)
+    uses, embeddings = _uses(model), _embeddings(model)
     layers = [
         module
         for module in model.modules()
         if type(module) is nn.Linear
         and module.weight.dtype in DTYPES
         and not (
-            (dtype or module.weight.dtype) == torch.float32 and uses[id(module.weight)] > 1 and module not in codes
+            (dtype or module.weight.dtype) == torch.float32
+            and uses[id(module.weight)] > 1
+            and id(module.weight) not in embeddings
+            and module not in codes
         )
     ]
     calls = trace_calls([(str(place), layer) for place, layer in enumerate(layers)], lambda: _dry_run(model))

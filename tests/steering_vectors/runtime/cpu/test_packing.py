@@ -185,11 +185,30 @@ def test_weights_shared_with_embeddings_stay_shared(dtype: torch.dtype) -> None:
     model = tiny_model("llama", tie_word_embeddings=True).to(dtype)
     shared = model.model.embed_tokens.weight
     assert model.lm_head.weight is shared
+    before, ids = shared.detach().clone(), torch.tensor([[0, 5, 17], [99, 5, 31]])
     pack(model)
-    assert isinstance(model.lm_head, PackedLinear) == (dtype == torch.bfloat16)
+    assert isinstance(model.lm_head, PackedLinear)
     assert model.model.embed_tokens.weight is shared
+    assert shared.numel() == (0 if dtype == torch.float32 else before.numel())  # float32 is held once, in the product
+    assert torch.equal(model.model.embed_tokens(ids), before[ids])
     unpack(model)
     assert model.lm_head.weight is shared is model.model.embed_tokens.weight
+    assert torch.equal(shared, before)
+    assert torch.equal(model.model.embed_tokens(ids), before[ids])
+
+
+@pytest.mark.parametrize("change", ["odd width", "three users", "own class"])
+def test_a_shared_weight_that_embeddings_cannot_read_from_a_product_stays_plain(change: str) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True, **({"hidden_size": 24} if change == "odd width" else {}))
+    if change == "three users":
+        model.other = torch.nn.Embedding(*model.lm_head.weight.shape, _weight=model.lm_head.weight)
+        model.other.weight = model.lm_head.weight
+    elif change == "own class":
+        model.model.embed_tokens.__class__ = type("Scaled", (torch.nn.Embedding,), {})
+    pack(model)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "forward" not in vars(model.model.embed_tokens)
 
 
 def test_packing_holds_no_plain_weights() -> None:
