@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 import steering_vectors
 from steering_vectors.cli import flags
 from steering_vectors.errors import FitError
-from steering_vectors.reports.terminal import progress_on_stderr
+from steering_vectors.reports.terminal import print_notes, progress_on_stderr
 
 Adapter = Annotated[Path, flags.in_output(help="The folder to write the adapter to.")]
 Strength = Annotated[float, typer.Option(help="The strength to turn into weights.")]
@@ -57,7 +58,7 @@ def distill(
             lm, stored, pairs, out, settings, strength=strength, skip_long_rows=skip, progress=progress
         )
     source = {"profile": stored.name, "version": stored.version}
-    _print_made({"adapter": str(out), **source, **_figures(found)}, as_json)
+    _print_made({"adapter": str(out), **source, **_figures(found)}, as_json, found.notes)
 
 
 def distill_method(
@@ -94,7 +95,7 @@ def distill_method(
         found = steering_vectors.distill_method(
             lm, target, pairs, out, settings, skip_long_rows=data.skip_long_rows, progress=progress
         )
-    _print_made({"adapter": str(out), "method": method, **_figures(found)}, as_json)
+    _print_made({"adapter": str(out), "method": method, **_figures(found)}, as_json, found.notes)
 
 
 def bake(
@@ -131,10 +132,11 @@ def _figures(found: steering_vectors.Distilled) -> dict[str, object]:
     }
 
 
-def _print_made(figures: Mapping[str, object], as_json: bool) -> None:
+def _print_made(figures: Mapping[str, object], as_json: bool, notes: Sequence[str] | None = None) -> None:
     """Print what was written and how good it is, one figure per line."""
     if as_json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print(json.dumps({**figures, **({} if notes is None else {"notes": notes})}, ensure_ascii=False))
         return
     for key, value in figures.items():
         print(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    print_notes(Console(highlight=False, soft_wrap=True), notes or ())

@@ -43,11 +43,31 @@ def spread(examples: Sequence[Item], size: int) -> tuple[Item, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Preference data with the tokens of every example. `long_rows` counts the rows that were too long."""
+    """Preference data with the tokens of every example.
+
+    `first_unusable` says why the first row that the model cannot use was skipped, and `long_rows` counts the rows that
+    were too long.
+    """
 
     pairs: Preferences
     encoded: Mapping[Example, Encoded]
+    first_unusable: str = ""
     long_rows: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the user about the rows that were left out."""
+        notes = []
+        if self.pairs.skipped:
+            note, first = f"{self.pairs.skipped} bad rows were skipped", self.pairs.first_skipped
+            if first:
+                note += f"; the first: {first}"
+            if self.first_unusable not in ("", first):
+                note += f"; the first that this model cannot use: {self.first_unusable}"
+            notes.append(note)
+        if self.long_rows:
+            notes.append(f"{self.long_rows} rows longer than the model's context were left out")
+        return notes
 
     def sides(self) -> Sides:
         positives, negatives = (tuple(self.encoded[one] for one in side) for side in self.pairs.sides())
@@ -105,17 +125,17 @@ def encode_corpus(
         raise pairs.error(row, side, f"{problem}; {len(long)} of {pairs.rows} rows are too long; {remedy}")
     if not (bad or long):
         return Corpus(pairs, encoded)
-    messages = [*pairs.skip_messages, *(pairs.error(row, *fault).message for row, fault in bad.items())]
+    refused = [pairs.error(row, *fault).message for row, fault in bad.items()]
     kept = replace(
         pairs.select(set(range(pairs.rows)) - bad.keys() - long.keys()),
         skipped=pairs.skipped + len(bad),
-        skip_messages=tuple(messages[:MAX_SKIP_MESSAGES]),
+        skip_messages=(*pairs.skip_messages, *refused)[:MAX_SKIP_MESSAGES],
     )
     left_out = [f"{kept.skipped} bad ones were skipped"] if kept.skipped else []
     if long:
         left_out.append(f"{len(long)} exceed the model's context of {limit} tokens")
     kept.check(left_out=", ".join(left_out))
-    return Corpus(kept, encoded, len(long))
+    return Corpus(kept, encoded, kept.without_path(refused[0]) if refused else "", len(long))
 
 
 def sampling_prompts(

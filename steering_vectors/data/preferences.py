@@ -68,7 +68,11 @@ class Preferences:
     @property
     def first_skipped(self) -> str:
         """Why the first bad row was skipped, without the path of the file; an empty text if none was."""
-        return self.skip_messages[0].removeprefix(f"{self.source}, ") if self.skip_messages else ""
+        return self.without_path(self.skip_messages[0]) if self.skip_messages else ""
+
+    def without_path(self, message: str) -> str:
+        """The message of an error in a row, without the path of the file."""
+        return message.removeprefix(f"{self.source}, ")
 
     def check(self, *, left_out: str = "") -> None:
         """Raise DataError for fewer than 16 rows, fewer than 8 of a label, or if both sides of every row are equal.

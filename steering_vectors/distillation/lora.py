@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steering_vectors.data.corpus import Sides, corpus_for
+from steering_vectors.data.corpus import Corpus, corpus_for
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.methods import Task, method_named
@@ -97,12 +97,16 @@ class MethodTarget:
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """The mean distance to the target on `rows` held-out responses, before and after training, and their ratio."""
+    """The mean distance to the target on `rows` held-out responses, before and after training, and their ratio.
+
+    `notes` are sentences about rows that were left out.
+    """
 
     before: float
     after: float
     rows: int
     layers: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -137,9 +141,10 @@ def distill(
     shifts = Mixture((Term(profile, strength),)).shifts().by_layer()
     if not shifts:
         raise FitError("strength 0 changes nothing, so there is nothing to distil")
+    parts = _split(lm, pairs, settings, skip_long_rows)
     training, heldout = (
         [plain_twin(ids, start) for ids, start in (*sides.positives, *sides.negatives)]
-        for _, sides in _split(lm, pairs, settings, skip_long_rows)
+        for sides in (part.sides() for part in parts)
     )
     layers = sorted(shifts)
     constant = torch.stack([shifts[layer] for layer in layers])[:, None, None].to(lm.device)
@@ -147,7 +152,7 @@ def distill(
     try:
         student = _Student(lm, weights, layers, lambda _twins: constant, settings)
         key = {"profile": profile.version or profile.name, "strength": strength}
-        return student.trained(training, heldout, folder, key, progress)
+        return replace(student.trained(training, heldout, folder, key, progress), notes=tuple(parts[0].notes))
     finally:
         weights.close()
 
@@ -176,12 +181,13 @@ def distill_method(
     layers = target.layers or paper_blocks(lm.num_layers)
     step = FIRST_STEPS[target.method]
     options = method_named(target.method).complete(target.options)
+    parts = _split(lm, pairs, settings, skip_long_rows)
     train, heldout = (
         Task(
             lm, {}, texts.positives, texts.negatives, sides.positives, sides.negatives, sides.paired, target.name,
             seed=settings.seed, options=options, progress=progress, wanted=layers,
         )
-        for texts, sides in _split(lm, pairs, settings, skip_long_rows)
+        for texts, sides in ((part.pairs, part.sides()) for part in parts)
     )  # fmt: skip
     with step.tuned(train, {NAME: settings.shape(max(layers))}) as first:
         assert isinstance(first.weights, LoraWeights)
@@ -192,7 +198,7 @@ def distill_method(
         student = _Student(lm, first.weights, layers, shift, settings)
         key = {"method": target.method, "options": options, "layers": layers, "strength": target.strength}
         unseen = [twin for side in step.sides(heldout) for twin in side]
-        return student.trained(first.twins, unseen, folder, key, progress)
+        return replace(student.trained(first.twins, unseen, folder, key, progress), notes=tuple(parts[0].notes))
 
 
 def paper_blocks(num_layers: int) -> tuple[int, ...]:
@@ -269,7 +275,6 @@ def _mean(difference: torch.Tensor, reading: Reading) -> torch.Tensor:
 
 def _split(
     lm: LanguageModel, pairs: Preferences, settings: DistillSettings, skip_long_rows: bool
-) -> list[tuple[Preferences, Sides]]:
-    """The rows to train on and the held-out rows, each as texts and encoded."""
-    corpus = corpus_for(lm, pairs, skip_long_rows=skip_long_rows)
-    return [(part.pairs, part.sides()) for part in corpus.split(HELDOUT, settings.seed, min_side=4)]
+) -> tuple[Corpus, Corpus]:
+    """The rows to train on, and the held-out rows."""
+    return corpus_for(lm, pairs, skip_long_rows=skip_long_rows).split(HELDOUT, settings.seed, min_side=4)

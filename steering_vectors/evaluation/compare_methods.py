@@ -110,8 +110,8 @@ def compare_methods(
         ]
         found: results.MethodComparison = {
             "model": lm.identity.id,
-            "data": {"rows": fresh.pairs.rows, "read": len(suite.sides.positives), "sha256": pairs.sha256},
-            "unit": "nats per response" if suite.sides.paired else "nats per token",
+            "data": suite.data,
+            "unit": suite.unit,
             "kl_budget": settings.kl_budget,
             "methods": rows,
             "prompting": suite.prompting(settings.goal, limit),

@@ -82,11 +82,10 @@ def evaluate(
     prompts = prompts_with_room(lm, fresh.pairs, room=SAMPLED_TOKENS, seed=settings.seed)
     with steerable(lm) as steered:
         suite = PreferenceSuite(steered, fresh, settings, progress)
-        sides = suite.sides
         return {
             **measured_profile(lm, profile),
-            "data": {"rows": fresh.pairs.rows, "read": len(sides.positives), "sha256": pairs.sha256},
-            "unit": "nats per response" if sides.paired else "nats per token",
+            "data": suite.data,
+            "unit": suite.unit,
             **suite.margins(profile),
             "costs": suite.costs(profile, prompts),
             "norm_ratios": norm_ratios(profile),
@@ -121,6 +120,16 @@ class PreferenceSuite:
         self._steered, self._fresh, self._settings = steered, fresh, settings
         self._progress, self._done = progress, 0
         self._base = propensity(steered, self.sides, steer=False)
+
+    @property
+    def unit(self) -> str:
+        """The unit of margins."""
+        return "nats per response" if self.sides.paired else "nats per token"
+
+    @property
+    def data(self) -> results.EvaluatedRows:
+        pairs, read = self._fresh.pairs, len(self.sides.positives)
+        return {"rows": pairs.rows, "read": read, "sha256": pairs.sha256, "notes": self._fresh.notes}
 
     def margins(self, profile: Profile) -> results.MarginsByStrength:
         """Margin and accuracy at each strength, and for pairs the distribution of slopes."""

@@ -86,7 +86,10 @@ def calibrate(
     with steerable(lm) as steered:
         report = propensity_report(steered, calibrated, fresh.sides().thinned(REPORT_ROWS))
     metrics: Metrics = {**calibrated.metrics, "propensity": report}
-    return replace(calibrated, metrics=metrics)
+    calibration: Calibration = {**calibrated.calibration}
+    if corpus.notes:
+        calibration["notes"] = corpus.notes
+    return replace(calibrated, metrics=metrics, calibration=calibration)
 
 
 def trained_and_fresh(profile: Profile, corpus: Corpus) -> tuple[Corpus | None, Corpus]:

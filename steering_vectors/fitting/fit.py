@@ -241,7 +241,7 @@ class _Fit:
         if quality := data_quality(statistics, parts.train, profile.layers):
             metrics["data_quality"] = quality
         metrics["notes"] = [
-            *_data_notes(profile.data, corpus.pairs, parts),
+            *_data_notes(profile.data, corpus, parts),
             *(_quality_notes(quality) if quality and self._method.reads_labels else ()),
             *self._sample_notes(parts.train),
             *_effect_notes(profile, metrics),
@@ -391,9 +391,9 @@ def _data_record(corpus: Corpus, parts: Parts) -> DataRecord:
     }
 
 
-def _data_notes(data: DataRecord, pairs: Preferences, parts: Parts) -> list[str]:
+def _data_notes(data: DataRecord, corpus: Corpus, parts: Parts) -> list[str]:
     """Warnings about the rows of a fit."""
-    notes = [*pairs.notes]
+    notes = [*corpus.pairs.notes]
     if parts.train.pairs.shares_prompts(parts.heldout.pairs):
         notes.append(
             "too few different prompts: held-out rows have other completions than trained ones, not other prompts"
@@ -402,12 +402,7 @@ def _data_notes(data: DataRecord, pairs: Preferences, parts: Parts) -> list[str]
         notes.append(f"only {data['rows']} rows: below {FEW_ROWS} the direction and the metrics are noisy")
     if data["duplicates"]:
         notes.append(f"{data['duplicates']} rows repeat an earlier one")
-    if data["bad_rows_skipped"]:
-        first = f"; the first: {pairs.first_skipped}" if pairs.first_skipped else ""
-        notes.append(f"{data['bad_rows_skipped']} bad rows were skipped{first}")
-    if data["long_rows_skipped"]:
-        notes.append(f"{data['long_rows_skipped']} rows longer than the model's context were left out")
-    return notes
+    return [*notes, *corpus.notes]
 
 
 def _quality_notes(quality: DataQuality) -> list[str]:

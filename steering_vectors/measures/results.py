@@ -21,11 +21,13 @@ class MeasuredProfile(TypedDict):
 
 
 class EvaluatedRows(TypedDict):
-    """`rows` counts the rows that were not trained on, `read` those that were measured, per side."""
+    """`rows` counts the rows that were not trained on, `read` those that were measured, per side. `notes` are sentences
+    about rows that were left out."""
 
     rows: int
     read: int
     sha256: str
+    notes: list[str]
 
 
 class MarginEstimate(TypedDict):

@@ -22,7 +22,8 @@ class Calibration(TypedDict, total=False):
 
     `kl_at_1` is the measured cost of strength 1 per token. `unreached` says that even the largest coefficient stayed
     below `kl_budget`. `texts` sampled texts after `prompts` distinct prompts hold `tokens` steered tokens. `curve`
-    holds the points from which `max_strength` was read. The object is empty for a profile that was not calibrated.
+    holds the points from which `max_strength` was read. `notes` are sentences about rows that `trimtab calibrate` left
+    out. The object is empty for a profile that was not calibrated.
     """
 
     kl_budget: float
@@ -36,6 +37,7 @@ class Calibration(TypedDict, total=False):
     seed: int
     perplexity_bound: float
     curve: list[CurvePointRecord]
+    notes: list[str]
 
 
 class StrengthMargin(TypedDict):

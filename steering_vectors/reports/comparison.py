@@ -86,7 +86,9 @@ def _remarks(found: MethodComparison) -> list[str]:
         for sign, estimate in prompting_estimates(found)
     ]
     lines += [f"{name} was not fitted: {reason}" for name, reason in found["failed"].items()]
-    lines += [f"{one['method']}: {note}" for one in found["methods"] for note in one["notes"]]
+    left_out = found["data"]["notes"]
+    lines += [f"note: {note}" for note in left_out]
+    lines += [f"{one['method']}: {note}" for one in found["methods"] for note in one["notes"] if note not in left_out]
     return lines
 
 

@@ -36,9 +36,10 @@ def _preferences(one: results.PreferenceEvaluation) -> str:
     reward = one["reward"]
     if "note" not in reward:
         drawings.append(lambda ax: _frontier(ax, one["profile"], reward))
+    notes = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in one["data"]["notes"])
     return (
         f"{lead(headline(one))}<p>{html.escape(frontier_sentence(one['reward']))}</p>"
-        f"{plots(drawings)}{_table(one)}{_controls(one)}"
+        f"{plots(drawings)}{_table(one)}{_controls(one)}{notes}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def print_fit(profile: Profile, path: Path) -> None:
     console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
     _print_gate(console, profile.gate)
     _print_propensity(console, profile.metrics)
-    _print_notes(console, profile.metrics)
+    print_notes(console, _notes_of(profile))
     console.print(f"Show everything: trimtab show {escape(str(path))}")
 
 
@@ -102,7 +102,7 @@ def print_profile(profile: Profile, path: Path) -> None:
     console.print(f"data{_listed(profile.data)}")
     console.print(_cost_line(profile.calibration))
     curve = profile.calibration.get("curve", [])
-    rest = {key: value for key, value in profile.calibration.items() if key != "curve"}
+    rest = {key: value for key, value in profile.calibration.items() if key not in ("curve", "notes")}
     console.print(f"calibration{_listed(rest)}")
     if curve:
         table = Table("strength", "KL per token", "perplexity")
@@ -117,7 +117,7 @@ def print_profile(profile: Profile, path: Path) -> None:
         console.print(f"layer choice by {choice['criterion']}: {_ranked(choice['scores'])}")
         if sampled := choice.get("sampled"):
             console.print(f"of these, by the texts they write: {_ranked(sampled)}")
-    _print_notes(console, profile.metrics)
+    print_notes(console, _notes_of(profile))
 
 
 def _print_gate(console: Console, gate: Gate | None) -> None:
@@ -180,8 +180,9 @@ def _print_preferences(console: Console, one: PreferenceEvaluation) -> None:
     for sign, found in prompting_estimates(one):
         console.print(f"{sign} instruction instead: margin {found['margin']:.3f}, accuracy {found['accuracy']:.3f}")
     if "note" in one["prompting"]:
-        console.print(f"[yellow]note:[/] {escape(one['prompting']['note'])}")
+        print_notes(console, [one["prompting"]["note"]])
     console.print(escape(frontier_sentence(one["reward"])))
+    print_notes(console, one["data"]["notes"])
 
 
 def _layer_table(profile: Profile) -> Table:
@@ -230,8 +231,13 @@ def _print_propensity(console: Console, metrics: Metrics) -> None:
         console.print(f"{report['anti_steerable']:.0%} of these rows move in the other direction")
 
 
-def _print_notes(console: Console, metrics: Metrics) -> None:
-    for note in metrics.get("notes", ()):
+def _notes_of(profile: Profile) -> Iterable[str]:
+    """The notes of a profile's fit and of its calibration."""
+    return dict.fromkeys((*profile.metrics.get("notes", ()), *profile.calibration.get("notes", ())))
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
 
 

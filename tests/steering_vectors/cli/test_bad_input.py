@@ -84,6 +84,7 @@ FIXED = {
     "evaluate preferences": ("--randoms", "0", "--rows", "8"),
     "fit": ("--layers", "1"),
 }
+QUICK = {"evaluate preferences": ("--strengths", "-1,0,1", "--reward-samples", "0"), "fit": ("--no-calibrate",)}
 
 
 @pytest.fixture(scope="module")
@@ -179,37 +180,79 @@ def conversations(count: int = 40) -> Rows:
     ]
 
 
-@pytest.mark.parametrize("command", FIXED)
-def test_rows_that_the_template_refuses(
-    model: Path,
-    profiles: Path,
-    kept: bytes,
-    write: Callable[[Rows], Path],
-    command: str,
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def strict(model: Path, tmp_path: Path) -> Path:
+    """The model with a template that refuses more than one turn."""
     strict = tmp_path / "strict"
     shutil.copytree(model, strict)
     tokenizer = tiny_tokenizer()
     template = str(tokenizer.chat_template)
     tokenizer.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + template
     tokenizer.save_pretrained(strict)
+    return strict
+
+
+PROBLEM = "the model's chat template refuses these messages: one turn"
+SKIPPED = f"4 bad rows were skipped; the first: line 5, field 'prompt': {PROBLEM}"
+
+
+@pytest.mark.parametrize("command", FIXED)
+def test_rows_that_the_template_refuses(
+    strict: Path, profiles: Path, kept: bytes, write: Callable[[Rows], Path], command: str
+) -> None:
     data = write(conversations())
-    problem = "the model's chat template refuses these messages: one turn"
     result = run(command, strict, data, profiles)
     check_refused(
         result,
         profiles,
         kept,
-        f"error: {data}, line 5, field 'prompt': {problem}; 4 of 40 rows cannot be encoded; correct the row, or skip "
+        f"error: {data}, line 5, field 'prompt': {PROBLEM}; 4 of 40 rows cannot be encoded; correct the row, or skip "
         "such rows with --skip-bad-rows",
     )
+    result = run(command, strict, data, profiles, "--skip-bad-rows", *QUICK.get(command, ()))
+    assert result.exit_code == 0, result.stderr
+    assert unwrapped(result).count(f"note: {SKIPPED}") == 1
     if command == "fit":
-        result = run(command, strict, data, profiles, "--no-calibrate", "--skip-bad-rows")
-        assert result.exit_code == 0, result.stderr
-        assert f"note: 4 bad rows were skipped; the first: line 5, field 'prompt': {problem}" in unwrapped(result)
         stored = load_profile(profiles / "kind.safetensors").data
         assert (stored["rows"], stored["bad_rows_skipped"]) == (36, 4)
+    result = run(command, strict, data, profiles, "--skip-bad-rows", *QUICK.get(command, ()), "--json")
+    assert result.stdout.count(json.dumps(SKIPPED)) == 1
+    if command == "calibrate":
+        assert load_profile(profiles / "kind.safetensors").calibration["notes"] == [SKIPPED]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("distill", "kind", "--steps", "1", "--batch", "2"),
+        ("distill-method", "rahf-scit", "--steps", "1", "--batch", "2", "-o", "epochs=0.1", "--layers", "1"),
+        ("methods", "compare", "--methods", "mean-diff,pca", "--layers", "1", "--randoms", "0", "--rows", "8"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_that_store_no_profile_note_skipped_rows(
+    strict: Path,
+    profiles: Path,
+    write: Callable[[Rows], Path],
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    rows = conversations()
+    rows[39]["prompt"] = [{"role": "user", "content": LONG}]
+    fixed = ["--model", str(strict), "--data", str(write(rows)), "--skip-bad-rows", "--skip-long-rows"]
+    fixed += ["--profiles", str(profiles)] if command[0] == "distill" else []
+    long = "1 rows longer than the model's context were left out"
+    for number, more in enumerate(((), ("--json",))):
+        out = ["--out", str(tmp_path / f"out-{number}")]
+        result = CliRunner().invoke(app, [*command, *fixed, *out, *more])
+        assert result.exit_code == 0, result.output
+        if more:
+            printed = json.loads(result.stdout)
+            assert printed.get("data", printed)["notes"] == [SKIPPED, long]
+        else:
+            assert [unwrapped(result).count(f"note: {note}") for note in (SKIPPED, long)] == [1, 1]
 
 
 def unwrapped(result: Result) -> str:

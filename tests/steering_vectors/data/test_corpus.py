@@ -91,6 +91,11 @@ def test_refused_rows_are_skipped_and_counted(write: Write, tokenizer: PreTraine
     assert corpus.pairs.lines == tuple(kept)
     assert corpus.pairs.pairs() == [pair for n, pair in enumerate(load_pairs(write(CHAT)).pairs()) if n + 1 in kept]
     assert len(corpus.sides().positives) == 22
+    assert corpus.notes == [
+        "3 bad rows were skipped; the first: line 25, field 'chosen[1].content': it is empty; "
+        f"the first that this model cannot use: line 6, field 'chosen': {REFUSED}"
+    ]
+    assert encode_corpus(tokenizer, load_pairs(write(CHAT)), limit=200).notes == []
 
 
 def test_enough_rows_must_remain(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -106,6 +111,12 @@ def test_refused_and_long_rows_are_counted_apart(write: Write, tokenizer: PreTra
     pairs = load_pairs(write(rows), skip_bad_rows=True)
     corpus = encode_corpus(tokenizer, pairs, limit=200, skip_long_rows=True)
     assert (corpus.pairs.rows, corpus.pairs.skipped, corpus.long_rows) == (18, 5, 1)
+    notes = [
+        f"5 bad rows were skipped; the first: line 1, field 'chosen': {REFUSED}",
+        "1 rows longer than the model's context were left out",
+    ]
+    assert corpus.notes == notes
+    assert [part.notes for part in corpus.split(0.5, 0, min_side=4)] == [notes, notes]
     rows = changed(with_system(CHAT, *range(8)), 9, chosen=turns("q 9", "warm " * 300))
     pairs = load_pairs(write(rows), skip_bad_rows=True)
     with pytest.raises(DataError) as caught:

@@ -59,6 +59,7 @@ def test_margins_are_those_of_an_evaluation(lm: LanguageModel, pairs: Preference
             2 * one["steerability"], rel=1e-6
         )
         assert found["data"] == alone["data"]
+        assert found["data"]["notes"] == []
 
 
 def test_a_method_that_the_data_does_not_suit_is_listed_with_its_reason(lm: LanguageModel, pairs: Preferences) -> None:

@@ -187,6 +187,12 @@ def test_strengths_are_checked() -> None:
         EvaluationSettings(strengths=(-1.0, 1.0, 2.0))
 
 
+def test_rows_that_were_left_out_are_on_the_page(found: PreferenceEvaluation) -> None:
+    left_out: PreferenceEvaluation = {**found, "data": {**found["data"], "notes": ["2 rows <b> were skipped"]}}
+    assert "<p>Note: 2 rows &lt;b&gt; were skipped.</p>" in render_report([left_out])
+    assert "Note:" not in render_report([found])
+
+
 def test_the_page_stands_alone(found: PreferenceEvaluation) -> None:
     page = render_report([found])
     assert page.count("<svg") == 4
