@@ -33,15 +33,25 @@ PREFILL_TOKENS = 2048  # prompt tokens of one pass
 class Sampled:
     """Texts by prompt that one steering wrote, and what the unsteered model reads in them.
 
-    `divergences` is Σ KL(steered‖base) in nats and `likelihoods` Σ log P_base over each text's tokens, float64
-    `[texts]`. `activations` `[layers, hidden]` is the unsteered blocks' mean output over all tokens but each text's
-    last.
+    `token_divergences` is KL(steered‖base) in nats and `token_likelihoods` log P_base at each token, float64
+    `[texts, tokens]`, 0 behind a text's end; `divergences` and `likelihoods` are their sums, `[texts]`. `activations`
+    `[layers, hidden]` is the unsteered blocks' mean output over all tokens but each text's last, and `norms` `[layers]`
+    its mean norm there.
     """
 
     texts: list[list[int]]
-    divergences: torch.Tensor
-    likelihoods: torch.Tensor
+    token_divergences: torch.Tensor
+    token_likelihoods: torch.Tensor
     activations: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
+
+    @property
+    def divergences(self) -> torch.Tensor:
+        return self.token_divergences.sum(1)
+
+    @property
+    def likelihoods(self) -> torch.Tensor:
+        return self.token_likelihoods.sum(1)
 
     @property
     def tokens(self) -> int:
@@ -110,11 +120,13 @@ class Sampler:
         after the other.
 
         With `compare`, the unsteered model reads the texts too, which gives divergences and likelihoods, and the
-        activations of the layers `read`.
+        activations of the layers `read` with their norms.
         """
-        found = [Sampled([[] for _ in prompts], *torch.zeros(2, len(prompts), dtype=torch.float64)) for _ in mixtures]
+        found = [
+            Sampled([[] for _ in prompts], *torch.zeros(2, *uniforms.shape, dtype=torch.float64)) for _ in mixtures
+        ]
         width = 2 if compare and not all(mixture.is_neutral for mixture in mixtures) else 1
-        sums = torch.zeros(len(mixtures), len(read), self._lm.hidden_size, dtype=torch.float64)
+        sums = torch.zeros(len(mixtures), len(read), self._lm.hidden_size + 1, dtype=torch.float64)  # and the norm
         counts = torch.zeros(len(mixtures), 1, 1, dtype=torch.float64)
         every = [
             _Row(steering, index, prompt) for steering in range(len(mixtures)) for index, prompt in enumerate(prompts)
@@ -128,7 +140,7 @@ class Sampler:
             found[row.steering].texts[row.index] = row.text
         if read:
             for one, mean in zip(found, (sums / counts.clamp_min(1)).float(), strict=True):
-                one.activations = mean
+                one.activations, one.norms = mean[:, :-1], mean[:, -1]
         return found
 
     def _prefill(self, rows: Sequence[_Row], width: int) -> None:
@@ -173,7 +185,7 @@ class Sampler:
         counts: torch.Tensor,
     ) -> None:
         """Draw the texts of rows. Adds what the unsteered model reads to `found`, and the activations read to `sums`
-        `[mixtures, layers, hidden]` and `counts`."""
+        with their norms `[mixtures, layers, hidden + 1]` and `counts`."""
         for place, row in enumerate(live):
             self._bank.write(place * width, mixtures[row.steering])
             if width == 2:
@@ -197,13 +209,15 @@ class Sampler:
                     likelihoods = base.gather(1, drawn.unsqueeze(1)).squeeze(1).tolist()
                     divergences = kl_divergence(steered, base).tolist()
                     for row, likelihood, divergence in zip(live, likelihoods, divergences, strict=True):
-                        found[row.steering].likelihoods[row.index] += likelihood
+                        one, place = found[row.steering], (row.index, len(row.text))
+                        one.token_likelihoods[place] = likelihood
                         if not mixtures[row.steering].is_neutral:  # rounding differs between rows
-                            found[row.steering].divergences[row.index] += divergence
+                            one.token_divergences[place] = divergence
                 if read:
                     started = [place for place, row in enumerate(live) if row.text]
                     steerings = torch.tensor([live[place].steering for place in started], dtype=torch.long)
                     vectors = torch.stack([seen[layer][started].cpu() for layer in read], dim=1)
+                    vectors = torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], dim=-1)
                     sums.index_add_(0, steerings, vectors)
                     counts.index_add_(0, steerings, torch.ones(len(started), 1, 1, dtype=torch.float64))
             ended = torch.isin(drawn, self._eos).tolist()

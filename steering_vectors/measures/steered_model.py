@@ -114,7 +114,7 @@ class SteeredModel:
         read: Sequence[int] = (),
     ) -> list[Sampled]:
         """`sample` at each strength, with the same random numbers, and what the unsteered model reads in the texts:
-        divergences, likelihoods, and the activations of the layers `read`."""
+        divergences, likelihoods, and the activations of the layers `read` with their norms."""
         sampler = self._sampler_for(prompts, tokens)
         if sampler.batched:
             uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
@@ -133,13 +133,19 @@ class SteeredModel:
     ) -> Sampled:
         self.write(profile, strength)
         examples = self.continuations(prompts, tokens=tokens, seed=seed)
-        vectors = [part.vectors for part in pooled(self.lm, examples, read)] if read else []
-        return Sampled(
-            [list(ids[start:]) for ids, start in examples],
-            self.divergences(examples)[0],
-            self.log_likelihoods(examples, steer=False)[0],
-            torch.cat(vectors).mean(0).cpu() if read else None,
-        )
+        divergences, likelihoods = torch.zeros(2, len(examples), tokens, dtype=torch.float64)
+        for scored in self.scored(examples):
+            rows, steps = scored.valid.nonzero().cpu().unbind(1)
+            texts, base = torch.tensor(scored.batch.indices)[rows], self.final(scored, False)
+            divergence = self.compared(self.final(scored, True), base, kl_divergence)
+            divergences[texts, steps] = divergence.double().cpu()
+            likelihoods[texts, steps] = self.chosen(base, scored.targets).double().cpu()
+        found = Sampled([list(ids[start:]) for ids, start in examples], divergences, likelihoods)
+        if read:
+            parts = list(pooled(self.lm, examples, read))
+            found.activations = torch.cat([part.vectors for part in parts]).mean(0).cpu()
+            found.norms = torch.cat([part.norms for part in parts], dim=1).mean(1).cpu()
+        return found
 
     def kept(self, examples: Sequence[Encoded], layers: Sequence[int]) -> KeptTexts:
         """The texts with their unsteered pass, to measure them under steering that begins at any of these layers."""
