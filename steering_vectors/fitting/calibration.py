@@ -17,6 +17,7 @@ from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.measures.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
 from steering_vectors.measures.long_texts import (
+    COMPARED_TEXTS,
     DEFAULT_TEXT_TOKENS,
     LONG_TEXTS,
     measure_long_texts,
@@ -197,7 +198,7 @@ def _checked_on_long_texts(
 
     def measure(strengths: Sequence[float]) -> list[LongTextPoint]:
         nonlocal done
-        found = measure_long_texts(steered, profile, strengths, rows, tokens=tokens, seed=seed)
+        found = measure_long_texts(steered, profile, strengths, rows, tokens=tokens, seed=seed, compared=COMPARED_TEXTS)
         done += 1
         if progress is not None:
             progress("texts", min(done, EXPECTED_CHECKS - 1), EXPECTED_CHECKS)

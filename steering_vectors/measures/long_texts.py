@@ -20,6 +20,7 @@ from steering_vectors.profiles.profile import Profile
 
 DEFAULT_TEXT_TOKENS = 256
 LONG_TEXTS = 16  # at each strength
+COMPARED_TEXTS = 4  # of these, which the unsteered model reads too
 BOUNDARIES = (0, 48, 256, 1024)  # of the bins of positions
 TAIL = 64  # tokens at the end of a text in which repetition is looked for
 NGRAM = 4
@@ -39,41 +40,43 @@ def measure_long_texts(
     *,
     tokens: int,
     seed: int,
+    compared: int | None = None,
 ) -> list[LongTextPoint]:
     """Sample texts of up to `tokens` tokens after the prompts at each strength, with the same random numbers, and
-    measure them. The unsteered model reads all of them."""
-    shifts = profile.shift_norms()
-    sampled = steered.sample_and_compare(profile, strengths, prompts, tokens=tokens, seed=seed, read=list(shifts))
-    points = []
+    measure them. The unsteered model reads the first `compared` of each strength, or all."""
+    ends, decode, points = eos_ids(steered.lm), steered.lm.tokenizer.decode, []
+    sampled = steered.sample_and_compare(
+        profile, strengths, prompts, tokens=tokens, seed=seed, compared=compared, read=profile.layers
+    )
     for strength, found in zip(strengths, sampled, strict=True):
-        assert found.norms is not None
-        ratios = [
-            abs(strength) * shift / max(norm, 1e-12)
-            for shift, norm in zip(shifts.values(), found.norms.tolist(), strict=True)
-        ]
-        points.append(_point(steered, strength, found, max(ratios)))
+        whole, *positions = (_cost(found, *span) for span in ((0, tokens), *_spans(tokens)))
+        points.append(
+            LongTextPoint(
+                strength=strength,
+                kl=whole["kl"],
+                perplexity=whole["perplexity"],
+                ended=_share(bool(text) and text[-1] in ends for text in found.texts),
+                repeating=_share(is_repeating(text) or is_endless(text, decode) for text in found.texts),
+                shift_ratio=_shift_ratio(profile, strength, found),
+                positions=[one for one in positions if one["tokens"]],
+            )
+        )
     return points
 
 
-def _point(steered: SteeredModel, strength: float, found: Sampled, shift_ratio: float) -> LongTextPoint:
-    ends, decode = eos_ids(steered.lm), steered.lm.tokenizer.decode
-    bounds = [*(one for one in BOUNDARIES if one < found.token_likelihoods.shape[1]), found.token_likelihoods.shape[1]]
-    positions = [_cost(found, start, end) for start, end in pairwise(bounds)]
-    whole = _cost(found, 0, bounds[-1])
-    return {
-        "strength": strength,
-        "kl": whole["kl"],
-        "perplexity": whole["perplexity"],
-        "ended": _share(bool(text) and text[-1] in ends for text in found.texts),
-        "repeating": _share(is_repeating(text) or is_endless(text, decode) for text in found.texts),
-        "shift_ratio": shift_ratio,
-        "positions": [one for one in positions if one["tokens"]],
-    }
+def _spans(tokens: int) -> Iterable[tuple[int, int]]:
+    return pairwise([*(one for one in BOUNDARIES if one < tokens), tokens])
+
+
+def _shift_ratio(profile: Profile, strength: float, found: Sampled) -> float:
+    assert found.norms is not None
+    pairs = zip(profile.shift_norms().values(), found.norms, strict=True)
+    return abs(strength) * max(shift / max(float(norm), 1e-12) for shift, norm in pairs)
 
 
 def _cost(found: Sampled, start: int, end: int) -> PositionCost:
-    """KL and perplexity of the tokens from `start` up to `end` of each text."""
-    count = sum(len(text[start:end]) for text in found.texts)
+    """KL and perplexity of the tokens from `start` up to `end` of each text that was compared."""
+    count = sum(len(text[start:end]) for text in found.texts[: len(found.token_likelihoods)])
     kl = float(found.token_divergences[:, start:end].sum()) / max(count, 1)
     loss = -float(found.token_likelihoods[:, start:end].sum()) / max(count, 1)
     return {"start": start, "end": end, "tokens": count, "kl": kl, "perplexity": math.exp(min(loss, 700.0))}
@@ -142,33 +145,36 @@ def safe_range(
     """The largest magnitude of strength, of those tried up to `widest`, at which neither sign has `faults`; and all
     points with their faults, ascending. It is 0 if every magnitude has one.
 
-    `widest` is tried first. If it has faults, the range is halved until it has none, and then the middle between the
-    last two magnitudes is tried. A sign without faults is not measured again at smaller magnitudes. Magnitudes are
-    rounded down to a tenth.
+    `widest` is tried first. While it has faults, half and three quarters of the range are tried together, and the half
+    is the next range if it has faults too. A sign without faults is not measured again at smaller magnitudes.
+    Magnitudes are rounded down to a tenth.
     """
     points = measure([0.0, -widest, widest])
     unsteered = points[0]
 
-    def failing(found: Sequence[LongTextPoint]) -> list[float]:
+    def failing(found: Sequence[LongTextPoint]) -> dict[float, list[float]]:
+        """The signs with faults, by magnitude."""
+        signs: dict[float, list[float]] = {}
         for one in found:
             one["faults"] = faults(one, unsteered, texts=texts, bound=bound)
-        return [math.copysign(1, one["strength"]) for one in found if one["faults"]]
+            signs.setdefault(abs(one["strength"]), [])
+            if one["faults"]:
+                signs[abs(one["strength"])].append(math.copysign(1, one["strength"]))
+        return signs
 
-    def failing_at(magnitude: float, signs: Sequence[float]) -> list[float]:
-        found = measure([sign * magnitude for sign in signs])
-        points.extend(found)
-        return failing(found)
-
-    safe, unsafe, signs = 0.0, widest, failing(points[1:])
-    while signs and not safe and (middle := _tenth(unsafe / 2)):
-        if still := failing_at(middle, signs):
-            unsafe, signs = middle, still
-        else:
-            safe = middle
-    if not signs:
-        safe = widest
-    elif safe < (middle := _tenth((safe + unsafe) / 2)) and safe and not failing_at(middle, signs):
-        safe = middle
+    safe, unsafe, signs = widest, widest, failing(points[1:])[widest]
+    while signs:
+        half = safe = _tenth(unsafe / 2)
+        if not half:
+            break
+        sizes = sorted({half, _tenth(3 * unsafe / 4)})
+        found = measure([sign * size for size in sizes for sign in signs])
+        points += found
+        wrong = failing(found)
+        if not wrong[half]:
+            safe = max(size for size in sizes if not wrong[size])
+            break
+        unsafe, signs = half, wrong[half]
     return safe, sorted(points, key=lambda point: point["strength"])
 
 

@@ -90,10 +90,10 @@ def test_the_shift_s_ratio_is_that_at_the_block_where_it_is_largest() -> None:
     lm = lm_of("llama")
     profile = profile_for(lm)
     with steerable(lm) as steered:
-        (point,) = measure_long_texts(steered, profile, [-2.0], PROMPTS, tokens=TOKENS, seed=3)
+        (point,) = measure_long_texts(steered, profile, [-2.0], PROMPTS, tokens=TOKENS, seed=3, compared=5)
         (sampled,) = steered.sample_and_compare(profile, [-2.0], PROMPTS, tokens=TOKENS, seed=3)
     norms: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    for prompt, text in zip(PROMPTS, sampled.texts, strict=True):
+    for prompt, text in zip(PROMPTS[:5], sampled.texts, strict=False):
         with torch.no_grad():
             ids = torch.tensor([[*prompt, *text[:-1]]])
             states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -189,9 +189,12 @@ def searched(widest: float, *limits: float) -> tuple[float, list[list[float]]]:
 
 
 def test_the_search_for_the_safe_range() -> None:
-    assert searched(2.6, 3, 3) == (2.6, [[0, -2.6, 2.6]])
-    assert searched(2.6, 3, 2) == (1.9, [[0, -2.6, 2.6], [1.3], [1.9]])
-    assert searched(2.6, 1.5, 2) == (1.3, [[0, -2.6, 2.6], [-1.3, 1.3], [-1.9, 1.9]])
-    assert searched(2.6, 1.0, 2) == (0.9, [[0, -2.6, 2.6], [-1.3, 1.3], [-0.6], [-0.9]])
-    assert searched(0.3, 0.0, 1) == (0.0, [[0, -0.3, 0.3], [-0.1]])
+    first = [0, -2.6, 2.6]
+    assert searched(2.6, 3, 3) == (2.6, [first])
+    assert searched(2.6, 3, 2) == (1.9, [first, [1.3, 1.9]])
+    assert searched(2.6, 1.5, 2) == (1.3, [first, [-1.3, 1.3, -1.9, 1.9]])
+    assert searched(2.6, 1.0, 2) == (0.9, [first, [-1.3, 1.3, -1.9, 1.9], [-0.6, -0.9]])
+    assert searched(0.3, 0.0, 1) == (0.0, [[0, -0.3, 0.3], [-0.1, -0.2]])
+    assert searched(0.3, 0.1, 1) == (0.1, [[0, -0.3, 0.3], [-0.1, -0.2]])
+    assert searched(0.2, 1, 0.1) == (0.1, [[0, -0.2, 0.2], [0.1]])
     assert searched(0.1, 0.0, 0.0) == (0.0, [[0, -0.1, 0.1]])
