@@ -236,11 +236,17 @@ def figures(steered: SteeredModel, way: Way, rows: Sequence[Tokens], texts: Sequ
         perplexities(steered, examples[:: max(1, each)]),
         float(early.mean()),
         bootstrap(lambda chosen: float(grouped[0][chosen].mean()), len(grouped[0])),
-        float(np.nanmean(late)),
-        bootstrap(lambda chosen: float(np.nanmean(grouped[1][chosen])), len(grouped[1])),
+        _mean(late),
+        bootstrap(lambda chosen: _mean(grouped[1][chosen]), len(grouped[1])),
         int(np.isfinite(late).sum()),
         " ".join(decode(texts[0]).split()),
     )
+
+
+def _mean(scores: np.ndarray) -> float:
+    """The mean of those that exist; NaN if there is none."""
+    there = scores[np.isfinite(scores)]
+    return float(there.mean()) if there.size else math.nan
 
 
 def _late(text: Tokens, score: Any) -> float:
