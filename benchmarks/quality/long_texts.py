@@ -13,10 +13,10 @@ profile's block, d its calibrated shift at strength 1, v = d/‖d‖, and t coun
 - `scaled`: h + αd‖h‖/n with the median norm n of the fit.
 
 Reported are the share of texts that end by themselves, the share that repeat or run into an endless word (see
-`measures/long_texts.py`), perplexity under the unsteered model by position, and VADER's compound score of the first
-48 tokens (early) and, as a mean over parts of 48 tokens, of the rest (late; parts of fewer than 16 tokens are left
-out). The second table interpolates each way between its strengths to the early difference between both signs that
-`constant` has at 1. Intervals (95 %) resample questions.
+`measures/long_texts.py`), perplexity under the unsteered model by position, of every third text, and VADER's compound
+score of the first 48 tokens (early) and, as a mean over parts of 48 tokens, of the rest (late; parts of fewer than 16
+tokens are left out). The second table interpolates each way between its strengths to the early difference between
+both signs that `constant` has at 1. Intervals (95 %) resample questions.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ DECAY_TOKENS = 128
 FIRST_TOKENS = 48
 PART = 48  # tokens that are judged together
 MIN_PART = 16
+PERPLEXITY_OF = 3  # every third text
 BOUNDARIES = (48, 128, 256, 512, 1024)
 Tokens = list[int]
 
@@ -233,7 +234,7 @@ def figures(steered: SteeredModel, way: Way, rows: Sequence[Tokens], texts: Sequ
         len(texts),
         float(np.mean([bool(text) and text[-1] in ends for text in texts])),
         float(np.mean([is_repeating(text) or is_endless(text, decode) for text in texts])),
-        perplexities(steered, examples[:: max(1, each)]),
+        perplexities(steered, examples[::PERPLEXITY_OF]),
         float(early.mean()),
         bootstrap(lambda chosen: float(grouped[0][chosen].mean()), len(grouped[0])),
         _mean(late),

@@ -18,7 +18,7 @@ from steering_vectors.models.limits import eos_ids
 from steering_vectors.profiles.metadata import LongTextPoint, PositionCost
 from steering_vectors.profiles.profile import Profile
 
-DEFAULT_TEXT_TOKENS = 256
+DEFAULT_TEXT_TOKENS = 160
 LONG_TEXTS = 16  # at each strength
 COMPARED_TEXTS = 4  # of these, which the unsteered model reads too
 BOUNDARIES = (0, 48, 256, 1024)  # of the bins of positions

@@ -58,10 +58,19 @@ def checked(plain: float, steered: float, faults: list[str], **check: object) ->
         bins = [(0, 48, 0.3, 12.0), (48, 256, 0.21, 34.56)]
         positions = [{"start": a, "end": b, "tokens": 9, "kl": kl, "perplexity": p} for a, b, kl, p in bins]
         figures = {"kl": 0.25, "perplexity": 20.0 + strength, "repeating": 0.125 if fields.get("faults") else 0.0}
-        return {"strength": strength, "ended": ended, "shift_ratio": 0.1234, "positions": positions, **figures, **fields}
+        return {
+            "strength": strength,
+            "ended": ended,
+            "shift_ratio": 0.1234,
+            "positions": positions,
+            **figures,
+            **fields,
+        }
 
     points = [point(-2.0, plain, faults=[]), point(0.0, plain), point(2.0, steered, faults=faults)]
-    return {"long_texts": {"tokens": 256, "texts": 16, "short_range": 2.0, "tells_endings": True, "points": points} | check}
+    return {
+        "long_texts": {"tokens": 256, "texts": 16, "short_range": 2.0, "tells_endings": True, "points": points} | check
+    }
 
 
 def test_long_texts_that_made_the_range_smaller(run: Run, tmp_path: Path) -> None:
@@ -90,7 +99,9 @@ def test_long_texts_that_the_range_holds_for(run: Run, tmp_path: Path) -> None:
         "chat model's may with a larger --text-tokens\n"
     ) in shown
     save_profile(tiny_profile(name="base", calibration=checked(0.0, 0.0, [], tells_endings=False)), tmp_path)
-    assert "the unsteered model ends none of these texts by itself" in run("show", "base", "--profiles", tmp_path).stdout
+    assert (
+        "the unsteered model ends none of these texts by itself" in run("show", "base", "--profiles", tmp_path).stdout
+    )
 
 
 def test_json_is_an_object_or_a_list(run: Run, stored: Path) -> None:
