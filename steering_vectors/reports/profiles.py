@@ -15,7 +15,7 @@ from steering_vectors.profiles.files import profile_summary
 from steering_vectors.profiles.metadata import PropensityReport
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.html import BLUE, ORANGE, document, draw_costs, lead, line, plots, table
-from steering_vectors.reports.long_texts import check_sentences
+from steering_vectors.reports.text_check import check_sentences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from steering_vectors import progress
 from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
 from steering_vectors.profiles.metadata import Calibration, LongTextCheck, Metrics
 from steering_vectors.reports.evaluation import frontier_sentence, margin_change, prompting_estimates
-from steering_vectors.reports.long_texts import check_sentences
+from steering_vectors.reports.text_check import check_sentences
 from steering_vectors.reports.trust import print_trust
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def print_profile(profile: Profile, path: Path) -> None:
     if check := profile.calibration.get("long_texts"):
         _print_check(console, check, profile.max_strength)
         console.print(_check_table(check))
+        console.print(_position_table(check))
     console.print(_layer_table(profile))
     _print_gate(console, profile.gate)
     _print_quality(console, profile.metrics)
@@ -133,13 +134,9 @@ def _print_check(console: Console, check: LongTextCheck, max_strength: float) ->
 
 
 def _check_table(check: LongTextCheck) -> Table:
-    """Endings, repetition and costs of long texts by strength, and KL with perplexity by position."""
-    spans = sorted({(one["start"], one["end"]) for point in check["points"] for one in point["positions"]})
+    """Endings, repetition and costs of long texts by strength."""
     table = Table("strength", "ended", "repeating", "KL per token", "perplexity", "‖shift‖/‖h‖")
-    for start, end in spans if len(spans) > 1 else ():
-        table.add_column(f"tokens {start + 1} to {end}")
     for point in check["points"]:
-        at = {(one["start"], one["end"]): f"{one['kl']:.3f}, {one['perplexity']:.1f}" for one in point["positions"]}
         table.add_row(
             f"{point['strength']:+g}",
             f"{point['ended']:.0%}",
@@ -147,8 +144,17 @@ def _check_table(check: LongTextCheck) -> Table:
             f"{point['kl']:.3f}",
             f"{point['perplexity']:.2f}",
             f"{point['shift_ratio']:.3f}",
-            *((at.get(span, "") for span in spans) if len(spans) > 1 else ()),
         )
+    return table
+
+
+def _position_table(check: LongTextCheck) -> Table:
+    """KL and perplexity of long texts by strength and position."""
+    spans = sorted({(one["start"], one["end"]) for point in check["points"] for one in point["positions"]})
+    table = Table("KL, perplexity", *(f"tokens {start + 1} to {end}" for start, end in spans))
+    for point in check["points"]:
+        at = {(one["start"], one["end"]): f"{one['kl']:.3f}, {one['perplexity']:.1f}" for one in point["positions"]}
+        table.add_row(f"{point['strength']:+g}", *(at.get(span, "") for span in spans))
     return table
 
 

@@ -381,12 +381,14 @@ def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.Mon
     ) > found.max_strength  # fmt: skip
     with steerable(lm) as steered:
         safe, points = safe_range(
-            lambda strengths: measure_long_texts(steered, found, strengths, PROMPTS[:16], tokens=90, seed=1),
+            lambda strengths: measure_long_texts(
+                steered, found, strengths, PROMPTS[:16], tokens=90, seed=1, compared=4
+            ),
             check["short_range"],
             texts=16,
             bound=50,
         )
-    assert found.max_strength == safe
+    assert found.max_strength == max(0.1, safe)
     assert check["points"] == points
     assert [point["faults"] for point in points if point["strength"] == check["short_range"]] == [["endings"]]
 
