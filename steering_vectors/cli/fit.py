@@ -36,6 +36,7 @@ def fit(
         flags.in_method(help="A file with rows of {prompt, label}: steer only prompts like those with label true."),
     ] = None,
     kl_budget: flags.KlBudget = 0.1,
+    text_tokens: flags.TextTokens = 160,
     no_calibrate: Annotated[bool, flags.in_calibration("--no-calibrate", help="Leave the unit at 1.")] = False,
     heldout_fraction: Annotated[float, flags.in_data(help="Share of the rows that is not trained on.")] = 0.2,
     batch_tokens: Annotated[int, flags.in_model(min=1, help="Tokens per forward pass.")] = 4096,
@@ -55,6 +56,7 @@ def fit(
         layering=cast(Literal["independent", "incremental"], layering),
         heldout_fraction=heldout_fraction,
         kl_budget=kl_budget,
+        text_tokens=text_tokens,
         calibrate=not no_calibrate,
         gate=None if gate is None else steering_vectors.load_gate_prompts(gate),
         seed=seed,
@@ -78,6 +80,7 @@ def calibrate(
         float,
         flags.in_calibration(help="The safe range ends where perplexity exceeds this many times the unsteered one."),
     ] = 3.0,
+    text_tokens: flags.TextTokens = 160,
     allow_model_mismatch: Annotated[
         bool, flags.in_model("--allow-model-mismatch", help="Calibrate a profile that was fitted on another model.")
     ] = False,
@@ -96,6 +99,7 @@ def calibrate(
     settings = steering_vectors.CalibrationSettings(
         kl_budget=kl_budget,
         perplexity_bound=perplexity_bound,
+        text_tokens=text_tokens,
         seed=seed,
         skip_long_rows=data.skip_long_rows,
         allow_model_mismatch=allow_model_mismatch,

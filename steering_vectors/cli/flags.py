@@ -26,6 +26,9 @@ ProfileName = Annotated[str, typer.Argument(help="A profile file, or the name of
 ProfileNames = Annotated[list[str], typer.Argument(help="Profile files, or names of profiles in --profiles.")]
 Profiles = Annotated[Path, in_profiles(help="The directory of profiles.")]
 KlBudget = Annotated[float, in_calibration(help="KL that strength 1 costs, in nats per token.")]
+TextTokens = Annotated[
+    int, in_calibration(help="The safe range is checked on texts of so many tokens; 0 leaves the check out.")
+]
 MethodOptions = Annotated[
     list[str] | None,
     in_method(

@@ -16,6 +16,7 @@ from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKE
 from steering_vectors.fitting.fit import FitSettings, fit
 from steering_vectors.measures import results
 from steering_vectors.measures.controls import random_controls
+from steering_vectors.measures.long_texts import DEFAULT_TEXT_TOKENS
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import method_named, method_names
 from steering_vectors.models.limits import context_limit
@@ -94,7 +95,13 @@ def compare_methods(
     for control in random_controls(next(iter(profiles.values())), settings.randoms, seed=settings.seed):
         start = time.perf_counter()
         at_budget = calibrate_on(
-            lm, control, prompts, kl_budget=settings.kl_budget, seed=settings.seed, progress=progress
+            lm,
+            control,
+            prompts,
+            kl_budget=settings.kl_budget,
+            text_tokens=DEFAULT_TEXT_TOKENS,
+            seed=settings.seed,
+            progress=progress,
         )
         controls.append((at_budget, time.perf_counter() - start))
     with steerable(lm) as steered:

@@ -16,10 +16,19 @@ from steering_vectors.data.corpus import Corpus, corpus_for, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.measures.curve import PERPLEXITY_BOUND, TEXTS, curve_record, measure_curve, safe_strength
+from steering_vectors.measures.long_texts import (
+    COMPARED_TEXTS,
+    DEFAULT_TEXT_TOKENS,
+    LONG_TEXTS,
+    measure_long_texts,
+    safe_range,
+    tells_endings,
+)
 from steering_vectors.measures.propensity import REPORT_ROWS, propensity_report
 from steering_vectors.measures.steered_model import KeptTexts, SteeredModel, steerable
+from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
-from steering_vectors.profiles.metadata import Calibration, Metrics
+from steering_vectors.profiles.metadata import Calibration, LongTextCheck, LongTextPoint, Metrics
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
@@ -35,6 +44,7 @@ START = 0.2  # of the largest coefficient
 MIN_STEP = 1.03  # factor by which the search moves until it has a bracket
 MIN_KL = 1e-12
 MIN_SAFE_STRENGTH = 0.1
+EXPECTED_CHECKS = 3  # of the safe range on long texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +52,13 @@ class CalibrationSettings:
     """Options of `calibrate`.
 
     `kl_budget` is in nats of KL(steered‖base) per token at strength 1. `perplexity_bound` is the factor over the
-    unsteered perplexity that ends the safe range. Raises FitError for values that cannot be used.
+    unsteered perplexity that ends the safe range. `text_tokens` is the length of the texts on which the safe range is
+    checked; 0 leaves the check out. Raises FitError for values that cannot be used.
     """
 
     kl_budget: float = DEFAULT_KL_BUDGET
     perplexity_bound: float = PERPLEXITY_BOUND
+    text_tokens: int = DEFAULT_TEXT_TOKENS
     seed: int = 0
     skip_long_rows: bool = False
     allow_model_mismatch: bool = False
@@ -54,6 +66,7 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         check_budget(self.kl_budget)
         check_bound(self.perplexity_bound)
+        check_text_tokens(self.text_tokens)
 
 
 def calibrate(
@@ -80,6 +93,7 @@ def calibrate(
         prompts_with_room(lm, fresh.pairs, room=SAMPLED_TOKENS, seed=settings.seed),
         kl_budget=settings.kl_budget,
         perplexity_bound=settings.perplexity_bound,
+        text_tokens=settings.text_tokens,
         seed=settings.seed,
         progress=progress,
     )
@@ -108,6 +122,7 @@ def calibrate_on(
     kl_budget: float = DEFAULT_KL_BUDGET,
     perplexity_bound: float = PERPLEXITY_BOUND,
     tokens: int = SAMPLED_TOKENS,
+    text_tokens: int = 0,
     start: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -125,13 +140,16 @@ def calibrate_on(
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 
-    `max_strength` is read from the curve of perplexity over strength (see `measure_curve`) and is at least 0.1.
-    Raises FitError without prompts or residual norms, and for a budget or a bound that cannot be used.
+    `max_strength` is read from the curve of perplexity over strength (see `measure_curve`), and becomes smaller if
+    texts of up to `text_tokens` tokens have faults there (see `safe_range`); it is at least 0.1. Without `text_tokens`,
+    or as far as the model's context is too short, longer texts are not checked. Raises FitError without prompts or
+    residual norms, and for settings that cannot be used.
     """
     if not prompts:
         raise FitError("there is no prompt to calibrate on; add rows with other prompts")
     check_budget(kl_budget)
     check_bound(perplexity_bound)
+    check_text_tokens(text_tokens)
     rows = [prompts[i % len(prompts)] for i in range(max(ROWS, len(prompts)))]
     with steerable(lm) as steered:
         found, cost = UnitSearch(steered, profile, rows, tokens, seed, progress).find_unit(kl_budget, start)
@@ -139,6 +157,12 @@ def calibrate_on(
         curve = measure_curve(
             steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
         )
+        safe = max(MIN_SAFE_STRENGTH, safe_strength(curve, perplexity_bound))
+        checked = None
+        if text_tokens:
+            safe, checked = _checked_on_long_texts(
+                steered, profile, prompts, safe, perplexity_bound, text_tokens, seed, progress
+            )
     calibration: Calibration = {
         "kl_budget": kl_budget,
         "kl_at_1": cost.per_token,
@@ -152,8 +176,50 @@ def calibrate_on(
         "perplexity_bound": perplexity_bound,
         "curve": curve_record(curve),
     }
-    safe = max(MIN_SAFE_STRENGTH, safe_strength(curve, perplexity_bound))
-    return replace(profile, max_strength=safe, calibration=calibration)
+    if checked is not None:
+        calibration["long_texts"] = checked
+    return replace(profile, max_strength=max(MIN_SAFE_STRENGTH, safe), calibration=calibration)
+
+
+def _checked_on_long_texts(
+    steered: SteeredModel,
+    profile: Profile,
+    prompts: Sequence[Sequence[int]],
+    safe: float,
+    bound: float,
+    tokens: int,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[float, LongTextCheck]:
+    """The safe range by long texts, at most `safe`, and how it was measured. Prompts that leave no room for `tokens`
+    more are left out if there are others; else the texts are shorter."""
+    limit, done = context_limit(steered.lm), 0
+    fitting = [prompt for prompt in prompts if limit is None or len(prompt) + tokens <= limit]
+    if limit is not None and not fitting:
+        tokens = limit - max(map(len, prompts))
+    rows = [(fitting or prompts)[i % len(fitting or prompts)] for i in range(LONG_TEXTS)]
+
+    def measure(strengths: Sequence[float]) -> list[LongTextPoint]:
+        nonlocal done
+        found = measure_long_texts(steered, profile, strengths, rows, tokens=tokens, seed=seed, compared=COMPARED_TEXTS)
+        done += 1
+        if progress is not None:
+            progress("texts", min(done, EXPECTED_CHECKS - 1), EXPECTED_CHECKS)
+        return found
+
+    if progress is not None:
+        progress("texts", 0, EXPECTED_CHECKS)
+    found, points = safe_range(measure, safe, texts=LONG_TEXTS, bound=bound)
+    if progress is not None:
+        progress("texts", EXPECTED_CHECKS, EXPECTED_CHECKS)
+    unsteered = next(point for point in points if point["strength"] == 0)
+    return found, {
+        "tokens": tokens,
+        "texts": LONG_TEXTS,
+        "short_range": safe,
+        "tells_endings": tells_endings(unsteered, texts=LONG_TEXTS),
+        "points": points,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,3 +392,8 @@ def check_budget(kl_budget: float) -> None:
 def check_bound(perplexity_bound: float) -> None:
     if not math.isfinite(perplexity_bound) or perplexity_bound <= 1:
         raise FitError(f"the perplexity bound must be a factor above 1, not {perplexity_bound:g}")
+
+
+def check_text_tokens(text_tokens: int) -> None:
+    if text_tokens < 0:
+        raise FitError(f"text_tokens must be a number of tokens, or 0 for no check of long texts, not {text_tokens}")

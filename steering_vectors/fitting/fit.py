@@ -15,7 +15,13 @@ from steering_vectors.data.chat import chat_template_sha256
 from steering_vectors.data.corpus import Corpus, corpus_for, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
-from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate_on, check_budget
+from steering_vectors.fitting.calibration import (
+    DEFAULT_KL_BUDGET,
+    SAMPLED_TOKENS,
+    calibrate_on,
+    check_budget,
+    check_text_tokens,
+)
 from steering_vectors.fitting.gates import GatePrompts, fit_gate
 from steering_vectors.fitting.layers import (
     AUTO,
@@ -28,6 +34,7 @@ from steering_vectors.fitting.layers import (
 )
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
 from steering_vectors.measures.data_quality import data_quality
+from steering_vectors.measures.long_texts import DEFAULT_TEXT_TOKENS
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Task, method_named
@@ -60,6 +67,7 @@ class FitSettings:
       profile's previous block.
     - `heldout_fraction`: share of the rows, split by prompt, that is not trained on.
     - `kl_budget`: nats of KL(steered‖base) per token that strength 1 costs. `calibrate=False` leaves the unit at 1.
+    - `text_tokens`: the length of the texts on which the safe range is checked; 0 leaves the check out.
     - `gate`: prompts on which the profile should and should not steer (`load_gate_prompts`); None steers always.
     - `seed`: equal settings with equal seeds give bitwise equal tensors.
     - `batch_tokens`: tokens per forward pass. `skip_long_rows`: leave out rows longer than the model's context
@@ -77,6 +85,7 @@ class FitSettings:
     layering: Layering = "independent"
     heldout_fraction: float = 0.2
     kl_budget: float = DEFAULT_KL_BUDGET
+    text_tokens: int = DEFAULT_TEXT_TOKENS
     calibrate: bool = True
     gate: GatePrompts | None = None
     seed: int = 0
@@ -88,6 +97,7 @@ class FitSettings:
         if self.tokens not in ("response", "last"):
             raise FitError(f"tokens is {self.tokens!r}, not one of response, last")
         check_budget(self.kl_budget)
+        check_text_tokens(self.text_tokens)
 
 
 class FitOptions(TypedDict, total=False):
@@ -102,6 +112,7 @@ class FitOptions(TypedDict, total=False):
     layering: Layering
     heldout_fraction: float
     kl_budget: float
+    text_tokens: int
     calibrate: bool
     gate: GatePrompts | None
     seed: int
@@ -232,6 +243,7 @@ class _Fit:
                     profile,
                     parts.calibration_prompts,
                     kl_budget=settings.kl_budget,
+                    text_tokens=settings.text_tokens,
                     start=start,
                     seed=settings.seed,
                     progress=self._progress,

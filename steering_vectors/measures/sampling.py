@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from steering_vectors.runtime.runner import RowInput
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 MAX_ROWS = 128
-CACHE_BYTES = 448 * 2**20  # for keys and values; more for a large model, see CACHE_SHARE
+CACHE_BYTES = 768 * 2**20  # for keys and values; more for a large model, see CACHE_SHARE
 CACHE_SHARE = 1 / 8  # of the weights' bytes
 CONTEXT_STEP = 16
 MAX_LENGTH_GAP = 32  # tokens between the shortest and the longest prompt that are sampled together
@@ -33,15 +34,25 @@ PREFILL_TOKENS = 2048  # prompt tokens of one pass
 class Sampled:
     """Texts by prompt that one steering wrote, and what the unsteered model reads in them.
 
-    `divergences` is Σ KL(steered‖base) in nats and `likelihoods` Σ log P_base over each text's tokens, float64
-    `[texts]`. `activations` `[layers, hidden]` is the unsteered blocks' mean output over all tokens but each text's
-    last.
+    `token_divergences` is KL(steered‖base) in nats and `token_likelihoods` log P_base at each token of the texts that
+    were compared, which are the first ones: float64 `[compared, tokens]`, 0 behind a text's end. `divergences` and
+    `likelihoods` are their sums, `[compared]`. `activations` `[layers, hidden]` is the unsteered blocks' mean output
+    over all tokens but each text's last, and `norms` `[layers]` its mean norm there.
     """
 
     texts: list[list[int]]
-    divergences: torch.Tensor
-    likelihoods: torch.Tensor
+    token_divergences: torch.Tensor
+    token_likelihoods: torch.Tensor
     activations: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
+
+    @property
+    def divergences(self) -> torch.Tensor:
+        return self.token_divergences.sum(1)
+
+    @property
+    def likelihoods(self) -> torch.Tensor:
+        return self.token_likelihoods.sum(1)
 
     @property
     def tokens(self) -> int:
@@ -50,12 +61,18 @@ class Sampled:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A text in the making: of which steering, and after which prompt."""
+    """A text in the making: of which steering, and after which prompt. A `reader` is the unsteered model's row for the
+    text of another one."""
 
     steering: int
     index: int
     prompt: Sequence[int]
     text: list[int] = field(default_factory=list)
+    reader: bool = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.steering, self.index
 
     @property
     def position(self) -> int:
@@ -102,41 +119,50 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         uniforms: torch.Tensor,
         *,
-        compare: bool = False,
+        compared: int = 0,
         read: Sequence[int] = (),
     ) -> list[Sampled]:
         """Continue each prompt under each mixture by up to as many tokens as `uniforms` `[prompts, tokens]` has
         columns, steered from the last prompt token on. Rows of all mixtures share batches, which costs less than one
         after the other.
 
-        With `compare`, the unsteered model reads the texts too, which gives divergences and likelihoods, and the
-        activations of the layers `read`.
+        The unsteered model reads the texts of the first `compared` prompts too, which gives divergences and
+        likelihoods, and the activations of the layers `read` with their norms. It needs another row for each of them,
+        but for those of mixtures without an effect.
         """
-        found = [Sampled([[] for _ in prompts], *torch.zeros(2, len(prompts), dtype=torch.float64)) for _ in mixtures]
-        width = 2 if compare and not all(mixture.is_neutral for mixture in mixtures) else 1
-        sums = torch.zeros(len(mixtures), len(read), self._lm.hidden_size, dtype=torch.float64)
+        cells = (compared, uniforms.shape[1])
+        found = [Sampled([[] for _ in prompts], *torch.zeros(2, *cells, dtype=torch.float64)) for _ in mixtures]
+        sums = torch.zeros(len(mixtures), len(read), self._lm.hidden_size + 1, dtype=torch.float64)  # and the norm
         counts = torch.zeros(len(mixtures), 1, 1, dtype=torch.float64)
-        every = [
-            _Row(steering, index, prompt) for steering in range(len(mixtures)) for index, prompt in enumerate(prompts)
+        units = [
+            self._unit(steering, index, prompt, index < compared and not mixture.is_neutral)
+            for steering, mixture in enumerate(mixtures)
+            for index, prompt in enumerate(prompts)
         ]
-        for group in similar([len(row.prompt) for row in every], self._rows // width):
-            rows = [every[place] for place in group]
+        for group in similar([len(unit[0].prompt) for unit in units], self._rows, list(map(len, units))):
+            rows = [row for place in group for row in units[place]]
             with torch.inference_mode():
-                self._prefill(rows, width)
-            self._write(rows, mixtures, width, uniforms, found if compare else None, read, sums, counts)
-        for row in every:
+                self._prefill(rows)
+            self._write(rows, mixtures, uniforms, found, compared, read, sums, counts)
+        for row, *_ in units:
             found[row.steering].texts[row.index] = row.text
         if read:
             for one, mean in zip(found, (sums / counts.clamp_min(1)).float(), strict=True):
-                one.activations = mean
+                one.activations, one.norms = mean[:, :-1], mean[:, -1]
         return found
 
-    def _prefill(self, rows: Sequence[_Row], width: int) -> None:
+    @staticmethod
+    def _unit(steering: int, index: int, prompt: Sequence[int], read: bool) -> list[_Row]:
+        """The row of a text, with its reader if it has one."""
+        row = _Row(steering, index, prompt)
+        return [row, _Row(steering, index, prompt, row.text, reader=True)] if read else [row]
+
+    def _prefill(self, rows: Sequence[_Row]) -> None:
         """Compute all prompt tokens but the last, each distinct prompt once, and copy them to the rows that share
         them."""
         owners: dict[tuple[int, ...], int] = {}
         for place, row in enumerate(rows):
-            owners.setdefault(tuple(row.prompt[:-1]), place * width)
+            owners.setdefault(tuple(row.prompt[:-1]), place)
         heads = sorted(owners, key=lambda head: owners[head])
         shared = _common(heads) if len(heads) > 1 else 0
         if shared:
@@ -146,9 +172,8 @@ class Sampler:
         self._compute([(owners[head], head[shared:]) for head in heads if len(head) > shared], shared)
         for place, row in enumerate(rows):
             owner = owners[tuple(row.prompt[:-1])]
-            for slot in range(place * width, place * width + width):
-                if slot != owner:
-                    self._copy(owner, slot, len(row.prompt) - 1)
+            if place != owner:
+                self._copy(owner, place, len(row.prompt) - 1)
 
     def _compute(self, parts: Sequence[tuple[int, Sequence[int]]], start: int) -> None:
         """Compute unsteered tokens of slots from position `start` on, at most PREFILL_TOKENS with padding in a pass."""
@@ -165,74 +190,88 @@ class Sampler:
         self,
         live: list[_Row],
         mixtures: Sequence[Mixture],
-        width: int,
         uniforms: torch.Tensor,
-        found: Sequence[Sampled] | None,
+        found: Sequence[Sampled],
+        compared: int,
         read: Sequence[int],
         sums: torch.Tensor,
         counts: torch.Tensor,
     ) -> None:
         """Draw the texts of rows. Adds what the unsteered model reads to `found`, and the activations read to `sums`
-        `[mixtures, layers, hidden]` and `counts`."""
+        with their norms `[mixtures, layers, hidden + 1]` and `counts`."""
         for place, row in enumerate(live):
-            self._bank.write(place * width, mixtures[row.steering])
-            if width == 2:
-                self._bank.clear(place * width + 1)
+            self._steer(place, row, mixtures)
         while live:
-            batch = []
-            for place, row in enumerate(live):
-                batch.append(RowInput(place * width, [row.token], row.position, len(row.prompt) - 1))
-                if width == 2:
-                    batch.append(RowInput(place * width + 1, [row.token], row.position))
+            batch = [
+                RowInput(place, [row.token], row.position, None if row.reader else len(row.prompt) - 1)
+                for place, row in enumerate(live)
+            ]
+            readers = {row.key: place for place, row in enumerate(live) if row.reader}
+            places = [place for place, row in enumerate(live) if not row.reader]
+            writers = [live[place] for place in places]
+            numbers = [number for number, row in enumerate(writers) if row.index < compared]
+            bases = [readers.get(writers[number].key, places[number]) for number in numbers]
             with (
                 torch.inference_mode(),
-                record(self._lm.blocks, read, lambda hidden: hidden[width - 1 :: width, 0].double()) as seen,
+                record(self._lm.blocks, read, partial(_at, bases)) as seen,
             ):
                 logits = self._runner.forward(batch).logits
-                steered = torch.log_softmax(logits[::width].float(), dim=-1)
-                steps = torch.tensor([[row.index, len(row.text)] for row in live]).unbind(1)
+                steered = torch.log_softmax(logits[places].float(), dim=-1)
+                steps = torch.tensor([[row.index, len(row.text)] for row in writers]).unbind(1)
                 drawn = draw(steered, uniforms[steps].to(steered.device))
-                if found is not None:
-                    base = torch.log_softmax(logits[1::2].float(), dim=-1) if width == 2 else steered
-                    likelihoods = base.gather(1, drawn.unsqueeze(1)).squeeze(1).tolist()
-                    divergences = kl_divergence(steered, base).tolist()
-                    for row, likelihood, divergence in zip(live, likelihoods, divergences, strict=True):
-                        found[row.steering].likelihoods[row.index] += likelihood
-                        if not mixtures[row.steering].is_neutral:  # rounding differs between rows
-                            found[row.steering].divergences[row.index] += divergence
+                if numbers:
+                    base = torch.log_softmax(logits[bases].float(), dim=-1)
+                    likelihoods = base.gather(1, drawn[numbers].unsqueeze(1)).squeeze(1).tolist()
+                    divergences = kl_divergence(steered[numbers], base).tolist()
+                    for number, likelihood, divergence in zip(numbers, likelihoods, divergences, strict=True):
+                        row = writers[number]
+                        one, cell = found[row.steering], (row.index, len(row.text))
+                        one.token_likelihoods[cell] = likelihood
+                        if not mixtures[row.steering].is_neutral:
+                            one.token_divergences[cell] = divergence
                 if read:
-                    started = [place for place, row in enumerate(live) if row.text]
-                    steerings = torch.tensor([live[place].steering for place in started], dtype=torch.long)
+                    started = [place for place, number in enumerate(numbers) if writers[number].text]
+                    steerings = torch.tensor([writers[numbers[place]].steering for place in started], dtype=torch.long)
                     vectors = torch.stack([seen[layer][started].cpu() for layer in read], dim=1)
+                    vectors = torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], dim=-1)
                     sums.index_add_(0, steerings, vectors)
                     counts.index_add_(0, steerings, torch.ones(len(started), 1, 1, dtype=torch.float64))
-            ended = torch.isin(drawn, self._eos).tolist()
-            for row, token in zip(live, drawn.tolist(), strict=True):
+            ended = set()
+            for row, token, end in zip(writers, drawn.tolist(), torch.isin(drawn, self._eos).tolist(), strict=True):
                 row.text.append(token)
-            live = self._compacted(live, ended, mixtures, width, uniforms.shape[1])
+                if end or len(row.text) == uniforms.shape[1]:
+                    ended.add(row.key)
+            live = self._compacted([None if row.key in ended else row for row in live], mixtures)
 
-    def _compacted(
-        self, rows: list[_Row], ended: Sequence[bool], mixtures: Sequence[Mixture], width: int, tokens: int
-    ) -> list[_Row]:
+    def _compacted(self, going: list[_Row | None], mixtures: Sequence[Mixture]) -> list[_Row]:
         """The rows that go on, moved together to the first slots."""
-        going = [None if end or len(row.text) == tokens else row for row, end in zip(rows, ended, strict=True)]
         for place in range(len(going)):
             while going and going[-1] is None:
                 going.pop()
             if place < len(going) and going[place] is None:
                 row = going.pop()
                 assert row is not None
-                for offset in range(width):
-                    self._copy(len(going) * width + offset, place * width + offset, row.position)
-                self._bank.write(place * width, mixtures[row.steering])
+                self._copy(len(going), place, row.position)
+                self._steer(place, row, mixtures)
                 going[place] = row
         return [row for row in going if row is not None]
+
+    def _steer(self, place: int, row: _Row, mixtures: Sequence[Mixture]) -> None:
+        if row.reader:
+            self._bank.clear(place)
+        else:
+            self._bank.write(place, mixtures[row.steering])
 
     def _copy(self, source: int, target: int, length: int) -> None:
         columns = self._runner.columns
         assert columns is not None
         with torch.inference_mode():
             columns.copy(source, target, length)
+
+
+def _at(rows: list[int], hidden: torch.Tensor) -> torch.Tensor:
+    """Some rows of block outputs `[rows, 1, hidden]`, float64 `[rows, hidden]`."""
+    return hidden[rows, 0].double()
 
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -256,14 +295,18 @@ def _rows_that_fit(lm: LanguageModel, context: int) -> int:
     return 2 * max(1, min(MAX_ROWS, budget // (position * (context + 1))) // 2)
 
 
-def similar(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in groups of at most `size`, by length, within MAX_LENGTH_GAP."""
+def similar(lengths: Sequence[int], size: int, widths: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices in groups of at most `size`, by length, within MAX_LENGTH_GAP. An index counts as `widths` says, or 1."""
     groups: list[list[int]] = []
+    filled = 0
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        if groups and len(groups[-1]) < size and lengths[index] - lengths[groups[-1][0]] <= MAX_LENGTH_GAP:
+        width = 1 if widths is None else widths[index]
+        if groups and filled + width <= size and lengths[index] - lengths[groups[-1][0]] <= MAX_LENGTH_GAP:
             groups[-1].append(index)
+            filled += width
         else:
             groups.append([index])
+            filled = width
     return groups
 
 

@@ -111,35 +111,40 @@ class SteeredModel:
         *,
         tokens: int,
         seed: int,
+        compared: int | None = None,
         read: Sequence[int] = (),
     ) -> list[Sampled]:
-        """`sample` at each strength, with the same random numbers, and what the unsteered model reads in the texts:
-        divergences, likelihoods, and the activations of the layers `read`."""
+        """`sample` at each strength, with the same random numbers, and what the unsteered model reads in the texts of
+        the first `compared` prompts, or of all: divergences, likelihoods, and the activations of the layers `read` with
+        their norms."""
         sampler = self._sampler_for(prompts, tokens)
+        compared = len(prompts) if compared is None else min(compared, len(prompts))
         if sampler.batched:
             uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
             mixtures = [_mixture(profile, strength) for strength in strengths]
-            return sampler.sample(mixtures, prompts, uniforms, compare=True, read=read)
-        return [self._sampled(profile, strength, prompts, tokens, seed, read) for strength in strengths]
+            return sampler.sample(mixtures, prompts, uniforms, compared=compared, read=read)
+        found = []
+        for strength in strengths:
+            self.write(profile, strength)
+            examples = self.continuations(prompts, tokens=tokens, seed=seed)
+            found.append(self._read(examples, compared, tokens, read))
+        return found
 
-    def _sampled(
-        self,
-        profile: Profile,
-        strength: float,
-        prompts: Sequence[Sequence[int]],
-        tokens: int,
-        seed: int,
-        read: Sequence[int],
-    ) -> Sampled:
-        self.write(profile, strength)
-        examples = self.continuations(prompts, tokens=tokens, seed=seed)
-        vectors = [part.vectors for part in pooled(self.lm, examples, read)] if read else []
-        return Sampled(
-            [list(ids[start:]) for ids, start in examples],
-            self.divergences(examples)[0],
-            self.log_likelihoods(examples, steer=False)[0],
-            torch.cat(vectors).mean(0).cpu() if read else None,
-        )
+    def _read(self, examples: Sequence[Encoded], compared: int, tokens: int, read: Sequence[int]) -> Sampled:
+        """The texts, with what the steered and the unsteered model find in the first `compared`."""
+        divergences, likelihoods = torch.zeros(2, compared, tokens, dtype=torch.float64)
+        for scored in self.scored(examples[:compared]):
+            rows, steps = scored.valid.nonzero().cpu().unbind(1)
+            places, base = torch.tensor(scored.batch.indices)[rows], self.final(scored, False)
+            divergence = self.compared(self.final(scored, True), base, kl_divergence)
+            divergences[places, steps] = divergence.double().cpu()
+            likelihoods[places, steps] = self.chosen(base, scored.targets).double().cpu()
+        found = Sampled([list(ids[start:]) for ids, start in examples], divergences, likelihoods)
+        if read:
+            parts = list(pooled(self.lm, examples[:compared], read))
+            found.activations = torch.cat([part.vectors for part in parts]).mean(0).cpu()
+            found.norms = torch.cat([part.norms for part in parts], dim=1).mean(1).cpu()
+        return found
 
     def kept(self, examples: Sequence[Encoded], layers: Sequence[int]) -> KeptTexts:
         """The texts with their unsteered pass, to measure them under steering that begins at any of these layers."""

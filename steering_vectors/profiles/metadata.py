@@ -17,13 +17,53 @@ class CurvePointRecord(TypedDict):
     perplexity: float
 
 
+class PositionCost(TypedDict):
+    """KL(steered‖base) in nats per token and unsteered perplexity of the tokens from `start` up to `end` of texts."""
+
+    start: int
+    end: int
+    tokens: int
+    kl: float
+    perplexity: float
+
+
+class LongTextPoint(TypedDict):
+    """Texts of deployment length at one strength (see `measure_long_texts`).
+
+    `kl` is in nats per token. `ended` is the share of texts that end by themselves, `repeating` of those that repeat or
+    run into an endless word. `shift_ratio` is ‖shift‖/‖h‖ over the mean norm of the unsteered residual stream, at the
+    block where it is largest. `faults` are what makes the strength unsafe.
+    """
+
+    strength: float
+    kl: float
+    perplexity: float
+    ended: float
+    repeating: float
+    shift_ratio: float
+    positions: list[PositionCost]
+    faults: NotRequired[list[str]]
+
+
+class LongTextCheck(TypedDict):
+    """The check of the safe range on `texts` texts of up to `tokens` tokens at each strength. `short_range` is the safe
+    range before it, by short texts. `tells_endings` is false if too few unsteered texts end by themselves."""
+
+    tokens: int
+    texts: int
+    short_range: float
+    tells_endings: bool
+    points: list[LongTextPoint]
+
+
 class Calibration(TypedDict, total=False):
     """How the unit was set. All KL values are in nats of KL(steered‖base).
 
     `kl_at_1` is the measured cost of strength 1 per token. `unreached` says that even the largest coefficient stayed
     below `kl_budget`. `texts` sampled texts after `prompts` distinct prompts hold `tokens` steered tokens. `curve`
-    holds the points from which `max_strength` was read. `notes` are sentences about rows that `trimtab calibrate` left
-    out. The object is empty for a profile that was not calibrated.
+    holds the points from which `max_strength` was read. `long_texts` is its check on long texts, if there was one.
+    `notes` are sentences about rows that `trimtab calibrate` left out. The object is empty for a profile that was not
+    calibrated.
     """
 
     kl_budget: float
@@ -37,6 +77,7 @@ class Calibration(TypedDict, total=False):
     seed: int
     perplexity_bound: float
     curve: list[CurvePointRecord]
+    long_texts: LongTextCheck
     notes: list[str]
 
 

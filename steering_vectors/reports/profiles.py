@@ -15,6 +15,7 @@ from steering_vectors.profiles.files import profile_summary
 from steering_vectors.profiles.metadata import PropensityReport
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.html import BLUE, ORANGE, document, draw_costs, lead, line, plots, table
+from steering_vectors.reports.text_check import check_sentences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +85,9 @@ def _unit(direction: torch.Tensor) -> torch.Tensor:
 
 
 def _section(label: str, profile: Profile) -> str:
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in profile.metrics.get("notes", ()))
+    check = profile.calibration.get("long_texts")
+    found = check_sentences(check, profile.max_strength) if check else ()
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in (*found, *profile.metrics.get("notes", ())))
     return (
         f"<h2>{html.escape(label)}</h2>{lead(headline(profile))}"
         f"{plots(list(_drawings(profile)))}{f'<ul>{notes}</ul>' if notes else ''}"
@@ -175,7 +178,8 @@ def _facts(profile: Profile) -> list[list[str]]:
     if quality := profile.metrics.get("data_quality"):
         facts["data_quality"] = quality
     if "calibration" in facts:
-        facts["calibration"] = {key: value for key, value in facts["calibration"].items() if key != "curve"}
+        shown_elsewhere = ("curve", "long_texts")
+        facts["calibration"] = {key: value for key, value in facts["calibration"].items() if key not in shown_elsewhere}
     return [[key.replace("_", " "), _shown(value)] for key, value in facts.items()]
 
 

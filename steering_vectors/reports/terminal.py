@@ -15,8 +15,9 @@ from rich.table import Table
 
 from steering_vectors import progress
 from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
-from steering_vectors.profiles.metadata import Calibration, Metrics
+from steering_vectors.profiles.metadata import Calibration, LongTextCheck, Metrics
 from steering_vectors.reports.evaluation import frontier_sentence, margin_change, prompting_estimates
+from steering_vectors.reports.text_check import check_sentences
 from steering_vectors.reports.trust import print_trust
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ STAGES = {
     "layers": "choosing layers",
     "calibrate": "calibrating the unit",
     "curve": "measuring the safe range",
+    "texts": "checking long texts",
     "contrast": "reading under instructions",
     "evaluate": "evaluating",
     "trust": "measuring trust",
@@ -75,6 +77,8 @@ def print_fit(profile: Profile, path: Path) -> None:
     console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
     console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
     console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
+    if check := profile.calibration.get("long_texts"):
+        _print_check(console, check, profile.max_strength)
     _print_gate(console, profile.gate)
     _print_propensity(console, profile.metrics)
     print_notes(console, _notes_of(profile))
@@ -102,13 +106,18 @@ def print_profile(profile: Profile, path: Path) -> None:
     console.print(f"data{_listed(profile.data)}")
     console.print(_cost_line(profile.calibration))
     curve = profile.calibration.get("curve", [])
-    rest = {key: value for key, value in profile.calibration.items() if key not in ("curve", "notes")}
+    shown = ("curve", "long_texts", "notes")
+    rest = {key: value for key, value in profile.calibration.items() if key not in shown}
     console.print(f"calibration{_listed(rest)}")
     if curve:
         table = Table("strength", "KL per token", "perplexity")
         for point in curve:
             table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
         console.print(table)
+    if check := profile.calibration.get("long_texts"):
+        _print_check(console, check, profile.max_strength)
+        console.print(_check_table(check))
+        console.print(_position_table(check))
     console.print(_layer_table(profile))
     _print_gate(console, profile.gate)
     _print_quality(console, profile.metrics)
@@ -118,6 +127,36 @@ def print_profile(profile: Profile, path: Path) -> None:
         if sampled := choice.get("sampled"):
             console.print(f"of these, by the texts they write: {_ranked(sampled)}")
     print_notes(console, _notes_of(profile))
+
+
+def _print_check(console: Console, check: LongTextCheck, max_strength: float) -> None:
+    for sentence in check_sentences(check, max_strength):
+        console.print(escape(sentence))
+
+
+def _check_table(check: LongTextCheck) -> Table:
+    """Endings, repetition and costs of long texts by strength."""
+    table = Table("strength", "ended", "repeating", "KL per token", "perplexity", "‖shift‖/‖h‖")
+    for point in check["points"]:
+        table.add_row(
+            f"{point['strength']:+g}",
+            f"{point['ended']:.0%}",
+            f"{point['repeating']:.0%}",
+            f"{point['kl']:.3f}",
+            f"{point['perplexity']:.2f}",
+            f"{point['shift_ratio']:.3f}",
+        )
+    return table
+
+
+def _position_table(check: LongTextCheck) -> Table:
+    """KL and perplexity of long texts by strength and position."""
+    spans = sorted({(one["start"], one["end"]) for point in check["points"] for one in point["positions"]})
+    table = Table("KL, perplexity", *(f"tokens {start + 1} to {end}" for start, end in spans))
+    for point in check["points"]:
+        at = {(one["start"], one["end"]): f"{one['kl']:.3f}, {one['perplexity']:.1f}" for one in point["positions"]}
+        table.add_row(f"{point['strength']:+g}", *(at.get(span, "") for span in spans))
+    return table
 
 
 def _print_gate(console: Console, gate: Gate | None) -> None:

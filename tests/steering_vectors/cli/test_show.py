@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,60 @@ def test_the_quality_of_the_data(run: Run, tmp_path: Path) -> None:
         "length: preferred responses have more tokens in 60% of pairs and more characters in 55%; within a side, its "
         "correlation with the projection is -0.39, which explains 2% of the distance\n"
     ) in shown
+
+
+def checked(plain: float, steered: float, faults: list[str], **check: object) -> dict[str, Any]:
+    """The calibration of a profile that was checked on long texts at ±2, of which so many ended."""
+
+    def point(strength: float, ended: float, **fields: object) -> dict[str, object]:
+        bins = [(0, 48, 0.3, 12.0), (48, 256, 0.21, 34.56)]
+        positions = [{"start": a, "end": b, "tokens": 9, "kl": kl, "perplexity": p} for a, b, kl, p in bins]
+        figures = {"kl": 0.25, "perplexity": 20.0 + strength, "repeating": 0.125 if fields.get("faults") else 0.0}
+        return {
+            "strength": strength,
+            "ended": ended,
+            "shift_ratio": 0.1234,
+            "positions": positions,
+            **figures,
+            **fields,
+        }
+
+    points = [point(-2.0, plain, faults=[]), point(0.0, plain), point(2.0, steered, faults=faults)]
+    return {
+        "long_texts": {"tokens": 256, "texts": 16, "short_range": 2.0, "tells_endings": True, "points": points} | check
+    }
+
+
+def test_long_texts_that_made_the_range_smaller(run: Run, tmp_path: Path) -> None:
+    faults = ["perplexity", "endings", "repetition"]
+    save_profile(tiny_profile(name="long", calibration=checked(0.5, 0.0625, faults), max_strength=1.5), tmp_path)
+    shown = run("show", "long", "--profiles", tmp_path).stdout
+    assert (
+        "the safe range is ±1.5 and not ±2, which short texts allow, because of texts of up to 256 tokens (16 at each "
+        "strength): at +2, perplexity is 22 (20 unsteered) and 6% end by themselves (50% unsteered) and 12% repeat or "
+        "run into an endless word (0% unsteered)\n"
+    ) in shown
+    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in shown.splitlines()]
+    assert ["+2", "6%", "12%", "0.250", "22.00", "0.123"] in rows
+    assert ["+2", "0.300, 12.0", "0.210, 34.6"] in rows
+    assert "tokens 49 to 256" in shown
+    assert "shift_ratio" not in shown
+    assert "do not tell" not in shown
+
+
+def test_long_texts_that_the_range_holds_for(run: Run, tmp_path: Path) -> None:
+    calibration = checked(0.0625, 0.0, [], tells_endings=False)
+    save_profile(tiny_profile(name="long", calibration=calibration, max_strength=2.0), tmp_path)
+    shown = run("show", "long", "--profiles", tmp_path).stdout
+    assert "the safe range holds for texts of up to 256 tokens (16 at each strength)\n" in shown
+    assert (
+        "the unsteered model ends only 6% of these texts by itself, so they do not tell whether steered texts end; a "
+        "chat model's may with a larger --text-tokens\n"
+    ) in shown
+    save_profile(tiny_profile(name="base", calibration=checked(0.0, 0.0, [], tells_endings=False)), tmp_path)
+    assert (
+        "the unsteered model ends none of these texts by itself" in run("show", "base", "--profiles", tmp_path).stdout
+    )
 
 
 def test_json_is_an_object_or_a_list(run: Run, stored: Path) -> None:

@@ -28,10 +28,12 @@ from steering_vectors.fitting.calibration import (
     search,
     trained_and_fresh,
 )
-from steering_vectors.fitting.fit import fit
-from steering_vectors.measures.curve import curve_record, measure_curve, safe_strength
+from steering_vectors.fitting.fit import FitSettings, fit
+from steering_vectors.measures.curve import CurvePoint, curve_record, measure_curve, safe_strength
+from steering_vectors.measures.long_texts import measure_long_texts, safe_range
 from steering_vectors.measures.propensity import propensity_report
 from steering_vectors.measures.steered_model import steerable
+from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
@@ -361,18 +363,81 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
     assert {call[0] for call in calls} > {"calibrate"}  # the curve reports too
 
 
+def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The direction makes the end of a text less likely, so texts at the lower end of the range end, and those at the
+    upper end do not."""
+    few(monkeypatch)
+    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    (end,) = eos_ids(lm)
+    head = lm.model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[end] *= 4
+    profile = profile_for(lm, directions={2: -head[end].detach().clone()})
+    found = calibrate_on(lm, profile, PROMPTS, kl_budget=0.1, perplexity_bound=50, tokens=4, text_tokens=90, seed=1)
+    check = found.calibration["long_texts"]
+    assert (check["tokens"], check["texts"], check["tells_endings"]) == (90, 16, True)
+    assert check["short_range"] == safe_strength(
+        [CurvePoint(**point) for point in found.calibration["curve"]], 50
+    ) > found.max_strength  # fmt: skip
+    with steerable(lm) as steered:
+        safe, points = safe_range(
+            lambda strengths: measure_long_texts(
+                steered, found, strengths, PROMPTS[:16], tokens=90, seed=1, compared=4
+            ),
+            check["short_range"],
+            texts=16,
+            bound=50,
+        )
+    assert found.max_strength == max(0.1, safe)
+    assert check["points"] == points
+    assert [point["faults"] for point in points if point["strength"] == check["short_range"]] == [["endings"]]
+
+
+def test_long_texts_fit_the_context(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that leave no room are left out, or else the texts are shorter."""
+    few(monkeypatch)
+    seen: list[tuple[int, int]] = []
+
+    def noted(
+        steered: object, profile: Profile, strengths: list[float], rows: list[list[int]], **options: int
+    ) -> object:
+        seen.append((max(map(len, rows)), options["tokens"]))
+        return measure_long_texts(steered, profile, strengths, rows, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration, "measure_long_texts", noted)
+    prompts = [PROMPTS[0], [0] * 100]  # of a context of 256
+    for wanted, taken, tokens in ((20, 100, 20), (200, len(PROMPTS[0]), 200), (1000, 100, 156)):
+        found = calibrate_on(lm, profile_for(lm), prompts, tokens=4, text_tokens=wanted)
+        assert found.calibration["long_texts"]["tokens"] == tokens
+        assert set(seen) == {(taken, tokens)}
+        seen.clear()
+
+
+def test_a_length_of_texts_must_not_be_negative(lm: LanguageModel) -> None:
+    expected = "text_tokens must be a number of tokens, or 0 for no check of long texts, not -1"
+    for refused in (
+        lambda: CalibrationSettings(text_tokens=-1),
+        lambda: FitSettings(text_tokens=-1),
+        lambda: calibrate_on(lm, profile_for(lm), PROMPTS, text_tokens=-1),
+    ):
+        with pytest.raises(FitError) as refusal:
+            refused()
+        assert refusal.value.message == expected
+
+
 def test_calibrate_uses_its_settings_and_the_rows_that_are_new(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few(monkeypatch)
     pairs = pairs_of(40)
     profile = replace(fit(lm, None, pairs, layers="1", name="kind", calibrate=False), metrics={"notes": ["kept"]})
-    settings = CalibrationSettings(kl_budget=0.05, perplexity_bound=1.6, seed=5)
+    settings = CalibrationSettings(kl_budget=0.05, perplexity_bound=1.6, text_tokens=60, seed=5)
     calls: list[str] = []
     found = calibrate(lm, profile, pairs, settings, progress=lambda stage, *_: calls.append(stage))
     _, fresh = trained_and_fresh(profile, encode_corpus(lm.tokenizer, pairs, limit=None))
     prompts = prompts_with_room(lm, fresh.pairs, room=48, seed=5)
-    expected = calibrate_on(lm, profile, prompts, kl_budget=0.05, perplexity_bound=1.6, seed=5)
+    expected = calibrate_on(lm, profile, prompts, kl_budget=0.05, perplexity_bound=1.6, text_tokens=60, seed=5)
+    assert expected.calibration["long_texts"]["tokens"] == 60
     assert found.calibration == expected.calibration
     assert (found.unit, found.max_strength) == (expected.unit, expected.max_strength)
     with steerable(lm) as steered:

@@ -63,7 +63,10 @@ def test_a_fit_meets_its_budget_and_reports_its_effect(lm: LanguageModel, kind: 
     assert len({one["margin"] for one in report["strengths"]}) == 3
     assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.1)
     assert profile.data["rows"] == pairs.rows
-    assert profile.max_strength == safe_strength([CurvePoint(**point) for point in profile.calibration["curve"]])
+    check = profile.calibration["long_texts"]
+    assert check["short_range"] == safe_strength([CurvePoint(**point) for point in profile.calibration["curve"]])
+    assert profile.max_strength <= check["short_range"]
+    assert 0 < check["tokens"] < 256  # what the context leaves
 
 
 @pytest.mark.parametrize(
