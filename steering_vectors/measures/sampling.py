@@ -23,7 +23,7 @@ from steering_vectors.runtime.runner import RowInput
 from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 MAX_ROWS = 128
-CACHE_BYTES = 768 * 2**20  # for keys and values; more for a large model, see CACHE_SHARE
+CACHE_BYTES = 448 * 2**20  # for keys and values; more for a large model, see CACHE_SHARE
 CACHE_SHARE = 1 / 8  # of the weights' bytes
 CONTEXT_STEP = 16
 MAX_LENGTH_GAP = 32  # tokens between the shortest and the longest prompt that are sampled together
