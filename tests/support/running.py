@@ -67,23 +67,22 @@ class HeldEngine(TorchEngine):
         self._go.set()
 
     def step(self) -> None:
-        if self._is_due():
+        left = self._left
+        if left is not None and self._is_due(left):
             self._held.set()
             try:
                 assert self._go.wait(PATIENCE), "the test never let it go"
             finally:
                 self._left = None  # one test that fails holds no other
+        elif left is not None and self._of is None:
+            self._left = left - 1
         super().step()
 
-    def _is_due(self) -> bool:
-        left = self._left
-        if left is None:
-            return False
-        if self._of is not None:
-            state = self._requests.get(self._of)
-            return state is not None and state.completion_length >= left
-        self._left = left - 1
-        return left == 0
+    def _is_due(self, left: int) -> bool:
+        if self._of is None:
+            return left == 0
+        state = self._requests.get(self._of)
+        return state is not None and state.completion_length >= left
 
     async def set_steering(self, id: str, plan: SteeringPlan) -> SteeringChange:
         self._is_changing = self._until_change

@@ -240,15 +240,14 @@ def unpack(model: nn.Module) -> None:
     if any(packed.joint.is_quantized for _, _, packed in places):
         raise ModelError("quantised weights cannot be unpacked: load the model again")
     of_joint: dict[_JointProduct, list[nn.Linear]] = {}
-    for joint in {packed.joint for _, _, packed in places}:
-        if joint.embedding is not None:
-            vars(joint.embedding).pop("forward")
     for parent, name, packed in sorted(places, key=lambda place: place[2].index):
         of_joint.setdefault(packed.joint, []).append(packed.plain[0])
         setattr(parent, name, packed.plain[0])
     del places
     while of_joint:
         joint, layers = of_joint.popitem()
+        if joint.embedding is not None:
+            vars(joint.embedding).pop("forward")
         for layer, weight in zip(layers, joint.weights(), strict=True):
             if not layer.weight.numel():
                 layer.weight.data = weight
