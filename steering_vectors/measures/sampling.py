@@ -1,20 +1,20 @@
 """Sampling many texts at once through the runner that serving uses.
 
 The tokens that prompts share are computed once, rows that ended are not computed, and the unsteered model can read each
-text while it is written, at the price of one more row.
+text while it is written, at the price of another row in the blocks from the first steered one on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 
 from steering_vectors.measures.divergence import kl_divergence
-from steering_vectors.models.hooks import record
+from steering_vectors.models.hooks import record, resumed
 from steering_vectors.models.limits import context_limit, eos_ids
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.mixture import Mixture
@@ -84,11 +84,30 @@ class _Row:
         return self.text[-1] if self.text else self.prompt[-1]
 
 
-class Sampler:
-    """Rows of a slot cache in which texts are written. `close` it to remove its hooks."""
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One call of `sample`: what it asks for, and what was found. `first` is the first layer that is steered. `sums`
+    `[mixtures, layers read, hidden + 1]` are of activations and their norms, over `counts` tokens."""
 
-    def __init__(self, lm: LanguageModel, *, context: int) -> None:
-        self._lm, self.context = lm, context
+    mixtures: Sequence[Mixture]
+    uniforms: torch.Tensor
+    compared: int
+    read: Sequence[int]
+    first: int
+    found: list[Sampled]
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+class Sampler:
+    """Rows of a slot cache in which texts are written. `close` it to remove its hooks.
+
+    `outputs` are the outputs of all blocks in some pass, for an architecture whose passes may begin at a block; without
+    them the unsteered model reads texts in all blocks.
+    """
+
+    def __init__(self, lm: LanguageModel, *, context: int, outputs: Sequence[Any] = ()) -> None:
+        self._lm, self.context, self._outputs = lm, context, outputs
         self._rows = _rows_that_fit(lm, context)
         self._bank = AcceleratedBank.over(lm, rows=self._rows)
         with ExitStack() as stack:
@@ -131,9 +150,17 @@ class Sampler:
         but for those of mixtures without an effect.
         """
         cells = (compared, uniforms.shape[1])
-        found = [Sampled([[] for _ in prompts], *torch.zeros(2, *cells, dtype=torch.float64)) for _ in mixtures]
-        sums = torch.zeros(len(mixtures), len(read), self._lm.hidden_size + 1, dtype=torch.float64)  # and the norm
-        counts = torch.zeros(len(mixtures), 1, 1, dtype=torch.float64)
+        layers = [term.active_layers[0] for one in mixtures for term in one.terms if not one.is_idle(term)]
+        task = _Task(
+            mixtures,
+            uniforms,
+            compared,
+            read,
+            first=min(layers, default=0) if self._outputs else 0,
+            found=[Sampled([[] for _ in prompts], *torch.zeros(2, *cells, dtype=torch.float64)) for _ in mixtures],
+            sums=torch.zeros(len(mixtures), len(read), self._lm.hidden_size + 1, dtype=torch.float64),
+            counts=torch.zeros(len(mixtures), 1, 1, dtype=torch.float64),
+        )
         units = [
             self._unit(steering, index, prompt, index < compared and not mixture.is_neutral)
             for steering, mixture in enumerate(mixtures)
@@ -141,15 +168,13 @@ class Sampler:
         ]
         for group in similar([len(unit[0].prompt) for unit in units], self._rows, list(map(len, units))):
             rows = [row for place in group for row in units[place]]
-            with torch.inference_mode():
-                self._prefill(rows)
-            self._write(rows, mixtures, uniforms, found, compared, read, sums, counts)
+            self._write([row for row in rows if not row.reader], [row for row in rows if row.reader], task)
         for row, *_ in units:
-            found[row.steering].texts[row.index] = row.text
+            task.found[row.steering].texts[row.index] = row.text
         if read:
-            for one, mean in zip(found, (sums / counts.clamp_min(1)).float(), strict=True):
+            for one, mean in zip(task.found, (task.sums / task.counts.clamp_min(1)).float(), strict=True):
                 one.activations, one.norms = mean[:, :-1], mean[:, -1]
-        return found
+        return task.found
 
     @staticmethod
     def _unit(steering: int, index: int, prompt: Sequence[int], read: bool) -> list[_Row]:
@@ -186,92 +211,110 @@ class Sampler:
                 self._compute(rest, start + longest)
             parts = parts[len(now) :]
 
-    def _write(
-        self,
-        live: list[_Row],
-        mixtures: Sequence[Mixture],
-        uniforms: torch.Tensor,
-        found: Sequence[Sampled],
-        compared: int,
-        read: Sequence[int],
-        sums: torch.Tensor,
-        counts: torch.Tensor,
-    ) -> None:
-        """Draw the texts of rows. Adds what the unsteered model reads to `found`, and the activations read to `sums`
-        with their norms `[mixtures, layers, hidden + 1]` and `counts`."""
-        for place, row in enumerate(live):
-            self._steer(place, row, mixtures)
-        while live:
-            batch = [
-                RowInput(place, [row.token], row.position, None if row.reader else len(row.prompt) - 1)
-                for place, row in enumerate(live)
-            ]
-            readers = {row.key: place for place, row in enumerate(live) if row.reader}
-            places = [place for place, row in enumerate(live) if not row.reader]
-            writers = [live[place] for place in places]
-            numbers = [number for number, row in enumerate(writers) if row.index < compared]
-            bases = [readers.get(writers[number].key, places[number]) for number in numbers]
-            with (
-                torch.inference_mode(),
-                record(self._lm.blocks, read, partial(_at, bases)) as seen,
-            ):
-                logits = self._runner.forward(batch).logits
-                steered = torch.log_softmax(logits[places].float(), dim=-1)
+    def _write(self, writers: list[_Row], readers: list[_Row], task: _Task) -> None:
+        """Draw the texts of rows, in slots from 0 on, while the unsteered model reads along in the slots after them."""
+        behind = len(writers)
+        with torch.inference_mode():
+            self._prefill([*writers, *readers])
+        for place, row in enumerate([*writers, *readers]):
+            self._steer(place, row, task.mixtures)
+        while writers:
+            with torch.inference_mode():
+                logits, outputs = self._pass(writers, 0, {*task.read, task.first - 1} - {-1})
+                steered = torch.log_softmax(logits.float(), dim=-1)
                 steps = torch.tensor([[row.index, len(row.text)] for row in writers]).unbind(1)
-                drawn = draw(steered, uniforms[steps].to(steered.device))
-                if numbers:
-                    base = torch.log_softmax(logits[bases].float(), dim=-1)
-                    likelihoods = base.gather(1, drawn[numbers].unsqueeze(1)).squeeze(1).tolist()
-                    divergences = kl_divergence(steered[numbers], base).tolist()
-                    for number, likelihood, divergence in zip(numbers, likelihoods, divergences, strict=True):
-                        row = writers[number]
-                        one, cell = found[row.steering], (row.index, len(row.text))
-                        one.token_likelihoods[cell] = likelihood
-                        if not mixtures[row.steering].is_neutral:
-                            one.token_divergences[cell] = divergence
-                if read:
-                    started = [place for place, number in enumerate(numbers) if writers[number].text]
-                    steerings = torch.tensor([writers[numbers[place]].steering for place in started], dtype=torch.long)
-                    vectors = torch.stack([seen[layer][started].cpu() for layer in read], dim=1)
-                    vectors = torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], dim=-1)
-                    sums.index_add_(0, steerings, vectors)
-                    counts.index_add_(0, steerings, torch.ones(len(started), 1, 1, dtype=torch.float64))
+                drawn = draw(steered, task.uniforms[steps].to(steered.device))
+                self._compare(writers, readers, behind, steered, drawn, outputs, task)
             ended = set()
             for row, token, end in zip(writers, drawn.tolist(), torch.isin(drawn, self._eos).tolist(), strict=True):
                 row.text.append(token)
-                if end or len(row.text) == uniforms.shape[1]:
+                if end or len(row.text) == task.uniforms.shape[1]:
                     ended.add(row.key)
-            live = self._compacted([None if row.key in ended else row for row in live], mixtures)
+            writers = self._compacted(writers, ended, 0, task.mixtures)
+            readers = self._compacted(readers, ended, behind, task.mixtures)
 
-    def _compacted(self, going: list[_Row | None], mixtures: Sequence[Mixture]) -> list[_Row]:
-        """The rows that go on, moved together to the first slots."""
+    def _pass(
+        self, rows: Sequence[_Row], slot: int, layers: Iterable[int]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Logits of each row's next token `[rows, vocabulary]`, and outputs by layer `[rows, 1, hidden]`. The first row
+        is in `slot`."""
+        batch = [
+            RowInput(place, [row.token], row.position, None if row.reader else len(row.prompt) - 1)
+            for place, row in enumerate(rows, start=slot)
+        ]
+        with record(self._lm.blocks, sorted(layers)) as outputs:
+            return self._runner.forward(batch).logits, outputs
+
+    def _compare(
+        self,
+        writers: Sequence[_Row],
+        readers: Sequence[_Row],
+        behind: int,
+        steered: torch.Tensor,
+        drawn: torch.Tensor,
+        outputs: dict[int, torch.Tensor],
+        task: _Task,
+    ) -> None:
+        """Add to the task what the unsteered model finds in the compared rows. Theirs are the `steered`
+        log-probabilities `[rows, vocabulary]`, the tokens drawn from them, and block outputs, all of which are replaced
+        where there is a reader. It runs the blocks from the first steered one on."""
+        places = [place for place, row in enumerate(writers) if row.index < task.compared]
+        if not places:
+            return
+        base, states = steered[places], {layer: outputs[layer][places, 0].double() for layer in task.read}
+        if readers:
+            number = {writers[place].key: number for number, place in enumerate(places)}
+            numbers = [number[row.key] for row in readers]
+            with ExitStack() as stack:
+                if task.first:
+                    hidden = outputs[task.first - 1][[places[number] for number in numbers]]
+                    stack.enter_context(resumed(self._lm.blocks, self._outputs, task.first - 1, hidden))
+                logits, outputs = self._pass(readers, behind, [layer for layer in task.read if layer >= task.first])
+            base[numbers] = torch.log_softmax(logits.float(), dim=-1)
+            for layer, output in outputs.items():
+                states[layer][numbers] = output[:, 0].double()
+        likelihoods = base.gather(1, drawn[places].unsqueeze(1)).squeeze(1).tolist()
+        divergences = kl_divergence(steered[places], base).tolist()
+        for place, likelihood, divergence in zip(places, likelihoods, divergences, strict=True):
+            row = writers[place]
+            one, cell = task.found[row.steering], (row.index, len(row.text))
+            one.token_likelihoods[cell] = likelihood
+            if not task.mixtures[row.steering].is_neutral:
+                one.token_divergences[cell] = divergence
+        started = [number for number, place in enumerate(places) if writers[place].text]
+        if task.read and started:
+            steerings = torch.tensor([writers[places[number]].steering for number in started])
+            vectors = torch.stack([states[layer][started].cpu() for layer in task.read], dim=1)
+            task.sums.index_add_(0, steerings, torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], dim=-1))
+            task.counts.index_add_(0, steerings, torch.ones(len(started), 1, 1, dtype=torch.float64))
+
+    def _compacted(
+        self, rows: Sequence[_Row], ended: Collection[tuple[int, int]], slot: int, mixtures: Sequence[Mixture]
+    ) -> list[_Row]:
+        """The rows whose texts go on, moved together to the slots from `slot` on, where the first row is."""
+        going = [None if row.key in ended else row for row in rows]
         for place in range(len(going)):
             while going and going[-1] is None:
                 going.pop()
             if place < len(going) and going[place] is None:
                 row = going.pop()
                 assert row is not None
-                self._copy(len(going), place, row.position)
-                self._steer(place, row, mixtures)
+                self._copy(slot + len(going), slot + place, row.position)
+                self._steer(slot + place, row, mixtures)
                 going[place] = row
         return [row for row in going if row is not None]
 
-    def _steer(self, place: int, row: _Row, mixtures: Sequence[Mixture]) -> None:
+    def _steer(self, slot: int, row: _Row, mixtures: Sequence[Mixture]) -> None:
         if row.reader:
-            self._bank.clear(place)
+            self._bank.clear(slot)
         else:
-            self._bank.write(place, mixtures[row.steering])
+            self._bank.write(slot, mixtures[row.steering])
 
     def _copy(self, source: int, target: int, length: int) -> None:
         columns = self._runner.columns
         assert columns is not None
         with torch.inference_mode():
             columns.copy(source, target, length)
-
-
-def _at(rows: list[int], hidden: torch.Tensor) -> torch.Tensor:
-    """Some rows of block outputs `[rows, 1, hidden]`, float64 `[rows, hidden]`."""
-    return hidden[rows, 0].double()
 
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

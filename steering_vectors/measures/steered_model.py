@@ -253,7 +253,7 @@ class SteeredModel:
         context = Sampler.context_for(self.lm, max(map(len, prompts), default=1) + tokens)
         if self._sampler is None or self._sampler.context < context:
             self.close()
-            self._sampler = Sampler(self.lm, context=context)
+            self._sampler = Sampler(self.lm, context=context, outputs=self._block_outputs if self.resumes else ())
         return self._sampler
 
     def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:

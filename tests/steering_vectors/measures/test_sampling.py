@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from steering_vectors.measures.sampling import Sampler
 from steering_vectors.measures.steered_model import KeptTexts, SteeredModel, steerable
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
+from steering_vectors.profiles.mixture import Mixture, Term
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model
@@ -31,9 +33,11 @@ def lm_of(architecture: str) -> LanguageModel:
     return lm
 
 
-def profile_for(lm: LanguageModel) -> Profile:
+def profile_for(lm: LanguageModel, *, late: bool = False) -> Profile:
+    """A profile of the first and the last block, or of the second one only."""
     draw = torch.Generator().manual_seed(0)
-    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in (0, lm.num_layers - 1)}
+    layers = (1,) if late else (0, lm.num_layers - 1)
+    directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in layers}
     return Profile("test", lm.identity, directions, "mean-diff", unit=0.3)
 
 
@@ -46,15 +50,17 @@ def plain_log_probs(
     return found
 
 
-@pytest.mark.parametrize("rows", [2, 4, 64])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("architecture", "rows", "late"),
+    [("llama", 2, False), ("llama", 4, True), ("llama", 64, False), ("gpt2", 64, True), ("gemma3_text", 4, True)],
+)
 def test_texts_of_several_strengths_equal_those_of_one_strength_and_one_prompt(
-    architecture: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str, rows: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampling, "_rows_that_fit", lambda lm, context: rows)
     monkeypatch.setattr(sampling, "PREFILL_TOKENS", 5)
     lm = lm_of(architecture)
-    profile = profile_for(lm)
+    profile = profile_for(lm, late=late)
     with steerable(lm) as steered:
         together = steered.sample_and_compare(profile, STRENGTHS, PROMPTS, tokens=TOKENS, seed=3, read=[0, 1])
         for strength, found in zip(STRENGTHS, together, strict=True):
@@ -78,9 +84,34 @@ def test_texts_of_several_strengths_equal_those_of_one_strength_and_one_prompt(
     assert len(lengths) > 2  # some ended early
 
 
-def test_the_activations_are_those_of_the_unsteered_model() -> None:
+def test_the_unsteered_model_reads_in_the_blocks_from_the_first_steered_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = lm_of("llama")
-    profile = profile_for(lm)
+    computed = [0] * lm.num_layers
+    profile = profile_for(lm, late=True)
+    with steerable(lm) as steered:
+        sampler = steered._sampler_for(PROMPTS, TOKENS)
+        uniforms = torch.rand(1, TOKENS, generator=torch.Generator().manual_seed(3))
+        with monkeypatch.context() as patch:
+            for layer, block in enumerate(lm.blocks):
+                patch.setattr(block, "forward", counted(block.forward, computed, layer))
+            (found,) = sampler.sample([Mixture((Term(profile, 1.0),))], [[7]], uniforms, compared=1)
+    assert computed == [found.tokens, *[2 * found.tokens] * (lm.num_layers - 1)]
+
+
+def counted(forward: Callable[..., Any], counts: list[int], layer: int) -> Callable[..., Any]:
+    """The same function, which counts the rows that it is called with."""
+
+    def counting(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts[layer] += len(hidden_states)
+        return forward(hidden_states, *args, **kwargs)
+
+    return counting
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_activations_are_those_of_the_unsteered_model(late: bool) -> None:
+    lm = lm_of("llama")
+    profile = profile_for(lm, late=late)
     with steerable(lm) as steered:
         together = steered.sample_and_compare(profile, STRENGTHS, PROMPTS, tokens=TOKENS, seed=3, read=[0, 1])
     for found in together:
