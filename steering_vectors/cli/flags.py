@@ -72,7 +72,7 @@ class Data:
         str, in_data(help="Preference data: a file, `hf:NAME[:split]`, or an embedded set such as `demo:warm`.")
     ]
     columns: Annotated[
-        str, in_data(help="Rename columns, as in prompt=question,chosen=matching; system= leaves one out.")
+        str, in_data(help="Rename columns, as in prompt=question,chosen=matching. `system=` leaves that column out.")
     ] = ""
     skip_bad_rows: Annotated[bool, in_data("--skip-bad-rows", help="Skip unusable rows instead of failing.")] = False
     skip_long_rows: Annotated[

@@ -86,7 +86,10 @@ def note_on_columns(ignored: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
 
 def note_on_systems(systems: int, rows: int) -> Iterator[str]:
     if systems:
-        yield f"{systems} of {rows} rows have a system prompt, so all prompts are read as chat messages"
+        yield (
+            f"{systems} of {rows} rows have a system prompt, so all prompts are read as chat messages; "
+            "leave it out with columns system="
+        )
 
 
 def _examples(record: Record) -> list[Example]:

@@ -106,7 +106,7 @@ def check_unread(table: Table, kind: Kind, renames: Mapping[str, str], name: str
     if name == PROMPT and kind == "contrast":  # whose texts have no prompt
         sides = {new: renames.get(side, side) for new, side in zip(COLUMNS["preference"], COLUMNS[kind], strict=True)}
     remedy = f"read it with {_written({name: found[0], **sides})}"
-    if {"instruction", "input"} <= set(found):
+    if {"instruction", "input"} <= set(map(str.lower, found)):
         remedy = "write instruction and input to one column prompt"
     raise DataError(
         f"no row has a {'prompt' if name == PROMPT else 'system prompt'}, but the column {found[0]!r} looks like one; "
