@@ -71,7 +71,9 @@ class Data:
     data: Annotated[
         str, in_data(help="Preference data: a file, `hf:NAME[:split]`, or an embedded set such as `demo:warm`.")
     ]
-    columns: Annotated[str, in_data(help="Rename columns, as in prompt=question,chosen=matching.")] = ""
+    columns: Annotated[
+        str, in_data(help="Rename columns, as in prompt=question,chosen=matching. `system=` leaves that column out.")
+    ] = ""
     skip_bad_rows: Annotated[bool, in_data("--skip-bad-rows", help="Skip unusable rows instead of failing.")] = False
     skip_long_rows: Annotated[
         bool, in_data("--skip-long-rows", help="Skip rows longer than the model's context instead of failing.")

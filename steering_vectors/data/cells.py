@@ -28,6 +28,11 @@ def is_absent(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str | list | dict) and not value)
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a cell contains nothing, or only whitespace."""
+    return is_absent(value) or (isinstance(value, str) and not value.strip())
+
+
 def read_text(value: Any, place: str) -> str:
     """The text in a cell; text parts are joined by newlines, as the server joins them. Raises BadRow."""
     if isinstance(value, list) and value and all(isinstance(one, dict) and "type" in one for one in value):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from steering_vectors.data.cells import is_absent
 from steering_vectors.data.chat import Example
 from steering_vectors.data.records import Record
 
@@ -28,6 +29,7 @@ TRANSCRIPTS = tuple(
 )
 MISSING = ("nan", "NaN", "None", "null", "<NA>")
 SCORES = ("score", "rating", "reward")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "images", "image")  # of TRL, which gives them to the template
 
 
 def repeated_prompts(records: Sequence[Record]) -> int:
@@ -74,10 +76,20 @@ def note_on_scores(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield f"{chosen} is {relation} {rejected} in {len(found)} of {len(rows)} rows"
 
 
-def note_on_columns(ignored: Sequence[str]) -> Iterator[str]:
+def note_on_columns(ignored: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if written := [name for name in TEMPLATE_COLUMNS if not all(is_absent(cells.get(name)) for cells in rows)]:
+        yield f"prompts are read without {' and '.join(written)}, which TRL gives to the chat template"
     if ignored:
         more = f" and {len(ignored) - MAX_NAMES} more" if len(ignored) > MAX_NAMES else ""
         yield f"columns that were not read: {', '.join(name or repr(name) for name in ignored[:MAX_NAMES])}{more}"
+
+
+def note_on_systems(systems: int, rows: int) -> Iterator[str]:
+    if systems:
+        yield (
+            f"{systems} of {rows} rows have a system prompt, so all prompts are read as chat messages; "
+            "leave it out with columns system="
+        )
 
 
 def _examples(record: Record) -> list[Example]:

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from steering_vectors.data.cells import is_absent
+from steering_vectors.data.cells import is_blank
 from steering_vectors.data.preferences import Kind
-from steering_vectors.data.records import COLUMNS, PROMPT
+from steering_vectors.data.records import COLUMNS, PROMPT, SYSTEM
 from steering_vectors.data.tables import BadRow, Table
 from steering_vectors.errors import DataError
 
@@ -20,6 +20,7 @@ EXAMPLE = (
 )
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "conversations", "input", "context", "messages")
 COMPLETION_NAMES = ("completion", "response", "output", "answer", "generation", "sentence", "text", "input")
+OPTIONAL = {PROMPT: PROMPT_NAMES, SYSTEM: ("system", "system prompt", "system message")}  # and their usual names
 CHOSEN_WORDS = {"chosen", "preferred", "accepted", "matching", "better", "best", "good", "positive", "pos", "winner"}
 REJECTED_WORDS = {"rejected", "reject", "dispreferred", "worse", "worst", "bad", "negative", "neg", "loser"}
 OTHER_WORDS = {"score", "rating", "reward", "model", "policy", "id", "logprob", "logps", "tokens", "length", "rank"}
@@ -27,38 +28,49 @@ NUMBERED = re.compile(r"(.*?)[_ -]?([0-9]|[ABab]|[jk])")
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """Read `prompt=question,chosen=matching` as the `columns` of `load_pairs`. Raises DataError."""
+    """Read `prompt=question,chosen=matching` as the `columns` of `load_pairs`. Raises DataError.
+
+    A comma divides where a name and an equals sign follow it, so names of columns may contain commas.
+    """
     renames: dict[str, str] = {}
-    for part in text.split(","):
+    for part in re.split(r",(?=\s*\w*\s*=)", text):
         name, equals, column = (piece.strip() for piece in part.partition("="))
-        if not (name and equals and column) or name in renames:
+        if not (name and equals) or name in renames:
             raise DataError(f"columns {text!r} cannot be read; write prompt=question,chosen=matching")
         renames[name] = column
     return checked_renames(renames)
 
 
 def checked_renames(renames: Mapping[str, str]) -> dict[str, str]:
-    """A copy of `renames`. Raises DataError for a name that no format has."""
-    known = [PROMPT, *(column for columns in COLUMNS.values() for column in columns)]
-    for name in renames:
+    """A copy of `renames`. Raises DataError for a name that no format has, and for a column that is named twice."""
+    known = [*OPTIONAL, *(column for columns in COLUMNS.values() for column in columns)]
+    named = [column for column in renames.values() if column]
+    for name, column in renames.items():
         if name not in known:
             raise DataError(f"columns: {name!r} is not a column of any format; rename to one of {', '.join(known)}")
+        if not column and name not in OPTIONAL:
+            raise DataError(f"columns: {name} must name a column; only {' and '.join(OPTIONAL)} can be left out")
+        if named.count(column) > 1:
+            raise DataError(f"columns: {column!r} is named twice; read each column once")
     return dict(renames)
 
 
 def renamed(cells: Mapping[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
+    """The cells by their new names, without columns that are left out."""
     taken = {*renames, *renames.values()}
     kept = {column: value for column, value in cells.items() if column not in taken}
-    return kept | {name: cells[column] for name, column in renames.items() if column in cells}
+    return kept | {name: cells[column] for name, column in renames.items() if column and column in cells}
 
 
 def find_kind(table: Table, renames: Mapping[str, str]) -> Kind:
     """The format of the first complete row, else that of the first row with a column of any format.
 
-    Raises DataError, with the renaming to write, if there is none or more than one.
+    Raises DataError, with the renaming to write, if there is none or more than one, and for a renaming of a column that
+    no row has.
     """
+    _check_named(table, renames)
     rows = [renamed(row.cells, renames) for row in table.rows if not isinstance(row.cells, BadRow)]
-    allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {PROMPT} <= set(columns)]
+    allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {*OPTIONAL} <= set(columns)]
     for wanted in (all, any):
         for cells in rows:
             fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]
@@ -74,9 +86,6 @@ def find_kind(table: Table, renames: Mapping[str, str]) -> Kind:
     if isinstance(row.cells, BadRow):
         raise DataError(row.cells.message, path=table.source, line=row.line)
     found = ", ".join(map(str, row.cells)) or "none"
-    if missing := sorted(set(renames.values()) - row.cells.keys()):
-        message = f"there is no column {missing[0]!r}, which columns names; the columns are {found}"
-        raise DataError(message, path=table.source, line=row.line)
     raise DataError(
         f"the columns ({found}) fit none of the formats {FORMATS}; {_remedy(row.cells, renames)}",
         path=table.source,
@@ -84,17 +93,35 @@ def find_kind(table: Table, renames: Mapping[str, str]) -> Kind:
     )
 
 
-def prompt_remedy(rows: Sequence[Mapping[str, Any]], kind: Kind) -> str:
-    """How to read the prompt of rows without one from a column of another name; an empty text if there is none."""
-    names = [name for name in PROMPT_NAMES if not all(is_absent(cells.get(name)) for cells in rows)]
-    if not names:
-        return ""
-    if {"instruction", "input"} <= set(names):
-        return "write instruction and input to one column prompt"
-    sides = {"chosen": "positive", "rejected": "negative"} if kind == "contrast" else {}
-    kept = COLUMNS[kind][0]
-    remedy = f"read it with {_written({PROMPT: names[0], **sides})}"
-    return f"{remedy}, or leave it out with columns {kept}={kept}"
+def check_unread(table: Table, kind: Kind, renames: Mapping[str, str], name: str) -> None:
+    """Raise DataError if the prompt, or the system prompt, that no row has is in a column of another name."""
+    rows = [row.cells for row in table.rows if not isinstance(row.cells, BadRow)]
+    others = dict.fromkeys(column for cells in rows for column in cells if column not in renames.values())
+    words = {" ".join(_words(column)): column for column in others}
+    likely = [words[one] for one in OPTIONAL[name] if one in words]
+    found = [column for column in likely if not all(is_blank(cells.get(column)) for cells in rows)]
+    if not found:
+        return
+    sides = dict(renames)
+    if name == PROMPT and kind == "contrast":  # whose texts have no prompt
+        sides = {new: renames.get(side, side) for new, side in zip(COLUMNS["preference"], COLUMNS[kind], strict=True)}
+    remedy = f"read it with {_written({name: found[0], **sides})}"
+    if {"instruction", "input"} <= set(map(str.lower, found)):
+        remedy = "write instruction and input to one column prompt"
+    raise DataError(
+        f"no row has a {'prompt' if name == PROMPT else 'system prompt'}, but the column {found[0]!r} looks like one; "
+        f"{remedy}, or leave it out with {_written({name: '', **renames})}",
+        path=table.source,
+    )
+
+
+def _check_named(table: Table, renames: Mapping[str, str]) -> None:
+    rows = [(row.line, row.cells) for row in table.rows if not isinstance(row.cells, BadRow)]
+    known = dict.fromkeys(column for _, cells in rows for column in cells)
+    if rows and (missing := sorted({*renames.values()} - known.keys() - {""})):
+        found = ", ".join(map(str, known)) or "none"
+        message = f"there is no column {missing[0]!r}, which columns names; the columns are {found}"
+        raise DataError(message, path=table.source, line=rows[0][0])
 
 
 def _check_sides(table: Table, kind: Kind, renames: Mapping[str, str]) -> None:
@@ -142,7 +169,7 @@ def _renaming(cells: Mapping[str, Any], renames: Mapping[str, str]) -> str:
     else:
         return ""
     prompt = _named(texts, PROMPT_NAMES, without=[*wanted.values()])
-    return _written({PROMPT: prompt, **wanted, **renames})
+    return _written(({PROMPT: prompt} if prompt else {}) | wanted | dict(renames))
 
 
 def _texts(cells: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -169,7 +196,7 @@ def _numbered(texts: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _written(columns: Mapping[str, str]) -> str:
     """A renaming as it is written in a shell, without columns that keep their names."""
-    return "columns " + shlex.quote(",".join(f"{name}={old}" for name, old in columns.items() if old not in ("", name)))
+    return "columns " + shlex.quote(",".join(f"{name}={old}" for name, old in columns.items() if old != name))
 
 
 def _words(name: Any) -> tuple[str, ...]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from steering_vectors.data.cells import is_absent, read_cell, read_label, read_messages, read_text, read_transcript
+from steering_vectors.data.cells import (
+    is_absent,
+    is_blank,
+    read_cell,
+    read_label,
+    read_messages,
+    read_text,
+    read_transcript,
+)
 from steering_vectors.data.chat import Example, Message, Prompt
 from steering_vectors.data.preferences import Kind
 from steering_vectors.data.tables import BadRow
@@ -16,7 +24,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "unpaired": ("completion", "label"),
     "contrast": ("positive", "negative"),
 }
-PROMPT = "prompt"
+PROMPT, SYSTEM = "prompt", "system"
 CHAT, REPLY, PLAIN = "chat messages", "a message without a prompt", "plain text"
 
 Cells = Mapping[str, Any]
@@ -36,7 +44,10 @@ class Record:
 
 
 def read_record(kind: Kind, cells: Cells) -> Record:
-    """Read the cells of a row, by the format's column names. Raises BadRow, which names the column."""
+    """Read the cells of a row, by the format's column names. Raises BadRow, which names the column.
+
+    A cell of the system prompt, also an empty one, makes a plain prompt a user message.
+    """
     if kind == "unpaired":
         example, form = _example(cells, "completion", True)
         return Record(example, None, form) if read_label(cells) else Record(None, example, form)
@@ -70,6 +81,10 @@ def read_prompt(cells: Cells) -> Prompt:
     return messages
 
 
+def begins_with_system(prompt: Prompt) -> bool:
+    return isinstance(prompt, tuple) and prompt[0].role == "system"
+
+
 def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str]:
     """The example in one column with its prompt, and its form."""
     value, prompt = read_cell(cells, column), read_prompt(cells)
@@ -80,6 +95,8 @@ def _example(cells: Cells, column: str, transcripts: bool) -> tuple[Example, str
         example = Example(prompt, text) if messages is None else _with_prompt(messages, None, column)
     else:
         example = _with_prompt(messages, prompt, column)
+    if SYSTEM in cells:
+        example = replace(example, prompt=_with_system(example.prompt, cells[SYSTEM]))
     return example, CHAT if isinstance(example.prompt, tuple) else PLAIN if messages is None else REPLY
 
 
@@ -96,6 +113,23 @@ def _with_prompt(messages: tuple[Message, ...], prompt: Prompt, column: str) -> 
     if prompt not in (head, head[-1].content):
         raise BadRow("it must be the reply alone, or begin with the messages of the prompt", column)
     return Example(head, reply.content)
+
+
+def _with_system(prompt: Prompt, value: Any) -> Prompt:
+    """A prompt as messages, which begin with the system prompt in a cell."""
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    if is_blank(value):
+        return messages
+    if read_messages(value, SYSTEM) is not None:
+        raise BadRow("it contains messages; a system prompt is plain text", SYSTEM)
+    system = Message("system", read_text(value, SYSTEM))
+    if messages is None:
+        raise BadRow("the row has no prompt that could follow it; leave it out with columns system=", SYSTEM)
+    if not begins_with_system(messages):
+        return (system, *messages)
+    if messages[0] != system:
+        raise BadRow("the messages of the row begin with another text; leave it out with columns system=", SYSTEM)
+    return messages
 
 
 def _check_open(messages: tuple[Message, ...], column: str) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steering_vectors.data.cells import is_absent
-from steering_vectors.data.checks import MOST, note_on_columns, note_on_scores, notes_on, repeated_prompts
-from steering_vectors.data.columns import checked_renames, find_kind, prompt_remedy, renamed
+from steering_vectors.data.cells import is_absent, is_blank
+from steering_vectors.data.checks import (
+    MOST,
+    note_on_columns,
+    note_on_scores,
+    note_on_systems,
+    notes_on,
+    repeated_prompts,
+)
+from steering_vectors.data.columns import OPTIONAL, check_unread, checked_renames, find_kind, renamed
 from steering_vectors.data.columns import parse_columns as parse_columns
 from steering_vectors.data.preferences import MAX_SKIP_MESSAGES, Kind, Preferences
-from steering_vectors.data.records import COLUMNS, PROMPT, Record, read_record
+from steering_vectors.data.records import COLUMNS, PROMPT, SYSTEM, Record, begins_with_system, read_record
 from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
 from steering_vectors.errors import DataError
 
@@ -28,9 +35,12 @@ def load_pairs(
 
     The columns are those of TRL's formats: preference {prompt?, chosen, rejected}, unpaired {prompt?, completion,
     label} and contrast {positive, negative}. Texts are plain or lists of chat messages, also written as JSON. In the
-    preference format, chosen and rejected may contain the prompt, as messages or as an HH-RLHF transcript. `columns`
-    renames: `{"chosen": "matching"}` reads the column "matching" as chosen. Unused columns are listed in
-    `ignored_columns`. `hf:` also takes a directory that `datasets` saved. `notes` says what looks mistaken in the rows.
+    preference format, chosen and rejected may contain the prompt, as messages or as an HH-RLHF transcript. A column
+    `system` holds the system prompt, the first message of the row's prompt; then plain prompts are user messages.
+
+    `columns` renames: `{"chosen": "matching"}` reads the column "matching" as chosen, and `{"system": ""}` leaves the
+    system prompt out, as `{"prompt": ""}` does the prompt. Unused columns are listed in `ignored_columns`. `hf:` also
+    takes a directory that `datasets` saved. `notes` says what looks mistaken in the rows.
 
     Raises DataError, with path, line and field, for a bad row, unless `skip_bad_rows` is set, which counts it instead,
     also if a model's chat template or tokenizer refuses it later. Also raises DataError for fewer than 16 usable rows,
@@ -40,12 +50,14 @@ def load_pairs(
     renames = checked_renames(columns or {})
     kind = find_kind(table, renames)
     rows = [row.cells for row in table.rows if isinstance(row.cells, dict)]
-    has_prompts = any(not is_absent(cells.get(renames.get(PROMPT, PROMPT))) for cells in rows)
-    records, errors = _records(table, kind, renames, skip_bad_rows, has_prompts)
-    unprompted = not (renames or has_prompts or any(record.chat for _, record in records))
-    if unprompted and (remedy := prompt_remedy(rows, kind)):
-        raise DataError(f"no row has a prompt, but another column looks like one; {remedy}", path=table.source)
-    used = {renames.get(name, name) for name in (PROMPT, *COLUMNS[kind])}
+    named = [renamed(cells, renames) for cells in rows]
+    has_prompts = any(not is_absent(cells.get(PROMPT)) for cells in named)
+    systems = sum(not is_blank(cells.get(SYSTEM)) for cells in named)
+    filled = [name for name, found in ((PROMPT, has_prompts), (SYSTEM, systems)) if found]
+    read = [(row.line, _read(row, kind, renames, filled)) for row in table.rows]
+    _check_unread(table, kind, renames, filled, [found for _, found in read if isinstance(found, Record)])
+    records, errors = _records(table, kind, renames, skip_bad_rows, read)
+    used = {renames.get(name, name) for name in (PROMPT, SYSTEM, *COLUMNS[kind])} - {""}
     columns_read = (str(column) for cells in rows for column in cells)
     ignored = tuple(dict.fromkeys(column for column in columns_read if column not in used))
     sides = [renames.get(name, name) for name in COLUMNS[kind][: 1 if kind == "unpaired" else 2]]
@@ -60,7 +72,8 @@ def load_pairs(
         skip_messages=tuple(error.message for error in errors[:MAX_SKIP_MESSAGES]),
         ignored_columns=ignored,
         notes=(
-            *note_on_columns(ignored),
+            *note_on_columns(ignored, rows),
+            *note_on_systems(systems, len(rows)),
             *notes_on([record for _, record in records], (sides[0], sides[-1])),
             *note_on_scores(rows),
         ),
@@ -90,12 +103,28 @@ def find_data(path: str) -> str:
     return str(file)
 
 
+def _check_unread(
+    table: Table, kind: Kind, renames: Mapping[str, str], filled: Collection[str], records: Sequence[Record]
+) -> None:
+    """Raise DataError if a column of another name seems to hold the prompt, or the system prompt, that no row has."""
+    prompts = [one.prompt for record in records for one in (record.positive, record.negative) if one and one.prompt]
+    known = {*filled, *renames}
+    unchanged = any(name == column for name, column in renames.items())  # as typed before prompt= left out the prompt
+    if PROMPT not in known and not prompts and not unchanged:
+        check_unread(table, kind, renames, PROMPT)
+    if SYSTEM not in known and prompts and not any(begins_with_system(prompt) for prompt in prompts):
+        check_unread(table, kind, renames, SYSTEM)
+
+
 def _records(
-    table: Table, kind: Kind, renames: Mapping[str, str], skip_bad_rows: bool, has_prompts: bool
+    table: Table,
+    kind: Kind,
+    renames: Mapping[str, str],
+    skip_bad_rows: bool,
+    read: Sequence[tuple[int, Record | BadRow]],
 ) -> tuple[list[tuple[int, Record]], list[DataError]]:
     """The usable rows with their lines, and an error for each of the others. Raises the first error unless bad rows are
     skipped."""
-    read = [(row.line, _read(row, kind, renames, has_prompts)) for row in table.rows]
     forms = [record for _, record in read if isinstance(record, Record)]
     chat = sum(record.chat for record in forms) * 2 > len(forms)  # the form of most rows is the right one
     usual = next((record.form for record in forms if record.chat == chat), "")
@@ -116,16 +145,16 @@ def _records(
     return records, errors
 
 
-def _read(row: TableRow, kind: Kind, renames: Mapping[str, str], has_prompts: bool) -> Record | BadRow:
+def _read(row: TableRow, kind: Kind, renames: Mapping[str, str], filled: Collection[str]) -> Record | BadRow:
     if isinstance(row.cells, BadRow):
         return row.cells
     try:
-        return read_record(kind, _cells(row.cells, renames, has_prompts))
+        return read_record(kind, _cells(row.cells, renames, filled))
     except BadRow as bad:
         return bad
 
 
-def _cells(cells: Mapping[str, Any], renames: Mapping[str, str], has_prompts: bool) -> dict[str, Any]:
-    """The cells by the format's names. A column of prompts that is empty throughout says nothing."""
+def _cells(cells: Mapping[str, Any], renames: Mapping[str, str], filled: Collection[str]) -> dict[str, Any]:
+    """The cells by the format's names, and of the optional ones those that are filled in some row."""
     found = renamed(cells, renames)
-    return found if has_prompts else {name: value for name, value in found.items() if name != PROMPT}
+    return {name: value for name, value in found.items() if name not in OPTIONAL} | {n: found.get(n) for n in filled}

@@ -11,7 +11,7 @@ import torch
 from steering_vectors.data.batches import Encoded
 from steering_vectors.data.cells import read_label
 from steering_vectors.data.chat import Prompt, encode_prompt
-from steering_vectors.data.records import PROMPT, read_prompt
+from steering_vectors.data.records import PROMPT, SYSTEM, read_prompt
 from steering_vectors.data.tables import BadRow, TableRow, read_table
 from steering_vectors.errors import DataError, FitError, RequestError
 from steering_vectors.fitting.layers import candidate_layers
@@ -105,7 +105,8 @@ def _read(row: TableRow, source: str) -> tuple[Prompt, bool]:
         if isinstance(row.cells, BadRow):
             raise row.cells
         if unknown := sorted(set(row.cells) - {PROMPT, LABEL}):
-            raise BadRow(f"the rows of a gate have only the columns {PROMPT} and {LABEL}", str(unknown[0]))
+            remedy = "; write the system prompt as the first message of prompt" if unknown[0] == SYSTEM else ""
+            raise BadRow(f"the rows of a gate have only the columns {PROMPT} and {LABEL}{remedy}", str(unknown[0]))
         if (prompt := read_prompt(row.cells)) is None:
             raise BadRow("it is empty" if PROMPT in row.cells else "it is missing", PROMPT)
         return prompt, read_label(row.cells)

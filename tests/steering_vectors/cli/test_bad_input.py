@@ -260,14 +260,14 @@ def unwrapped(result: Result) -> str:
 
 
 def test_notes_and_skipped_rows_are_printed(model: Path, profiles: Path, write: Callable[[Rows], Path]) -> None:
-    data = write([row | {"system": "Be brief."} for row in same(1)])
+    data = write([row | {"source": "web"} for row in same(1)])
     result = run("fit", model, data, profiles, "--no-calibrate", "--skip-bad-rows")
     skipped = "line 1, field 'rejected': chosen and rejected are equal, so nothing is preferred"
     assert result.stderr.splitlines()[:2] == [
-        "note: columns that were not read: system",
+        "note: columns that were not read: source",
         f"skipped: {data}, {skipped}",
     ]
-    assert "note: columns that were not read: system" in unwrapped(result)
+    assert "note: columns that were not read: source" in unwrapped(result)
     assert f"note: 1 bad rows were skipped; the first: {skipped}" in unwrapped(result)
 
 

@@ -24,10 +24,26 @@ def test_ordinary_rows_have_no_notes(write: Write) -> None:
 
 
 def test_columns_that_are_not_read_are_noted(write: Write) -> None:
-    rows = [row | {"system": "Be brief.", "": 0} for row in PREFERENCE]
-    assert load_pairs(write(rows)).notes == ("columns that were not read: system, ''",)
+    rows = [row | {"source": "web", "": 0} for row in PREFERENCE]
+    assert load_pairs(write(rows)).notes == ("columns that were not read: source, ''",)
     rows = [row | {f"c{number}": 0 for number in range(11)} for row in PREFERENCE]
     assert load_pairs(write(rows)).notes == ("columns that were not read: c0, c1, c2, c3, c4, c5, c6, c7 and 3 more",)
+
+
+@pytest.mark.parametrize(
+    ("cells", "named"),
+    [
+        ({"tools": [{"type": "function"}], "images": [], "chat_template_kwargs": None}, "tools"),
+        ({"chat_template_kwargs": {"enable_thinking": False}, "tools": "[]"}, "tools and chat_template_kwargs"),
+        ({"image": "x.png"}, "image"),
+    ],
+    ids=["tools", "kwargs", "image"],
+)
+def test_columns_that_trl_gives_to_the_template_are_noted(write: Write, cells: dict[str, Any], named: str) -> None:
+    assert load_pairs(write(changed(PREFERENCE, 4, **cells))).notes == (
+        f"prompts are read without {named}, which TRL gives to the chat template",
+        f"columns that were not read: {', '.join(cells)}",
+    )
 
 
 @pytest.mark.parametrize("count", [9, 16])

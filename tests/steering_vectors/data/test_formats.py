@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -362,32 +363,98 @@ def test_texts_without_an_order_are_refused(write: Write, row: dict[str, Any], r
     assert error_of(write([row] * 16)).endswith(f"or {{positive, negative}}; {remedy}")
 
 
-def test_a_renaming_of_a_missing_column_is_named(write: Write) -> None:
-    path = write([{"text": "x"}] * 16)
-    assert error_of(path, columns={"chosen": "good", "rejected": "bad"}) == (
-        f"{path}, line 1: there is no column 'bad', which columns names; the columns are text"
+@pytest.mark.parametrize(
+    ("rows", "typed", "missing"),
+    [
+        ([{"text": "x"}] * 16, "chosen=good,rejected=bad", "bad"),
+        (PREFERENCE, "prompt=question", "question"),
+        (PREFERENCE, "system=persona", "persona"),
+        (PREFERENCE, "chosen=good", "good"),
+        (PREFERENCE, "prompt=Prompt", "Prompt"),
+        (PREFERENCE, "prompt=prompt,chosen", "prompt,chosen"),
+        (UNPAIRED, "label=tag", "tag"),
+        (CONTRAST, "prompt=question", "question"),
+        (CONTRAST, "prompt=prompt", "prompt"),
+    ],
+)
+def test_a_renaming_of_a_missing_column_is_named(write: Write, rows: Rows, typed: str, missing: str) -> None:
+    path = write(rows)
+    assert error_of(path, columns=parse_columns(typed)) == (
+        f"{path}, line 1: there is no column {missing!r}, which columns names; the columns are {', '.join(rows[0])}"
     )
+
+
+def test_a_renamed_column_may_be_missing_in_some_rows(write: Write) -> None:
+    """A prompt that is missing is none, and counted; a text that is missing is an error."""
+    rows = [{"question" if key == "prompt" else key: value for key, value in row.items()} for row in PREFERENCE]
+    preferences = load_pairs(write(changed(rows, 0, question=...)), columns={"prompt": "question"})
+    assert [one.prompt for one in preferences.positives[:2]] == [None, "q 1"]
+    assert preferences.notes == ("2 of 32 texts have no prompt",)
+    path = write(changed([row | {"good": "x"} for row in rows], 0, good=...))
+    assert error_of(path, columns={"chosen": "good", "prompt": "question"}) == (
+        f"{path}, line 1, field 'good': it is missing; if the column has another name, name it in columns; {REMEDY}"
+    )
+
+
+def test_a_column_that_a_renaming_replaces_is_noted(write: Write) -> None:
+    preferences = load_pairs(write([row | {"question": "Why?"} for row in PREFERENCE]), columns={"prompt": "question"})
+    assert {one.prompt for one in preferences.positives} == {"Why?"}
+    assert preferences.notes == ("columns that were not read: prompt",)
+
+
+@pytest.mark.parametrize("name", ["is it", "a,b", "größe", "a=b", "it's", 'a "b"', "问题", "1,2,3"])
+def test_columns_may_have_any_name(write: Write, name: str) -> None:
+    """Also as the error suggests them, in a shell."""
+    rows = [{"prompt": row["prompt"], f"{name} chosen": row["chosen"], "reject": row["rejected"]} for row in PREFERENCE]
+    path = write(rows)
+    (typed,) = shlex.split(error_of(path).rpartition("columns ")[2])
+    assert load_pairs(path, columns=parse_columns(typed)).pairs() == load_pairs(write(PREFERENCE)).pairs()
 
 
 @pytest.mark.parametrize(
     ("rows", "other", "remedy"),
     [
-        (PREFERENCE, "question", "read it with columns prompt=question, or leave it out with columns chosen=chosen"),
-        (PREFERENCE, "input", "read it with columns prompt=input, or leave it out with columns chosen=chosen"),
-        (UNPAIRED, "query", "read it with columns prompt=query, or leave it out with columns completion=completion"),
+        (PREFERENCE, "question", "read it with columns prompt=question, or leave it out with columns prompt="),
+        (PREFERENCE, "Prompt", "read it with columns prompt=Prompt, or leave it out with columns prompt="),
+        (UNPAIRED, "query", "read it with columns prompt=query, or leave it out with columns prompt="),
         (
             [{"prompt": "q", **row} for row in CONTRAST],
             "question",
             "read it with columns prompt=question,chosen=positive,rejected=negative, or leave it out with columns "
-            "positive=positive",
+            "prompt=",
         ),
     ],
 )
 def test_a_prompt_under_another_name_is_not_dropped(write: Write, rows: Rows, other: str, remedy: str) -> None:
     path = write([{other if key == "prompt" else key: value for key, value in row.items()} for row in rows])
-    assert error_of(path) == f"{path}: no row has a prompt, but another column looks like one; {remedy}"
-    kept = remedy.rpartition("columns ")[2]
-    assert load_pairs(path, columns=parse_columns(kept)).notes == (f"columns that were not read: {other}",)
+    assert error_of(path) == f"{path}: no row has a prompt, but the column {other!r} looks like one; {remedy}"
+    read, left_out = (part.rpartition("columns ")[2] for part in remedy.split(", or "))
+    assert load_pairs(path, columns=parse_columns(read)).positives[0].prompt == rows[0]["prompt"]
+    text = next(name for name in rows[0] if name != "prompt")
+    for kept in (left_out, f"{text}={text}"):
+        preferences = load_pairs(path, columns=parse_columns(kept))
+        assert preferences.positives[0].prompt is None
+        assert preferences.notes == (f"columns that were not read: {other}",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "typed", "read"),
+    [
+        (PREFERENCE, "chosen=good", "prompt=question,chosen=good"),
+        (UNPAIRED, "completion=good", "prompt=question,completion=good"),
+        (CONTRAST, "positive=good", "prompt=question,chosen=good,rejected=negative"),
+    ],
+    ids=["preference", "unpaired", "contrast"],
+)
+def test_renamed_texts_do_not_drop_a_prompt(write: Write, rows: Rows, typed: str, read: str) -> None:
+    text = typed.partition("=")[0]
+    path = write([row | {"question": f"q {i}", "good": row[text], "prompt": ""} for i, row in enumerate(rows)])
+    assert error_of(path, columns=parse_columns(typed)) == (
+        f"{path}: no row has a prompt, but the column 'question' looks like one; read it with columns {read}, "
+        f"or leave it out with columns prompt=,{typed}"
+    )
+    assert load_pairs(path, columns=parse_columns(read)).positives[0].prompt == "q 0"
+    assert load_pairs(path, columns=parse_columns(f"prompt=,{typed}")).positives[0].prompt is None
 
 
 def test_an_instruction_with_its_input_is_one_prompt(write: Write) -> None:
@@ -395,8 +462,8 @@ def test_an_instruction_with_its_input_is_one_prompt(write: Write) -> None:
     assert "read it with columns prompt=instruction, or " in error_of(write(rows))
     path = write(changed(rows, 4, input="1 and 2"))
     assert error_of(path) == (
-        f"{path}: no row has a prompt, but another column looks like one; "
-        "write instruction and input to one column prompt"
+        f"{path}: no row has a prompt, but the column 'instruction' looks like one; "
+        "write instruction and input to one column prompt, or leave it out with columns prompt="
     )
 
 
@@ -416,14 +483,15 @@ CELLS = st.recursive(
 )
 
 
-NAMES = st.sampled_from(["prompt", "chosen", "completion", "label", "positive"])
+WITH_SYSTEM: Rows = [{"system": "Be brief.", **row} for row in PREFERENCE]
+NAMES = st.sampled_from(["system", "prompt", "chosen", "completion", "label", "positive"])
 
 
 @given(cell=CELLS, written=st.booleans(), column=NAMES)
 def test_any_cell_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, cell: Any, written: bool, column: str
 ) -> None:
-    rows = next(rows for rows in (PREFERENCE, UNPAIRED, CONTRAST) if column in rows[0])
+    rows = next(rows for rows in (PREFERENCE, UNPAIRED, CONTRAST, WITH_SYSTEM) if column in rows[0])
     path = tmp_path_factory.mktemp("any") / "data.jsonl"
     value = json.dumps(cell) if written else cell
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, changed(rows, 4, **{column: value})[4]]))

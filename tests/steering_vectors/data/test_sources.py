@@ -141,16 +141,33 @@ def test_a_renaming_is_read_from_text() -> None:
     assert parse_columns("prompt=question, chosen=is it") == {"prompt": "question", "chosen": "is it"}
 
 
-@pytest.mark.parametrize("text", ["", "prompt", "prompt=", "=x", "prompt=a,prompt=b", "prompt=a,"])
+@pytest.mark.parametrize("text", ["", "prompt", "=x", "prompt=a,prompt=b", "prompt=a,=b"])
 def test_invalid_renamings_are_refused(text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_columns(text)
     assert str(caught.value) == f"columns {text!r} cannot be read; write prompt=question,chosen=matching"
 
 
-def test_a_renaming_to_an_unknown_column_is_refused() -> None:
-    with pytest.raises(DataError, match="columns: 'answer' is not a column of any format; rename to one of prompt, "):
-        parse_columns("answer=x")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("answer=x", "columns: 'answer' is not a column of any format; rename to one of prompt, system, chosen, "),
+        ("chosen=", "columns: chosen must name a column; only prompt and system can be left out"),
+        ("prompt=q,chosen=q", "columns: 'q' is named twice; read each column once"),
+    ],
+)
+def test_a_renaming_that_no_format_has_is_refused(text: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_columns(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_column_can_be_left_out_by_an_empty_name(write: Write) -> None:
+    """Not by the column without a name, as spreadsheets and data frames write it."""
+    assert parse_columns("prompt=, system=") == {"prompt": "", "system": ""}
+    preferences = load_pairs(write([row | {"": "index"} for row in PREFERENCE]), columns={"prompt": ""})
+    assert preferences.pairs()[0] == (Example(None, "good 0"), Example(None, "bad 0"))
+    assert preferences.notes == ("columns that were not read: prompt, ''",)
 
 
 # Containers

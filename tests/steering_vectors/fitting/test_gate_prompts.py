@@ -31,6 +31,17 @@ def test_a_gate_needs_every_prompt(tmp_path: Path, prompt: Any) -> None:
     assert str(caught.value) == f"{path}, line 5, field 'prompt': it is empty"
 
 
+@pytest.mark.parametrize(
+    ("column", "remedy"), [("score", ""), ("system", "; write the system prompt as the first message of prompt")]
+)
+def test_other_columns_are_refused(tmp_path: Path, column: str, remedy: str) -> None:
+    path = written(tmp_path, 4, **{column: "Be brief."})
+    with pytest.raises(DataError) as caught:
+        load_gate_prompts(path)
+    problem = f"the rows of a gate have only the columns prompt and label{remedy}"
+    assert str(caught.value) == f"{path}, line 5, field '{column}': {problem}"
+
+
 def test_prompts_keep_their_lines(tmp_path: Path) -> None:
     prompts = load_gate_prompts(written(tmp_path, 0))
     assert prompts.opening == tuple(f"Ask {i}?" for i in range(0, 16, 2))
