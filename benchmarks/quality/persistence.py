@@ -64,10 +64,10 @@ class Assistant:
         self, conversations: Sequence[Conversation], *, tokens: int, seed: int
     ) -> tuple[list[Tokens], list[Tokens], float]:
         """The prompts, the reply to each, and the replies' log-likelihood after the prompts under the plain model."""
-        prompts = self._encoded(conversations)
+        prompts = self._encoded(conversations, tokens)
         if self.instruction:
             system = Message("system", self.instruction)
-            others = self._encoded([[system, *conversation] for conversation in conversations])
+            others = self._encoded([[system, *conversation] for conversation in conversations], tokens)
             _, examples = sampled_under(self.steered, self.profile, prompts, others, tokens=tokens, seed=seed)
             sums, _ = self.steered.log_likelihoods(examples, steer=False)
             return prompts, [list(ids[start:]) for ids, start in examples], float(sums.sum())
@@ -75,8 +75,16 @@ class Assistant:
         found = sampled(self.steered, self.steering, self.strength, prompts, opened, tokens=tokens, seed=seed)
         return prompts, found.texts, float(found.likelihoods.sum())
 
-    def _encoded(self, conversations: Sequence[Conversation]) -> list[Tokens]:
-        return [encode_prompt(self.steered.lm.tokenizer, conversation) for conversation in conversations]
+    def _encoded(self, conversations: Sequence[Conversation], tokens: int) -> list[Tokens]:
+        lm = self.steered.lm
+        prompts = [encode_prompt(lm.tokenizer, conversation) for conversation in conversations]
+        longest, limit = max(map(len, prompts)) + tokens, context_limit(lm)
+        if limit is not None and longest > limit:
+            raise typer.BadParameter(
+                f"a conversation has {longest} tokens with its reply and the model's context {limit}: use fewer "
+                "--turns or --tokens"
+            )
+        return prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +193,12 @@ def converse(
 ) -> Iterator[Turn]:
     """The turns of conversations in which the user asks what `plan` has, by conversation and turn."""
     lm = assistant.steered.lm
-    ends, limit = eos_ids(lm), context_limit(lm)
+    ends = eos_ids(lm)
     conversations: list[Conversation] = [[] for _ in plan]
     for turn, asked in enumerate(zip(*plan, strict=True), 1):
         for conversation, question in zip(conversations, asked, strict=True):
             conversation.append(Message("user", question))
         prompts, replies, likelihood = assistant.reply(conversations, tokens=tokens, seed=1000 * seed + turn)
-        longest = max(map(len, prompts)) + tokens
-        if limit is not None and longest > limit:
-            raise typer.BadParameter(
-                f"turn {turn} needs {longest} tokens and the model has {limit}: use fewer --turns or --tokens"
-            )
         texts = [decoded_after(lm.tokenizer, prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
         for conversation, text in zip(conversations, texts, strict=True):
             conversation.append(Message("assistant", text))
