@@ -29,9 +29,11 @@ from rich.table import Table
 from benchmarks.quality.conditions import Instructed
 from benchmarks.quality.judges import JUDGES, Judge
 from steering_vectors import Profile, load_model, load_profile
+from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Message, encode_prompt
 from steering_vectors.measures.activations import pooled
 from steering_vectors.measures.controls import bootstrap, random_controls
+from steering_vectors.measures.sampling import Sampled
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.profiles.shipped import shipped_profiles
 
@@ -149,17 +151,32 @@ def measured(
     label: str = "",
 ) -> Figures:
     opened = [one for one in opens(steered, profile, asked.prompts) for _ in range(asked.texts)]
-    closed = [] if all(opened) else [0.0]
-    first, *others = steered.sample_and_compare(
-        steering, [strength, *closed], asked.rows, tokens=asked.tokens, seed=asked.seed
-    )
-    chosen = [first if one else others[0] for one in opened]
-    texts = [one.texts[row] for row, one in enumerate(chosen)]
-    count = max(sum(map(len, texts)), 1)
-    kl = sum(float(one.divergences[row]) for row, one in enumerate(chosen)) / count
-    surprise = sum(float(one.likelihoods[row]) for row, one in enumerate(chosen)) / count
+    found = sampled(steered, steering, strength, asked.rows, opened, tokens=asked.tokens, seed=asked.seed)
+    count = max(found.tokens, 1)
+    kl, surprise = float(found.divergences.sum()) / count, -float(found.likelihoods.sum()) / count
     name = "unsteered" if strength == 0 else f"{steering.name} at {strength:+g}"
-    return judged(steered, profile, judge, name, label, texts, asked, kl, math.exp(-surprise))
+    return judged(steered, profile, judge, name, label, found.texts, asked, kl, math.exp(surprise))
+
+
+def sampled(
+    steered: SteeredModel,
+    steering: Profile,
+    strength: float,
+    prompts: Sequence[Tokens],
+    opened: Sequence[bool],
+    *,
+    tokens: int,
+    seed: int,
+) -> Sampled:
+    """What is written after prompts, steered where the gate is opened, and what the unsteered model reads in it."""
+    closed = [] if all(opened) else [0.0]
+    found, *others = steered.sample_and_compare(steering, [strength, *closed], prompts, tokens=tokens, seed=seed)
+    for plain in others:
+        rows = [row for row, one in enumerate(opened) if not one]
+        found.token_divergences[rows], found.token_likelihoods[rows] = 0, plain.token_likelihoods[rows]
+        for row in rows:
+            found.texts[row] = plain.texts[row]
+    return found
 
 
 def opens(steered: SteeredModel, profile: Profile, prompts: Sequence[Tokens]) -> list[bool]:
@@ -177,15 +194,28 @@ def opens(steered: SteeredModel, profile: Profile, prompts: Sequence[Tokens]) ->
 
 def instructed(steered: SteeredModel, profile: Profile, judge: Judge, plain: Asked, asked: Asked) -> Figures:
     """The unsteered model under the judge's system prompt."""
-    rewritten = {tuple(one): other for one, other in zip(plain.prompts, asked.prompts, strict=True)}
-    condition = Instructed(steered, lambda prompt: rewritten[tuple(prompt)])
-    steered.write(profile, 0.0)
-    texts = condition.write(plain.rows, tokens=asked.tokens, seed=asked.seed)
-    examples = [([*prompt, *text], len(prompt)) for prompt, text in zip(plain.rows, texts, strict=True)]
+    condition, examples = sampled_under(steered, profile, plain.rows, asked.rows, tokens=asked.tokens, seed=asked.seed)
     sums, counts = steered.log_likelihoods(examples, steer=False)
     perplexity = math.exp(-float(sums.sum() / counts.sum()))
-    kl = condition.divergence(examples)
+    kl, texts = condition.divergence(examples), [list(ids[start:]) for ids, start in examples]
     return judged(steered, profile, judge, f"system prompt: {judge.instruction}", "", texts, asked, kl, perplexity)
+
+
+def sampled_under(
+    steered: SteeredModel,
+    profile: Profile,
+    plain: Sequence[Tokens],
+    prompts: Sequence[Tokens],
+    *,
+    tokens: int,
+    seed: int,
+) -> tuple[Instructed, list[Encoded]]:
+    """What the unsteered model writes after prompts with an instruction, as examples after the plain prompts."""
+    rewritten = {tuple(one): other for one, other in zip(plain, prompts, strict=True)}
+    condition = Instructed(steered, lambda prompt: rewritten[tuple(prompt)])
+    steered.write(profile, 0.0)
+    texts = condition.write(plain, tokens=tokens, seed=seed)
+    return condition, [([*prompt, *text], len(prompt)) for prompt, text in zip(plain, texts, strict=True)]
 
 
 def judged(
