@@ -130,7 +130,9 @@ def test_the_principal_difference_takes_its_sign_from_the_labels() -> None:
 
 
 def test_the_probe_equals_a_plain_logistic_regression_by_newton() -> None:
-    statistics, _ = planted(False, seed=5)
+    planted_here, _ = planted(False, seed=5)
+    offset = torch.linspace(-9, 9, HIDDEN)  # activations lie far from zero
+    statistics = statistics_of(planted_here.positives + offset, planted_here.negatives + offset, False)
     rows = torch.cat([statistics.positives, statistics.negatives]).double()
     labels = torch.cat([torch.ones(len(statistics.positives)), torch.zeros(len(statistics.negatives))]).double()
     centred = rows - rows.mean(0)
