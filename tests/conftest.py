@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
 
+gc.disable()  # until all is loaded: collections would look at a million objects again and again
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process's servers too: tests run one on each processor
@@ -29,6 +31,13 @@ settings.register_profile(  # for mutation tests, which ask only whether a test 
     "unshrunk", derandomize=True, deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of garbage collections, as the server does when it starts."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
