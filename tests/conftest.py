@@ -7,13 +7,15 @@ import os
 import signal
 from pathlib import Path
 
-gc.disable()  # until all is loaded: collections would look at a million objects again and again
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process's servers too: tests run one on each processor
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs and some CI runners begin
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ctrl-C is what some tests send
+
+if gc.isenabled():  # until all is loaded: collections would look at a million objects again and again
+    gc.disable()
 
 import pytest
 import torch
