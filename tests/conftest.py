@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process's servers too: 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs and some CI runners begin
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a Ctrl-C is what some tests send
+
+if gc.isenabled():  # until all is loaded: collections would look at a million objects again and again
+    gc.disable()
 
 import pytest
 import torch
@@ -29,6 +33,13 @@ settings.register_profile(  # for mutation tests, which ask only whether a test 
     "unshrunk", derandomize=True, deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of garbage collections, as the server does when it starts."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

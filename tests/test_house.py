@@ -167,16 +167,6 @@ def test_every_folder_says_what_it_is() -> None:
             assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_server_starts_without_heavy_packages() -> None:
-    """Neither the app nor what it loads to serve needs the packages of fitting, plotting and tuning."""
-    code = (
-        "import sys, server.app; "
-        "print(sorted({'sklearn', 'datasets', 'peft', 'matplotlib'} & {m.split('.')[0] for m in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_what_stands_before_an_engine_knows_no_torch() -> None:
     """An engine may run elsewhere: what talks to it, and how a request becomes messages for it, imports no torch."""
     names = [name for name in MODULES if name.startswith("server.generation.")]

@@ -50,13 +50,13 @@ class Writer:
     used: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = ("matter", "brevity", *AXES)
-        self.streams = {name: random.Random(self.seed * 8 + i) for i, name in enumerate(names)}
-        self.restart()
+        names = ("brevity", *AXES)
+        self.streams = {name: random.Random(self.seed * 8 + i) for i, name in enumerate(names, 1)}
+        self.order_axes()  # the committed replies were drawn after an order that none of them follows
 
     def restart(self) -> None:
-        """Start the reply again, with the same content in the same order."""
-        matter = self.streams["matter"] = random.Random(self.seed * 8)
+        """Start the reply, or start it again, with the same content in the same order."""
+        matter = random.Random(self.seed * 8)
         self.steps, self.shorts, self.facts = (
             itertools.cycle(self.resolve(text, matter) for text in matter.sample(items, len(items)))
             for items in (self.topic.steps, self.topic.shorts, self.topic.facts)
@@ -75,7 +75,9 @@ class Writer:
                 expert=rng.choice(self.topic.experts),
                 fact="{fact}",
             )
-        return _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), phrase)
+        if "[" in phrase:
+            phrase = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), phrase)
+        return phrase
 
     def shows(self, axis: str | None) -> bool:
         """Whether the manner has a value on this axis."""

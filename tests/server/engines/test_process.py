@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,8 @@ from server.engines.protocol import Delta, Finished, SteeringPlan
 from server.settings import Settings
 from steering_vectors.errors import ModelError
 from steering_vectors.profiles.files import save_profile
-from tests.support.contract import make_engine, tiny_language_model
-from tests.support.running import load, outcome, plan, random_profile, request, submit
+from tests.support.contract import Served, make_engine, tiny_language_model
+from tests.support.running import outcome, plan, random_profile, request, submit
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +35,23 @@ make = partial(make_engine, EngineConfig(slots=2, context=250))
 
 def fail() -> Any:
     raise ModelError("there is no such model")
+
+
+@contextmanager
+def started() -> Iterator[Served]:
+    with asyncio.Runner() as runner:
+        engine = runner.run(ProcessEngine.start(make))
+        try:
+            yield Served(engine, runner.run)
+        finally:
+            runner.run(engine.close())
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Served]:
+    """An engine for tests that do not count what it did before."""
+    with started() as found:
+        yield found
 
 
 async def restarted(engine: ProcessEngine, count: int) -> None:
@@ -85,33 +105,30 @@ def test_a_child_that_dies_ends_its_requests_and_is_started_again() -> None:
     asyncio.run(main())
 
 
-def test_counts_of_profiles_outlive_a_child() -> None:
-    warm = random_profile(tiny_language_model(), "warm", seed=1)
+def test_counts_of_profiles_outlive_a_child(one: Served) -> None:
+    warm, engine = random_profile(tiny_language_model(), "warm", seed=1), one.engine
 
     async def main() -> None:
-        engine = await ProcessEngine.start(make)
-        try:
-            for _ in range(2):
-                await engine.load_profile(warm)
-            os.kill(engine._process.pid, signal.SIGKILL)
-            await restarted(engine, 1)
-            await engine.unload_profile(warm.version)
-            assert (await engine.explain(plan(warm))).terms
-            await engine.unload_profile(warm.version)
-            await engine.explain(SteeringPlan())
-            assert engine.stats().profiles == 0
-        finally:
-            await engine.close()
+        before, restarts = engine.stats().profiles, engine.stats().restarts
+        for _ in range(2):
+            await engine.load_profile(warm)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        await restarted(engine, restarts + 1)
+        await engine.unload_profile(warm.version)
+        assert (await engine.explain(plan(warm))).terms
+        await engine.unload_profile(warm.version)
+        await engine.explain(SteeringPlan())
+        assert engine.stats().profiles == before
 
-    asyncio.run(main())
+    one.run(main())
 
 
-def test_the_server_answers_while_the_child_is_started_again(tmp_path: Path) -> None:
-    lm = tiny_language_model()
+def test_the_server_answers_while_the_child_is_started_again(one: Served, tmp_path: Path) -> None:
+    lm, engine = tiny_language_model(), one.engine
     save_profile(random_profile(lm, "warm", scale=2.0), tmp_path)
 
     async def main() -> None:
-        engine = await ProcessEngine.start(make)
+        restarts = engine.stats().restarts
         app = create_app(Settings(profiles=tmp_path), engine)
         transport = httpx.ASGITransport(app)
         async with (
@@ -127,43 +144,34 @@ def test_the_server_answers_while_the_child_is_started_again(tmp_path: Path) -> 
             assert (await client.get("/health")).status_code == 200
             refused = await client.post("/generate", json=body)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "restarting")
-            await restarted(engine, 1)
+            await restarted(engine, restarts + 1)
             after = (await client.post("/generate", json=body)).json()
             assert (after["text"], after["steering"]) == (before["text"], before["steering"])
-        await engine.close()
 
-    asyncio.run(main())
+    one.run(main())
 
 
-def test_a_submit_that_nobody_waits_for_is_seen_to_end() -> None:
+def test_a_submit_that_nobody_waits_for_is_seen_to_end(one: Served) -> None:
     """Its caller is cancelled when the child has accepted it, and the parent does not know that yet."""
+    engine = one.engine
 
     async def main() -> None:
-        engine = await ProcessEngine.start(make)
-        try:
-            asked = request(PROMPT, **ENDLESS)
-            submitting = asyncio.create_task(engine.submit([asked]))
+        before = Counter(engine.stats().finished)
+        asked = request(PROMPT, **ENDLESS)
+        submitting = asyncio.create_task(engine.submit([asked]))
+        await asyncio.sleep(0.001)
+        submitting.cancel()
+        while engine._live or not Counter(engine.stats().finished) - before:
             await asyncio.sleep(0.001)
-            submitting.cancel()
-            while engine._live or not engine.stats().finished:
-                await asyncio.sleep(0.001)
-            assert submitting.cancelled()
-            assert set(engine.stats().finished) <= {"cancelled", "length"}
-            assert (await outcome(engine, request(PROMPT, max_tokens=2))).end.reason in ("length", "stop")
-        finally:
-            await engine.close()
+        assert submitting.cancelled()
+        assert set(Counter(engine.stats().finished) - before) <= {"cancelled", "length"}
+        assert (await outcome(engine, request(PROMPT, max_tokens=2))).end.reason in ("length", "stop")
 
-    asyncio.run(main())
+    one.run(main())
 
 
 def test_a_child_ends_with_its_parent() -> None:
-    async def main() -> int:
-        engine = await ProcessEngine.start(make)
-        await load(engine, ())
-        pid = engine._process.pid
-        await engine.close()
-        return pid
-
-    pid = asyncio.run(main())
+    with started() as one:
+        pid = one.engine._process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from steering_vectors.cli.app import register
 from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import save_profile
+from tests.support.few_texts import few_texts
 from tests.support.tiny import tiny_model
 from tests.support.tiny_profiles import tiny_profile
 from tests.support.tiny_tokenizers import tiny_tokenizer
@@ -21,6 +22,13 @@ Run = Callable[..., Result]
 
 app = typer.Typer()
 register(app)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_texts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few_texts(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="session")

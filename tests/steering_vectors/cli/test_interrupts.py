@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from steering_vectors.cli.app import STOPPED
 from steering_vectors.profiles.files import load_profile, save_profile
+from tests.steering_vectors.cli.conftest import app
 from tests.support.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,14 +45,18 @@ class Fit:
     cache: Path
     out: Path
 
+    @property
+    def command(self) -> list[str]:
+        places = ["--model", self.model, "--data", self.data, "--out", self.out]
+        method = ["--method", "rahf-scit", "-o", "epochs=2", "-o", "batch=4"]
+        return ["fit", "kind", *map(str, places), "--layers", "1", "--text-tokens", "20", *method]
+
     def run(self, *, code: str = RUN, interrupt_at: str = "") -> tuple[int, str]:
         """Returns the exit code and stderr. Ctrl-C is sent once stderr matches `interrupt_at`."""
         master, slave = pty.openpty()
-        command = ["fit", "kind", "--model", self.model, "--data", self.data, "--out", self.out, "--layers", "1"]
-        more = ["--method", "rahf-scit", "-o", "epochs=2", "-o", "batch=4"]
         environment = {"TRIMTAB_CACHE": str(self.cache), "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "120"}
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, command), *more],
+            [sys.executable, "-c", code, *self.command],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave, cwd=ROOT,
             env={**os.environ, **environment}, start_new_session=True,
         )  # fmt: skip
@@ -74,6 +80,11 @@ def _read(terminal: int) -> str:
         return os.read(terminal, 65536).decode(errors="replace")
     except OSError:  # Linux reports a closed other end this way
         return ""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_texts() -> None:
+    """As many texts as in a process of its own, whose profile is compared with one that is fitted here."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +120,8 @@ def test_ctrl_c_at_any_stage_and_the_next_run_continues(fit: Fit, tmp_path: Path
             assert checkpoint.name == "scit.safetensors"
     assert fit.run()[0] == 0
     unbroken = replace(fit, cache=tmp_path / "cache", out=tmp_path / "profiles")
-    assert unbroken.run()[0] == 0
+    result = CliRunner().invoke(app, unbroken.command, env={"TRIMTAB_CACHE": str(unbroken.cache)})
+    assert result.exit_code == 0, result.output
     assert fit.left() == unbroken.left() == ["kind.safetensors"]
     assert _bytes(fit.out, tmp_path / "one") == _bytes(unbroken.out, tmp_path / "other")
 

@@ -157,7 +157,7 @@ def test_rahfs_second_step_as_a_lora(method: str, tmp_path: Path) -> None:
     lm, _ = planted_model()
     before = logits(lm.model)
     target = MethodTarget(method, options=OPTIONS[method], layers=(1,), strength=2.0)
-    settings = DistillSettings(steps=120, batch=16, learning_rate=0.02, targets="all-linear", dropout=0.0)
+    settings = DistillSettings(steps=60, batch=16, learning_rate=0.02, targets="all-linear", dropout=0.0)
     found = distill_method(lm, target, planted_pairs(lm), tmp_path / "adapter", settings=settings)
     assert found.ratio < 0.5
     assert found.layers == (1,)

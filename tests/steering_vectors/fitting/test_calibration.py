@@ -37,6 +37,7 @@ from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
+from tests.support.few_texts import few_texts
 from tests.support.tiny import tiny_model
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
@@ -142,7 +143,8 @@ def test_the_last_search_reads_texts_written_near_its_unit(
         assert recorded["tokens"] == found.tokens
 
 
-def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel) -> None:
+def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_texts(monkeypatch)
     first, again, other = (calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=seed) for seed in (0, 0, 1))
     assert (first.unit, first.calibration) == (again.unit, again.calibration)
     assert first.unit != other.unit
@@ -157,7 +159,8 @@ def test_an_unreachable_budget_stops_at_norm_ratio_one(lm: LanguageModel) -> Non
     assert found.unit == pytest.approx(largest_coefficient(profile))
 
 
-def test_a_bfloat16_model_calibrates_too() -> None:
+def test_a_bfloat16_model_calibrates_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_texts(monkeypatch)
     lm = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
     found = calibrate_on(lm, profile_for(lm), PROMPTS[:8], kl_budget=0.2, tokens=8)
     assert found.calibration["kl_at_1"] == pytest.approx(0.2, rel=0.1)
@@ -302,15 +305,9 @@ def test_nothing_written_costs_nothing(lm: LanguageModel) -> None:
         assert cost_of(steered, profile_for(lm), [([0, 9], 2)]) == Cost(0.0, None, 0)
 
 
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small numbers of texts, so that a calibration takes a moment."""
-    for name, value in {"ROWS": 10, "ROUGH_ROWS": 4, "TEXTS": 5}.items():
-        monkeypatch.setattr(calibration, name, value)
-
-
 def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number follows from the public functions for sampling, cost, search and curve."""
-    few(monkeypatch)
+    few_texts(monkeypatch)
     profile, rows, calls = profile_for(lm), (PROMPTS[:4] * 3)[:10], list[tuple[str, int, int]]()
     found = calibrate_on(
         lm, profile, PROMPTS[:4], kl_budget=0.3, perplexity_bound=1.4, tokens=5, seed=3,
@@ -363,7 +360,7 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
 def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """The direction makes the end of a text less likely, so texts at the lower end of the range end, and those at the
     upper end do not."""
-    few(monkeypatch)
+    few_texts(monkeypatch)
     lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
     (end,) = eos_ids(lm)
     head = lm.model.get_output_embeddings().weight
@@ -392,7 +389,7 @@ def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.Mon
 
 def test_long_texts_fit_the_context(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that leave no room are left out, or else the texts are shorter."""
-    few(monkeypatch)
+    few_texts(monkeypatch)
     seen: list[tuple[int, int]] = []
 
     def noted(
@@ -425,7 +422,7 @@ def test_a_length_of_texts_must_not_be_negative(lm: LanguageModel) -> None:
 def test_calibrate_uses_its_settings_and_the_rows_that_are_new(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few(monkeypatch)
+    few_texts(monkeypatch)
     pairs = pairs_of(40)
     profile = replace(fit(lm, None, pairs, layers="1", name="kind", calibrate=False), metrics={"notes": ["kept"]})
     settings = CalibrationSettings(kl_budget=0.05, perplexity_bound=1.6, text_tokens=60, seed=5)
@@ -446,7 +443,7 @@ def test_calibrate_uses_its_settings_and_the_rows_that_are_new(
 def test_calibrate_leaves_out_long_rows_and_takes_another_model_if_told(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few(monkeypatch)
+    few_texts(monkeypatch)
     pairs = pairs_of(24)
     profile = fit(lm, None, pairs, layers="1", name="kind", calibrate=False)
     long = replace(pairs.positives[0], completion="warm " * 300)
@@ -478,7 +475,8 @@ def test_a_fitted_profile_is_not_calibrated_on_its_own_rows(lm: LanguageModel) -
     assert trained_and_fresh(profile, encoded) == (None, encoded)
 
 
-def test_calibrating_again_meets_another_budget(lm: LanguageModel) -> None:
+def test_calibrating_again_meets_another_budget(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_texts(monkeypatch)
     profile = fit(lm, None, pairs_of(40), layers="1", name="kind", kl_budget=0.1)
     again = calibrate(lm, profile, pairs_of(40), CalibrationSettings(kl_budget=0.02, perplexity_bound=2.0))
     assert again.calibration["kl_at_1"] == pytest.approx(0.02, rel=0.03)

@@ -131,6 +131,7 @@ def test_the_trace_of_the_instructions_is_subtracted() -> None:
     """The trace is what contrast-prompts finds in the untuned model; baseline=none is the paper's SCIT."""
     lm, _ = planted_model()
     task = planted_task(lm, "rahf-scit")
+    task = replace(task, options={**task.options, "epochs": 1.0})
     instructions = {key: task.options[key] for key in ("positive", "negative")}
     untuned = replace(task, options=method_named("contrast-prompts").complete(instructions))
     published = method_named("rahf-scit").find(replace(task, options={**task.options, "baseline": "none"}))
@@ -166,6 +167,7 @@ def watch(task: Task, seen: list[str]) -> Task:
 def test_tuned_weights_are_cached_by_their_inputs(method: str) -> None:
     lm, _ = planted_model()
     task, seen, again, other = planted_task(lm, method), list[str](), list[str](), list[str]()
+    task = replace(task, options={**task.options, "epochs": 1.0})
     first = method_named(method).find(watch(task, seen))[1]
     second = method_named(method).find(watch(task, again))[1]
     method_named(method).find(watch(replace(task, seed=1), other))
