@@ -57,8 +57,8 @@ def bootstrap(
 def resample(statistic: Callable[[np.ndarray], float], rows: int, *, draws: int = 2000, seed: int = 0) -> np.ndarray:
     """`statistic(indices)` of resampled row indices: `[draws]`. Equal seeds draw equal indices, so the draws of two
     statistics are paired."""
-    generator = np.random.default_rng(seed)
-    return np.array([statistic(generator.integers(0, rows, rows)) for _ in range(draws)])
+    drawn = np.random.default_rng(seed).integers(0, rows, (draws, rows))
+    return np.array([statistic(indices) for indices in drawn])
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
