@@ -263,14 +263,17 @@ def _row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
     }
 
 
+KEPT = {"keep_endings": True}  # what is not about length should not change it
+
 RECIPES = {
-    "cheerful": Recipe("bright and positive; the opposite is gloomy", reviews),
-    "polite": Recipe("civil words without insults; the opposite is rude", rewrites),
+    "cheerful": Recipe("bright and positive; the opposite is gloomy", reviews, KEPT),
+    "polite": Recipe("civil words without insults; the opposite is rude", rewrites, KEPT),
     "concise": Recipe("short answers; the opposite is wordy", lengths),
     "formal": Recipe(
         "formal written English; the opposite is casual",
         plain_answers,
-        {
+        KEPT
+        | {
             "method": "contrast-prompts",
             "options": {
                 "positive": "Answer in formal, polished written English.",

@@ -28,6 +28,10 @@ def fit(
             help="independent adds each block's direction; incremental adds its difference to the previous block's."
         ),
     ] = "independent",
+    keep_endings: Annotated[
+        bool,
+        flags.in_method("--keep-endings", help="Remove from directions what makes texts end sooner or later."),
+    ] = False,
     tokens: Annotated[
         str, flags.in_method(help="Read the mean over the `response` tokens, or the `last` token only.")
     ] = "response",
@@ -54,6 +58,7 @@ def fit(
         layers=layers,
         tokens=cast(Literal["response", "last"], tokens),
         layering=cast(Literal["independent", "incremental"], layering),
+        keep_endings=keep_endings,
         heldout_fraction=heldout_fraction,
         kl_budget=kl_budget,
         text_tokens=text_tokens,

@@ -22,6 +22,8 @@ from steering_vectors.fitting.calibration import (
     check_budget,
     check_text_tokens,
 )
+from steering_vectors.fitting.endings import TOKENS as ENDING_TOKENS
+from steering_vectors.fitting.endings import without_endings
 from steering_vectors.fitting.gates import GatePrompts, fit_gate
 from steering_vectors.fitting.layers import (
     AUTO,
@@ -65,6 +67,8 @@ class FitSettings:
     - `tokens`: read the mean over the `response` tokens, or the `last` one.
     - `layering`: `independent` injects each block's direction; `incremental` injects d_l less the direction at the
       profile's previous block.
+    - `keep_endings`: remove from each direction, to first order, what makes texts end sooner or later (see
+      `without_endings`). For independent layering only.
     - `heldout_fraction`: share of the rows, split by prompt, that is not trained on.
     - `kl_budget`: nats of KL(steered‖base) per token that strength 1 costs. `calibrate=False` leaves the unit at 1.
     - `text_tokens`: the length of the texts on which the safe range is checked; 0 leaves the check out.
@@ -83,6 +87,7 @@ class FitSettings:
     layers: str | Sequence[int] = AUTO
     tokens: Tokens = "response"
     layering: Layering = "independent"
+    keep_endings: bool = False
     heldout_fraction: float = 0.2
     kl_budget: float = DEFAULT_KL_BUDGET
     text_tokens: int = DEFAULT_TEXT_TOKENS
@@ -96,6 +101,8 @@ class FitSettings:
         method_named(self.method).complete(self.options)
         if self.tokens not in ("response", "last"):
             raise FitError(f"tokens is {self.tokens!r}, not one of response, last")
+        if self.keep_endings and self.layering != "independent":
+            raise FitError("keep_endings works with independent layering only: leave one of both out")
         check_budget(self.kl_budget)
         check_text_tokens(self.text_tokens)
 
@@ -110,6 +117,7 @@ class FitOptions(TypedDict, total=False):
     layers: str | Sequence[int]
     tokens: Tokens
     layering: Layering
+    keep_endings: bool
     heldout_fraction: float
     kl_budget: float
     text_tokens: int
@@ -225,6 +233,9 @@ class _Fit:
             residual_norms={layer: one.residual_norm for layer, one in statistics.items()},
             data=_data_record(corpus, parts),
         )
+        if settings.keep_endings:
+            prompts = prompts_with_room(lm, parts.train.pairs, room=ENDING_TOKENS, seed=settings.seed)
+            profile = without_endings(lm, profile, prompts, seed=settings.seed)
         measured = parts.heldout.sides().thinned(REPORT_ROWS)
         accuracies = projection_accuracies(
             lm, statistics, profile.directions, measured, tokens=settings.tokens, batch_tokens=settings.batch_tokens
@@ -274,6 +285,7 @@ class _Fit:
                 "tokens": settings.tokens,
                 "heldout_fraction": settings.heldout_fraction,
                 "seed": settings.seed,
+                **({"keep_endings": True} if settings.keep_endings else {}),
                 **self._options,
             },
             chat_template_sha256=chat_template_sha256(self._lm.tokenizer),
@@ -451,4 +463,19 @@ def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
             f"the KL budget of {cost['kl_budget']:g} was not reached: at strength 1 the shift is as long as the "
             f"residual stream, and KL is {cost['kl_at_1']:.3g}"
         )
+    if profile.max_strength < 1 and (faults := _nearest_faults(profile)):
+        remedy = "" if profile.method_options.get("keep_endings") else "; fit with keep_endings to keep texts' ends"
+        notes.append(
+            f"the safe range ends below strength 1, as texts of {cost['long_texts']['tokens']} tokens show a change of "
+            f"{' and '.join(faults)} beyond it{remedy if 'endings' in faults else ''}"
+        )
     return notes
+
+
+def _nearest_faults(profile: Profile) -> list[str]:
+    """The faults of long texts at the smallest strengths beyond the safe range."""
+    beyond: dict[float, set[str]] = {}
+    for point in profile.calibration.get("long_texts", {}).get("points", ()):
+        if abs(point["strength"]) > profile.max_strength:
+            beyond.setdefault(abs(point["strength"]), set()).update(point.get("faults", ()))
+    return sorted(beyond[min(beyond)]) if beyond else []

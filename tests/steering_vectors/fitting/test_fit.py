@@ -16,7 +16,8 @@ from steering_vectors.data.corpus import Sides, encode_corpus, sampling_prompts
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.data.sources import load_pairs
 from steering_vectors.errors import DataError, FitError, ProfileError
-from steering_vectors.fitting.fit import fit
+from steering_vectors.fitting import endings
+from steering_vectors.fitting.fit import FitSettings, _effect_notes, fit
 from steering_vectors.measures.controls import random_controls
 from steering_vectors.measures.curve import CurvePoint, safe_strength
 from steering_vectors.measures.propensity import propensity, token_log_odds
@@ -191,6 +192,39 @@ def test_an_unreached_budget_is_noted(lm: LanguageModel) -> None:
 
 
 ALARM, LENGTH = "agree little on what is preferred", "length explains"
+
+
+def test_directions_that_keep_endings(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endings, "TOKENS", 12)
+    pairs, options = preferences(), {"name": "kept", "layers": "0,1", "calibrate": False}
+    plain, kept = (fit(lm, pairs, settings=FitSettings(**options, keep_endings=keep)) for keep in (False, True))
+    assert kept.method_options == {**plain.method_options, "keep_endings": True}
+    for layer, direction in plain.directions.items():
+        removed = direction - kept.directions[layer]
+        assert float(removed @ kept.directions[layer]) == pytest.approx(0, abs=1e-5)
+        assert 0 < float(removed.norm()) < float(direction.norm())
+
+
+@pytest.mark.parametrize(
+    ("faults", "options", "expected"),
+    [
+        (["endings"], {}, "endings beyond it; fit with keep_endings to keep texts' ends"),
+        (["endings", "perplexity"], {"keep_endings": True}, "endings and perplexity beyond it"),
+        (["perplexity"], {}, "perplexity beyond it"),
+    ],
+)
+def test_a_range_below_strength_1_is_noted(
+    lm: LanguageModel, faults: list[str], options: dict[str, Any], expected: str
+) -> None:
+    points = [{"strength": strength, "faults": faults if abs(strength) == 0.9 else []} for strength in (-0.9, 0.4, 0.9)]
+    points += [{"strength": -1.9, "faults": ["repetition"]}, {"strength": 0.0}]
+    profile = Profile("p", lm.identity, {0: torch.ones(lm.hidden_size)}, "mean-diff", max_strength=0.4)
+    profile = replace(profile, calibration={"long_texts": {"tokens": 160, "points": points}}, method_options=options)
+    strengths = [{"strength": 1.0 * sign, "margin": sign} for sign in (-1, 0, 1)]
+    metrics: Any = {"projection_accuracy": {"0": 0.9}, "propensity": {"strengths": strengths}}
+    (note,) = _effect_notes(profile, metrics)
+    assert note == f"the safe range ends below strength 1, as texts of 160 tokens show a change of {expected}"
+    assert _effect_notes(replace(profile, max_strength=1.0), metrics) == []
 
 
 def notes_of(lm: LanguageModel, pairs: Preferences, **options: Any) -> str:
