@@ -35,13 +35,12 @@ from steering_vectors.progress import Progress
 DEFAULT_KL_BUDGET = 0.1  # nats per token
 SAMPLED_TOKENS = 48
 ROWS = 192  # texts; fewer prompts are sampled several times each
-ROUGH_ROWS = 48  # texts of the first searches
-TOLERANCE = 0.03
-EVALUATIONS = 6  # of a search
-MAX_ROUNDS, MAX_ROUGH_ROUNDS = 3, 5  # of sampling texts and searching on them
-MAX_DRIFT, MAX_ROUGH_DRIFT = 0.05, 0.2  # texts sampled at c are also used for coefficients up to c·exp(±drift)
+ROUGH_ROWS = 48  # texts of the first search
+TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
+EVALUATIONS, ROUGH_EVALUATIONS = 6, 10
+MAX_ROUNDS = 3  # of sampling texts and searching on them
+MAX_DRIFT = 0.05  # texts sampled at c are also used for coefficients up to c·exp(±MAX_DRIFT)
 START = 0.2  # of the largest coefficient
-MIN_STEP = 1.03  # factor by which the search moves until it has a bracket
 MIN_KL = 1e-12
 MIN_SAFE_STRENGTH = 0.1
 EXPECTED_CHECKS = 3  # of the safe range on long texts
@@ -133,10 +132,10 @@ def calibrate_on(
     taken over the whole vocabulary and over the steered positions of texts that the steered model samples after the
     prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
 
-    1. 48 texts are sampled at the guess, and a search on these texts alone finds the c whose KL is within 3 % of the
-       budget, because the KL of newly sampled texts jumps from one c to the next. The step is repeated up to five times
-       while it moves c by more than 20 %.
-    2. The same is done with 192 texts, up to three times while it moves c by more than 5 %.
+    1. A rough search on 48 texts samples them again at every candidate c, with the same random numbers.
+    2. Then 192 texts are sampled at the c that follows, as KL grows as c², and a second search measures KL on these
+       texts alone, because the KL of newly sampled texts jumps from one c to the next. It ends within 3 % of the
+       budget. The step is repeated up to three times while it moves c by more than 5 %.
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 
@@ -259,17 +258,17 @@ class UnitSearch:
     def find_unit(self, budget: float, start: float | None = None) -> tuple[Reached, Cost]:
         """Return the coefficient that meets the budget, and the cost of texts there. `start` is the first one tried."""
         largest = largest_coefficient(self._profile)
-        coefficient = min(start or START * largest, largest)
-        for prompts, rounds, drift in (
-            (self._prompts[:ROUGH_ROWS], MAX_ROUGH_ROUNDS, MAX_ROUGH_DRIFT),
-            (self._prompts, MAX_ROUNDS, MAX_DRIFT),
-        ):
-            for _ in range(rounds):
-                written = coefficient
-                found, cost = self._find_on(self._texts(prompts, written), largest, budget, written)
-                coefficient = found.coefficient
-                if abs(math.log(coefficient / written)) <= drift:
-                    break
+        found = search(
+            self._rough_kl, largest, budget,
+            start=min(start or START * largest, largest), tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
+        )  # fmt: skip
+        guess = found.coefficient * math.sqrt(budget / max(found.kl, MIN_KL))
+        found = replace(found, coefficient=min(guess, largest))
+        for _ in range(MAX_ROUNDS):
+            written = found.coefficient
+            found, cost = self._find_on(self._texts(written), largest, budget, written)
+            if abs(math.log(found.coefficient / written)) <= MAX_DRIFT:
+                break
         self._report(last=True)
         return found, cost
 
@@ -282,15 +281,21 @@ class UnitSearch:
             costs[coefficient] = cost_of(self._steered, replace(self._profile, unit=coefficient), kept)
             return costs[coefficient].per_token
 
-        found = search(kl_at, largest, budget, start=start)
+        found = search(kl_at, largest, budget, start=start, tolerance=TOLERANCE, evaluations=EVALUATIONS)
         return found, costs[found.coefficient]
 
-    def _texts(self, prompts: Sequence[Sequence[int]], coefficient: float) -> list[Encoded]:
+    def _rough_kl(self, coefficient: float) -> float:
+        self._report()
+        profile, prompts = replace(self._profile, unit=coefficient), self._prompts[:ROUGH_ROWS]
+        (found,) = self._steered.sample_and_compare(profile, [1.0], prompts, tokens=self._tokens, seed=self._seed)
+        return finite(float(found.divergences.sum())) / max(found.tokens, 1)
+
+    def _texts(self, coefficient: float) -> list[Encoded]:
         self._steered.write(replace(self._profile, unit=coefficient), 1.0)
-        return self._steered.continuations(prompts, tokens=self._tokens, seed=self._seed)
+        return self._steered.continuations(self._prompts, tokens=self._tokens, seed=self._seed)
 
     def _report(self, *, last: bool = False) -> None:
-        expected = 2 * EVALUATIONS
+        expected = ROUGH_EVALUATIONS + EVALUATIONS
         self._done += 1
         if self._progress is not None:
             self._progress("calibrate", expected if last else min(self._done, expected - 1), expected)
@@ -332,8 +337,8 @@ def search(
     budget: float,
     *,
     start: float,
-    tolerance: float = TOLERANCE,
-    evaluations: int = EVALUATIONS,
+    tolerance: float,
+    evaluations: int,
 ) -> Reached:
     """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by interpolation on log c.
 
@@ -362,8 +367,7 @@ def _next(low: Reached | None, high: Reached | None, largest: float, budget: flo
         return _between(low, high, budget)
     end = low or high
     assert end is not None
-    factor = math.sqrt(budget / max(end.kl, MIN_KL))
-    factor = min(max(factor, MIN_STEP), 10.0) if low else max(min(factor, 1 / MIN_STEP), 0.1)
+    factor = min(max(math.sqrt(budget / max(end.kl, MIN_KL)), 0.1), 10.0)
     return min(end.coefficient * factor, largest)
 
 
