@@ -40,13 +40,13 @@ def divergence(steered: Tensor, base: Tensor) -> float:
 
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The highest logits of each row and their ids, descending, the lowest id first among equals."""
-    values, ids = logits.topk(count, dim=-1)  # of equal logits at the border it takes any
+    values, ids = logits.topk(count)  # of equal logits at the border it takes any
     border = values[:, -1:]
     tied, listed = logits == border, values == border
-    if bool((tied.sum(dim=-1) > listed.sum(dim=-1)).any()):
-        backwards = torch.arange(logits.shape[1], 0, -1, dtype=torch.int32, device=logits.device)
-        lowest = (tied * backwards).topk(count, dim=-1).indices  # of the tied ids, ascending
-        ids = torch.where(listed, lowest.gather(-1, (listed.cumsum(dim=-1) - 1).clamp_(min=0)), ids)
-    ids, order = ids.sort(dim=-1)
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, order)
+    if bool((tied.sum(1) > listed.sum(1)).any()):
+        backwards = torch.arange(logits.shape[1], 0, -1, device=logits.device)
+        lowest = (tied * backwards.int()).topk(count).indices  # of the tied ids, ascending
+        ids = torch.where(listed, lowest.gather(1, (listed.cumsum(1) - 1).clamp_(min=0)), ids)
+    ids, order = ids.sort()
+    values, order = values.gather(1, order).sort(descending=True, stable=True)
+    return values, ids.gather(1, order)
