@@ -412,7 +412,7 @@ def test_a_seed_repeats_its_draws() -> None:
 def test_choices_of_one_seed_differ_and_choice_0_is_the_default() -> None:
     assert len({tuple(draws(5, choice)) for choice in range(8)}) == 8
     row = RequestSampler(SamplingParameters(seed=5), vocab_size=VOCAB, eos_ids=frozenset(), prompt_ids=[1])
-    assert sample(random_logits(1), [row])[0] == draws(5, 0)[0]
+    assert row.uniform() == sampler(SamplingParameters(seed=5), choice=0).uniform()
 
 
 def test_no_seed_means_another_stream_each_time() -> None:
