@@ -23,11 +23,11 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]
     targets = tensor_on(list(token_ids), logits.device).unsqueeze(1)
     columns = [logits.gather(1, targets) - normaliser]
     if most := min(max(tops, default=0), logits.shape[1]):
-        values, ids = logits.topk(most, dim=-1)
+        values, ids = _likeliest(logits, most)
         columns += [values - normaliser, ids]
     rows = torch.cat([column.double() for column in columns], dim=1).tolist()  # all by one copy from the device
     return [
-        TokenLogprob(token_id, row[0], _likeliest(row[1:])[:top])
+        TokenLogprob(token_id, row[0], tuple(zip(map(int, row[1 + most :]), row[1 : 1 + most], strict=True))[:top])
         for token_id, row, top in zip(token_ids, rows, tops, strict=True)
     ]
 
@@ -38,7 +38,15 @@ def divergence(steered: Tensor, base: Tensor) -> float:
     return max(float(kl_divergence(*log_probs)), 0.0)
 
 
-def _likeliest(found: list[float]) -> tuple[tuple[int, float], ...]:
-    """Ids with log-probabilities, of which the list has all, then all the ids."""
-    logprobs, ids = found[: len(found) // 2], map(int, found[len(found) // 2 :])
-    return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda pair: (-pair[1], pair[0])))
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest logits of each row and their ids, descending, the lowest id first among equals."""
+    values, ids = logits.topk(count)  # of equal logits at the border it takes any
+    border = values[:, -1:]
+    tied, listed = logits == border, values == border
+    if bool((tied.sum(1) > listed.sum(1)).any()):
+        backwards = torch.arange(logits.shape[1], 0, -1, device=logits.device)
+        lowest = (tied * backwards.int()).topk(count).indices  # of the tied ids, ascending
+        ids = torch.where(listed, lowest.gather(1, (listed.cumsum(1) - 1).clamp_(min=0)), ids)
+    ids, order = ids.sort()
+    values, order = values.gather(1, order).sort(descending=True, stable=True)
+    return values, ids.gather(1, order)

@@ -17,6 +17,6 @@ def projection(profile: Profile, residuals: Mapping[int, torch.Tensor]) -> float
     unit = 1.0 if profile.operator == "ablate" else profile.unit
     values = []
     for layer, direction in profile.directions.items():
-        h, d = residuals[layer].double(), direction.to(residuals[layer].device).double()
+        h, d = residuals[layer].cpu().double(), direction.double()
         values.append(float(h @ d) / (unit * max(float(d @ d), 1e-12)))
     return sum(values) / len(values)

@@ -96,7 +96,7 @@ def _by_radix_select(scaled: Tensor, weight: Tensor, need: Tensor) -> Tensor:
         digit = (distance >> shift).long() & (2**bits - 1)
         weights = torch.zeros(len(scaled), 2**bits, dtype=torch.int64, device=scaled.device)
         reached = weights.scatter_add_(-1, digit, inside).cumsum(dim=-1)
-        found = torch.searchsorted(reached, need - before).clamp_(max=2**bits - 1)  # [rows, 1]
+        found = torch.searchsorted(reached, need - before)  # [rows, 1]
         before += (reached - weights).gather(-1, found)
         inside = inside * (digit == found)
         border = border << bits | found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from steering_vectors.data.chat import encode_prompt
 from steering_vectors.models.hooks import record
 from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import load_profile
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.profiles.profile import ModelIdentity, Profile
 from tests.support.by_hand import shifted
 from tests.support.serving import client_fixture, engine_fixture, profiles_fixture
 
@@ -63,6 +63,62 @@ def test_strength_is_added_where_there_is_one_block(pair: Sequence[Profile]) -> 
     h = torch.randn(len(d), generator=torch.Generator().manual_seed(0))
     before = projection(single, {1: h})
     assert projection(single, {1: h + 0.8 * 5.0 * d}) == pytest.approx(before + 0.8, abs=1e-5)
+
+
+IDENTITY = ModelIdentity("plain", "test", hidden_size=3, num_layers=8, fingerprint="none")
+
+
+def plain(directions: Mapping[int, Sequence[float]], **fields: Any) -> Profile:
+    tensors = {layer: torch.tensor(direction, dtype=torch.float32) for layer, direction in directions.items()}
+    return Profile("plain", IDENTITY, tensors, "by hand", **fields)
+
+
+def at(profile: Profile, residuals: Mapping[int, Sequence[float]]) -> float:
+    return projection(profile, {layer: torch.tensor(values) for layer, values in residuals.items()})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (12 / 25 + 3 / 9) / 2),  # unit 1
+        ({"unit": 4.0}, (12 / 25 + 3 / 9) / 2 / 4),
+        ({"unit": 0.25}, (12 / 25 + 3 / 9) / 2 * 4),
+        ({"unit": 4.0, "layering": "incremental"}, (12 / 25 + 3 / 9) / 2 / 4),  # of directions as they are stored
+        ({"unit": 4.0, "operator": "ablate"}, (12 / 25 + 3 / 9) / 2),  # whatever the unit
+        ({"unit": 0.25, "operator": "ablate"}, (12 / 25 + 3 / 9) / 2),
+    ],
+    ids=str,
+)
+def test_the_mean_over_blocks_in_units_of_strength(fields: dict[str, Any], expected: float) -> None:
+    profile = plain({2: [3.0, 4.0, 0.0], 5: [1.0, 2.0, -2.0]}, **fields)
+    residuals = {2: [0.0, 3.0, 9.0], 5: [1.0, 2.0, 1.0], 6: [99.0, 99.0, 99.0]}  # block 6 has no direction
+    found = at(profile, residuals)
+    assert type(found) is float
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_opposite_residual_has_a_negative_projection() -> None:
+    assert at(plain({0: [3.0, 4.0, 0.0]}), {0: [-6.0, -8.0, 1.0]}) == -2.0
+
+
+@pytest.mark.parametrize("size", [0.5, 1e-3, 1e-5])
+def test_short_directions_are_not_rounded_up(size: float) -> None:
+    d = torch.tensor([size, 0.0, 0.0]).double()
+    assert at(plain({0: d.tolist()}), {0: [7.0, 1.0, 1.0]}) == pytest.approx(7.0 / float(d[0]), rel=1e-12)
+
+
+def test_a_direction_without_length_is_divided_by_a_small_number() -> None:
+    assert at(plain({0: [0.0, 0.0, 0.0]}), {0: [7.0, 1.0, 1.0]}) == 0.0
+    tiny = float(torch.tensor(1e-8))  # its square is below 1e-12
+    assert at(plain({0: [tiny, 0.0, 0.0]}, unit=2.0), {0: [7.0, 1.0, 1.0]}) == pytest.approx(
+        7 * tiny / 2e-12, rel=1e-12
+    )
+
+
+def test_products_are_summed_in_float64() -> None:
+    assert at(plain({0: [1.0, 1.0, 1.0]}), {0: [2.0**30, 3.0, -(2.0**30)]}) == 1.0
+    assert at(plain({0: [4096.0, 1.0, 0.0]}), {0: [4096.0, 1.0, 0.0]}) == 1.0
+    assert at(plain({0: [4096.0, 1.0, 0.0]}), {0: [1.0, 0.0, 0.0]}) == pytest.approx(4096 / (2**24 + 1), rel=1e-14)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])

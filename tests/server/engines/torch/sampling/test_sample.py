@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engines.protocol import SamplingParameters
+from server.engines.protocol import Constraint, SamplingParameters
+from server.engines.torch.constraints.matching import GrammarCompiler, Matcher
 from server.engines.torch.sampling.request_sampler import RequestSampler, check_vocabulary
 from server.engines.torch.sampling.sample import NonFiniteLogits, sample
-from server.engines.torch.sampling.truncation import probability_mass
+from server.engines.torch.sampling.truncation import probability_mass, rows_of
 from steering_vectors.errors import RequestError
+from tests.support.tiny_tokenizers import tiny_tokenizer
 
 VOCAB = 97
 GREEDY = SamplingParameters(temperature=0)
@@ -241,6 +244,73 @@ def test_no_rows() -> None:
     assert sample(torch.empty(0, VOCAB), []) == []
 
 
+# Mass
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_the_mass_of_the_likeliest_token_is_2_to_the_40(allow_sync: bool) -> None:
+    logits = torch.tensor([[-1.0, 3.0, 2.0, -math.inf, -24.0, -25.0]])
+    mass = probability_mass(logits.clone(), [SamplingParameters()], allow_sync=allow_sync)
+    assert mass.dtype == torch.int64
+    weights = [int(2**40 * float(torch.tensor(nats).exp())) for nats in (-4.0, 0.0, -1.0, -math.inf, -27.0, -28.0)]
+    assert mass.tolist() == [weights]
+    assert weights[4:] == [2, 0]  # 2^-40 is e^-27.7
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+@pytest.mark.parametrize(
+    ("wish", "kept"),
+    [
+        (SamplingParameters(top_p=0.02), 1),
+        (SamplingParameters(top_p=0.3), 15),  # in float32 the products 0.3 · 50 and 0.6 · 50 are too large
+        (SamplingParameters(top_p=0.6), 30),
+        (SamplingParameters(top_p=0.6000001), 31),
+        (SamplingParameters(top_p=1.0), 50),
+        (SamplingParameters(top_k=49), 49),
+        (SamplingParameters(top_k=50), 50),
+        (SamplingParameters(top_k=51), 50),
+        (SamplingParameters(top_k=52), 50),
+        (SamplingParameters(top_k=6, top_p=0.5), 3),  # of the mass that top_k left
+        (SamplingParameters(min_p=1.0), 50),
+    ],
+)
+def test_the_number_of_equal_tokens_kept_is_exact(wish: SamplingParameters, kept: int, allow_sync: bool) -> None:
+    logits = torch.zeros(3, 52)
+    logits[:, [2, 7]] = -math.inf
+    ids = [one for one in range(52) if one not in (2, 7)][:kept]
+    neighbours = [SamplingParameters(), wish, SamplingParameters(temperature=2.0, top_k=1)]
+    mass = probability_mass(logits, neighbours, allow_sync=allow_sync)
+    assert mass[1].nonzero().flatten().tolist() == ids
+    assert mass[1, ids].tolist() == [2**40] * kept
+    assert mass.count_nonzero(dim=1).tolist() == [50, kept, 1]
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_min_p_keeps_what_is_exactly_as_likely(allow_sync: bool) -> None:
+    logits = torch.tensor([[0.0, -1.0, -2.0]])
+    second = float(torch.tensor(-1.0).exp())  # its mass is this share of 2^40, exactly
+    for min_p, kept in ((second, 2), (math.nextafter(second, 0), 2), (math.nextafter(second, 1), 1), (1e-12, 3)):
+        mass = probability_mass(logits.clone(), [SamplingParameters(min_p=min_p)], allow_sync=allow_sync)
+        assert mass[0].count_nonzero() == kept
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_top_k_counts_only_tokens_that_can_be_drawn(allow_sync: bool) -> None:
+    logits = torch.full((1, 20), -math.inf)
+    logits[0, [3, 9, 15]] = torch.tensor([0.0, -50.0, -1.0])  # 50 nats below is no mass
+    mass = probability_mass(logits, [SamplingParameters(top_k=3)], allow_sync=allow_sync)
+    assert mass[0].nonzero().flatten().tolist() == [3, 15]
+
+
+def test_rows_of_copies_only_a_part() -> None:
+    whole = torch.arange(12).reshape(4, 3)
+    assert rows_of(whole, range(4)) is whole
+    part = rows_of(whole, [0, 3])
+    assert part.tolist() == [[0, 1, 2], [9, 10, 11]]
+    part.zero_()
+    assert whole.sum() == 66
+
+
 # The draw
 
 
@@ -273,6 +343,35 @@ def test_the_draw_inverts_the_cumulative_distribution_in_the_vocabularys_order()
     for token_id, row, twin in zip(sample(logits, rows), logits, twins, strict=True):
         cumulative = np.cumsum(reference(row, wish))
         assert token_id == np.searchsorted(cumulative, twin.uniform(), side="right")
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+@pytest.mark.parametrize(("rows", "vocab"), [(9, 60_000), (3, 2**18 + 1)], ids=["four_at_a_time", "one_at_a_time"])
+def test_rows_of_large_vocabularies_are_drawn_in_parts(rows: int, vocab: int, allow_sync: bool) -> None:
+    """On a CPU; each takes its own number, and a greedy one takes none."""
+    logits = random_logits(rows, vocab, seed=4)
+    wishes = [SamplingParameters(temperature=place != 1, seed=8) for place in range(rows)]
+    together, alone = ([sampler(wish, vocab=vocab, choice=i) for i, wish in enumerate(wishes)] for _ in range(2))
+    tokens = sample(logits, together, allow_sync=allow_sync)
+    assert tokens == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(alone)]
+    assert [row.uniform() for row in together] == [row.uniform() for row in alone]
+
+
+@pytest.mark.parametrize("allow_sync", [None, True, False])
+def test_logits_that_are_all_drawn_from_are_left_as_they_are(allow_sync: bool | None) -> None:
+    logits = random_logits(3)
+    before = logits.clone()
+    sample(logits, [sampler(SamplingParameters(top_k=2)) for _ in range(3)], allow_sync=allow_sync)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_token_0_is_a_token_as_any_other(allow_sync: bool) -> None:
+    logits = torch.full((3, VOCAB), -math.inf)
+    logits[:, 0] = 1.0
+    logits[1, 5] = 2.0
+    wishes = [SamplingParameters(), SamplingParameters(logit_bias={5: -100.0}), GREEDY]
+    assert sample(logits, [sampler(wish) for wish in wishes], allow_sync=allow_sync) == [0, 0, 0]
 
 
 class FixedStream(RequestSampler):
@@ -313,7 +412,7 @@ def test_a_seed_repeats_its_draws() -> None:
 def test_choices_of_one_seed_differ_and_choice_0_is_the_default() -> None:
     assert len({tuple(draws(5, choice)) for choice in range(8)}) == 8
     row = RequestSampler(SamplingParameters(seed=5), vocab_size=VOCAB, eos_ids=frozenset(), prompt_ids=[1])
-    assert sample(random_logits(1), [row])[0] == draws(5, 0)[0]
+    assert row.uniform() == sampler(SamplingParameters(seed=5), choice=0).uniform()
 
 
 def test_no_seed_means_another_stream_each_time() -> None:
@@ -367,6 +466,184 @@ def test_a_rows_mass_is_bitwise_the_same_alone_and_in_a_batch(wish: SamplingPara
         assert torch.equal(together[place], probability_mass(logits[place : place + 1].clone(), [wish])[0])
 
 
+# Grammars
+
+TOKENIZER = tiny_tokenizer()
+END = 1  # </s>
+WIDE = len(TOKENIZER) + 16  # the model's vocabulary is larger than the tokenizer's
+DIGITS = TOKENIZER.convert_tokens_to_ids([*"0123456789"])
+COMPILER = GrammarCompiler(TOKENIZER, frozenset({END}))
+
+
+def constrained(text: str, wish: SamplingParameters = GREEDY, *, chosen: str = "", choice: int = 0) -> RequestSampler:
+    """A row that must match a regular expression, and has begun."""
+    matcher = Matcher(COMPILER.compile(Constraint("regex", text)))
+    row = RequestSampler(
+        wish, vocab_size=WIDE, eos_ids=frozenset({END}), prompt_ids=[5], choice=choice, matcher=matcher
+    )
+    for token_id in TOKENIZER.convert_tokens_to_ids([*chosen]):
+        row.observe(token_id)
+    return row
+
+
+def free(wish: SamplingParameters = GREEDY) -> RequestSampler:
+    return sampler(wish, vocab=WIDE, eos=(END,), prompt=(5,))
+
+
+def best(logits: torch.Tensor, ids: Sequence[int]) -> int:
+    return max(ids, key=lambda token_id: float(logits[token_id]))
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_a_constrained_row_takes_the_best_of_what_its_grammar_allows(allow_sync: bool) -> None:
+    """In any place among rows without a grammar, and the ids beyond the tokenizer's vocabulary are never allowed."""
+    logits = random_logits(5, WIDE, seed=7)
+    logits[:, -1], logits[:, END] = 50.0, 20.0
+    before = logits.clone()
+    rows = [free(), constrained("[0-9]+"), free(), constrained("[0-9]+", chosen="4"), constrained("[3-5]")]
+    expected = [WIDE - 1, best(logits[1], DIGITS), WIDE - 1, END, best(logits[4], DIGITS[3:6])]
+    assert sample(logits, rows, allow_sync=allow_sync) == expected
+    assert sample(logits[[1, 3, 4]], [rows[1], rows[3], rows[4]], allow_sync=allow_sync) == [
+        expected[place] for place in (1, 3, 4)
+    ]
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_draws_of_a_constrained_row_follow_the_distribution_of_what_is_allowed(allow_sync: bool) -> None:
+    logits = random_logits(1, WIDE, seed=8).expand(60, -1)
+    wish = SamplingParameters(seed=5, temperature=1.5)
+    rows = [constrained("[2-6]", wish, choice=choice) if choice % 2 else free(wish) for choice in range(60)]
+    twins = [sampler(wish, vocab=WIDE, choice=choice) for choice in range(60)]
+    allowed = torch.full((WIDE,), -math.inf)
+    allowed[DIGITS[2:7]] = logits[0, DIGITS[2:7]]
+    cumulative = np.cumsum(reference(allowed, wish))
+    tokens = sample(logits, rows, allow_sync=allow_sync)
+    for token_id, twin in [*zip(tokens, twins, strict=True)][1::2]:
+        assert token_id == np.searchsorted(cumulative, twin.uniform(), side="right")
+
+
+def test_bias_is_added_before_the_grammar() -> None:
+    logits = random_logits(1, WIDE)
+    wish = SamplingParameters(temperature=0, logit_bias={DIGITS[8]: 40.0, 60: 90.0})
+    assert sample(logits, [constrained("[0-9]", wish)]) == [DIGITS[8]]
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+def test_min_tokens_holds_back_the_end_unless_the_grammar_allows_nothing_else(allow_sync: bool) -> None:
+    logits = random_logits(4, WIDE, seed=9)
+    logits[:, END] = 30.0
+    wish = SamplingParameters(temperature=0, min_tokens=3)
+    rows = [
+        constrained("[0-9]*", wish),  # may end at once
+        constrained("[0-9]", wish, chosen="7"),  # can only end
+        constrained("[0-9]*", wish, chosen="123"),  # is long enough
+        constrained("[0-9]*"),  # has no minimum
+    ]
+    assert sample(logits, rows, allow_sync=allow_sync) == [best(logits[0], DIGITS), END, END, END]
+    stop = replace(wish, stop_token_ids=(DIGITS[2],))
+    assert sample(logits[:1], [constrained("[12]", stop)], allow_sync=allow_sync) == [DIGITS[1]]
+    assert sample(logits[:1], [constrained("2", stop)], allow_sync=allow_sync) == [DIGITS[2]]
+
+
+def test_a_row_says_whether_its_grammar_is_complete_or_has_failed() -> None:
+    assert (free().complete, free().problem, free().edits_logits) == (False, None, False)
+    begun, whole, failed = (constrained("[0-9]", chosen=chosen) for chosen in ("", "7", "x"))
+    assert [row.complete for row in (begun, whole, failed)] == [False, True, False]
+    assert [row.problem is None for row in (begun, whole, failed)] == [True, True, False]
+    assert [row.edits_logits for row in (begun, whole, failed)] == [True] * 3
+    with pytest.raises(NonFiniteLogits) as caught:
+        sample(random_logits(2, WIDE), [begun, failed])
+    assert caught.value.rows == (1,)
+
+
+# The state of a row
+
+
+def arrays(wish: SamplingParameters, **options: Sequence[int]) -> dict[int, float] | None:
+    counts = sampler(wish, **options).counts
+    if counts is None:
+        return None
+    ids, values = counts.arrays()
+    assert (ids.dtype, values.dtype, len(ids)) == (np.int64, np.float32, len(values))
+    return dict(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def test_only_a_repetition_penalty_counts_the_prompt_and_only_penalties_count() -> None:
+    options: dict[str, Sequence[int]] = {"prompt": [3, 1, 3], "chosen": [9, 1, 9]}
+    assert arrays(SamplingParameters(), **options) is None
+    for wish in (SamplingParameters(presence_penalty=0.5), SamplingParameters(frequency_penalty=-0.5)):
+        assert arrays(wish, **options) == {9: 2.0, 1: 1.0}
+        assert arrays(wish, prompt=[3]) == {}
+    for penalty in (1.5, 0.5):
+        wish = SamplingParameters(repetition_penalty=penalty)
+        assert arrays(wish, **options) == {3: 0.0, 1: 1.0, 9: 2.0}
+        assert arrays(wish, prompt=[3]) == {3: 0.0}
+    rng = np.random.default_rng(0)
+    prompt, chosen = rng.integers(0, 60, 20).tolist(), rng.integers(0, VOCAB, 300).tolist()
+    expected = {token_id: float(chosen.count(token_id)) for token_id in [*prompt, *chosen]}
+    assert arrays(SamplingParameters(repetition_penalty=1.5), prompt=prompt, chosen=chosen) == expected
+
+
+def test_a_row_says_whether_it_edits_logits() -> None:
+    for wish in (SamplingParameters(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, seed=1), GREEDY):
+        assert not sampler(wish).edits_logits
+    for fields in (
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {0: 1.0}},
+        {"min_tokens": 1},
+    ):
+        assert sampler(SamplingParameters(**fields)).edits_logits
+    row = sampler(SamplingParameters(min_tokens=2), chosen=[5])
+    assert row.edits_logits
+    row.observe(5)
+    assert not row.edits_logits
+
+
+def test_the_tokens_that_may_not_end_the_text_yet() -> None:
+    def forbidden(eos: Sequence[int], stop_ids: Sequence[int] | None = None, **fields: Any) -> list[int] | None:
+        wish = SamplingParameters(**fields)
+        row = RequestSampler(wish, vocab_size=VOCAB, eos_ids=frozenset(eos), prompt_ids=[1], stop_ids=stop_ids)
+        if row.forbidden is None:
+            return None
+        assert row.forbidden.dtype == np.int64
+        return list(row.forbidden)
+
+    assert forbidden([0, 7], stop_token_ids=(3,)) is None
+    assert forbidden([7, 0], stop_token_ids=(3, 0), min_tokens=1) == [0, 3, 7]
+    assert forbidden([7, 0], stop_token_ids=(3,), min_tokens=1, ignore_eos=True) == [3]
+    assert forbidden([7], [9, 2], stop_token_ids=(3,), min_tokens=1) == [2, 7, 9]
+    assert forbidden([7], [], stop_token_ids=(3,), min_tokens=1) == [7]
+    assert forbidden([VOCAB - 1, VOCAB, VOCAB + 1], min_tokens=1) == [VOCAB - 1]
+    assert forbidden([], min_tokens=1) == []
+
+
+def test_numbers_that_are_taken_back_come_again_before_the_stream_goes_on() -> None:
+    row, twin = (sampler(SamplingParameters(seed=4)) for _ in range(2))
+    first, second = row.uniform(), row.uniform()
+    assert [twin.uniform(), twin.uniform()] == [first, second]
+    row.take_back(first)
+    assert [row.uniform(), row.uniform()] == [first, twin.uniform()]
+
+
+def test_a_row_is_greedy_at_temperature_0_alone() -> None:
+    assert [sampler(SamplingParameters(temperature=value)).greedy for value in (0, 1e-9, 1.0)] == [True, False, False]
+
+
+@pytest.mark.parametrize("allow_sync", [True, False])
+@pytest.mark.parametrize("edit", [{}, {"min_tokens": 1}], ids=["as_given", "edited"])
+def test_a_failed_step_takes_no_number(edit: dict[str, int], allow_sync: bool) -> None:
+    rows, twins = ([sampler(SamplingParameters(seed=2, **edit), choice=choice) for choice in (0, 1)] for _ in range(2))
+    logits = random_logits(2)
+    logits[1, 0] = math.nan  # which min_tokens would hide
+    with pytest.raises(NonFiniteLogits, match=r"^no token can be chosen from the logits of rows 1$") as caught:
+        sample(logits, rows, allow_sync=allow_sync)
+    assert caught.value.rows == (1,)
+    assert [row.uniform() for row in rows] == [twin.uniform() for twin in twins]
+
+
 # Errors
 
 
@@ -397,9 +674,15 @@ def test_a_row_whose_edits_leave_no_token_is_named_by_its_place_in_the_batch() -
     ],
 )
 def test_ids_beyond_the_vocabulary_are_refused(wish: SamplingParameters, param: str) -> None:
-    with pytest.raises(RequestError, match="token ids go from 0 to 96") as caught:
+    token_id = -1 if -1 in wish.logit_bias else VOCAB
+    with pytest.raises(RequestError) as caught:
         check_vocabulary(wish, VOCAB)
+    assert str(caught.value) == f"{param} names token {token_id}, but this model's token ids go from 0 to {VOCAB - 1}"
     assert caught.value.param == param
+
+
+def test_the_first_and_the_last_id_of_the_vocabulary_are_accepted() -> None:
+    check_vocabulary(SamplingParameters(logit_bias={0: 1.0, VOCAB - 1: 1.0}, stop_token_ids=(0, VOCAB - 1)), VOCAB)
 
 
 @pytest.mark.parametrize("wish", SHAPES, ids=label)
