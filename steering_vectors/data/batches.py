@@ -63,12 +63,18 @@ class Batch:
 
 
 def batches(
-    examples: Sequence[Encoded], budget: int, device: torch.device | str = "cpu", *, share: bool = False
+    examples: Sequence[Encoded],
+    budget: int,
+    device: torch.device | str = "cpu",
+    *,
+    share: bool = False,
+    kept: bool = False,
 ) -> Iterator[Batch]:
     """Yield the examples, longest first, in batches of at most `budget` tokens with padding (at least one row each).
 
-    With `share`, rows with the same prompt share it where fewer tokens are computed then. Such a batch has at most a
-    quarter of the budget in prompts and a quarter in rows without them.
+    With `share`, rows with the same prompt share it where fewer tokens are computed then; prompts that are `kept` for
+    many passes do not count. Such a batch has at most a quarter of the budget in prompts and a quarter in rows without
+    them.
 
     The order depends only on the examples, so equal examples give equal batches.
     """
@@ -76,20 +82,20 @@ def batches(
     if share:
         cuts = [max(0, start - 1) for _, start in examples]
         plans = [_planned(examples, budget, cuts, order) for order in _orders(examples, cuts)]
-        shared = min(plans, key=lambda plan: _tokens(examples, plan))
-        if _tokens(examples, shared) < WORTHWHILE * _tokens(examples, plan):
+        shared = min(plans, key=lambda plan: _tokens(examples, plan, kept))
+        if _tokens(examples, shared, kept) < WORTHWHILE * _tokens(examples, plan):
             plan = shared
     for rows in plan:
         yield _batch(examples, rows, device)
 
 
-def _tokens(examples: Sequence[Encoded], plan: Sequence[Rows]) -> int:
-    """The tokens that batches compute, padding included."""
+def _tokens(examples: Sequence[Encoded], plan: Sequence[Rows], kept: bool = False) -> int:
+    """The tokens that batches compute, padding included; those of prompts only if they are not kept."""
     total = 0
     for rows in plan:
-        prompts = {tuple(examples[index][0][:cut]) for index, cut in rows}
+        prompts = set() if kept else {tuple(examples[index][0][:cut]) for index, cut in rows}
         rest = max(len(examples[index][0]) - cut for index, cut in rows)
-        total += len(prompts) * max(map(len, prompts)) + len(rows) * rest
+        total += len(prompts) * max(map(len, prompts), default=0) + len(rows) * rest
     return total
 
 
@@ -165,11 +171,16 @@ class Scored:
 
 
 def scored_batches(
-    examples: Sequence[Encoded], budget: int, device: torch.device | str = "cpu", *, share: bool = False
+    examples: Sequence[Encoded],
+    budget: int,
+    device: torch.device | str = "cpu",
+    *,
+    share: bool = False,
+    kept: bool = False,
 ) -> Iterator[Scored]:
     """Yield `batches` with the positions that predict their responses. The first token of a response is predicted if
     there is a token before it."""
-    for batch in batches(examples, budget, device, share=share):
+    for batch in batches(examples, budget, device, share=share, kept=kept):
         first = batch.starts.clamp_min(1)
         counts = (batch.lengths - first).clamp_min(0)
         steps = torch.arange(max(int(counts.max()), 1), device=batch.ids.device)

@@ -18,8 +18,10 @@ def batches_for(lm: LanguageModel, examples: Sequence[Encoded], budget: int) -> 
     return batches(examples, budget, lm.device, share=shares_prompts(lm))
 
 
-def scored_batches_for(lm: LanguageModel, examples: Sequence[Encoded], budget: int) -> Iterator[Scored]:
-    return scored_batches(examples, budget, lm.device, share=shares_prompts(lm))
+def scored_batches_for(
+    lm: LanguageModel, examples: Sequence[Encoded], budget: int, *, kept: bool = False
+) -> Iterator[Scored]:
+    return scored_batches(examples, budget, lm.device, share=shares_prompts(lm), kept=kept)
 
 
 def prompt_cache(lm: LanguageModel, batch: Batch) -> SharedPrompts | None:

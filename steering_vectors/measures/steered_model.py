@@ -312,7 +312,7 @@ class KeptTexts:
         self._steered, self.examples = steered, examples
         self._parts: list[_KeptPart] = []
         keep, room = layers if steered.resumes else (), KEPT_BYTES
-        for scored in steered.scored(examples):
+        for scored in scored_batches_for(steered.lm, examples, steered.batch_tokens, kept=True):
             cache = prompt_cache(steered.lm, scored.batch)
             with record(steered.lm.blocks, keep) as outputs:
                 final = steered.final(scored, False, cache=cache)

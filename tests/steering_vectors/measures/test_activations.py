@@ -90,6 +90,15 @@ def test_prompts_are_not_shared_where_that_saves_little() -> None:
     assert not any(batch.prompts for batch in batches(examples(40, 0), 200, share=True))
 
 
+def test_prompts_of_one_row_each_are_shared_if_they_are_kept_for_many_passes() -> None:
+    rows = [([place, *range(10, 22), 7, 8], 13) for place in range(6)]
+    assert not any(batch.prompts for batch in batches(rows, 400, share=True))
+    (batch,) = batches(rows, 400, share=True, kept=True)
+    assert batch.prompts is not None
+    assert batch.prompts.lengths.tolist() == [12] * 6
+    assert batch.ids.shape == (6, 3)
+
+
 def test_an_example_longer_than_the_budget_runs_alone() -> None:
     assert [batch.indices for batch in batches([([5] * 9, 1), ([5] * 9, 1)], 4)] == [(0,), (1,)]
 

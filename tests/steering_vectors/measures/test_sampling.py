@@ -170,10 +170,10 @@ def test_kept_texts_that_share_prompts_are_measured_as_alone(
     lm = lm_of(architecture)
     late = Profile("late", lm.identity, {lm.num_layers - 1: profile_for(lm).directions[0]}, "mean-diff", unit=0.5)
     prompt = list(range(10, 22))
-    examples = [([*prompt, 50 + n, 51, 52], len(prompt)) for n in range(5)]
+    examples = [([first, *prompt, 50 + n, 51, 52], 1 + len(prompt)) for n in range(5) for first in (3, 4 + n)]
     with steerable(lm) as steered:
         kept = steered.kept(examples, [0])
-        assert all(scored.batch.prompts is not None for scored in steered.scored(examples))
+        assert all(part.scored.batch.prompts is not None for part in kept._parts)
         for one in (profile_for(lm), late):
             steered.write(one, 1.0)
             for _ in range(2):  # a pass leaves the prompts as they were
