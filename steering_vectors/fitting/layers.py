@@ -135,7 +135,7 @@ def choose_layers(
 class WindowSearch:
     """Estimates each window once, under equal conditions, and chooses among the best by what they write."""
 
-    _best: Estimate  # the larger of each effect over the first single blocks
+    _best: tuple[float, float]  # the larger of both effects, lexical and pull, over the first single blocks
 
     def __init__(
         self,
@@ -171,20 +171,20 @@ class WindowSearch:
 
     def _set_reference(self, windows: Sequence[Window]) -> None:
         found = [self._measure(window) for window in windows]
-        self._best = Estimate(0.0, max(one.lexical for one in found), max(one.pull for one in found))
+        self._best = max(one.lexical for one in found), max(one.pull for one in found)
 
     def _grow(self, window: Window) -> None:
         while len(window) < MAX_WINDOW:
             neighbours = [layer for layer in (window[0] - 1, window[-1] + 1) if layer in self._profile.layers]
             wider = max((tuple(sorted((*window, one))) for one in neighbours), key=self._score, default=window)
             if self._score(wider) <= max(0.0, MIN_GAIN * self._score(window)):
-                break
+                return
             window = wider
 
     def _score(self, window: Window) -> float:
         """Mean of both effects relative to the best single blocks. An effect that no block has is left out."""
         found = self._measure(window)
-        return _mean_share([(found.lexical, self._best.lexical), (found.pull, self._best.pull)], found.pull)
+        return _mean_share(list(zip((found.lexical, found.pull), self._best, strict=True)), found.pull)
 
     def _measure(self, window: Window) -> Estimate:
         if window not in self._estimates:
@@ -213,7 +213,7 @@ class WindowSearch:
     def _estimate(self, profile: Profile) -> Estimate:
         """The first cost is taken at the norm ratio that the window before had at the budget."""
         largest = largest_coefficient(profile)
-        first = min(self._ratio, 1.0) * largest
+        first = self._ratio * largest
         kl, lexical = self._cost(replace(profile, unit=first))
         if not 1 / NEAR <= kl / self._budget <= NEAR:
             first = min(first * (self._budget / max(kl, MIN_KL)) ** 0.5, largest)

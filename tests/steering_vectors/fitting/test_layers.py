@@ -24,6 +24,7 @@ from steering_vectors.fitting.layers import (
     margin_gradients,
     parse_layers,
 )
+from steering_vectors.measures.gradients import likelihood_gradients
 from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
@@ -317,6 +318,29 @@ def test_a_window_grows_by_its_better_neighbour_up_to_four_blocks(lm: LanguageMo
 @pytest.mark.parametrize(("wider", "layers"), [(1.0499, (0,)), (1.05, (0,)), (1.0501, (0, 1))])
 def test_a_wider_window_must_be_better_by_5_percent(lm: LanguageModel, wider: float, layers: Window) -> None:
     assert MadeEffects(lm, 2, {(0,): (1.0, 1.0), (0, 1): (wider, wider)}).choose().layers == layers
+
+
+def test_a_window_of_blocks_with_one_effect_each_is_compared_with_its_own_best_block(lm: LanguageModel) -> None:
+    """Here no single block has a score of 1."""
+    choice = MadeEffects(lm, 2, {(0,): (1.0, 0.5), (1,): (0.5, 1.0), (0, 1): (0.9, 0.9)}).choose()
+    assert choice.scores == {(0,): 0.75, (1,): 0.75, (0, 1): 0.9}
+    assert choice.layers == (0, 1)
+
+
+def test_the_margin_s_gradient_is_that_of_preferred_less_rejected_examples(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many examples as are read, in the order of the layers."""
+    monkeypatch.setattr(layer_choice, "PULL_ROWS", 3)
+    sides = Sides(
+        tuple(([0, 9, n, n + 1], 2) for n in range(20, 29)), tuple(([0, 9, n], 2) for n in range(40, 49)), paired=True
+    )
+    found = margin_gradients(lm, sides, [2, 0])
+    few = sides.thinned(3)
+    preferred, rejected = (likelihood_gradients(lm, side, [2, 0]) for side in (few.positives, few.negatives))
+    assert list(found) == [2, 0]
+    for place, layer in enumerate(found):
+        torch.testing.assert_close(found[layer], preferred[place] - rejected[place])
 
 
 def test_what_the_best_few_write_decides_between_them(lm: LanguageModel) -> None:
