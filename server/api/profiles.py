@@ -35,7 +35,8 @@ class ListedProfile(TypedDict, total=False):
     layering: Annotated[Layering, about("How the directions of several blocks combine.", "independent")]
     layers: Annotated[list[int], about("The blocks that have a direction.", [5])]
     unit: Annotated[float, about("The factor from strength to shift, set by calibration.", 4.627192848098149)]
-    max_strength: Annotated[float, about("The safe range: ± this.", 1.7)]
+    max_strength: Annotated[float, about("The upper end of the safe range.", 1.7)]
+    min_strength: Annotated[float, about("The lower end of the safe range.", -1.7)]
     created_at: Annotated[str, about("When it was created.", "2026-11-21T01:17:32+00:00")]
 
 
@@ -116,4 +117,5 @@ def _listed(entry: ProfileEntry) -> ListedProfile:
         listed["error"] = entry.error
     if entry.profile is not None:
         listed |= {field: getattr(entry.profile, field) for field in OF_SERVED}
+        listed["min_strength"] = entry.profile.safe_range[0]
     return cast(ListedProfile, listed)

@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from steering_vectors.profiles.metadata import range_text
+
 CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 SIDE_BY_SIDE = 80
 COLUMNS = ("name", "status", "safe range", "layers", "method", "description")
@@ -102,7 +104,8 @@ def _effect(entry: Mapping[str, Any]) -> str:
 
 
 def _row(entry: Mapping[str, Any]) -> list[str]:
-    limit = f"±{entry['max_strength']:g}" if "max_strength" in entry else ""
+    high = entry.get("max_strength")
+    limit = "" if high is None else range_text((entry.get("min_strength", -high), high))
     layers = ", ".join(map(str, entry.get("layers", [])))
     about = entry.get("error") or entry.get("description", "")
     return [entry["name"], entry["status"], limit, layers, entry.get("method", ""), about]

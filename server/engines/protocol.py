@@ -395,7 +395,7 @@ class TermEffect:
     applied: AppliedTerm
     method: str
     unit: float
-    max_strength: float
+    safe_range: tuple[float, float]
     kl_at_1: float | None
 
 

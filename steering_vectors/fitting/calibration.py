@@ -139,10 +139,10 @@ def calibrate_on(
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 
-    `max_strength` is read from the curve of perplexity over strength (see `measure_curve`), and becomes smaller if
-    texts of up to `text_tokens` tokens have faults there (see `safe_range`); it is at least 0.1. Without `text_tokens`,
-    or as far as the model's context is too short, longer texts are not checked. Raises FitError without prompts or
-    residual norms, and for settings that cannot be used.
+    The safe range is read from the curve of perplexity over strength (see `measure_curve`), and each end of it becomes
+    smaller if texts of up to `text_tokens` tokens have faults there (see `safe_range`); it is at least ±0.1. Without
+    `text_tokens`, or as far as the model's context is too short, longer texts are not checked. Raises FitError without
+    prompts or residual norms, and for settings that cannot be used.
     """
     if not prompts:
         raise FitError("there is no prompt to calibrate on; add rows with other prompts")
@@ -157,11 +157,12 @@ def calibrate_on(
             steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
         )
         safe = max(MIN_SAFE_STRENGTH, safe_strength(curve, perplexity_bound))
-        checked = None
+        low, high, checked = -safe, safe, None
         if text_tokens:
-            safe, checked = _checked_on_long_texts(
+            (low, high), checked = _checked_on_long_texts(
                 steered, profile, prompts, safe, perplexity_bound, text_tokens, seed, progress
             )
+        low, high = min(low, -MIN_SAFE_STRENGTH), max(high, MIN_SAFE_STRENGTH)
     calibration: Calibration = {
         "kl_budget": kl_budget,
         "kl_at_1": cost.per_token,
@@ -177,7 +178,7 @@ def calibrate_on(
     }
     if checked is not None:
         calibration["long_texts"] = checked
-    return replace(profile, max_strength=max(MIN_SAFE_STRENGTH, safe), calibration=calibration)
+    return replace(profile, max_strength=high, min_strength=None if low == -high else low, calibration=calibration)
 
 
 def _checked_on_long_texts(
@@ -189,8 +190,8 @@ def _checked_on_long_texts(
     tokens: int,
     seed: int,
     progress: Progress | None,
-) -> tuple[float, LongTextCheck]:
-    """The safe range by long texts, at most `safe`, and how it was measured. Prompts that leave no room for `tokens`
+) -> tuple[tuple[float, float], LongTextCheck]:
+    """The safe range by long texts, within ±`safe`, and how it was measured. Prompts that leave no room for `tokens`
     more are left out if there are others; else the texts are shorter."""
     limit, done = context_limit(steered.lm), 0
     fitting = [prompt for prompt in prompts if limit is None or len(prompt) + tokens <= limit]

@@ -41,7 +41,15 @@ from steering_vectors.measures.propensity import REPORT_ROWS, projection_accurac
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Task, method_named
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.metadata import DataQuality, DataRecord, LayerScores, Metrics, OptionValue
+from steering_vectors.profiles.metadata import (
+    DataQuality,
+    DataRecord,
+    LayerScores,
+    Metrics,
+    OptionValue,
+    faults_beyond,
+    range_text,
+)
 from steering_vectors.profiles.profile import Layering, Profile
 from steering_vectors.progress import Progress
 from steering_vectors.runtime.cpu.choose_packing import packed
@@ -463,19 +471,11 @@ def _effect_notes(profile: Profile, metrics: Metrics) -> list[str]:
             f"the KL budget of {cost['kl_budget']:g} was not reached: at strength 1 the shift is as long as the "
             f"residual stream, and KL is {cost['kl_at_1']:.3g}"
         )
-    if profile.max_strength < 1 and (faults := _nearest_faults(profile)):
-        remedy = "" if profile.method_options.get("keep_endings") else "; fit with keep_endings to keep texts' ends"
-        notes.append(
-            f"the safe range ends below strength 1, as texts of {cost['long_texts']['tokens']} tokens show a change of "
-            f"{' and '.join(faults)} beyond it{remedy if 'endings' in faults else ''}"
-        )
+    safe = profile.safe_range
+    if left_out := [f"{sign:g}" for sign in (-1.0, 1.0) if profile.safe_limit(sign) < 1]:
+        note = f"the safe range of {range_text(safe)} leaves out strength {' and '.join(left_out)}"
+        points = faults_beyond(cost["long_texts"], safe) if "long_texts" in cost else []
+        if any("endings" in point["faults"] for point in points) and not profile.method_options.get("keep_endings"):
+            note += "; texts may end as before with keep_endings, if the data is not about length"
+        notes.append(note)
     return notes
-
-
-def _nearest_faults(profile: Profile) -> list[str]:
-    """The faults of long texts at the smallest strengths beyond the safe range."""
-    beyond: dict[float, set[str]] = {}
-    for point in profile.calibration.get("long_texts", {}).get("points", ()):
-        if abs(point["strength"]) > profile.max_strength:
-            beyond.setdefault(abs(point["strength"]), set()).update(point.get("faults", ()))
-    return sorted(beyond[min(beyond)]) if beyond else []

@@ -183,8 +183,8 @@ class WindowSearch:
 
     def _score(self, window: Window) -> float:
         """Mean of both effects relative to the best single blocks. An effect that no block has is left out."""
-        found = self._measure(window)
-        return _mean_share(list(zip((found.lexical, found.pull), self._best, strict=True)), found.pull)
+        found, (lexical, pull) = self._measure(window), self._best
+        return _mean_share([(found.lexical, lexical), (found.pull, pull)], found.pull)
 
     def _measure(self, window: Window) -> Estimate:
         if window not in self._estimates:

@@ -141,41 +141,39 @@ def safe_range(
     *,
     texts: int,
     bound: float = PERPLEXITY_BOUND,
-) -> tuple[float, list[LongTextPoint]]:
-    """The largest magnitude of strength, of those tried up to `widest`, at which neither sign has `faults`; and all
-    points with their faults, ascending. It is 0 if every magnitude has one.
+) -> tuple[tuple[float, float], list[LongTextPoint]]:
+    """The least and the largest strength, of those tried within ±`widest`, that have no `faults`; and all points with
+    their faults, ascending. An end is 0 if every magnitude of its sign has one.
 
-    `widest` is tried first. While it has faults, half and three quarters of the range are tried together, and the half
-    is the next range if it has faults too. A sign without faults is not measured again at smaller magnitudes.
-    Magnitudes are rounded down to a tenth.
+    Both ends are tried first. While an end has faults, half and three quarters of its magnitude are tried together, and
+    the half is the next one if it has faults too. Magnitudes are rounded down to a tenth.
     """
     points = measure([0.0, -widest, widest])
     unsteered = points[0]
 
-    def failing(found: Sequence[LongTextPoint]) -> dict[float, list[float]]:
-        """The signs with faults, by magnitude."""
-        signs: dict[float, list[float]] = {}
+    def without_faults(found: Sequence[LongTextPoint]) -> set[float]:
         for one in found:
             one["faults"] = faults(one, unsteered, texts=texts, bound=bound)
-            signs.setdefault(abs(one["strength"]), [])
-            if one["faults"]:
-                signs[abs(one["strength"])].append(math.copysign(1, one["strength"]))
-        return signs
+        return {one["strength"] for one in found if not one["faults"]}
 
-    safe, unsafe, signs = widest, widest, failing(points[1:])[widest]
-    while signs:
-        half = safe = _tenth(unsafe / 2)
-        if not half:
-            break
-        sizes = sorted({half, _tenth(3 * unsafe / 4)})
-        found = measure([sign * size for size in sizes for sign in signs])
+    fine = without_faults(points[1:])
+    ends = {sign: widest if sign * widest in fine else 0.0 for sign in (-1, 1)}
+    unsafe = {sign: widest for sign, end in ends.items() if not end}
+    while tried := {
+        sign: sorted({size for size in (_tenth(magnitude / 2), _tenth(3 * magnitude / 4)) if size})
+        for sign, magnitude in unsafe.items()
+        if _tenth(magnitude / 2)
+    }:
+        found = measure([sign * size for sign, sizes in tried.items() for size in sizes])
         points += found
-        wrong = failing(found)
-        if not wrong[half]:
-            safe = max(size for size in sizes if not wrong[size])
-            break
-        unsafe, signs = half, wrong[half]
-    return safe, sorted(points, key=lambda point: point["strength"])
+        fine = without_faults(found)
+        unsafe = {}
+        for sign, (half, *wider) in tried.items():
+            if sign * half in fine:
+                ends[sign] = max(size for size in (half, *wider) if sign * size in fine)
+            else:
+                unsafe[sign] = half
+    return (-ends[-1], ends[1]), sorted(points, key=lambda point: point["strength"])
 
 
 def _tenth(magnitude: float) -> float:

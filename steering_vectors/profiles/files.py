@@ -58,6 +58,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "created_at": TEXT,
     "trimtab_version": TEXT,
 }
+OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"min_strength": NUMBER, "gate": OBJECT}
 GATE_FIELDS = {"layer": COUNT, "threshold": NUMBER, "side": TEXT, "metrics": OBJECT}
 MODEL_FIELDS = {"id": TEXT, "architecture": TEXT, "hidden_size": COUNT, "num_layers": COUNT, "fingerprint": TEXT}
 
@@ -154,6 +155,8 @@ def _metadata(profile: Profile) -> dict[str, Any]:
     values = {field: getattr(profile, field) for field in FIELDS}
     values |= {field: dict(value) for field, value in values.items() if isinstance(value, Mapping)}
     values |= {"layers": list(profile.layers), "model": asdict(profile.model)}
+    if profile.min_strength is not None:
+        values["min_strength"] = profile.min_strength
     if profile.gate is not None:
         values["gate"] = {field: getattr(profile.gate, field) for field in GATE_FIELDS}
         values["gate"]["metrics"] = dict(profile.gate.metrics)
@@ -231,7 +234,8 @@ def _fields(text: str) -> dict[str, Any]:
         raise ProfileError(f"the metadata is not a JSON object; {REFIT}")
     if (version := fields.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
         raise ProfileError(f"the format version is {version!r}; this trimtab reads {FORMAT_VERSION}; {UPGRADE}")
-    _check_types(fields, {**FIELDS, "gate": OBJECT} if "gate" in fields else FIELDS, "")
+    optional = {field: types for field, types in OPTIONAL_FIELDS.items() if field in fields}
+    _check_types(fields, FIELDS | optional, "")
     _check_types(fields["model"], MODEL_FIELDS, "model.")
     if "gate" in fields:
         _check_types(fields["gate"], GATE_FIELDS, "gate.")

@@ -46,8 +46,8 @@ class LongTextPoint(TypedDict):
 
 
 class LongTextCheck(TypedDict):
-    """The check of the safe range on `texts` texts of up to `tokens` tokens at each strength. `short_range` is the safe
-    range before it, by short texts. `tells_endings` is false if too few unsteered texts end by themselves."""
+    """The check of the safe range on `texts` texts of up to `tokens` tokens at each strength. By short texts, the range
+    was ±`short_range`. `tells_endings` is false if too few unsteered texts end by themselves."""
 
     tokens: int
     texts: int
@@ -191,6 +191,7 @@ class ProfileSummary(TypedDict):
     layers: list[int]
     unit: float
     max_strength: float
+    min_strength: NotRequired[float]  # the safe range is ±max_strength without it
     calibration: Calibration
     model: dict[str, Any]  # the fields of ModelIdentity
     chat_template_sha256: str | None
@@ -201,3 +202,17 @@ class ProfileSummary(TypedDict):
     direction_norms: dict[str, float]
     created_at: str
     trimtab_version: str
+
+
+def range_text(safe_range: tuple[float, float]) -> str:
+    """A range of strengths as people read it: ±1.7, or -0.4 to 1.3."""
+    low, high = safe_range
+    return f"±{high:g}" if low == -high else f"{low:g} to {high:g}"
+
+
+def faults_beyond(check: LongTextCheck, safe_range: tuple[float, float]) -> list[LongTextPoint]:
+    """The points with faults next beyond each end of a range, ascending."""
+    low, high = safe_range
+    faulty = [point for point in check["points"] if point.get("faults")]
+    below = [point for point in faulty if point["strength"] < low][-1:]
+    return [*below, *[point for point in faulty if point["strength"] > high][:1]]

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from steering_vectors.errors import SteeringError
+from steering_vectors.profiles.metadata import range_text
 from steering_vectors.profiles.profile import CHOICES, LARGEST, ApplyTo, Profile
 
 ROUNDING = 1e-9  # relative; tolerance for float rounding in the sum of strengths
@@ -173,17 +174,16 @@ class Mixture:
     def _check_safe_range(self) -> None:
         remedy = "set allow_beyond_safe to true to go beyond it"
         for term in self.terms:
-            limit = term.profile.max_strength
-            if abs(term.strength) > limit:
+            if abs(term.strength) > term.profile.safe_limit(term.strength):
                 raise SteeringError(
                     f"strength {term.strength:g} of profile {term.profile.name!r} is beyond its safe range of "
-                    f"±{limit:g}; {remedy}",
+                    f"{range_text(term.profile.safe_range)}; {remedy}",
                     param="strength",
                     code="strength_out_of_range",
                 )
         added = [term for term in self.terms if term.strength != 0 and term.profile.operator == "add"]
         total = sum(abs(term.strength) for term in added)
-        limit = min((term.profile.max_strength for term in added), default=math.inf)
+        limit = min((term.profile.safe_limit(term.strength) for term in added), default=math.inf)
         if total > limit * (1 + ROUNDING):
             raise SteeringError(
                 f"the strengths of this mix add up to {total:g}, beyond the safe range of {limit:g}; {remedy}",

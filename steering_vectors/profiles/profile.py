@@ -45,7 +45,8 @@ class Profile:
     `directions[l]` is float32 `[hidden_size]`. Strength α shifts block l by α · unit · d_l. With
     `layering="incremental"`, the direction at the profile's previous layer is subtracted from d_l first; stored
     directions are never differenced. `version` is the sha256 of the file's bytes, empty until the profile is stored.
-    With a `gate`, a server steers only the prompts that open it.
+    With a `gate`, a server steers only the prompts that open it. `min_strength` is None where the safe range is
+    symmetric, ±`max_strength`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Profile:
     apply_to: ApplyTo = "generated"
     layering: Layering = "independent"
     max_strength: float = DEFAULT_MAX_STRENGTH
+    min_strength: float | None = None
     description: str = ""
     method_options: MethodOptions = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
@@ -78,6 +80,16 @@ class Profile:
     def layers(self) -> tuple[int, ...]:
         """The blocks that have a direction, ascending."""
         return tuple(sorted(self.directions))
+
+    @property
+    def safe_range(self) -> tuple[float, float]:
+        """The least and the largest safe strength."""
+        return -self.max_strength if self.min_strength is None else self.min_strength, self.max_strength
+
+    def safe_limit(self, strength: float) -> float:
+        """The largest safe magnitude of strengths with this one's sign."""
+        low, high = self.safe_range
+        return -low if strength < 0 else high
 
     def injected(self, layers: Iterable[int] | None = None) -> dict[int, torch.Tensor]:
         """The vectors that strength 1 injects, before multiplication by `unit`: float32 `[hidden_size]` per layer.
@@ -146,9 +158,11 @@ class Profile:
             if getattr(self, name) not in choices:
                 raise self._fault(f"{name} is {getattr(self, name)!r}, not one of {', '.join(choices)}")
         for name in ("unit", "max_strength"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+            if not _is_size(value := getattr(self, name)):
                 raise self._fault(f"{name} must be a positive finite number, not {value!r}")
+        low = self.min_strength
+        if low is not None and (isinstance(low, bool) or not isinstance(low, int | float) or not _is_size(-low)):
+            raise self._fault(f"min_strength must be a negative finite number, not {low!r}")
 
     def _check_tensors(self) -> None:
         size, last = self.model.hidden_size, self.model.num_layers - 1
@@ -172,3 +186,7 @@ class Profile:
                 raise self._fault(f"{place} is out of range; the model has blocks 0 to {last}")
             if (entries := len(self.gate.direction)) != size:
                 raise self._fault(f"its gate's direction has {entries} entries, the model's hidden size is {size}")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST

@@ -71,15 +71,15 @@ def draw_costs(
     title: str,
     *,
     budget: float | None = None,
-    max_strength: float | None = None,
+    safe_range: tuple[float, float] | None = None,
 ) -> None:
     """KL and perplexity against strength, with a budget of KL and the ends of the safe range if they are given."""
     ax.plot(*line(points, "kl"), color=BLUE, marker="o", label="KL per token")
     if budget:
         ax.axhline(budget, color=BLUE, linestyle=":", linewidth=1, label="budget")
-    if max_strength is not None:
-        ax.axvline(-max_strength, color=GREY, linestyle="--", linewidth=1)
-        ax.axvline(max_strength, color=GREY, linestyle="--", linewidth=1, label="safe range")
+    if safe_range is not None:
+        ax.axvline(safe_range[0], color=GREY, linestyle="--", linewidth=1)
+        ax.axvline(safe_range[1], color=GREY, linestyle="--", linewidth=1, label="safe range")
     ax.set(xlabel="strength", ylabel="KL, nats per token", title=title)
     right = ax.twinx()
     right.plot(*line(points, "perplexity"), color=ORANGE, marker="s", label="perplexity")

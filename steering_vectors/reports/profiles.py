@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steering_vectors.profiles.files import profile_summary
-from steering_vectors.profiles.metadata import PropensityReport
+from steering_vectors.profiles.metadata import PropensityReport, range_text
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.html import BLUE, ORANGE, document, draw_costs, lead, line, plots, table
 from steering_vectors.reports.text_check import check_sentences
@@ -60,10 +60,10 @@ def headline(profile: Profile) -> str:
 
 def _range(profile: Profile) -> str:
     if not profile.calibration.get("curve"):
-        return f"strengths up to ±{profile.max_strength:g} are allowed, but the range was not measured"
+        return f"strengths of {range_text(profile.safe_range)} are allowed, but the range was not measured"
     bound = profile.calibration.get("perplexity_bound")
     within = f" (perplexity within {bound:g} times the unsteered)" if bound else ""
-    return f"strengths up to ±{profile.max_strength:g} are safe{within}"
+    return f"strengths of {range_text(profile.safe_range)} are safe{within}"
 
 
 def block_cosines(profile: Profile) -> torch.Tensor:
@@ -86,7 +86,7 @@ def _unit(direction: torch.Tensor) -> torch.Tensor:
 
 def _section(label: str, profile: Profile) -> str:
     check = profile.calibration.get("long_texts")
-    found = check_sentences(check, profile.max_strength) if check else ()
+    found = check_sentences(check, profile.safe_range) if check else ()
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in (*found, *profile.metrics.get("notes", ())))
     return (
         f"<h2>{html.escape(label)}</h2>{lead(headline(profile))}"
@@ -101,8 +101,8 @@ def _drawings(profile: Profile) -> Iterator[Callable[[Axes], None]]:
         names = [str(layer) for layer in profile.layers]
         yield lambda ax: _heat(ax, block_cosines(profile).tolist(), names, "Cosine between blocks", "block")
     if curve := profile.calibration.get("curve"):
-        limits = {"budget": profile.calibration.get("kl_budget"), "max_strength": profile.max_strength}
-        yield lambda ax: draw_costs(ax, curve, "Cost of strength", **limits)
+        budget = profile.calibration.get("kl_budget")
+        yield lambda ax: draw_costs(ax, curve, "Cost of strength", budget=budget, safe_range=profile.safe_range)
     if profile.metrics.get("propensity"):
         yield lambda ax: _propensity(ax, profile.metrics["propensity"])
 

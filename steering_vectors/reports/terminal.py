@@ -15,7 +15,7 @@ from rich.table import Table
 
 from steering_vectors import progress
 from steering_vectors.measures.results import Evaluation, PreferenceEvaluation, has_preferences, has_trust
-from steering_vectors.profiles.metadata import Calibration, LongTextCheck, Metrics
+from steering_vectors.profiles.metadata import Calibration, LongTextCheck, Metrics, range_text
 from steering_vectors.reports.evaluation import frontier_sentence, margin_change, prompting_estimates
 from steering_vectors.reports.text_check import check_sentences
 from steering_vectors.reports.trust import print_trust
@@ -76,9 +76,9 @@ def print_fit(profile: Profile, path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{profile.name}[/] → {escape(str(path))}")
     console.print(f"method {profile.method}, layers {', '.join(map(str, profile.layers))}, unit {profile.unit:.4g}")
-    console.print(f"{_cost_line(profile.calibration)}; safe up to ±{profile.max_strength:g}")
+    console.print(f"{_cost_line(profile.calibration)}; safe range {range_text(profile.safe_range)}")
     if check := profile.calibration.get("long_texts"):
-        _print_check(console, check, profile.max_strength)
+        _print_check(console, check, profile.safe_range)
     _print_gate(console, profile.gate)
     _print_propensity(console, profile.metrics)
     print_notes(console, _notes_of(profile))
@@ -100,7 +100,7 @@ def print_profile(profile: Profile, path: Path) -> None:
     console.print(f"chat template {profile.chat_template_sha256 or 'none'}")
     console.print(
         f"operator {profile.operator}, apply to {profile.apply_to}, layering {profile.layering}, "
-        f"strength up to ±{profile.max_strength:g}"
+        f"strengths {range_text(profile.safe_range)}"
     )
     console.print(f"method {profile.method}{_listed(profile.method_options)}")
     console.print(f"data{_listed(profile.data)}")
@@ -115,7 +115,7 @@ def print_profile(profile: Profile, path: Path) -> None:
             table.add_row(f"{point['strength']:+g}", f"{point['kl']:.3f}", f"{point['perplexity']:.2f}")
         console.print(table)
     if check := profile.calibration.get("long_texts"):
-        _print_check(console, check, profile.max_strength)
+        _print_check(console, check, profile.safe_range)
         console.print(_check_table(check))
         console.print(_position_table(check))
     console.print(_layer_table(profile))
@@ -129,8 +129,8 @@ def print_profile(profile: Profile, path: Path) -> None:
     print_notes(console, _notes_of(profile))
 
 
-def _print_check(console: Console, check: LongTextCheck, max_strength: float) -> None:
-    for sentence in check_sentences(check, max_strength):
+def _print_check(console: Console, check: LongTextCheck, safe_range: tuple[float, float]) -> None:
+    for sentence in check_sentences(check, safe_range):
         console.print(escape(sentence))
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from steering_vectors.profiles.metadata import LongTextCheck, LongTextPoint
+from steering_vectors.profiles.metadata import LongTextCheck, LongTextPoint, faults_beyond, range_text
 
 
-def check_sentences(check: LongTextCheck, max_strength: float) -> Iterator[str]:
+def check_sentences(check: LongTextCheck, safe_range: tuple[float, float]) -> Iterator[str]:
     """The result of a check: whether it made the safe range smaller and why, and what it could not tell."""
     short, length = check["short_range"], f"texts of up to {check['tokens']} tokens"
-    if max_strength < short:
+    low, high = safe_range
+    if min(-low, high) < short:
         yield (
-            f"the safe range is ±{max_strength:g} and not ±{short:g}, which short texts allow, because of "
-            f"{length} ({check['texts']} at each strength): {'; '.join(_reasons(check, max_strength))}"
+            f"the safe range is {range_text(safe_range)} and not ±{short:g}, which short texts allow, because of "
+            f"{length} ({check['texts']} at each strength): {'; '.join(_reasons(check, safe_range))}"
         )
     else:
         yield f"the safe range holds for {length} ({check['texts']} at each strength)"
@@ -29,14 +30,9 @@ def unsteered_point(check: LongTextCheck) -> LongTextPoint:
     return next(point for point in check["points"] if point["strength"] == 0)
 
 
-def _reasons(check: LongTextCheck, max_strength: float) -> Iterator[str]:
-    """The faults at the smallest magnitude above the range that has any."""
+def _reasons(check: LongTextCheck, safe_range: tuple[float, float]) -> Iterator[str]:
     unsteered = unsteered_point(check)
-    faulty = [point for point in check["points"] if point.get("faults") and abs(point["strength"]) > max_strength]
-    nearest = min((abs(point["strength"]) for point in faulty), default=0.0)
-    for point in faulty:
-        if abs(point["strength"]) != nearest:
-            continue
+    for point in faults_beyond(check, safe_range):
         described = {
             "perplexity": f"perplexity is {point['perplexity']:.3g} ({unsteered['perplexity']:.3g} unsteered)",
             "endings": f"{point['ended']:.0%} end by themselves ({unsteered['ended']:.0%} unsteered)",

@@ -37,7 +37,8 @@ class ResolvedProfile(SteeringReceipt):
 
     method: Annotated[str, about("How the profile was made.", "mean-diff")]
     unit: Annotated[float, about("The factor from strength to shift.", 4.6)]
-    max_strength: Annotated[float, about("Its safe range: ± this.", 1.7)]
+    min_strength: Annotated[float, about("The lower end of its safe range.", -1.7)]
+    max_strength: Annotated[float, about("The upper end of its safe range.", 1.7)]
     kl_at_1: Annotated[float | None, about("The KL of strength 1, in nats per token; null if not calibrated.", 0.1)]
 
 
@@ -121,7 +122,8 @@ async def resolve(body: ResolveBody, service: ReadyDep) -> ResolveAnswer:
                 **applied_entry(term.applied, plan, term.applied.term.at(0)),
                 "method": term.method,
                 "unit": term.unit,
-                "max_strength": term.max_strength,
+                "min_strength": term.safe_range[0],
+                "max_strength": term.safe_range[1],
                 "kl_at_1": term.kl_at_1,
             }
             for term in effect.terms

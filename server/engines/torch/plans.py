@@ -108,7 +108,7 @@ class ResolvedPlan:
                 applied(term, profile, calibrated),
                 profile.method,
                 profile.unit,
-                profile.max_strength,
+                profile.safe_range,
                 profile.calibration.get("kl_at_1"),
             )
             for term, profile, calibrated in pairs
@@ -138,7 +138,8 @@ class ResolvedPlan:
         if not adding:
             return []
         sizes = np.abs(strengths[adding])
-        limits = np.array([self.profiles[place].max_strength for place in adding])[:, None]
+        lows, highs = np.array([self.profiles[place].safe_range for place in adding]).T[:, :, None]
+        limits = np.where(strengths[adding] < 0, -lows, highs)
         least = np.where(sizes > 0, limits, np.inf).min(0)
         return [int(place) for place in np.flatnonzero(sizes.sum(0) > least * (1 + ROUNDING))[:1]]
 

@@ -252,7 +252,8 @@ def test_system_clear_history_and_save(start: Talk, client: httpx.Client, tmp_pa
 
 
 def test_profiles_and_help_are_tables(start: Talk) -> None:
-    lines, _, code = talk(start(COLUMNS="120"), "/profiles", "/help", "/quit", FIRST)
+    lines, errors, code = talk(start(COLUMNS="120"), "/profiles", "/help", "/quit", FIRST)
+    assert errors == ""
     assert [line.split()[:3] for line in lines[1:3]] == [["concise", "served", "±2"], ["warm", "served", "±2"]]
     assert [line.split()[0] for line in lines[3:]] == [
         "/steer", "/profiles", "/compare", "/retry", "/system", "/clear", "/history", "/save", "/help", "/quit",

@@ -374,7 +374,7 @@ def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.Mon
     assert (check["tokens"], check["texts"], check["tells_endings"]) == (90, 16, True)
     assert check["short_range"] == safe_strength(
         [CurvePoint(**point) for point in found.calibration["curve"]], 50
-    ) > found.max_strength  # fmt: skip
+    ) == -found.safe_range[0] > found.max_strength  # fmt: skip
     with steerable(lm) as steered:
         safe, points = safe_range(
             lambda strengths: measure_long_texts(
@@ -384,7 +384,7 @@ def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.Mon
             texts=16,
             bound=50,
         )
-    assert found.max_strength == max(0.1, safe)
+    assert found.safe_range == (min(safe[0], -0.1), max(safe[1], 0.1))
     assert check["points"] == points
     assert [point["faults"] for point in points if point["strength"] == check["short_range"]] == [["endings"]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from steering_vectors.measures.long_texts import (
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
-from steering_vectors.profiles.metadata import LongTextPoint
+from steering_vectors.profiles.metadata import LongTextPoint, faults_beyond
 from steering_vectors.profiles.profile import Profile
 from tests.support.by_hand import shifted
 from tests.support.tiny import tiny_model
@@ -172,7 +173,7 @@ def test_endings_of_a_model_that_ends_no_text_say_nothing() -> None:
     assert told == [faults(point(1, ended=0.0), point(0, ended=share), texts=16) == ["endings"] for share in shares]
 
 
-def searched(widest: float, *limits: float) -> tuple[float, list[list[float]]]:
+def searched(widest: float, *limits: float) -> tuple[tuple[float, float], list[list[float]]]:
     """The range found if texts repeat beyond a limit below 0 and one above it, and what was measured."""
     calls: list[list[float]] = []
 
@@ -190,11 +191,20 @@ def searched(widest: float, *limits: float) -> tuple[float, list[list[float]]]:
 
 def test_the_search_for_the_safe_range() -> None:
     first = [0, -2.6, 2.6]
-    assert searched(2.6, 3, 3) == (2.6, [first])
-    assert searched(2.6, 3, 2) == (1.9, [first, [1.3, 1.9]])
-    assert searched(2.6, 1.5, 2) == (1.3, [first, [-1.3, 1.3, -1.9, 1.9]])
-    assert searched(2.6, 1.0, 2) == (0.9, [first, [-1.3, 1.3, -1.9, 1.9], [-0.6, -0.9]])
-    assert searched(0.3, 0.0, 1) == (0.0, [[0, -0.3, 0.3], [-0.1, -0.2]])
-    assert searched(0.3, 0.1, 1) == (0.1, [[0, -0.3, 0.3], [-0.1, -0.2]])
-    assert searched(0.2, 1, 0.1) == (0.1, [[0, -0.2, 0.2], [0.1]])
-    assert searched(0.1, 0.0, 0.0) == (0.0, [[0, -0.1, 0.1]])
+    assert searched(2.6, 3, 3) == ((-2.6, 2.6), [first])
+    assert searched(2.6, 3, 2) == ((-2.6, 1.9), [first, [1.3, 1.9]])
+    assert searched(2.6, 1.5, 2) == ((-1.3, 1.9), [first, [-1.3, -1.9, 1.3, 1.9]])
+    assert searched(2.6, 1.0, 2) == ((-0.9, 1.9), [first, [-1.3, -1.9, 1.3, 1.9], [-0.6, -0.9]])
+    assert searched(2.6, 1.0, 0.4) == ((-0.9, 0.4), [first, [-1.3, -1.9, 1.3, 1.9], [-0.6, -0.9, 0.6, 0.9], [0.3, 0.4]])
+    assert searched(0.3, 0.0, 1) == ((0.0, 0.3), [[0, -0.3, 0.3], [-0.1, -0.2]])
+    assert searched(0.3, 0.1, 1) == ((-0.1, 0.3), [[0, -0.3, 0.3], [-0.1, -0.2]])
+    assert searched(0.2, 1, 0.1) == ((-0.2, 0.1), [[0, -0.2, 0.2], [0.1]])
+    assert searched(0.1, 0.0, 0.0) == ((0.0, 0.0), [[0, -0.1, 0.1]])
+
+
+def test_the_faults_next_beyond_a_range() -> None:
+    points = [point(one) | {"faults": [str(one)] if one not in (-0.5, 1) else []} for one in (-2, -1, -0.5, 1, 1.5, 2)]
+    check: Any = {"points": [*points[:3], point(0), *points[3:]]}
+    assert [one["strength"] for one in faults_beyond(check, (-0.5, 1))] == [-1, 1.5]
+    assert [one["strength"] for one in faults_beyond(check, (-2, 1.5))] == [2]
+    assert faults_beyond(check, (-3, 3)) == []

@@ -297,6 +297,13 @@ def test_a_residual_norm_beyond_the_model_is_refused(data: bytes, layer: int) ->
     assert read_profile(last, "warm").residual_norms == {0: 2.5, 2: 3.25, 3: 0.0}
 
 
+@pytest.mark.parametrize("low", [None, -0.4])
+def test_the_lower_end_of_the_safe_range_comes_back(tmp_path: Path, low: float | None) -> None:
+    stored = load_profile(save_profile(make_profile(max_strength=1.7, min_strength=low), tmp_path))
+    assert (stored.min_strength, stored.max_strength) == (low, 1.7)
+    assert profile_summary(stored).get("min_strength") == low
+
+
 def test_a_gate_comes_back_as_it_was(tmp_path: Path) -> None:
     gate = Gate(1, torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0)), 0.25, "below", {"f1_heldout": 0.9})
     found = load_profile(save_profile(make_profile(gate=gate), tmp_path)).gate

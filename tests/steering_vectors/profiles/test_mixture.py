@@ -190,6 +190,21 @@ def test_a_sum_beyond_the_safe_range() -> None:
     assert (refusal.value.param, refusal.value.code) == ("terms", "strength_out_of_range")
 
 
+def test_each_sign_has_its_own_end_of_the_safe_range() -> None:
+    uneven = tiny_profile(name="uneven", max_strength=1.5, min_strength=-0.3)
+    mix((uneven, 1.5))
+    mix((uneven, -0.3))
+    for strength in (1.6, -0.4):
+        with pytest.raises(SteeringError) as refusal:
+            mix((uneven, strength))
+        assert str(refusal.value) == (
+            f"strength {strength} of profile 'uneven' is beyond its safe range of -0.3 to 1.5; {REMEDY}"
+        )
+    mix((uneven, 0.5), (WARM, 1.0))
+    with pytest.raises(SteeringError, match=r"add up to 0\.5, beyond the safe range of 0\.3"):
+        mix((uneven, -0.2), (WARM, 0.3))
+
+
 def test_the_limit_itself_is_within() -> None:
     mix((WARM, 2.0))
     narrow = [tiny_profile(name=name, max_strength=0.3) for name in ("a", "b")]

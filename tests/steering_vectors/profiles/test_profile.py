@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering_vectors.errors import ProfileError, ProfileMismatch, SteeringError
+from steering_vectors.profiles.metadata import range_text
 from steering_vectors.profiles.profile import Profile
 from tests.support.tiny import HIDDEN
 from tests.support.tiny_profiles import NOWHERE, tiny_profile
@@ -42,6 +43,10 @@ def test_invalid_names(name: str) -> None:
         ({"unit": "1"}, "profile 'warm': unit must be a positive finite number, not '1'"),
         ({"max_strength": -1}, "profile 'warm': max_strength must be a positive finite number, not -1"),
         ({"max_strength": float("inf")}, "profile 'warm': max_strength must be a positive finite number, not inf"),
+        ({"min_strength": 0.0}, "profile 'warm': min_strength must be a negative finite number, not 0.0"),
+        ({"min_strength": "-1"}, "profile 'warm': min_strength must be a negative finite number, not '-1'"),
+        ({"min_strength": True}, "profile 'warm': min_strength must be a negative finite number, not True"),
+        ({"min_strength": float("-inf")}, "profile 'warm': min_strength must be a negative finite number, not -inf"),
         ({"format_version": 2}, "profile 'warm' has format version 2; this trimtab reads 1"),
         ({"layers": []}, "profile 'warm' has no direction"),
         ({"layers": [3]}, "profile 'warm': layer 3 is out of range; the model has blocks 0 to 2"),
@@ -52,6 +57,13 @@ def test_fields_that_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ProfileError) as refusal:
         tiny_profile(**fields)
     assert str(refusal.value) == message
+
+
+def test_the_safe_range_is_symmetric_unless_it_has_a_lower_end() -> None:
+    even, uneven = tiny_profile(max_strength=1.7), tiny_profile(max_strength=1.7, min_strength=-0.4)
+    assert (even.safe_range, uneven.safe_range) == ((-1.7, 1.7), (-0.4, 1.7))
+    assert [one.safe_limit(strength) for one in (even, uneven) for strength in (-1, 1)] == [1.7, 1.7, 0.4, 1.7]
+    assert [range_text(one.safe_range) for one in (even, uneven)] == ["±1.7", "-0.4 to 1.7"]
 
 
 @pytest.mark.parametrize(

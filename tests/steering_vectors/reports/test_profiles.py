@@ -64,12 +64,12 @@ def test_the_page_stands_alone_and_begins_with_the_sentence() -> None:
 def test_the_headline_describes_a_profile_and_its_range() -> None:
     assert headline(profile()) == (
         "warm (mean-diff) adds its direction at blocks 0, 1 of tiny, from the last prompt token on; strength 1 costs "
-        "0.1 nats of KL per token, and strengths up to ±1.7 are safe (perplexity within 3 times the unsteered)."
+        "0.1 nats of KL per token, and strengths of ±1.7 are safe (perplexity within 3 times the unsteered)."
     )
     bare = profile(layers=(2,), calibration={}, metrics={}, residual_norms={}, operator="ablate", apply_to="all")
     assert headline(bare) == (
         "warm (mean-diff) removes its direction at block 2 of tiny, everywhere; it is not calibrated, so the cost of "
-        "strength 1 is unknown, and strengths up to ±1.7 are allowed, but the range was not measured."
+        "strength 1 is unknown, and strengths of ±1.7 are allowed, but the range was not measured."
     )
     assert render_portraits([bare]).count("<svg") == 1
 

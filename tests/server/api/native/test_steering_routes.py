@@ -310,7 +310,8 @@ def test_what_a_steering_would_do(client: httpx.Client, warm: Profile) -> None:
     told = client.post("/steering/resolve", json={"steering": "warm@-0.5"}).json()
     (entry,) = told["steering"]
     assert (entry["name"], entry["version"], entry["strength"]) == ("warm", warm.version, -0.5)
-    assert (entry["unit"], entry["max_strength"], entry["kl_at_1"]) == (60.0, warm.max_strength, 0.1)
+    assert (entry["unit"], entry["kl_at_1"]) == (60.0, 0.1)
+    assert (entry["min_strength"], entry["max_strength"]) == (-warm.max_strength, warm.max_strength)
     assert [one["block"] for one in told["blocks"]] == list(warm.layers)
     first = told["blocks"][0]
     assert first["shift_norm"] == pytest.approx(30.0 * float(warm.directions[1].norm()), rel=1e-5)

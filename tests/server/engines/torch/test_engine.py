@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import weakref
@@ -355,6 +356,23 @@ def test_a_straight_schedule_is_not_computed_ahead(language_model: LanguageModel
     resolved._mixture = counted  # type: ignore[method-assign]
     resolved.check(torch.float32)
     assert len(made) <= 1 + 2 * len(profiles)
+
+
+@pytest.mark.parametrize(("strength", "other", "fits"), [(0.5, 1.0, True), (-0.2, 0.05, True), (-0.2, 0.3, False)])
+def test_a_mix_keeps_within_the_end_of_the_sign(
+    language_model: LanguageModel, strength: float, other: float, fits: bool
+) -> None:
+    wide = random_profile(language_model, "wide", seed=1, max_strength=4.0)
+    uneven = random_profile(language_model, "uneven", seed=2, max_strength=2.0, min_strength=-0.3)
+    schedule = StrengthSchedule(((0, 0.0), (4, strength)), "linear")
+    steering = SteeringPlan((term(uneven, schedule), term(wide, StrengthSchedule(((0, other),), "linear"))))
+    resolved = ResolvedPlan(steering, {wide.version: wide, uneven.version: uneven})
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(SteeringError, match=r"add up to 0\.35, beyond the safe range of 0\.3")
+    ):
+        resolved.check(torch.float32)
 
 
 @pytest.mark.parametrize(
