@@ -83,12 +83,9 @@ def test_fit_and_show(tmp_path: Path) -> None:
     assert (tmp_path / "polite.safetensors").is_file()
 
 
+@pytest.mark.timeout(600)  # it fits a profile on one processor
 def test_the_python_interface() -> None:
-    """The code as it is, but for settings that shorten the fit; `test_fit_and_show` fits the same data in full."""
-    settings = 'FitSettings(name="polite", method="mean-diff"'
-    whole = block("python", "steer(lm.model")
-    assert whole.count(settings) == 1
-    code = whole.replace(settings, f'{settings}, layers="4", calibrate=False')
+    code = block("python", "steer(lm.model")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) > 20
