@@ -22,7 +22,7 @@ from steering_vectors.profiles.shipped import shipped_profiles
 
 def test_they_are_found_by_name_and_by_the_weights() -> None:
     every = shipped_profiles()
-    assert set(every) == {"cheerful"}
+    assert set(every) == {"cheerful", "polite"}
     model = load_profile(every["cheerful"]).model
     assert shipped_profiles(model) == every
     assert shipped_profiles(replace(model, fingerprint="0" * 64)) == {}
