@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -81,8 +82,12 @@ class ResolvedPlan:
         Strengths are looked at where they can be largest: at the points of the schedules and right beside them.
         """
         # between two points all strengths are straight, so that sums of their sizes are largest at the ends, and which
-        # terms act only changes at a point
-        points = {token for term in self.plan.terms if term.schedule for token, _ in term.schedule.points}
+        # terms act only changes at a point; the end of the safe range that counts changes where a strength crosses 0
+        lines = [term.schedule.points for term in self.plan.terms if term.schedule]
+        points = {token for line in lines for token, _ in line}
+        for (start, one), (end, other) in chain.from_iterable(map(pairwise, lines)):
+            if one * other < 0:
+                points.add(int(start + (end - start) * one / (one - other)))
         tokens = {0, *(max(0, point + offset) for point in points for offset in (-1, 0, 1))}
         found = [self.plan.strengths(token) for token in sorted(tokens)]
         strengths: Strengths = np.array(found).T

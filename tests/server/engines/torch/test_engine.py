@@ -375,6 +375,16 @@ def test_a_mix_keeps_within_the_end_of_the_sign(
         resolved.check(torch.float32)
 
 
+def test_a_mix_keeps_within_the_end_of_the_sign_where_a_strength_crosses_0(language_model: LanguageModel) -> None:
+    """At both points the sums are safe: 1.1 of 2 and 0.2 of 0.3. At token 7 they are 0.35 of 0.3."""
+    wide = random_profile(language_model, "wide", seed=1, max_strength=4.0)
+    uneven = random_profile(language_model, "uneven", seed=2, max_strength=2.0, min_strength=-0.3)
+    lines = [StrengthSchedule(points, "linear") for points in (((0, 0.2), (10, -0.1)), ((0, 0.9), (10, 0.1)))]
+    steering = SteeringPlan((term(uneven, lines[0]), term(wide, lines[1])))
+    with pytest.raises(SteeringError, match=r"add up to 0\.35, beyond the safe range of 0\.3"):
+        ResolvedPlan(steering, {wide.version: wide, uneven.version: uneven}).check(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
