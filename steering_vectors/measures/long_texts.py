@@ -146,7 +146,8 @@ def safe_range(
     their faults, ascending. An end is 0 if every magnitude of its sign has one.
 
     Both ends are tried first. While an end has faults, half and three quarters of its magnitude are tried together, and
-    the half is the next one if it has faults too. Magnitudes are rounded down to a tenth.
+    1 if that lies between the half and the end. The half is the next one if it has faults too. Magnitudes are rounded
+    down to a tenth.
     """
     points = measure([0.0, -widest, widest])
     unsteered = points[0]
@@ -160,9 +161,9 @@ def safe_range(
     ends = {sign: widest if sign * widest in fine else 0.0 for sign in (-1, 1)}
     unsafe = {sign: widest for sign, end in ends.items() if not end}
     while tried := {
-        sign: sorted({size for size in (_tenth(magnitude / 2), _tenth(3 * magnitude / 4)) if size})
+        sign: sorted({half, _tenth(3 * magnitude / 4), *([1.0] if half < 1 < magnitude else [])})
         for sign, magnitude in unsafe.items()
-        if _tenth(magnitude / 2)
+        if (half := _tenth(magnitude / 2))
     }:
         found = measure([sign * size for sign, sizes in tried.items() for size in sizes])
         points += found
