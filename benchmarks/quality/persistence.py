@@ -191,7 +191,7 @@ def assistants(
 def converse(
     assistant: Assistant, judge: Judge, plan: Sequence[Sequence[str]], tokens: int, seed: int
 ) -> Iterator[Turn]:
-    """The turns of conversations in which the user asks what `plan` has, by conversation and turn."""
+    """The turns of conversations in which the user asks the questions of `plan`, by conversation and turn."""
     lm = assistant.steered.lm
     ends = eos_ids(lm)
     conversations: list[Conversation] = [[] for _ in plan]

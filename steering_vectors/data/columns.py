@@ -30,7 +30,7 @@ NUMBERED = re.compile(r"(.*?)[_ -]?([0-9]|[ABab]|[jk])")
 def parse_columns(text: str) -> dict[str, str]:
     """Read `prompt=question,chosen=matching` as the `columns` of `load_pairs`. Raises DataError.
 
-    A comma divides where a name and an equals sign follow it, so names of columns may contain commas.
+    A comma separates two entries only if a name and an equals sign follow it, so column names may contain commas.
     """
     renames: dict[str, str] = {}
     for part in re.split(r",(?=\s*\w*\s*=)", text):

@@ -1,7 +1,7 @@
-"""Directions that leave it as likely as before that a text ends, to first order.
+"""Removes from directions, to first order, what changes the probability that a text ends.
 
-What preference data teaches usually comes with a little more or fewer ends of text. Over a long text this adds up: at
-strengths that change the words as wanted, texts end much later or sooner than the unsteered model's.
+A direction from preference data usually makes the end of a text a little more or less likely. This adds up over a long
+text, which then ends much sooner or later than the unsteered model's.
 """
 
 from __future__ import annotations

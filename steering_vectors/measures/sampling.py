@@ -255,9 +255,12 @@ class Sampler:
         outputs: dict[int, torch.Tensor],
         task: _Task,
     ) -> None:
-        """Add to the task what the unsteered model finds in the compared rows. Theirs are the `steered`
-        log-probabilities `[rows, vocabulary]`, the tokens drawn from them, and block outputs, all of which are replaced
-        where there is a reader. It runs the blocks from the first steered one on."""
+        """Add to the task what the unsteered model reads in the rows that are compared.
+
+        `steered` are the writers' log-probabilities `[rows, vocabulary]`, `drawn` their next tokens and `outputs` their
+        block outputs. A row with a reader takes the unsteered values from it, others are unsteered themselves. Readers
+        run the blocks from the first steered one on.
+        """
         places = [place for place, row in enumerate(writers) if row.index < task.compared]
         if not places:
             return
