@@ -24,6 +24,7 @@ from typer.core import TyperCommand
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
+from steering_vectors.runtime.cpu.allocator import keep_freed_memory
 from steering_vectors.runtime.cpu.spinning import spinning_unless_shared
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ register(app)
 
 def main() -> None:
     """The console command: a `TrimtabError` is one line and exit code 2, a Ctrl-C one line and exit code 130."""
+    keep_freed_memory()
     try:
         with spinning_unless_shared():
             app()

@@ -37,7 +37,7 @@ from benchmarks.quality.manners import judge
 from steering_vectors import Profile, load_model, load_pairs
 from steering_vectors.data.chat import encode_prompt
 from steering_vectors.data.corpus import Sides, encode_corpus
-from steering_vectors.fitting.calibration import cost_of, largest_coefficient, search
+from steering_vectors.fitting.calibration import largest_coefficient, search
 from steering_vectors.fitting.fit import MIN_SIGNIFICANCE
 from steering_vectors.measures.activations import LayerStatistics, capture
 from steering_vectors.measures.controls import bootstrap
@@ -207,11 +207,13 @@ class HeldOut:
             return self._steered.kept(self._steered.continuations(rows, tokens=TEXT_TOKENS, seed=0), [BLOCK])
 
     def effects(self, profile: Profile) -> dict[str, float]:
+        def kl_at(unit: float) -> float:
+            self._steered.write(replace(profile, unit=unit), 1.0)
+            sums, counts = self._texts.divergences(BLOCK)
+            return float(sums.sum() / counts.sum())
+
         largest = largest_coefficient(profile)
-        reached = search(
-            lambda unit: cost_of(self._steered, replace(profile, unit=unit), self._texts).per_token,
-            largest, KL_BUDGET, start=START * largest, tolerance=0.02, evaluations=10,
-        )  # fmt: skip
+        reached = search(kl_at, largest, KL_BUDGET, start=START * largest, tolerance=0.02, evaluations=10)
         profile = replace(profile, unit=reached.coefficient)
         margins, shares, words = {}, {}, {}
         for strength in (-1.0, 1.0):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from steering_vectors import Profile
-from steering_vectors.fitting.calibration import ROWS, SAMPLED_TOKENS, calibrate_on, cost_of
+from steering_vectors.fitting.calibration import ROWS, SAMPLED_TOKENS, UnitSearch
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.loading import LanguageModel
 
@@ -23,9 +23,8 @@ def kl_on(
     """KL(steered‖base) in nats per token at strength 1, over texts sampled as in calibration."""
     rows = [prompts[index % len(prompts)] for index in range(max(ROWS, len(prompts)))]
     with steerable(language_model) as steered:
-        steered.write(profile, 1.0)
-        texts = steered.continuations(rows, tokens=tokens, seed=seed)
-        return cost_of(steered, profile, texts).per_token
+        (found,) = steered.sample_and_compare(profile, [1.0], rows, tokens=tokens, seed=seed)
+    return float(found.divergences.sum()) / max(found.tokens, 1)
 
 
 def at_equal_kl(
@@ -40,9 +39,10 @@ def at_equal_kl(
 
     Their safe range is not changed, because a control is compared at the profile's strengths, whatever its fluency.
     """
+    rows = [prompts[index % len(prompts)] for index in range(max(ROWS, len(prompts)))]
     found = []
-    for index, control in enumerate(controls):
-        named = replace(control, name=f"equal-kl-{index}")
-        own = calibrate_on(language_model, named, prompts, kl_budget=budget, tokens=tokens)
-        found.append(replace(own, max_strength=control.max_strength))
+    with steerable(language_model) as steered:
+        for index, control in enumerate(controls):
+            reached, _ = UnitSearch(steered, control, rows, tokens, 0, None).find_unit(budget)
+            found.append(replace(control, name=f"equal-kl-{index}", unit=reached.coefficient))
     return found

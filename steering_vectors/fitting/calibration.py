@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from steering_vectors.data.batches import Encoded
 from steering_vectors.data.corpus import Corpus, corpus_for, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
@@ -25,7 +24,7 @@ from steering_vectors.measures.long_texts import (
     tells_endings,
 )
 from steering_vectors.measures.propensity import REPORT_ROWS, propensity_report
-from steering_vectors.measures.steered_model import KeptTexts, SteeredModel, steerable
+from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.limits import context_limit
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import Calibration, LongTextCheck, LongTextPoint, Metrics
@@ -37,9 +36,9 @@ SAMPLED_TOKENS = 48
 ROWS = 192  # texts; fewer prompts are sampled several times each
 ROUGH_ROWS = 48  # texts of the first search
 TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
-EVALUATIONS, ROUGH_EVALUATIONS = 6, 10
-MAX_ROUNDS = 3  # of sampling texts and searching on them
-MAX_DRIFT = 0.05  # texts sampled at c are also used for coefficients up to c·exp(±MAX_DRIFT)
+ROUGH_EVALUATIONS = 10
+MAX_ROUNDS = 3  # of sampling all texts
+MAX_DRIFT = 0.1  # texts sampled at c are also used for coefficients up to c·exp(±MAX_DRIFT)
 START = 0.2  # of the largest coefficient
 MIN_KL = 1e-12
 MIN_SAFE_STRENGTH = 0.1
@@ -133,9 +132,9 @@ def calibrate_on(
     prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
 
     1. A rough search on 48 texts samples them again at every candidate c, with the same random numbers.
-    2. Then 192 texts are sampled at the c that follows, as KL grows as c², and a second search measures KL on these
-       texts alone, because the KL of newly sampled texts jumps from one c to the next. It ends within 3 % of the
-       budget. The step is repeated up to three times while it moves c by more than 5 %.
+    2. Then 192 texts are sampled at the c that follows, and c is corrected by their KL, which grows as c². If that
+       moves c by more than 10 %, the step is repeated, up to three times. So the KL at the unit is the one measured
+       close to it, times the square of the last correction.
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 
@@ -230,6 +229,17 @@ class Cost:
     per_character: float | None
     tokens: int
 
+    @classmethod
+    def of(cls, lm: LanguageModel, divergence: float, texts: Sequence[Sequence[int]]) -> Cost:
+        """The cost of texts, from their KL in all. Raises FitError if it is not finite."""
+        total, tokens = finite(divergence), sum(map(len, texts))
+        characters = sum(map(len, lm.tokenizer.batch_decode(list(map(list, texts)), skip_special_tokens=True)))
+        return cls(total / max(tokens, 1), total / characters if characters else None, tokens)
+
+    def times(self, factor: float) -> Cost:
+        per_character = None if self.per_character is None else self.per_character * factor
+        return Cost(self.per_token * factor, per_character, self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Reached:
@@ -257,60 +267,41 @@ class UnitSearch:
         self._done = 0
 
     def find_unit(self, budget: float, start: float | None = None) -> tuple[Reached, Cost]:
-        """Return the coefficient that meets the budget, and the cost of texts there. `start` is the first one tried."""
+        """Return the coefficient that meets the budget, and the cost there. `start` is the first one tried."""
         largest = largest_coefficient(self._profile)
-        found = search(
-            self._rough_kl, largest, budget,
+        rough = search(
+            lambda coefficient: self._cost(coefficient, ROUGH_ROWS).per_token, largest, budget,
             start=min(start or START * largest, largest), tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
         )  # fmt: skip
-        guess = found.coefficient * math.sqrt(budget / max(found.kl, MIN_KL))
-        found = replace(found, coefficient=min(guess, largest))
+        coefficient = _corrected(rough.coefficient, rough.kl, largest, budget)
         for _ in range(MAX_ROUNDS):
-            written = found.coefficient
-            found, cost = self._find_on(self._texts(written), largest, budget, written)
-            if abs(math.log(found.coefficient / written)) <= MAX_DRIFT:
+            written = coefficient
+            cost = self._cost(written, len(self._prompts))
+            coefficient = _corrected(written, cost.per_token, largest, budget)
+            if abs(math.log(coefficient / written)) <= MAX_DRIFT:
                 break
         self._report(last=True)
-        return found, cost
+        cost = cost.times((coefficient / written) ** 2)
+        unreached = coefficient == largest and cost.per_token < budget * (1 - TOLERANCE)
+        return Reached(coefficient, cost.per_token, unreached), cost
 
-    def _find_on(self, texts: Sequence[Encoded], largest: float, budget: float, start: float) -> tuple[Reached, Cost]:
-        costs: dict[float, Cost] = {}
-        kept = self._steered.kept(texts, self._profile.layers[:1])
-
-        def kl_at(coefficient: float) -> float:
-            self._report()
-            costs[coefficient] = cost_of(self._steered, replace(self._profile, unit=coefficient), kept)
-            return costs[coefficient].per_token
-
-        found = search(kl_at, largest, budget, start=start, tolerance=TOLERANCE, evaluations=EVALUATIONS)
-        return found, costs[found.coefficient]
-
-    def _rough_kl(self, coefficient: float) -> float:
+    def _cost(self, coefficient: float, texts: int) -> Cost:
+        """The cost of the first texts that are sampled at a coefficient."""
         self._report()
-        profile, prompts = replace(self._profile, unit=coefficient), self._prompts[:ROUGH_ROWS]
+        profile, prompts = replace(self._profile, unit=coefficient), self._prompts[:texts]
         (found,) = self._steered.sample_and_compare(profile, [1.0], prompts, tokens=self._tokens, seed=self._seed)
-        return finite(float(found.divergences.sum())) / max(found.tokens, 1)
-
-    def _texts(self, coefficient: float) -> list[Encoded]:
-        self._steered.write(replace(self._profile, unit=coefficient), 1.0)
-        return self._steered.continuations(self._prompts, tokens=self._tokens, seed=self._seed)
+        return Cost.of(self._steered.lm, float(found.divergences.sum()), found.texts)
 
     def _report(self, *, last: bool = False) -> None:
-        expected = ROUGH_EVALUATIONS + EVALUATIONS
+        expected = ROUGH_EVALUATIONS + MAX_ROUNDS
         self._done += 1
         if self._progress is not None:
             self._progress("calibrate", expected if last else min(self._done, expected - 1), expected)
 
 
-def cost_of(steered: SteeredModel, profile: Profile, texts: Sequence[Encoded] | KeptTexts) -> Cost:
-    """The cost of a profile at strength 1 over given texts. Raises FitError if it is not finite."""
-    kept = texts if isinstance(texts, KeptTexts) else steered.kept(texts, ())
-    steered.write(profile, 1.0)
-    sums, counts = kept.divergences(profile.layers[0])
-    total, count = finite(float(sums.sum())), int(counts.sum())
-    written = [list(ids[start:]) for ids, start in kept.examples]
-    characters = sum(len(text) for text in steered.lm.tokenizer.batch_decode(written, skip_special_tokens=True))
-    return Cost(total / max(count, 1), total / characters if characters else None, count)
+def _corrected(coefficient: float, kl: float, largest: float, budget: float) -> float:
+    """The coefficient at which KL is the budget if it grows as c²."""
+    return min(coefficient * math.sqrt(budget / max(kl, MIN_KL)), largest)
 
 
 def finite(divergence: float) -> float:

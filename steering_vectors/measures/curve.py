@@ -11,7 +11,8 @@ from steering_vectors.profiles.metadata import CurvePointRecord
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+STRENGTHS = (1.0, 2.0, 3.0)
+HALF_STEP = 0.5
 PERPLEXITY_BOUND = 3.0  # factor over the perplexity of unsteered texts
 TEXTS = 24
 
@@ -36,16 +37,20 @@ def measure_curve(
     seed: int,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
-    """Measure points at strength 0, ±0.5, ±1, … ±3, up to the first magnitude at which the perplexity of either sign
-    exceeds `bound` times that at 0. The points ascend."""
-    points = measure_points(steered, profile, [0.0], prompts, tokens=tokens, seed=seed)
-    limit = bound * points[0].perplexity
+    """Measure points at strength 0, ±1, ±2 and ±3, up to the first magnitude at which the perplexity of either sign
+    exceeds `bound` times that at 0, and half a step before it. The points ascend."""
+
+    def measure(*strengths: float) -> list[CurvePoint]:
+        return measure_points(steered, profile, strengths, prompts, tokens=tokens, seed=seed)
+
+    points: list[CurvePoint] = []
     for number, strength in enumerate(STRENGTHS, start=1):
-        both = measure_points(steered, profile, [-strength, strength], prompts, tokens=tokens, seed=seed)
+        both = measure(*([] if points else [0.0]), -strength, strength)
         points += both
         if progress is not None:
             progress("curve", number, len(STRENGTHS))
-        if max(point.perplexity for point in both) > limit:
+        if max(point.perplexity for point in both) > bound * points[0].perplexity:
+            points += measure(HALF_STEP - strength, strength - HALF_STEP)
             break
     if progress is not None:
         progress("curve", len(STRENGTHS), len(STRENGTHS))

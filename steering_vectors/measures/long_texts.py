@@ -26,6 +26,7 @@ TAIL = 64  # tokens at the end of a text in which repetition is looked for
 NGRAM = 4
 REPEATED = 0.5  # share of n-grams in the tail that occurred before
 ENDLESS = 60  # characters of a word
+SMALL_GAP = 0.2  # between strengths, in the search for the safe range
 ALLOWANCE = 0.1  # of the shares of texts that end and that repeat
 
 # The scripts of Chinese, Japanese, Thai, Lao, Burmese and Khmer, which put no space between words, are left out.
@@ -145,36 +146,30 @@ def safe_range(
     """The least and the largest strength, of those tried within ±`widest`, that have no `faults`; and all points with
     their faults, ascending. An end is 0 if every magnitude of its sign has one.
 
-    Both ends are tried first. While an end has faults, half and three quarters of its magnitude are tried together, and
-    1 if that lies between the half and the end. The half is the next one if it has faults too. Magnitudes are rounded
-    down to a tenth.
+    Both ends are tried first, and ±1 if it lies within them. While an end has faults, the middle between it and the
+    largest magnitude below it without faults is tried, rounded down to a tenth, until the gap between the two is at
+    most half of the latter, or 0.2.
     """
-    points = measure([0.0, -widest, widest])
-    unsteered = points[0]
+    points = measure([0.0, *(sign * size for size in sorted({widest, min(1.0, widest)}) for sign in (-1, 1))])
+    unsteered, found = points[0], points[1:]
 
-    def without_faults(found: Sequence[LongTextPoint]) -> set[float]:
+    def ends(sign: int) -> tuple[float, float | None]:
+        """The largest magnitude below all that have faults, and the least one that has some."""
+        tried = {sign * one["strength"]: one["faults"] for one in points if sign * one["strength"] > 0}
+        bad = min((size for size, wrong in tried.items() if wrong), default=None)
+        return max((size for size in tried if bad is None or size < bad), default=0.0), bad
+
+    while found:
         for one in found:
             one["faults"] = faults(one, unsteered, texts=texts, bound=bound)
-        return {one["strength"] for one in found if not one["faults"]}
-
-    fine = without_faults(points[1:])
-    ends = {sign: widest if sign * widest in fine else 0.0 for sign in (-1, 1)}
-    unsafe = {sign: widest for sign, end in ends.items() if not end}
-    while tried := {
-        sign: sorted({half, _tenth(3 * magnitude / 4), *([1.0] if half < 1 < magnitude else [])})
-        for sign, magnitude in unsafe.items()
-        if (half := _tenth(magnitude / 2))
-    }:
-        found = measure([sign * size for sign, sizes in tried.items() for size in sizes])
+        trials = []
+        for sign in (-1, 1):
+            good, bad = ends(sign)
+            if bad is not None and bad - good > max(good / 2, SMALL_GAP) + 1e-9:
+                trials.append(sign * _tenth((good + bad) / 2))
+        found = measure(trials) if trials else []
         points += found
-        fine = without_faults(found)
-        unsafe = {}
-        for sign, (half, *wider) in tried.items():
-            if sign * half in fine:
-                ends[sign] = max(size for size in (half, *wider) if sign * size in fine)
-            else:
-                unsafe[sign] = half
-    return (-ends[-1], ends[1]), sorted(points, key=lambda point: point["strength"])
+    return (-ends(-1)[0], ends(1)[0]), sorted(points, key=lambda point: point["strength"])
 
 
 def _tenth(magnitude: float) -> float:

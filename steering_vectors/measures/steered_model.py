@@ -32,7 +32,7 @@ from steering_vectors.steering.bank import SteeringBank
 CACHES = ("past_key_values", "cache_params")  # other models are recomputed (RWKV's state is wrong in batches)
 MAX_LOGITS = 2**24  # numbers that are computed at once
 MAX_SAMPLED_TOKENS = 2**15  # prompts and samples of a batch, which bounds the cache's memory
-KEPT_BYTES = 2**27  # of shared prompts; the others are computed again
+KEPT_BYTES = 2**27  # of shared prompts and of log-probabilities; the others are computed again
 PROBE_TOKENS = 4
 TOLERANCE = 1e-3  # relative error of logits from a pass in parts; it sums in the same order, but in other batches
 
@@ -161,17 +161,26 @@ class SteeredModel:
         found = [self._log_probs(part).gather(1, tokens.unsqueeze(1)).squeeze(1) for part, tokens in parts]
         return torch.cat(found)
 
+    def log_probs(self, final: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities float32 `[positions, vocabulary]` at positions with these inputs of the output
+        projection."""
+        return torch.cat(list(map(self._log_probs, torch.split(final, self._positions_at_once))))
+
     def compared(
         self,
         steered: torch.Tensor,
         base: torch.Tensor,
         compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        known: bool = False,
     ) -> torch.Tensor:
         """`compare` of the log-probabilities at positions with these inputs of the output projection, `[positions,
-        …]`."""
+        …]`. If `known`, `base` are log-probabilities already."""
         size = self._positions_at_once
         parts = zip(torch.split(steered, size), torch.split(base, size), strict=True)
-        return torch.cat([compare(self._log_probs(one), self._log_probs(other)) for one, other in parts])
+        return torch.cat(
+            [compare(self._log_probs(one), other if known else self._log_probs(other)) for one, other in parts]
+        )
 
     def final(
         self,
@@ -304,13 +313,16 @@ class _KeptPart:
 class KeptTexts:
     """Texts with their unsteered pass: measured again, they cost the blocks from the first steered one on.
 
-    Keeps the outputs of some layers at all positions but those of shared prompts, the inputs of the output projection
-    at the scored ones, and keys and values of shared prompts up to KEPT_BYTES.
+    Keeps the outputs of some layers at all positions but those of shared prompts, and the inputs of the output
+    projection at the scored ones. Keys and values of shared prompts, and log-probabilities once they were compared, are
+    kept up to KEPT_BYTES each.
     """
 
     def __init__(self, steered: SteeredModel, examples: Sequence[Encoded], layers: Sequence[int]) -> None:
         self._steered, self.examples = steered, examples
         self._parts: list[_KeptPart] = []
+        self._log_probs: dict[int, torch.Tensor] = {}  # by part
+        self._room = KEPT_BYTES  # for them
         keep, room = layers if steered.resumes else (), KEPT_BYTES
         for scored in scored_batches_for(steered.lm, examples, steered.batch_tokens, kept=True):
             cache = prompt_cache(steered.lm, scored.batch)
@@ -330,8 +342,14 @@ class KeptTexts:
         self, first: int, compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[Scored, torch.Tensor]]:
         """Yield batches with `compare` of the steered and the unsteered log-probabilities, `[positions, …]`."""
-        for part in self._parts:
-            yield part.scored, self._steered.compared(self._final(part, first), part.base, compare)
+        for number, part in enumerate(self._parts):
+            size = len(part.base) * self._steered.lm.vocab_size * torch.float32.itemsize
+            if number not in self._log_probs and size <= self._room:
+                self._room -= size
+                self._log_probs[number] = self._steered.log_probs(part.base)
+            base = self._log_probs.get(number)
+            final, known = self._final(part, first), base is not None
+            yield part.scored, self._steered.compared(final, part.base if base is None else base, compare, known=known)
 
     def log_likelihoods(self, first: int, *, steer: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """`SteeredModel.log_likelihoods` of the texts under steering whose first layer is `first`."""

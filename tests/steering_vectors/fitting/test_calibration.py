@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from steering_vectors.data.batches import Encoded
 from steering_vectors.data.chat import Example
 from steering_vectors.data.corpus import encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
@@ -23,7 +23,6 @@ from steering_vectors.fitting.calibration import (
     Reached,
     calibrate,
     calibrate_on,
-    cost_of,
     largest_coefficient,
     search,
     trained_and_fresh,
@@ -32,7 +31,7 @@ from steering_vectors.fitting.fit import FitSettings, fit
 from steering_vectors.measures.curve import CurvePoint, curve_record, measure_curve, safe_strength
 from steering_vectors.measures.long_texts import measure_long_texts, safe_range
 from steering_vectors.measures.propensity import propensity_report
-from steering_vectors.measures.steered_model import steerable
+from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
@@ -105,41 +104,43 @@ def test_what_is_recorded(lm: LanguageModel) -> None:
 
 def test_the_cost_per_character(lm: LanguageModel) -> None:
     """The same nats, over the characters of what was written."""
-    profile = profile_for(lm, unit=0.3)
-    texts = [([0, 9, *lm.tokenizer.encode(text, add_special_tokens=False)], 2) for text in ("warm water", "a pear")]
-    with steerable(lm) as steered:
-        cost, silent = cost_of(steered, profile, texts), cost_of(steered, profile, [([0, 9, 1], 2)])
-    total = 0.0
-    shifts = {layer: profile.unit * direction for layer, direction in profile.injected().items()}
-    for ids, start in texts:
-        logs = []
-        for wanted in ({}, shifts):
-            with torch.no_grad(), shifted(lm, wanted, start - 1):
-                logs.append(lm.model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1))
-        total += float((logs[1].exp() * (logs[1] - logs[0])).sum())
-    assert cost.tokens == sum(len(ids) - start for ids, start in texts) < len("warm watera pear")
-    assert cost.per_token == pytest.approx(total / cost.tokens, rel=1e-4)
-    assert cost.per_character == pytest.approx(total / len("warm watera pear"), rel=1e-4)
-    assert silent.per_character is None
+    texts = [lm.tokenizer.encode(text, add_special_tokens=False) for text in ("warm water", "a pear")]
+    tokens = sum(map(len, texts))
+    assert Cost.of(lm, 1.7, texts) == Cost(1.7 / tokens, 1.7 / len("warm watera pear"), tokens)
+    assert Cost.of(lm, 1.7, [[1]]) == Cost(1.7, None, 1)
+    assert Cost.of(lm, 0.0, [[]]) == Cost(0.0, None, 0)
+    assert Cost.of(lm, 1.7, texts).times(4) == Cost(6.8 / tokens, 6.8 / len("warm watera pear"), tokens)
 
 
-@pytest.mark.parametrize(("drift", "equal"), [(0.0, True), (1.0, False)])
-def test_the_last_search_reads_texts_written_near_its_unit(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, drift: float, equal: bool
+@pytest.mark.parametrize("drift", [0.0, 0.01, 10.0])
+def test_the_last_texts_are_written_near_the_unit(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, drift: float
 ) -> None:
-    """The search is repeated on new texts while it moves the unit by more than the drift, so with none allowed the cost
-    is that of the texts that are written at the unit itself."""
+    """Texts are written again while their KL moves the unit by more than the drift, at most three times."""
     monkeypatch.setattr(calibration, "MAX_DRIFT", drift)
+    monkeypatch.setattr(calibration, "ROUGH_TOLERANCE", 0.9)  # so that the first texts are far from the unit
+    rounds: list[float] = []
+    sample = SteeredModel.sample_and_compare
+
+    def noted(
+        steered: SteeredModel, profile: Profile, strengths: list[float], prompts: list[list[int]], **options: int
+    ):  # type: ignore[no-untyped-def]
+        if len(prompts) == 192:
+            rounds.append(profile.unit)
+        return sample(steered, profile, strengths, prompts, **options)
+
+    monkeypatch.setattr(SteeredModel, "sample_and_compare", noted)
     profile = calibrate_on(lm, profile_for(lm), PROMPTS, kl_budget=1.0, tokens=16, seed=1)
+    units = [*rounds, profile.unit]
+    moves = [abs(math.log(after / before)) for before, after in pairwise(units)]
+    assert len(rounds) == next((number for number, move in enumerate(moves, start=1) if move <= drift), 3)
     with steerable(lm) as steered:
-        steered.write(profile, 1.0)
-        texts = steered.continuations(PROMPTS * 6, tokens=16, seed=1)
-        found = cost_of(steered, profile, texts)
+        (found,) = sample(steered, replace(profile, unit=rounds[-1]), [1.0], PROMPTS * 6, tokens=16, seed=1)
+    written, factor = Cost.of(lm, float(found.divergences.sum()), found.texts), (units[-1] / units[-2]) ** 2
     recorded = profile.calibration
-    assert (recorded["kl_at_1"] == pytest.approx(found.per_token, rel=1e-4)) == equal
-    if equal:
-        assert recorded["kl_per_character"] == pytest.approx(found.per_character, rel=1e-4)
-        assert recorded["tokens"] == found.tokens
+    assert recorded["kl_at_1"] == pytest.approx(factor * written.per_token, rel=1e-4)
+    assert recorded["kl_per_character"] == pytest.approx(factor * written.per_character, rel=1e-4)
+    assert recorded["tokens"] == written.tokens
 
 
 def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,18 +290,11 @@ def test_a_budget_in_settings_must_be_positive() -> None:
     assert refusal.value.message == "the KL budget must be a positive number of nats per token, not -0.5"
 
 
-def test_logits_that_are_not_finite_are_refused() -> None:
-    lm = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    with torch.no_grad():
-        lm.model.lm_head.weight[5] = math.inf
-    with steerable(lm) as steered, pytest.raises(FitError) as refusal:
-        cost_of(steered, profile_for(lm), [([0, 9, 10], 2)])
+@pytest.mark.parametrize("divergence", [math.inf, math.nan])
+def test_logits_that_are_not_finite_are_refused(lm: LanguageModel, divergence: float) -> None:
+    with pytest.raises(FitError) as refusal:
+        Cost.of(lm, divergence, [[9]])
     assert refusal.value.message == ("the steered model's logits are not finite: load the model with dtype float32")
-
-
-def test_nothing_written_costs_nothing(lm: LanguageModel) -> None:
-    with steerable(lm) as steered:
-        assert cost_of(steered, profile_for(lm), [([0, 9], 2)]) == Cost(0.0, None, 0)
 
 
 def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,31 +307,26 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
     )  # fmt: skip
     with steerable(lm) as steered:
 
-        def texts(unit: float, prompts: list[list[int]]) -> list[Encoded]:
-            steered.write(replace(profile, unit=unit), 1.0)
-            return steered.continuations(prompts, tokens=5, seed=3)
-
-        def cost(unit: float, written: list[Encoded]) -> Cost:
+        def cost(unit: float, prompts: list[list[int]]) -> Cost:
             evaluations.append(unit)
-            return cost_of(steered, replace(profile, unit=unit), written)
+            one = replace(profile, unit=unit)
+            steered.write(one, 1.0)
+            texts = steered.continuations(prompts, tokens=5, seed=3)
+            sums, _ = steered.divergences(texts)
+            return Cost.of(lm, float(sums.sum()), [ids[start:] for ids, start in texts])
 
         evaluations: list[float] = []
         largest = largest_coefficient(profile)
         rough = search(
-            lambda c: cost(c, texts(c, rows[:4])).per_token, largest, 0.3,
-            start=0.2 * largest, tolerance=0.15, evaluations=10,
-        )  # fmt: skip
+            lambda c: cost(c, rows[:4]).per_token, largest, 0.3, start=0.2 * largest, tolerance=0.15, evaluations=10
+        )
         unit = min(rough.coefficient * math.sqrt(0.3 / rough.kl), largest)
         for _ in range(3):
-            before, written = unit, texts(unit, rows)
-            fine = search(
-                lambda c, written=written: cost(c, written).per_token, largest, 0.3,
-                start=before, tolerance=0.03, evaluations=6,
-            )  # fmt: skip
-            unit = fine.coefficient
-            if abs(math.log(unit / before)) <= 0.05:
+            written, final = unit, cost(unit, rows)
+            unit = written * math.sqrt(0.3 / final.per_token)
+            if abs(math.log(unit / written)) <= 0.1:
                 break
-        final = cost_of(steered, replace(profile, unit=unit), written)
+        final = final.times((unit / written) ** 2)
         curve = measure_curve(steered, replace(profile, unit=unit), rows[:5], bound=1.4, tokens=5, seed=3)
     assert found.unit == pytest.approx(unit, rel=1e-4)
     assert found.max_strength == max(0.1, safe_strength(curve, 1.4))
@@ -354,8 +343,8 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
         "seed": 3,
         "perplexity_bound": 1.4,
     }
-    steps = [min(done, 15) for done in range(1, len(evaluations) + 1)]
-    assert [call for call in calls if call[0] == "calibrate"] == [("calibrate", done, 16) for done in [*steps, 16]]
+    steps = [min(done, 12) for done in range(1, len(evaluations) + 1)]
+    assert [call for call in calls if call[0] == "calibrate"] == [("calibrate", done, 13) for done in [*steps, 13]]
     assert {call[0] for call in calls} > {"calibrate"}  # the curve reports too
 
 

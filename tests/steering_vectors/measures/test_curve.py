@@ -61,12 +61,20 @@ def approximately(point: CurvePoint) -> CurvePoint:
 
 
 def test_a_curve_ends_at_the_first_magnitude_over_the_bound(lm: LanguageModel) -> None:
+    """Half a step before that magnitude is measured too."""
+    profile = profile_for(lm, 2.0)
     with steerable(lm) as steered:
-        short = measure_curve(steered, profile_for(lm, 8.0), PROMPTS, bound=1.05, tokens=6, seed=0)
-        whole = measure_curve(steered, profile_for(lm, 0.01), PROMPTS, bound=1.5, tokens=6, seed=0)
-    assert [point.strength for point in short] == [-0.5, 0.0, 0.5]
-    assert [point.strength for point in whole] == sorted([0.0, *(s * m / 2 for s in (-1, 1) for m in range(1, 7))])
-    assert whole[6] == CurvePoint(0.0, 0.0, whole[6].perplexity)
+        still, *around = measure_points(steered, profile, [0.0, -1.0, 1.0, -2.0, 2.0], PROMPTS, tokens=6, seed=0)
+        at_1, at_2 = (max(one.perplexity for one in both) / still.perplexity for both in (around[:2], around[2:]))
+        bounds = (0.99 * at_1, 0.99 * at_2, 1e9)
+        curves = [measure_curve(steered, profile, PROMPTS, bound=bound, tokens=6, seed=0) for bound in bounds]
+    assert 1 < at_1 < at_2
+    assert [[point.strength for point in curve] for curve in curves] == [
+        [-1.0, -0.5, 0.0, 0.5, 1.0],
+        [-2.0, -1.5, -1.0, 0.0, 1.0, 1.5, 2.0],
+        [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0],
+    ]
+    assert curves[0][2] == CurvePoint(0.0, 0.0, approximately(still).perplexity)
 
 
 def points(*perplexities: float) -> list[CurvePoint]:

@@ -190,18 +190,24 @@ def searched(widest: float, *limits: float) -> tuple[tuple[float, float], list[l
 
 
 def test_the_search_for_the_safe_range() -> None:
-    first = [0, -2.6, 2.6]
+    first = [0, -1, 1, -2.6, 2.6]
     assert searched(2.6, 3, 3) == ((-2.6, 2.6), [first])
-    assert searched(2.6, 3, 2) == ((-2.6, 1.9), [first, [1.3, 1.9]])
-    assert searched(2.6, 1.5, 2) == ((-1.3, 1.9), [first, [-1.3, -1.9, 1.3, 1.9]])
-    assert searched(2.6, 1.0, 2) == ((-1.0, 1.9), [first, [-1.3, -1.9, 1.3, 1.9], [-0.6, -0.9, -1.0]])
-    assert searched(1.9, 0.9, 1.1) == ((-0.9, 1.0), [[0, -1.9, 1.9], [-0.9, -1.0, -1.4, 0.9, 1.0, 1.4]])
-    third = [-0.6, -0.9, -1.0, 0.6, 0.9, 1.0]
-    assert searched(2.6, 1.0, 0.4) == ((-1.0, 0.4), [first, [-1.3, -1.9, 1.3, 1.9], third, [0.3, 0.4]])
-    assert searched(0.3, 0.0, 1) == ((0.0, 0.3), [[0, -0.3, 0.3], [-0.1, -0.2]])
-    assert searched(0.3, 0.1, 1) == ((-0.1, 0.3), [[0, -0.3, 0.3], [-0.1, -0.2]])
-    assert searched(0.2, 1, 0.1) == ((-0.2, 0.1), [[0, -0.2, 0.2], [0.1]])
-    assert searched(0.1, 0.0, 0.0) == ((0.0, 0.0), [[0, -0.1, 0.1]])
+    assert searched(2.6, 3, 2) == ((-2.6, 1.8), [first, [1.8]])
+    assert searched(2.6, 1.5, 2) == ((-1.4, 1.8), [first, [-1.8, 1.8], [-1.4]])
+    assert searched(1.9, 0.9, 1.1) == ((-0.7, 1.0), [[0, -1, 1, -1.9, 1.9], [-0.5, 1.4], [-0.7]])
+    assert searched(2.6, 1.0, 0.4) == ((-1.0, 0.3), [first, [-1.8, 0.5], [-1.4, 0.2], [0.3]])
+    assert searched(1.0, 1.0, 0.9) == ((-1.0, 0.7), [[0, -1, 1], [0.5], [0.7]])
+    assert searched(3.0, 0.05, 3) == ((0.0, 3.0), [[0, -1, 1, -3, 3], [-0.5], [-0.2]])
+    assert searched(0.3, 0.0, 1) == ((0.0, 0.3), [[0, -0.3, 0.3], [-0.1]])
+    assert searched(0.3, 0.1, 1) == ((-0.1, 0.3), [[0, -0.3, 0.3], [-0.1]])
+    assert searched(0.2, 1, 0.1) == ((-0.2, 0.0), [[0, -0.2, 0.2]])
+
+
+def test_a_fault_below_strengths_without_faults_ends_the_range() -> None:
+    """Faults at 1 and none at 2 say that the range ends below 1, wherever 2 comes from."""
+    safe, points = safe_range(lambda found: [point(one, repeating=float(abs(one) == 1)) for one in found], 2, texts=16)
+    assert safe == (-0.7, 0.7)
+    assert [one["strength"] for one in points] == [-2, -1, -0.7, -0.5, 0, 0.5, 0.7, 1, 2]
 
 
 def test_the_faults_next_beyond_a_range() -> None:
