@@ -41,6 +41,7 @@ def fit(
     ] = None,
     kl_budget: flags.KlBudget = 0.1,
     text_tokens: flags.TextTokens = 160,
+    text_count: flags.TextCount = 16,
     no_calibrate: Annotated[bool, flags.in_calibration("--no-calibrate", help="Leave the unit at 1.")] = False,
     heldout_fraction: Annotated[float, flags.in_data(help="Share of the rows that is not trained on.")] = 0.2,
     batch_tokens: Annotated[int, flags.in_model(min=1, help="Tokens per forward pass.")] = 4096,
@@ -62,6 +63,7 @@ def fit(
         heldout_fraction=heldout_fraction,
         kl_budget=kl_budget,
         text_tokens=text_tokens,
+        text_count=text_count,
         calibrate=not no_calibrate,
         gate=None if gate is None else steering_vectors.load_gate_prompts(gate),
         seed=seed,
@@ -86,6 +88,7 @@ def calibrate(
         flags.in_calibration(help="The safe range ends where perplexity exceeds this many times the unsteered one."),
     ] = 3.0,
     text_tokens: flags.TextTokens = 160,
+    text_count: flags.TextCount = 16,
     allow_model_mismatch: Annotated[
         bool, flags.in_model("--allow-model-mismatch", help="Calibrate a profile that was fitted on another model.")
     ] = False,
@@ -105,6 +108,7 @@ def calibrate(
         kl_budget=kl_budget,
         perplexity_bound=perplexity_bound,
         text_tokens=text_tokens,
+        text_count=text_count,
         seed=seed,
         skip_long_rows=data.skip_long_rows,
         allow_model_mismatch=allow_model_mismatch,

@@ -29,6 +29,7 @@ KlBudget = Annotated[float, in_calibration(help="KL that strength 1 costs, in na
 TextTokens = Annotated[
     int, in_calibration(help="The safe range is checked on texts of so many tokens; 0 leaves the check out.")
 ]
+TextCount = Annotated[int, in_calibration(help="Number of these texts at each strength.")]
 MethodOptions = Annotated[
     list[str] | None,
     in_method(

@@ -12,11 +12,16 @@ from steering_vectors.data.corpus import encode_corpus, prompts_with_room
 from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import FitError
 from steering_vectors.evaluation.preference_suite import EvaluationSettings, PreferenceSuite
-from steering_vectors.fitting.calibration import DEFAULT_KL_BUDGET, SAMPLED_TOKENS, calibrate_on, trained_and_fresh
+from steering_vectors.fitting.calibration import (
+    DEFAULT_KL_BUDGET,
+    SAMPLED_TOKENS,
+    CalibrationSettings,
+    calibrate_on,
+    trained_and_fresh,
+)
 from steering_vectors.fitting.fit import FitSettings, fit
 from steering_vectors.measures import results
 from steering_vectors.measures.controls import random_controls
-from steering_vectors.measures.long_texts import DEFAULT_TEXT_TOKENS
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import method_named, method_names
 from steering_vectors.models.limits import context_limit
@@ -98,9 +103,7 @@ def compare_methods(
             lm,
             control,
             prompts,
-            kl_budget=settings.kl_budget,
-            text_tokens=DEFAULT_TEXT_TOKENS,
-            seed=settings.seed,
+            CalibrationSettings(kl_budget=settings.kl_budget, seed=settings.seed),
             progress=progress,
         )
         controls.append((at_budget, time.perf_counter() - start))

@@ -51,20 +51,29 @@ class CalibrationSettings:
 
     `kl_budget` is in nats of KL(steered‖base) per token at strength 1. `perplexity_bound` is the factor over the
     unsteered perplexity that ends the safe range. `text_tokens` is the length of the texts on which the safe range is
-    checked; 0 leaves the check out. Raises FitError for values that cannot be used.
+    checked, and `text_count` their number at each strength; 0 tokens leave the check out. Raises FitError for values
+    that cannot be used.
     """
 
     kl_budget: float = DEFAULT_KL_BUDGET
     perplexity_bound: float = PERPLEXITY_BOUND
     text_tokens: int = DEFAULT_TEXT_TOKENS
+    text_count: int = LONG_TEXTS
     seed: int = 0
     skip_long_rows: bool = False
     allow_model_mismatch: bool = False
 
     def __post_init__(self) -> None:
-        check_budget(self.kl_budget)
-        check_bound(self.perplexity_bound)
-        check_text_tokens(self.text_tokens)
+        if not math.isfinite(self.kl_budget) or self.kl_budget <= 0:
+            raise FitError(f"the KL budget must be a positive number of nats per token, not {self.kl_budget:g}")
+        if not math.isfinite(self.perplexity_bound) or self.perplexity_bound <= 1:
+            raise FitError(f"the perplexity bound must be a factor above 1, not {self.perplexity_bound:g}")
+        if self.text_tokens < 0:
+            raise FitError(
+                f"text_tokens must be a number of tokens, or 0 for no check of long texts, not {self.text_tokens}"
+            )
+        if self.text_count < 1:
+            raise FitError(f"text_count must be at least 1, not {self.text_count}")
 
 
 def calibrate(
@@ -89,10 +98,7 @@ def calibrate(
         lm,
         profile,
         prompts_with_room(lm, fresh.pairs, room=SAMPLED_TOKENS, seed=settings.seed),
-        kl_budget=settings.kl_budget,
-        perplexity_bound=settings.perplexity_bound,
-        text_tokens=settings.text_tokens,
-        seed=settings.seed,
+        settings,
         progress=progress,
     )
     with steerable(lm) as steered:
@@ -116,18 +122,15 @@ def calibrate_on(
     lm: LanguageModel,
     profile: Profile,
     prompts: Sequence[Sequence[int]],
+    settings: CalibrationSettings,
     *,
-    kl_budget: float = DEFAULT_KL_BUDGET,
-    perplexity_bound: float = PERPLEXITY_BOUND,
     tokens: int = SAMPLED_TOKENS,
-    text_tokens: int = 0,
     start: float | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
     """Set a profile's unit and safe range on prompts of token ids. `start` is a guess at the unit, if there is one.
 
-    The unit c is the coefficient at which KL(steered‖base) at strength 1 is `kl_budget` nats per token. The mean is
+    The unit c is the coefficient at which KL(steered‖base) at strength 1 is the budget. The mean is
     taken over the whole vocabulary and over the steered positions of texts that the steered model samples after the
     prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
 
@@ -139,31 +142,28 @@ def calibrate_on(
        block, that c is taken and the calibration says `unreached`.
 
     The safe range is read from the curve of perplexity over strength (see `measure_curve`), and each end of it becomes
-    smaller if texts of up to `text_tokens` tokens have faults there (see `safe_range`); it is at least ±0.1. Without
-    `text_tokens`, or as far as the model's context is too short, longer texts are not checked. Raises FitError without
-    prompts or residual norms, and for settings that cannot be used.
+    smaller if long texts have faults there (see `safe_range`); it is at least ±0.1. As far as the model's context is
+    too short, longer texts are not checked. Raises FitError without prompts or residual norms.
     """
     if not prompts:
         raise FitError("there is no prompt to calibrate on; add rows with other prompts")
-    check_budget(kl_budget)
-    check_bound(perplexity_bound)
-    check_text_tokens(text_tokens)
     rows = [prompts[i % len(prompts)] for i in range(max(ROWS, len(prompts)))]
     with steerable(lm) as steered:
-        found, cost = UnitSearch(steered, profile, rows, tokens, seed, progress).find_unit(kl_budget, start)
+        found, cost = UnitSearch(steered, profile, rows, tokens, settings.seed, progress).find_unit(
+            settings.kl_budget, start
+        )
         profile = replace(profile, unit=found.coefficient)
         curve = measure_curve(
-            steered, profile, rows[:TEXTS], bound=perplexity_bound, tokens=tokens, seed=seed, progress=progress
-        )
-        safe = max(MIN_SAFE_STRENGTH, safe_strength(curve, perplexity_bound))
+            steered, profile, rows[:TEXTS],
+            bound=settings.perplexity_bound, tokens=tokens, seed=settings.seed, progress=progress,
+        )  # fmt: skip
+        safe = max(MIN_SAFE_STRENGTH, safe_strength(curve, settings.perplexity_bound))
         low, high, checked = -safe, safe, None
-        if text_tokens:
-            (low, high), checked = _checked_on_long_texts(
-                steered, profile, prompts, safe, perplexity_bound, text_tokens, seed, progress
-            )
+        if settings.text_tokens:
+            (low, high), checked = _checked_on_long_texts(steered, profile, prompts, safe, settings, progress)
         low, high = min(low, -MIN_SAFE_STRENGTH), max(high, MIN_SAFE_STRENGTH)
     calibration: Calibration = {
-        "kl_budget": kl_budget,
+        "kl_budget": settings.kl_budget,
         "kl_at_1": cost.per_token,
         "kl_per_character": cost.per_character,
         "tokens": cost.tokens,
@@ -171,8 +171,8 @@ def calibrate_on(
         "prompts_sha256": hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest(),
         "unreached": found.unreached,
         "texts": len(rows),
-        "seed": seed,
-        "perplexity_bound": perplexity_bound,
+        "seed": settings.seed,
+        "perplexity_bound": settings.perplexity_bound,
         "curve": curve_record(curve),
     }
     if checked is not None:
@@ -185,22 +185,22 @@ def _checked_on_long_texts(
     profile: Profile,
     prompts: Sequence[Sequence[int]],
     safe: float,
-    bound: float,
-    tokens: int,
-    seed: int,
+    settings: CalibrationSettings,
     progress: Progress | None,
 ) -> tuple[tuple[float, float], LongTextCheck]:
-    """The safe range by long texts, within ±`safe`, and how it was measured. Prompts that leave no room for `tokens`
-    more are left out if there are others; else the texts are shorter."""
-    limit, done = context_limit(steered.lm), 0
+    """The safe range by long texts, within ±`safe`, and how it was measured. Prompts that leave no room for them are
+    left out if there are others; else the texts are shorter."""
+    limit, tokens, count, done = context_limit(steered.lm), settings.text_tokens, settings.text_count, 0
     fitting = [prompt for prompt in prompts if limit is None or len(prompt) + tokens <= limit]
     if limit is not None and not fitting:
         tokens = limit - max(map(len, prompts))
-    rows = [(fitting or prompts)[i % len(fitting or prompts)] for i in range(LONG_TEXTS)]
+    rows = [(fitting or prompts)[i % len(fitting or prompts)] for i in range(count)]
 
     def measure(strengths: Sequence[float]) -> list[LongTextPoint]:
         nonlocal done
-        found = measure_long_texts(steered, profile, strengths, rows, tokens=tokens, seed=seed, compared=COMPARED_TEXTS)
+        found = measure_long_texts(
+            steered, profile, strengths, rows, tokens=tokens, seed=settings.seed, compared=COMPARED_TEXTS
+        )
         done += 1
         if progress is not None:
             progress("texts", min(done, EXPECTED_CHECKS - 1), EXPECTED_CHECKS)
@@ -208,15 +208,15 @@ def _checked_on_long_texts(
 
     if progress is not None:
         progress("texts", 0, EXPECTED_CHECKS)
-    found, points = safe_range(measure, safe, texts=LONG_TEXTS, bound=bound)
+    found, points = safe_range(measure, safe, texts=count, bound=settings.perplexity_bound)
     if progress is not None:
         progress("texts", EXPECTED_CHECKS, EXPECTED_CHECKS)
     unsteered = next(point for point in points if point["strength"] == 0)
     return found, {
         "tokens": tokens,
-        "texts": LONG_TEXTS,
+        "texts": count,
         "short_range": safe,
-        "tells_endings": tells_endings(unsteered, texts=LONG_TEXTS),
+        "tells_endings": tells_endings(unsteered, texts=count),
         "points": points,
     }
 
@@ -372,18 +372,3 @@ def _between(low: Reached, high: Reached, budget: float) -> float:
 
 def _distance(reached: Reached, budget: float) -> float:
     return abs(math.log(max(reached.kl, MIN_KL) / budget))
-
-
-def check_budget(kl_budget: float) -> None:
-    if not math.isfinite(kl_budget) or kl_budget <= 0:
-        raise FitError(f"the KL budget must be a positive number of nats per token, not {kl_budget:g}")
-
-
-def check_bound(perplexity_bound: float) -> None:
-    if not math.isfinite(perplexity_bound) or perplexity_bound <= 1:
-        raise FitError(f"the perplexity bound must be a factor above 1, not {perplexity_bound:g}")
-
-
-def check_text_tokens(text_tokens: int) -> None:
-    if text_tokens < 0:
-        raise FitError(f"text_tokens must be a number of tokens, or 0 for no check of long texts, not {text_tokens}")

@@ -18,9 +18,8 @@ from steering_vectors.errors import FitError
 from steering_vectors.fitting.calibration import (
     DEFAULT_KL_BUDGET,
     SAMPLED_TOKENS,
+    CalibrationSettings,
     calibrate_on,
-    check_budget,
-    check_text_tokens,
 )
 from steering_vectors.fitting.endings import TOKENS as ENDING_TOKENS
 from steering_vectors.fitting.endings import without_endings
@@ -36,7 +35,7 @@ from steering_vectors.fitting.layers import (
 )
 from steering_vectors.measures.activations import SAMPLE_ROWS, LayerStatistics, Tokens, capture
 from steering_vectors.measures.data_quality import data_quality
-from steering_vectors.measures.long_texts import DEFAULT_TEXT_TOKENS
+from steering_vectors.measures.long_texts import DEFAULT_TEXT_TOKENS, LONG_TEXTS
 from steering_vectors.measures.propensity import REPORT_ROWS, projection_accuracies, propensity_report, token_log_odds
 from steering_vectors.measures.steered_model import steerable
 from steering_vectors.methods import Directions, Task, method_named
@@ -79,7 +78,8 @@ class FitSettings:
       `without_endings`). For independent layering only.
     - `heldout_fraction`: share of the rows, split by prompt, that is not trained on.
     - `kl_budget`: nats of KL(steered‖base) per token that strength 1 costs. `calibrate=False` leaves the unit at 1.
-    - `text_tokens`: the length of the texts on which the safe range is checked; 0 leaves the check out.
+    - `text_tokens`: the length of the texts on which the safe range is checked; 0 leaves the check out. `text_count`:
+      their number at each strength.
     - `gate`: prompts on which the profile should and should not steer (`load_gate_prompts`); None steers always.
     - `seed`: equal settings with equal seeds give bitwise equal tensors.
     - `batch_tokens`: tokens per forward pass. `skip_long_rows`: leave out rows longer than the model's context
@@ -99,6 +99,7 @@ class FitSettings:
     heldout_fraction: float = 0.2
     kl_budget: float = DEFAULT_KL_BUDGET
     text_tokens: int = DEFAULT_TEXT_TOKENS
+    text_count: int = LONG_TEXTS
     calibrate: bool = True
     gate: GatePrompts | None = None
     seed: int = 0
@@ -111,8 +112,13 @@ class FitSettings:
             raise FitError(f"tokens is {self.tokens!r}, not one of response, last")
         if self.keep_endings and self.layering != "independent":
             raise FitError("keep_endings works with independent layering only: leave one of both out")
-        check_budget(self.kl_budget)
-        check_text_tokens(self.text_tokens)
+        _ = self.calibration
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        return CalibrationSettings(
+            kl_budget=self.kl_budget, text_tokens=self.text_tokens, text_count=self.text_count, seed=self.seed
+        )
 
 
 class FitOptions(TypedDict, total=False):
@@ -129,6 +135,7 @@ class FitOptions(TypedDict, total=False):
     heldout_fraction: float
     kl_budget: float
     text_tokens: int
+    text_count: int
     calibrate: bool
     gate: GatePrompts | None
     seed: int
@@ -261,10 +268,8 @@ class _Fit:
                     lm,
                     profile,
                     parts.calibration_prompts,
-                    kl_budget=settings.kl_budget,
-                    text_tokens=settings.text_tokens,
+                    settings.calibration,
                     start=start,
-                    seed=settings.seed,
                     progress=self._progress,
                 )
             with steerable(lm) as steered:

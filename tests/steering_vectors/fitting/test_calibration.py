@@ -18,6 +18,7 @@ from steering_vectors.data.preferences import Preferences
 from steering_vectors.errors import DataError, FitError, ProfileMismatch
 from steering_vectors.fitting import calibration
 from steering_vectors.fitting.calibration import (
+    SAMPLED_TOKENS,
     CalibrationSettings,
     Cost,
     Reached,
@@ -35,6 +36,7 @@ from steering_vectors.measures.steered_model import SteeredModel, steerable
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
+from steering_vectors.progress import Progress
 from tests.support.by_hand import shifted
 from tests.support.few_texts import few_texts
 from tests.support.tiny import tiny_model
@@ -55,6 +57,21 @@ def profile_for(lm: LanguageModel, **fields: object) -> Profile:
     directions = {layer: torch.randn(lm.hidden_size, generator=draw) for layer in (1, 2)}
     norms = dict.fromkeys(directions, 50.0)
     return replace(Profile("test", lm.identity, directions, "mean-diff", residual_norms=norms), **fields)  # type: ignore[arg-type]
+
+
+def calibrated(
+    lm: LanguageModel,
+    profile: Profile,
+    prompts: list[list[int]],
+    *,
+    tokens: int = SAMPLED_TOKENS,
+    text_tokens: int = 0,
+    progress: Progress | None = None,
+    **settings: float,
+) -> Profile:
+    """`calibrate_on`, without long texts unless asked for."""
+    chosen = CalibrationSettings(text_tokens=text_tokens, **settings)  # type: ignore[arg-type]
+    return calibrate_on(lm, profile, prompts, chosen, tokens=tokens, progress=progress)
 
 
 def measured_kl(lm: LanguageModel, profile: Profile, prompts: list[list[int]], tokens: int, seed: int) -> float:
@@ -84,14 +101,14 @@ def measured_kl(lm: LanguageModel, profile: Profile, prompts: list[list[int]], t
 
 @pytest.mark.parametrize("layering", ["independent", "incremental"])
 def test_fresh_samples_cost_the_budget(lm: LanguageModel, layering: str) -> None:
-    profile = calibrate_on(lm, profile_for(lm, layering=layering), PROMPTS, kl_budget=0.1, tokens=16, seed=0)
+    profile = calibrated(lm, profile_for(lm, layering=layering), PROMPTS, kl_budget=0.1, tokens=16, seed=0)
     assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.03)
     assert profile.calibration["unreached"] is False
     assert measured_kl(lm, profile, PROMPTS[::2], 16, seed=99) == pytest.approx(0.1, rel=0.1)
 
 
 def test_what_is_recorded(lm: LanguageModel) -> None:
-    recorded = calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
+    recorded = calibrated(lm, profile_for(lm), PROMPTS, tokens=8, seed=7).calibration
     assert set(recorded) == {
         "kl_budget", "kl_at_1", "kl_per_character", "unreached", "prompts", "prompts_sha256", "texts", "tokens", "seed",
         "perplexity_bound", "curve",
@@ -130,7 +147,7 @@ def test_the_last_texts_are_written_near_the_unit(
         return sample(steered, profile, strengths, prompts, **options)
 
     monkeypatch.setattr(SteeredModel, "sample_and_compare", noted)
-    profile = calibrate_on(lm, profile_for(lm), PROMPTS, kl_budget=1.0, tokens=16, seed=1)
+    profile = calibrated(lm, profile_for(lm), PROMPTS, kl_budget=1.0, tokens=16, seed=1)
     units = [*rounds, profile.unit]
     moves = [abs(math.log(after / before)) for before, after in pairwise(units)]
     assert len(rounds) == next((number for number, move in enumerate(moves, start=1) if move <= drift), 3)
@@ -145,14 +162,14 @@ def test_the_last_texts_are_written_near_the_unit(
 
 def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     few_texts(monkeypatch)
-    first, again, other = (calibrate_on(lm, profile_for(lm), PROMPTS, tokens=8, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (calibrated(lm, profile_for(lm), PROMPTS, tokens=8, seed=seed) for seed in (0, 0, 1))
     assert (first.unit, first.calibration) == (again.unit, again.calibration)
     assert first.unit != other.unit
 
 
 def test_an_unreachable_budget_stops_at_norm_ratio_one(lm: LanguageModel) -> None:
     profile = profile_for(lm, residual_norms={1: 0.02, 2: 3.0})
-    found = calibrate_on(lm, profile, PROMPTS[:4], kl_budget=5.0, tokens=8)
+    found = calibrated(lm, profile, PROMPTS[:4], kl_budget=5.0, tokens=8)
     assert found.calibration["unreached"] is True
     assert found.calibration["kl_at_1"] < 5.0
     assert found.unit * float(profile.directions[1].norm()) == pytest.approx(0.02)
@@ -162,21 +179,21 @@ def test_an_unreachable_budget_stops_at_norm_ratio_one(lm: LanguageModel) -> Non
 def test_a_bfloat16_model_calibrates_too(monkeypatch: pytest.MonkeyPatch) -> None:
     few_texts(monkeypatch)
     lm = wrap_model(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer())
-    found = calibrate_on(lm, profile_for(lm), PROMPTS[:8], kl_budget=0.2, tokens=8)
+    found = calibrated(lm, profile_for(lm), PROMPTS[:8], kl_budget=0.2, tokens=8)
     assert found.calibration["kl_at_1"] == pytest.approx(0.2, rel=0.1)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
 def test_a_budget_must_be_positive(lm: LanguageModel, budget: float) -> None:
     with pytest.raises(FitError, match="the KL budget must be a positive number of nats per token, not"):
-        calibrate_on(lm, profile_for(lm), PROMPTS, kl_budget=budget)
+        calibrated(lm, profile_for(lm), PROMPTS, kl_budget=budget)
 
 
 def test_calibration_needs_prompts_and_residual_norms(lm: LanguageModel) -> None:
     with pytest.raises(FitError, match="there is no prompt to calibrate on"):
-        calibrate_on(lm, profile_for(lm), [])
+        calibrated(lm, profile_for(lm), [])
     with pytest.raises(FitError, match="cannot be calibrated without its residual norms"):
-        calibrate_on(lm, profile_for(lm, residual_norms={}), PROMPTS)
+        calibrated(lm, profile_for(lm, residual_norms={}), PROMPTS)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
@@ -274,20 +291,11 @@ def test_the_largest_coefficient_is_that_of_the_block_with_the_smallest_ratio(lm
 
 
 @pytest.mark.parametrize("bound", [1.0, 0.5, math.nan, math.inf])
-def test_a_perplexity_bound_must_be_above_1(lm: LanguageModel, bound: float) -> None:
+def test_a_perplexity_bound_must_be_above_1(bound: float) -> None:
     expected = f"the perplexity bound must be a factor above 1, not {bound:g}"
     with pytest.raises(FitError) as refusal:
         CalibrationSettings(perplexity_bound=bound)
     assert refusal.value.message == expected
-    with pytest.raises(FitError) as refusal:
-        calibrate_on(lm, profile_for(lm), PROMPTS, perplexity_bound=bound)
-    assert refusal.value.message == expected
-
-
-def test_a_budget_in_settings_must_be_positive() -> None:
-    with pytest.raises(FitError) as refusal:
-        CalibrationSettings(kl_budget=-0.5)
-    assert refusal.value.message == "the KL budget must be a positive number of nats per token, not -0.5"
 
 
 @pytest.mark.parametrize("divergence", [math.inf, math.nan])
@@ -301,7 +309,7 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
     """Every number follows from the public functions for sampling, cost, search and curve."""
     few_texts(monkeypatch)
     profile, rows, calls = profile_for(lm), (PROMPTS[:4] * 3)[:10], list[tuple[str, int, int]]()
-    found = calibrate_on(
+    found = calibrated(
         lm, profile, PROMPTS[:4], kl_budget=0.3, perplexity_bound=1.4, tokens=5, seed=3,
         progress=lambda *call: calls.append(call[:3]),
     )  # fmt: skip
@@ -358,7 +366,7 @@ def test_endings_that_steering_prevents_narrow_the_range(monkeypatch: pytest.Mon
     with torch.no_grad():
         head[end] *= 4
     profile = profile_for(lm, directions={2: -head[end].detach().clone()})
-    found = calibrate_on(lm, profile, PROMPTS, kl_budget=0.1, perplexity_bound=50, tokens=4, text_tokens=90, seed=1)
+    found = calibrated(lm, profile, PROMPTS, kl_budget=0.1, perplexity_bound=50, tokens=4, text_tokens=90, seed=1)
     check = found.calibration["long_texts"]
     assert (check["tokens"], check["texts"], check["tells_endings"]) == (90, 16, True)
     assert check["short_range"] == safe_strength(
@@ -392,22 +400,27 @@ def test_long_texts_fit_the_context(lm: LanguageModel, monkeypatch: pytest.Monke
     monkeypatch.setattr(calibration, "measure_long_texts", noted)
     prompts = [PROMPTS[0], [0] * 100]  # of a context of 256
     for wanted, taken, tokens in ((20, 100, 20), (200, len(PROMPTS[0]), 200), (1000, 100, 156)):
-        found = calibrate_on(lm, profile_for(lm), prompts, tokens=4, text_tokens=wanted)
+        found = calibrated(lm, profile_for(lm), prompts, tokens=4, text_tokens=wanted)
         assert found.calibration["long_texts"]["tokens"] == tokens
         assert set(seen) == {(taken, tokens)}
         seen.clear()
 
 
-def test_a_length_of_texts_must_not_be_negative(lm: LanguageModel) -> None:
-    expected = "text_tokens must be a number of tokens, or 0 for no check of long texts, not -1"
-    for refused in (
-        lambda: CalibrationSettings(text_tokens=-1),
-        lambda: FitSettings(text_tokens=-1),
-        lambda: calibrate_on(lm, profile_for(lm), PROMPTS, text_tokens=-1),
-    ):
-        with pytest.raises(FitError) as refusal:
-            refused()
-        assert refusal.value.message == expected
+@pytest.mark.parametrize("settings", [CalibrationSettings, FitSettings])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"text_tokens": -1}, "text_tokens must be a number of tokens, or 0 for no check of long texts, not -1"),
+        ({"text_count": 0}, "text_count must be at least 1, not 0"),
+        ({"kl_budget": -0.5}, "the KL budget must be a positive number of nats per token, not -0.5"),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    settings: type[CalibrationSettings | FitSettings], values: dict[str, float], expected: str
+) -> None:
+    with pytest.raises(FitError) as refusal:
+        settings(**values)  # type: ignore[arg-type]
+    assert refusal.value.message == expected
 
 
 def test_calibrate_uses_its_settings_and_the_rows_that_are_new(
@@ -416,13 +429,13 @@ def test_calibrate_uses_its_settings_and_the_rows_that_are_new(
     few_texts(monkeypatch)
     pairs = pairs_of(40)
     profile = replace(fit(lm, None, pairs, layers="1", name="kind", calibrate=False), metrics={"notes": ["kept"]})
-    settings = CalibrationSettings(kl_budget=0.05, perplexity_bound=1.6, text_tokens=60, seed=5)
+    settings = CalibrationSettings(kl_budget=0.05, perplexity_bound=1.6, text_tokens=60, text_count=5, seed=5)
     calls: list[str] = []
     found = calibrate(lm, profile, pairs, settings, progress=lambda stage, *_: calls.append(stage))
     _, fresh = trained_and_fresh(profile, encode_corpus(lm.tokenizer, pairs, limit=None))
     prompts = prompts_with_room(lm, fresh.pairs, room=48, seed=5)
-    expected = calibrate_on(lm, profile, prompts, kl_budget=0.05, perplexity_bound=1.6, text_tokens=60, seed=5)
-    assert expected.calibration["long_texts"]["tokens"] == 60
+    expected = calibrate_on(lm, profile, prompts, settings)
+    assert (expected.calibration["long_texts"]["tokens"], expected.calibration["long_texts"]["texts"]) == (60, 5)
     assert found.calibration == expected.calibration
     assert (found.unit, found.max_strength) == (expected.unit, expected.max_strength)
     with steerable(lm) as steered:
