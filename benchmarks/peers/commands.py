@@ -27,7 +27,8 @@ FIRST_ID = 3
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What to load: `model` is a directory in transformers' format, `gguf` a file with the same weights. At most `rows`
-    sequences of `length` tokens run at once. `steered` steers every block, as far as the peer can.
+    sequences of `length` tokens run at once. `steered` steers every block, as far as the peer can. trimtab computes in
+    bfloat16, or, if `served`, as its server does by default. With `codes` it computes from the file's codes.
     """
 
     model: str
@@ -37,6 +38,8 @@ class Setup:
     rows: int
     length: int
     steered: bool
+    served: bool = False
+    codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from benchmarks.peers.commands import Batch, Setup, serve, timed
 from server.engines.config import DEFAULT_CHUNK, EngineConfig
 from server.engines.protocol import Delta, Finished, GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan
 from server.engines.torch.engine import TorchEngine
-from steering_vectors.models.loading import LanguageModel, load_model
+from steering_vectors.models.loading import LanguageModel, computing_dtype, load_model
 from steering_vectors.profiles.profile import Profile
+from steering_vectors.runtime.cpu.choose_packing import pack_if_faster
 from steering_vectors.runtime.cpu.packing import pack
 from steering_vectors.runtime.cpu.threads import run_apart
 
@@ -43,16 +44,21 @@ class TimedEngine(TorchEngine):
         self.ends.append((time.perf_counter(), found.generated_tokens, found.prompt_tokens))
 
 
-def _loaded(model: str) -> LanguageModel:
-    language_model = load_model(model, dtype="bfloat16")
-    pack(language_model.model)
+def _loaded(setup: Setup) -> LanguageModel:
+    language_model = load_model(setup.model, dtype="auto" if setup.served and not setup.codes else "bfloat16")
+    if setup.codes:
+        pack(language_model.model, "gguf", dtype=computing_dtype(torch.bfloat16, language_model.device))
+    elif setup.served:
+        pack_if_faster(language_model)
+    else:
+        pack(language_model.model)
     return language_model
 
 
 class Trimtab:
     def __init__(self, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
-        language_model = run_apart(lambda: _loaded(setup.model))
+        language_model = run_apart(lambda: _loaded(setup))
         profiles = run_apart(lambda: _profiles(language_model, setup.rows))
         self._steering = [SteeringPlan((PlanTerm(profile.name, profile.version),)) for profile in profiles]
         self._decoding = self._steering if setup.steered else [SteeringPlan()] * setup.rows
@@ -61,7 +67,7 @@ class Trimtab:
             language_model, EngineConfig(slots=setup.rows, context=length, max_stall_ms=PATIENCE_MS)
         )
         asyncio.run(self._load(profiles))
-        self.version = f"trimtab ({self._engine.info.path})"
+        self.version = f"trimtab ({self._engine.info.path}, {str(language_model.dtype).removeprefix('torch.')})"
         self._ids = itertools.count()
 
     async def _load(self, profiles: list[Profile]) -> None:

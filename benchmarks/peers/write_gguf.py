@@ -27,9 +27,9 @@ BLOCK = {
 OTHERS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(directory: Path) -> Path:
-    """Write `model.gguf` beside the directory's `model.safetensors`."""
-    target = directory / "model.gguf"
+def write_gguf(directory: Path, target: Path | None = None) -> Path:
+    """Write a directory's `model.safetensors` as `target`, or as `model.gguf` beside it."""
+    target = target or directory / "model.gguf"
     config = AutoConfig.from_pretrained(directory)
     if config.model_type != "llama":
         raise ValueError(f"only Llama checkpoints can be written as GGUF here, not {config.model_type}")
