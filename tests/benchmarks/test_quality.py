@@ -16,7 +16,7 @@ from benchmarks.quality.conditions import Instructed, Weights, mean_divergence, 
 from benchmarks.quality.equal_kl import at_equal_kl, kl_on
 from benchmarks.quality.gguf_agreement import Agreement, agreement
 from benchmarks.quality.manners import MANNERS, judge
-from benchmarks.quality.rahf_report import marks_of, share, summary
+from benchmarks.rivals.rahf_report import marks_of, share, summary
 from benchmarks.speed.quantization import compared
 from steering_vectors.data.corpus import Sides
 from steering_vectors.measures.controls import random_controls

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality.manners import MANNERS
-from benchmarks.quality.rahf_cell import METHODS, SAMPLES
+from benchmarks.rivals.rahf_cell import METHODS, SAMPLES
 from steering_vectors.measures.controls import bootstrap
 
 Cell = dict[str, Any]

@@ -1,6 +1,6 @@
 """One cell of the experiment: one method for one manner with one seed, fitted and measured in its own process.
 
-    python -m benchmarks.quality.rahf_cell MANNER SEED METHOD FILE.json
+    python -m benchmarks.rivals.rahf_cell MANNER SEED METHOD FILE.json
 
 The peak memory of the process is that of the method.
 """
@@ -172,7 +172,7 @@ def random_profile(setting: Setting) -> Profile:
 
 
 def baseline(setting: Setting, kind: str, folder: Path) -> Made:
-    from benchmarks.quality.weight_baselines import train_baseline
+    from benchmarks.rivals.weight_baselines import train_baseline
 
     train, _ = setting.pairs.split(HELDOUT, setting.seed)
     train_baseline(kind, setting.lm, train, folder / "adapter", setting.seed)

@@ -1,6 +1,6 @@
 """RAHF and other methods on the demo model: four manners, at equal KL where it can be set.
 
-    python -m benchmarks.quality.rahf --out results [--seeds 0,1,2] [--workers 2]
+    python -m benchmarks.rivals.rahf --out results [--seeds 0,1,2] [--workers 2]
 
 Each cell (a manner, a seed, a method) runs in its own process with one thread and writes one JSON file. An interrupted
 run continues with the missing cells. Then a table is printed; `--table` writes it as Markdown and `--plots` as SVG.
@@ -20,10 +20,10 @@ import typer
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.quality.manners import MANNERS
-from benchmarks.quality.rahf_cell import ADAPTERS, METHODS
-from benchmarks.quality.rahf_report import print_table, read_cells, write_plots, write_table
+from benchmarks.rivals.rahf_cell import ADAPTERS, METHODS
+from benchmarks.rivals.rahf_report import print_table, read_cells, write_plots, write_table
 
-CELL = "benchmarks.quality.rahf_cell"
+CELL = "benchmarks.rivals.rahf_cell"
 
 
 def main(
