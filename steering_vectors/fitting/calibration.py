@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from steering_vectors.data.corpus import Corpus, corpus_for, prompts_with_room
@@ -35,10 +35,9 @@ DEFAULT_KL_BUDGET = 0.1  # nats per token
 SAMPLED_TOKENS = 48
 ROWS = 192  # texts; fewer prompts are sampled several times each
 ROUGH_ROWS = 48  # texts of the first search
-TOLERANCE, ROUGH_TOLERANCE = 0.03, 0.15
-ROUGH_EVALUATIONS = 10
-MAX_ROUNDS = 3  # of sampling all texts
-MAX_DRIFT = 0.1  # texts sampled at c are also used for coefficients up to c·exp(±MAX_DRIFT)
+TOLERANCE, ROUGH_TOLERANCE = 0.05, 0.25
+EVALUATIONS, ROUGH_EVALUATIONS = 4, 10
+POWERS = (2.0, 8.0)  # of c by which KL grows: 2 on given texts, more on texts that change with c
 START = 0.2  # of the largest coefficient
 MIN_KL = 1e-12
 MIN_SAFE_STRENGTH = 0.1
@@ -135,9 +134,8 @@ def calibrate_on(
     prompts (temperature 1, at most `tokens` tokens each, up to and including an end-of-text token).
 
     1. A rough search on 48 texts samples them again at every candidate c, with the same random numbers.
-    2. Then 192 texts are sampled at the c that follows, and c is corrected by their KL, which grows as c². If that
-       moves c by more than 10 %, the step is repeated, up to three times. So the KL at the unit is the one measured
-       close to it, times the square of the last correction.
+    2. A second search samples 192 texts at every candidate. It ends within 5 % of the budget, or after four candidates
+       with the closest. It begins where the first one ended, with the power of c by which KL grew there.
     3. If the budget is not reached even at the c that makes the shift as long as the median residual norm at some
        block, that c is taken and the calibration says `unreached`.
 
@@ -236,10 +234,6 @@ class Cost:
         characters = sum(map(len, lm.tokenizer.batch_decode(list(map(list, texts)), skip_special_tokens=True)))
         return cls(total / max(tokens, 1), total / characters if characters else None, tokens)
 
-    def times(self, factor: float) -> Cost:
-        per_character = None if self.per_character is None else self.per_character * factor
-        return Cost(self.per_token * factor, per_character, self.tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class Reached:
@@ -269,39 +263,49 @@ class UnitSearch:
     def find_unit(self, budget: float, start: float | None = None) -> tuple[Reached, Cost]:
         """Return the coefficient that meets the budget, and the cost there. `start` is the first one tried."""
         largest = largest_coefficient(self._profile)
+        few: dict[float, Cost] = {}
         rough = search(
-            lambda coefficient: self._cost(coefficient, ROUGH_ROWS).per_token, largest, budget,
+            self._costs(few, ROUGH_ROWS), largest, budget,
             start=min(start or START * largest, largest), tolerance=ROUGH_TOLERANCE, evaluations=ROUGH_EVALUATIONS,
         )  # fmt: skip
-        coefficient = _corrected(rough.coefficient, rough.kl, largest, budget)
-        for _ in range(MAX_ROUNDS):
-            written = coefficient
-            cost = self._cost(written, len(self._prompts))
-            coefficient = _corrected(written, cost.per_token, largest, budget)
-            if abs(math.log(coefficient / written)) <= MAX_DRIFT:
-                break
+        power = _power({coefficient: cost.per_token for coefficient, cost in few.items()}, budget)
+        all_texts: dict[float, Cost] = {}
+        found = search(
+            self._costs(all_texts, len(self._prompts)), largest, budget,
+            start=min(rough.coefficient * math.exp(math.log(budget / max(rough.kl, MIN_KL)) / power), largest),
+            tolerance=TOLERANCE, evaluations=EVALUATIONS, power=power,
+        )  # fmt: skip
         self._report(last=True)
-        cost = cost.times((coefficient / written) ** 2)
-        unreached = coefficient == largest and cost.per_token < budget * (1 - TOLERANCE)
-        return Reached(coefficient, cost.per_token, unreached), cost
+        return found, all_texts[found.coefficient]
 
-    def _cost(self, coefficient: float, texts: int) -> Cost:
-        """The cost of the first texts that are sampled at a coefficient."""
-        self._report()
-        profile, prompts = replace(self._profile, unit=coefficient), self._prompts[:texts]
-        (found,) = self._steered.sample_and_compare(profile, [1.0], prompts, tokens=self._tokens, seed=self._seed)
-        return Cost.of(self._steered.lm, float(found.divergences.sum()), found.texts)
+    def _costs(self, found: dict[float, Cost], texts: int) -> Callable[[float], float]:
+        """A function that samples the first texts at a coefficient, notes their cost, and returns their KL."""
+
+        def kl_at(coefficient: float) -> float:
+            self._report()
+            profile, prompts = replace(self._profile, unit=coefficient), self._prompts[:texts]
+            (one,) = self._steered.sample_and_compare(profile, [1.0], prompts, tokens=self._tokens, seed=self._seed)
+            found[coefficient] = Cost.of(self._steered.lm, float(one.divergences.sum()), one.texts)
+            return found[coefficient].per_token
+
+        return kl_at
 
     def _report(self, *, last: bool = False) -> None:
-        expected = ROUGH_EVALUATIONS + MAX_ROUNDS
+        expected = ROUGH_EVALUATIONS + EVALUATIONS
         self._done += 1
         if self._progress is not None:
             self._progress("calibrate", expected if last else min(self._done, expected - 1), expected)
 
 
-def _corrected(coefficient: float, kl: float, largest: float, budget: float) -> float:
-    """The coefficient at which KL is the budget if it grows as c²."""
-    return min(coefficient * math.sqrt(budget / max(kl, MIN_KL)), largest)
+def _power(kl: Mapping[float, float], budget: float) -> float:
+    """The power of c by which KL grows between the two coefficients whose KL is closest to the budget; 2 for one."""
+    nearest = sorted(kl, key=lambda coefficient: abs(math.log(max(kl[coefficient], MIN_KL) / budget)))[:2]
+    if len(nearest) < 2:
+        return 2.0
+    one, other = nearest
+    rise = math.log(max(kl[one], MIN_KL) / max(kl[other], MIN_KL)) / math.log(one / other)
+    least, most = POWERS
+    return min(max(rise, least), most)
 
 
 def finite(divergence: float) -> float:
@@ -331,10 +335,11 @@ def search(
     start: float,
     tolerance: float,
     evaluations: int,
+    power: float = 2.0,
 ) -> Reached:
     """Find c in (0, largest] with kl_at(c) within `tolerance` of the budget, by interpolation on log c.
 
-    KL grows roughly as c² while it is small. The search follows this law from `start` until the budget is bracketed.
+    KL grows roughly as c^`power`. The search follows this law from `start` until the budget is bracketed.
     Then each step interpolates linearly in log-log space between the bracket's ends, or bisects the bracket if that
     point is outside its middle 90 %. Returns the closest point after `evaluations`.
     """
@@ -350,16 +355,16 @@ def search(
         if tried.kl < budget and guess >= largest:
             return replace(tried, unreached=True)
         low, high = (tried, high) if tried.kl < budget else (low, tried)
-        guess = _next(low, high, largest, budget)
+        guess = _next(low, high, largest, budget, power)
     return best
 
 
-def _next(low: Reached | None, high: Reached | None, largest: float, budget: float) -> float:
+def _next(low: Reached | None, high: Reached | None, largest: float, budget: float, power: float) -> float:
     if low is not None and high is not None:
         return _between(low, high, budget)
     end = low or high
     assert end is not None
-    factor = min(max(math.sqrt(budget / max(end.kl, MIN_KL)), 0.1), 10.0)
+    factor = min(max(math.exp(math.log(budget / max(end.kl, MIN_KL)) / power), 0.1), 10.0)
     return min(end.coefficient * factor, largest)
 
 

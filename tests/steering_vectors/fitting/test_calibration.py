@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from steering_vectors.fitting.calibration import (
     CalibrationSettings,
     Cost,
     Reached,
+    _power,
     calibrate,
     calibrate_on,
     largest_coefficient,
@@ -32,7 +32,7 @@ from steering_vectors.fitting.fit import FitSettings, fit
 from steering_vectors.measures.curve import CurvePoint, curve_record, measure_curve, safe_strength
 from steering_vectors.measures.long_texts import measure_long_texts, safe_range
 from steering_vectors.measures.propensity import propensity_report
-from steering_vectors.measures.steered_model import SteeredModel, steerable
+from steering_vectors.measures.steered_model import steerable
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.profile import Profile
@@ -102,7 +102,7 @@ def measured_kl(lm: LanguageModel, profile: Profile, prompts: list[list[int]], t
 @pytest.mark.parametrize("layering", ["independent", "incremental"])
 def test_fresh_samples_cost_the_budget(lm: LanguageModel, layering: str) -> None:
     profile = calibrated(lm, profile_for(lm, layering=layering), PROMPTS, kl_budget=0.1, tokens=16, seed=0)
-    assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.03)
+    assert profile.calibration["kl_at_1"] == pytest.approx(0.1, rel=0.05)
     assert profile.calibration["unreached"] is False
     assert measured_kl(lm, profile, PROMPTS[::2], 16, seed=99) == pytest.approx(0.1, rel=0.1)
 
@@ -126,38 +126,32 @@ def test_the_cost_per_character(lm: LanguageModel) -> None:
     assert Cost.of(lm, 1.7, texts) == Cost(1.7 / tokens, 1.7 / len("warm watera pear"), tokens)
     assert Cost.of(lm, 1.7, [[1]]) == Cost(1.7, None, 1)
     assert Cost.of(lm, 0.0, [[]]) == Cost(0.0, None, 0)
-    assert Cost.of(lm, 1.7, texts).times(4) == Cost(6.8 / tokens, 6.8 / len("warm watera pear"), tokens)
 
 
-@pytest.mark.parametrize("drift", [0.0, 0.01, 10.0])
-def test_the_last_texts_are_written_near_the_unit(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, drift: float
-) -> None:
-    """Texts are written again while their KL moves the unit by more than the drift, at most three times."""
-    monkeypatch.setattr(calibration, "MAX_DRIFT", drift)
-    monkeypatch.setattr(calibration, "ROUGH_TOLERANCE", 0.9)  # so that the first texts are far from the unit
-    rounds: list[float] = []
-    sample = SteeredModel.sample_and_compare
-
-    def noted(
-        steered: SteeredModel, profile: Profile, strengths: list[float], prompts: list[list[int]], **options: int
-    ):  # type: ignore[no-untyped-def]
-        if len(prompts) == 192:
-            rounds.append(profile.unit)
-        return sample(steered, profile, strengths, prompts, **options)
-
-    monkeypatch.setattr(SteeredModel, "sample_and_compare", noted)
+def test_the_recorded_cost_is_that_of_texts_sampled_at_the_unit(lm: LanguageModel) -> None:
     profile = calibrated(lm, profile_for(lm), PROMPTS, kl_budget=1.0, tokens=16, seed=1)
-    units = [*rounds, profile.unit]
-    moves = [abs(math.log(after / before)) for before, after in pairwise(units)]
-    assert len(rounds) == next((number for number, move in enumerate(moves, start=1) if move <= drift), 3)
     with steerable(lm) as steered:
-        (found,) = sample(steered, replace(profile, unit=rounds[-1]), [1.0], PROMPTS * 6, tokens=16, seed=1)
-    written, factor = Cost.of(lm, float(found.divergences.sum()), found.texts), (units[-1] / units[-2]) ** 2
-    recorded = profile.calibration
-    assert recorded["kl_at_1"] == pytest.approx(factor * written.per_token, rel=1e-4)
-    assert recorded["kl_per_character"] == pytest.approx(factor * written.per_character, rel=1e-4)
-    assert recorded["tokens"] == written.tokens
+        steered.write(profile, 1.0)
+        texts = steered.continuations(PROMPTS * 6, tokens=16, seed=1)
+        sums, _ = steered.divergences(texts)
+    found, recorded = Cost.of(lm, float(sums.sum()), [ids[start:] for ids, start in texts]), profile.calibration
+    assert recorded["kl_at_1"] == pytest.approx(found.per_token, rel=1e-4)
+    assert recorded["kl_per_character"] == pytest.approx(found.per_character, rel=1e-4)
+    assert recorded["tokens"] == found.tokens
+
+
+@pytest.mark.parametrize(
+    ("kl", "power"),
+    [
+        ({0.5: 0.3}, 2.0),  # one alone says nothing
+        ({1.0: 0.1, 2.0: 0.1 * 2**3}, 3.0),
+        ({2.0: 0.1 * 2**3, 0.01: 1e-9, 1.0: 0.1}, 3.0),  # the two nearest to the budget
+        ({1.0: 0.1, 1.1: 0.5}, 8.0),
+        ({1.0: 0.1, 1.1: 0.09}, 2.0),
+    ],
+)
+def test_the_power_by_which_kl_grows(kl: dict[float, float], power: float) -> None:
+    assert _power(kl, 0.1) == pytest.approx(power)
 
 
 def test_it_is_deterministic_and_the_seed_matters(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,17 +318,20 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
             return Cost.of(lm, float(sums.sum()), [ids[start:] for ids, start in texts])
 
         evaluations: list[float] = []
+        few: dict[float, float] = {}
         largest = largest_coefficient(profile)
         rough = search(
-            lambda c: cost(c, rows[:4]).per_token, largest, 0.3, start=0.2 * largest, tolerance=0.15, evaluations=10
-        )
-        unit = min(rough.coefficient * math.sqrt(0.3 / rough.kl), largest)
-        for _ in range(3):
-            written, final = unit, cost(unit, rows)
-            unit = written * math.sqrt(0.3 / final.per_token)
-            if abs(math.log(unit / written)) <= 0.1:
-                break
-        final = final.times((unit / written) ** 2)
+            lambda c: few.setdefault(c, cost(c, rows[:4]).per_token), largest, 0.3,
+            start=0.2 * largest, tolerance=0.25, evaluations=10,
+        )  # fmt: skip
+        power = _power(few, 0.3)
+        unit = search(
+            lambda c: cost(c, rows).per_token, largest, 0.3,
+            start=min(rough.coefficient * (0.3 / rough.kl) ** (1 / power), largest),
+            tolerance=0.05, evaluations=4, power=power,
+        ).coefficient  # fmt: skip
+        evaluated = len(evaluations)
+        final = cost(unit, rows)
         curve = measure_curve(steered, replace(profile, unit=unit), rows[:5], bound=1.4, tokens=5, seed=3)
     assert found.unit == pytest.approx(unit, rel=1e-4)
     assert found.max_strength == max(0.1, safe_strength(curve, 1.4))
@@ -351,8 +348,8 @@ def test_the_steps_of_a_calibration(lm: LanguageModel, monkeypatch: pytest.Monke
         "seed": 3,
         "perplexity_bound": 1.4,
     }
-    steps = [min(done, 12) for done in range(1, len(evaluations) + 1)]
-    assert [call for call in calls if call[0] == "calibrate"] == [("calibrate", done, 13) for done in [*steps, 13]]
+    steps = [min(done, 13) for done in range(1, evaluated + 1)]
+    assert [call for call in calls if call[0] == "calibrate"] == [("calibrate", done, 14) for done in [*steps, 14]]
     assert {call[0] for call in calls} > {"calibrate"}  # the curve reports too
 
 
@@ -483,7 +480,7 @@ def test_calibrating_again_meets_another_budget(lm: LanguageModel, monkeypatch: 
     few_texts(monkeypatch)
     profile = fit(lm, None, pairs_of(40), layers="1", name="kind", kl_budget=0.1)
     again = calibrate(lm, profile, pairs_of(40), CalibrationSettings(kl_budget=0.02, perplexity_bound=2.0))
-    assert again.calibration["kl_at_1"] == pytest.approx(0.02, rel=0.03)
+    assert again.calibration["kl_at_1"] == pytest.approx(0.02, rel=0.05)
     assert again.calibration["perplexity_bound"] == 2.0
     assert again.unit < profile.unit
     assert torch.equal(again.directions[1], profile.directions[1])
