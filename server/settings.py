@@ -266,9 +266,13 @@ def _listed(text: str | None) -> tuple[str, ...]:
 
 
 def _describe(detail: Any) -> str:
+    """What is wrong with one setting. Settings that may hold a secret are not shown."""
     if not detail["loc"]:  # of several settings together
         return str(detail["ctx"]["error"])
     name = str(detail["loc"][0])
     flag = f"--{name.replace('_', '-')} ({PREFIX}{name.upper()})"
     message = str(detail["msg"])
-    return f"{flag}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+    given = (
+        f", not {detail['input']!r}" if name not in Settings.model_fields or Settings.model_fields[name].repr else ""
+    )
+    return f"{flag}: {message[0].lower()}{message[1:]}{given}"

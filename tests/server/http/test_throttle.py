@@ -1,0 +1,48 @@
+"""Limits on log lines that clients can cause."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from server.http.throttle import Throttle, ThrottledRecords
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_one_line_per_subject_and_window() -> None:
+    clock = Clock()
+    throttle = Throttle(seconds=10, clock=clock)
+    assert [throttle.admit("a"), throttle.admit("a"), throttle.admit("a"), throttle.admit("b")] == [0, None, None, 2]
+    clock.now = 9.9
+    assert throttle.admit("a") is None
+    clock.now = 10
+    assert [throttle.admit("a"), throttle.admit("a")] == [1, None]
+
+
+def test_many_subjects_are_bounded() -> None:
+    clock = Clock()
+    throttle = Throttle(seconds=10, subjects=3, clock=clock)
+    assert [throttle.admit(str(index)) for index in range(1000)] == [0, 0, 0, *[None] * 997]
+    clock.now = 10
+    assert throttle.admit("again") == 997
+
+
+def test_warnings_that_clients_cause_are_throttled(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("tests.throttled")
+    throttled = ThrottledRecords()
+    logger.addFilter(throttled)
+    try:
+        for _ in range(50):
+            logger.warning("Invalid HTTP request received.")
+        logger.error("a fault")
+        logger.error("a fault")
+    finally:
+        logger.removeFilter(throttled)
+    assert [record.getMessage() for record in caplog.records] == ["Invalid HTTP request received.", *["a fault"] * 2]
