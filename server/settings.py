@@ -272,7 +272,5 @@ def _describe(detail: Any) -> str:
     name = str(detail["loc"][0])
     flag = f"--{name.replace('_', '-')} ({PREFIX}{name.upper()})"
     message = str(detail["msg"])
-    given = (
-        f", not {detail['input']!r}" if name not in Settings.model_fields or Settings.model_fields[name].repr else ""
-    )
+    given = f", not {detail['input']!r}" if Settings.model_fields[name].repr else ""
     return f"{flag}: {message[0].lower()}{message[1:]}{given}"

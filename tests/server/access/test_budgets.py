@@ -27,6 +27,13 @@ def bearer(secret: str) -> dict[str, str]:
     return {"authorization": f"Bearer {secret}"}
 
 
+def read_deltas(stream: httpx.Response, count: int) -> None:
+    """Read this many pieces of text, each of at least one token."""
+    pieces = (line for line in stream.iter_lines() if '"delta":"' in line and '"delta":""' not in line)
+    for _ in range(count):
+        next(pieces)
+
+
 def check_refusal(response: httpx.Response, message: str) -> None:
     error = error_of(response, 429)
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
@@ -84,19 +91,16 @@ def test_a_stream_is_charged_while_it_runs_and_when_it_is_left(
         endless = {**TEXT, "max_tokens": 200, "stream": True}
         engine.hold(after=100)
         with client.stream("POST", "/generate", json=endless, headers=bearer(secret)) as stream:
-            engine.until_held()
-            until(lambda: client.post("/generate", json=TEXT, headers=bearer(secret)).status_code == 429)
+            read_deltas(stream, 64)
+            assert client.post("/generate", json=TEXT, headers=bearer(secret)).status_code == 429
             stream.close()
             engine.go()
-    left, _ = add_key(keys, "left", tokens_per_minute=1)
+    left, _ = add_key(keys, "left", tokens_per_minute=5)
     with live_server(engine, profiles, api_key_file=keys) as client:
         with client.stream("POST", "/generate", json=endless, headers=bearer(left)) as stream:
-            text = ""
-            for line in stream.iter_lines():
-                text += line
-                if text.count('"delta"') == 5:
-                    break
-        until(lambda: client.post("/generate", json=TEXT, headers=bearer(left)).status_code == 429)
+            read_deltas(stream, 5)
+        until(lambda: engine.stats().running == 0)
+        assert client.post("/generate", json=TEXT, headers=bearer(left)).status_code == 429
 
 
 def test_requests_at_once(engine: HeldEngine, profiles: Path, tmp_path: Path) -> None:
@@ -138,5 +142,5 @@ def test_requests_at_once_are_counted_without_a_gap() -> None:
 
 
 def test_a_storage_that_cannot_be_used_is_refused_by_its_flag() -> None:
-    with pytest.raises(ConfigurationError, match="--limits-storage cannot be used .*redis"):
+    with pytest.raises(ConfigurationError, match=r"--limits-storage cannot be used .*redis"):
         Budgets(Settings(limits_storage="redis://127.0.0.1:1"))
