@@ -126,6 +126,7 @@ class Intake:
                 constraint=constraint,
                 scored_suffix=scored,
                 projections=tuple(projected),
+                tenant=self.caller.tenant,
             )
             for ids, scored in prompts
             for plan in plans

@@ -166,6 +166,23 @@ def test_ids_say_whose_they_are_to_the_server_alone() -> None:
     assert Caller().may_change(Caller().new_id("gen"))
 
 
+def test_a_prompt_of_another_key_cannot_be_guessed(engine: TorchEngine, profiles: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    secrets = [add_key(keys, name)[0] for name in ("one", "other")]
+    with live_server(engine, profiles, api_key_file=keys) as client:
+
+        def cached(secret: str, pin: int) -> int:
+            messages = [{"role": "user", "content": f"My PIN is {pin}, please remember it for me."}]
+            body = {"model": "demo", "messages": messages, "max_tokens": 1}
+            usage = client.post("/v1/chat/completions", json=body, headers=bearer(secret)).json()["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached(secrets[0], 7341) == 0
+        assert cached(secrets[0], 7341) > 0
+        assert cached(secrets[1], 7341) == 0
+        assert cached(secrets[1], 7341) > 0
+
+
 def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "server.access.refusals"]
 
