@@ -60,10 +60,10 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
 def _protect(app: FastAPI, settings: Settings) -> None:
     """Add the checks of access, the outermost last."""
-    refusals = Refusals()
-    app.add_middleware(
-        Gate, keys=KeyRing(settings.api_key_file, settings.api_key), budgets=Budgets(settings), refusals=refusals
-    )
+    refusals = app.state.refusals = Refusals()
+    keys = KeyRing(settings.api_key_file, settings.api_key)
+    app.state.budgets = Budgets(settings)
+    app.add_middleware(Gate, keys=keys, budgets=app.state.budgets, refusals=refusals)
     hosts = allowed_hosts(settings)
     if hosts is not None:
         app.add_middleware(HostCheck, allowed=hosts, refusals=refusals)
@@ -83,3 +83,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await service.close()
+        await app.state.budgets.close()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import ConfigurationError as UnusableStorage
 from limits.errors import StorageError
@@ -80,6 +80,12 @@ class Budgets:
             self._charging.add(task)
             task.add_done_callback(self._charging.discard)
 
+    async def close(self) -> None:
+        """Finish counting, and close the connections to Redis."""
+        await asyncio.gather(*self._charging, return_exceptions=True)
+        if self._shared is not None and isinstance(self._shared.storage, RedisStorage):
+            await self._shared.storage.bridge.get_connection().aclose()  # type: ignore[attr-defined]
+
     async def _exceeded(self, key: Key, generates: bool) -> Exceeded | None:
         tokens = self._limit(key, "tokens_per_minute")
         if generates and tokens is not None and not await self._is_left("tokens", key, tokens):
@@ -136,5 +142,5 @@ def _in_redis(url: str) -> FixedWindowRateLimiter:
         raise ConfigurationError(
             f"--limits-storage cannot be used ({error}); Redis needs the extra: pip install 'trimtab[redis]'"
         ) from error
-    assert isinstance(storage, Storage)
+    assert isinstance(storage, RedisStorage)
     return FixedWindowRateLimiter(storage)

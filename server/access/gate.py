@@ -64,7 +64,7 @@ class Gate:
             return await self._refuse(response, "invalid_api_key", None, scope, receive, send)
         needed = scope_needed(method, path)
         if not key.allows(needed):
-            message = f"the key {key.name!r} lacks the scope {needed!r}, which {method} {path} needs"
+            message = f"the key {key.name!r} lacks the scope {needed!r}, which this route needs"
             response = error_response(403, message, code="insufficient_scope")
             return await self._refuse(response, "insufficient_scope", key, scope, receive, send)
         async with self._budgets.admit(key, generates=method == "POST") as exceeded:

@@ -186,6 +186,32 @@ def test_errors_of_the_command_are_one_line_and_exit_code_2(
     assert says(capsys.readouterr().err, error)
 
 
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        ({"TRIMTAB_HOST": "0.0.0.0"}, "error: --host 0.0.0.0 lets other machines reach a server without keys: …"),
+        ({"TRIMTAB_API_KEY": ""}, "error: TRIMTAB_API_KEY is empty: …"),
+        ({"TRIMTAB_API_KEY_FILE": ""}, "error: TRIMTAB_API_KEY_FILE is empty: …"),
+        ({"TRIMTAB_API_KEY_FILE": "/missing/keys"}, "error: the API key file /missing/keys cannot be read …"),
+        ({"TRIMTAB_API_KEYS": "secret"}, "error: the environment variable TRIMTAB_API_KEYS is not a setting: …"),
+    ],
+)
+def test_a_server_that_would_be_open_by_mistake_does_not_start(
+    variables: dict[str, str],
+    error: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["trimtab", "serve", "--port", "0", "--profiles", str(tmp_path)])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 2
+    assert says(capsys.readouterr().err, f"{error}\n")
+
+
 def test_version() -> None:
     assert CliRunner().invoke(cli.app, ["--version"]).output.startswith("trimtab ")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from server.access.budgets import Budgets
+from server.access.budgets import MEMORY, Budgets, Exceeded
 from server.access.keys import Key, add_key
 from server.engines.torch.engine import TorchEngine
+from server.http.listener import listen
 from server.settings import ConfigurationError, Settings
 from tests.server.http.test_error_responses import error_of
 from tests.support.running import HeldEngine
@@ -141,6 +147,71 @@ def test_requests_at_once_are_counted_without_a_gap() -> None:
     assert not budgets._running
 
 
-def test_a_storage_that_cannot_be_used_is_refused_by_its_flag() -> None:
-    with pytest.raises(ConfigurationError, match=r"--limits-storage cannot be used .*redis"):
+def test_a_storage_whose_library_is_missing_is_refused_by_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    with pytest.raises(ConfigurationError, match=r"--limits-storage cannot be used .*pip install 'trimtab\[redis\]'"):
         Budgets(Settings(limits_storage="redis://127.0.0.1:1"))
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """A Redis of this test's own; skipped where there is none."""
+    pytest.importorskip("redis")
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server here")
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    words = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        until(lambda: is_open(port))
+        yield f"redis://127.0.0.1:{port}"
+        process.terminate()
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+KEY = Key(name="a", sha256="0" * 64, requests_per_minute=3, tokens_per_minute=10)
+
+
+async def admitted(budgets: Budgets) -> Exceeded | None:
+    async with budgets.admit(KEY, generates=True) as exceeded:
+        return exceeded
+
+
+def test_servers_share_what_redis_counts(redis_url: str) -> None:
+    async def main() -> list[Exceeded | None]:
+        one, other, apart = (Budgets(Settings(limits_storage=url)) for url in (redis_url, redis_url, MEMORY))
+        found = [await admitted(one), await admitted(other)]
+        one.charge(KEY, 12)
+        await asyncio.gather(*one._charging)
+        found += [await admitted(other), await admitted(apart)]
+        await asyncio.gather(*(each.close() for each in (one, other, apart)))
+        return found
+
+    first, second, third, alone = asyncio.run(main())
+    assert (first, second, alone) == (None, None, None)
+    assert third is not None
+    assert third.message.startswith("the key 'a' has used up its 10 tokens per minute")
+    assert 1 <= third.retry_after <= 60
+
+
+def test_without_an_answer_of_redis_a_server_counts_alone(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("redis")
+
+    async def main() -> list[Exceeded | None]:
+        budgets = Budgets(Settings(limits_storage="redis://127.0.0.1:1"))
+        found = [await admitted(budgets) for _ in range(4)]
+        await budgets.close()
+        return found
+
+    *first, last = asyncio.run(main())
+    assert first == [None] * 3
+    assert last is not None
+    assert last.message.startswith("the key 'a' has used up its 3 requests per minute")
+    (record,) = (record for record in caplog.records if record.name == "server.access.budgets")
+    assert "the storage of limits does not answer" in record.getMessage()

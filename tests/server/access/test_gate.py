@@ -102,7 +102,7 @@ def test_a_key_is_refused_where_its_scopes_do_not_reach(engine: TorchEngine, pro
         }
         error = error_of(client.delete("/profiles/warm", headers=bearer(secrets["generate"])), 403)
         assert error["code"] == "insufficient_scope"
-        assert error["message"] == "the key 'generate' lacks the scope 'admin', which DELETE /profiles/warm needs"
+        assert error["message"] == "the key 'generate' lacks the scope 'admin', which this route needs"
         assert client.delete("/profiles/warm", headers=bearer(secrets["admin"])).status_code == 405
 
 

@@ -72,7 +72,7 @@ def test_keys_share_no_more_than_their_tokens() -> None:
 
 
 class Keys:
-    """Keys and values as what they follow from: each entry is a hash of the tenant, and all tokens and steering so far."""
+    """Keys and values as what they follow from: each entry is a hash of the tenant, all tokens and steering so far."""
 
     def __init__(self, slots: int) -> None:
         self.slots: list[list[int]] = [[] for _ in range(slots)]
