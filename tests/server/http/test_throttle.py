@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import socket
+from pathlib import Path
 
 import pytest
 
+from server.engines.torch.engine import TorchEngine
 from server.http.throttle import Throttle, ThrottledRecords
+from tests.support.serving import engine_fixture, live_server
+
+engine = engine_fixture(slots=1, context=64)
 
 
 class Clock:
@@ -46,3 +52,18 @@ def test_warnings_that_clients_cause_are_throttled(caplog: pytest.LogCaptureFixt
     finally:
         logger.removeFilter(throttled)
     assert [record.getMessage() for record in caplog.records] == ["Invalid HTTP request received.", *["a fault"] * 2]
+
+
+@pytest.mark.slow
+def test_what_is_no_http_is_logged_once_in_a_while(
+    engine: TorchEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with live_server(engine, tmp_path) as client:
+        for _ in range(20):
+            with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
+                connection.sendall(b"\0\1\2 no HTTP\r\n\r\n")
+                until(lambda: connection.recv(4096).startswith(b"HTTP/1.1 400"))
+    warnings = [
+        one.getMessage() for one in caplog.records if one.name == "uvicorn.error" and one.levelname == "WARNING"
+    ]
+    assert warnings == ["Invalid HTTP request received."]
