@@ -14,6 +14,7 @@ from server.access.gate import scope_needed
 from server.access.keys import Scope, add_key, revoke_key
 from server.access.refusals import Refusals
 from server.engines.torch.engine import TorchEngine
+from server.http.throttle import Throttle
 from server.settings import load_settings
 from tests.server.http.test_error_responses import error_of
 from tests.support.running import HeldEngine
@@ -188,8 +189,13 @@ def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_refusals_are_logged_and_counted_once_in_a_while(
-    engine: TorchEngine, profiles: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: TorchEngine,
+    profiles: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("server.access.refusals.Throttle", lambda: Throttle(clock=lambda: 0.0))
     keys = tmp_path / "keys"
     feedback, _ = add_key(keys, "survey", ["feedback"])
     with live_server(engine, profiles, api_key_file=keys) as client:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.engines.torch.engine import TorchEngine
+from server.http.listener import OF_INVALID_REQUESTS
 from server.http.throttle import Throttle, ThrottledRecords
 from tests.support.serving import engine_fixture, live_server
 
@@ -56,14 +57,13 @@ def test_warnings_that_clients_cause_are_throttled(caplog: pytest.LogCaptureFixt
 
 @pytest.mark.slow
 def test_what_is_no_http_is_logged_once_in_a_while(
-    engine: TorchEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: TorchEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(OF_INVALID_REQUESTS, "_throttle", Throttle(clock=Clock()))
     with live_server(engine, tmp_path) as client:
         for _ in range(20):
             with socket.create_connection((client.base_url.host, client.base_url.port or 80)) as connection:
                 connection.sendall(b"\0\1\2 no HTTP\r\n\r\n")
-                until(lambda: connection.recv(4096).startswith(b"HTTP/1.1 400"))
-    warnings = [
-        one.getMessage() for one in caplog.records if one.name == "uvicorn.error" and one.levelname == "WARNING"
-    ]
-    assert warnings == ["Invalid HTTP request received."]
+                assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+    logged = [one for one in caplog.records if (one.name, one.levelname) == ("uvicorn.error", "WARNING")]
+    assert [one.getMessage() for one in logged] == ["Invalid HTTP request received."]
