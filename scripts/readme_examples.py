@@ -60,7 +60,7 @@ async def ask(settings: Settings, readme: str) -> dict[int, Answer]:
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://readme", timeout=PATIENCE_S) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S) as client,
     ):
         await asyncio.wait_for(_until_ready(client), PATIENCE_S)
         found = {}

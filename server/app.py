@@ -10,14 +10,19 @@ from functools import partial
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
+from server.access.browsers import HostCheck, SecurityHeaders, allowed_hosts, with_cors
+from server.access.budgets import Budgets
+from server.access.gate import Gate
+from server.access.keyring import KeyRing
+from server.access.refusals import Refusals
 from server.api import operations, profiles
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.api.native import generate, steering_routes
 from server.api.openai import routes as openai
 from server.engines.protocol import Engine
 from server.http.error_responses import install_error_handlers
-from server.http.middleware import PAGE_FILES, BearerKeys, BodyLimit
-from server.settings import Settings, read_api_keys, unknown_variables
+from server.http.middleware import PAGE_FILES, BodyLimit
+from server.settings import Settings, refuse_mistyped_access, unknown_variables
 from server.state import Service
 from steering_vectors.profiles.files import installed_version
 
@@ -28,8 +33,9 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     """An application for these settings. It begins to load the model when it is started; /ready says when it is done.
 
     A given engine is used instead of one built from the settings, and is the caller's to close. Raises
-    ConfigurationError if the key file is not usable.
+    ConfigurationError or KeyFileError if what decides about access is not usable.
     """
+    refuse_mistyped_access(unknown_variables())
     app = FastAPIOffline(  # FastAPI's own pages load scripts from a CDN
         docs_url="/docs",
         redoc_url=None,
@@ -48,9 +54,23 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     for routes in (openai, generate, steering_routes, profiles, operations):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
-    if settings.api_key_file is not None:
-        app.add_middleware(BearerKeys, keys=read_api_keys(settings.api_key_file))
+    _protect(app, settings)
     return app
+
+
+def _protect(app: FastAPI, settings: Settings) -> None:
+    """Add the checks of access, the outermost last."""
+    refusals = app.state.refusals = Refusals()
+    keys = KeyRing(settings.api_key_file, settings.api_key)
+    app.state.budgets = Budgets(settings)
+    app.add_middleware(Gate, keys=keys, budgets=app.state.budgets, refusals=refusals)
+    hosts = allowed_hosts(settings)
+    if hosts is not None:
+        app.add_middleware(HostCheck, allowed=hosts, refusals=refusals)
+    app.add_middleware(SecurityHeaders)
+    if settings.allowed_origins:
+        build = app.build_middleware_stack  # around Starlette's own answer to an unexpected error too
+        app.build_middleware_stack = lambda: with_cors(build(), settings.allowed_origins)  # type: ignore[method-assign]
 
 
 @asynccontextmanager
@@ -63,3 +83,4 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await service.close()
+        await app.state.budgets.close()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_o
 import typer
 from typer.core import TyperCommand
 
+from server.access.commands import keys
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
@@ -158,6 +159,7 @@ def chat(
         raise typer.Exit(FAILED)
 
 
+app.add_typer(keys, name="keys")
 register(app)
 
 

@@ -5,8 +5,11 @@ Values that cannot work are refused before anything is loaded.
 
 from __future__ import annotations
 
+import difflib
+import ipaddress
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,8 @@ from server.engines.config import DEFAULT_CHUNK, DEFAULT_QUEUE, DEFAULT_SLOTS, E
 from steering_vectors.errors import TrimtabError
 
 PREFIX = "TRIMTAB_"
-OF_CHAT = frozenset({"TRIMTAB_URL", "TRIMTAB_API_KEY"})  # what `trimtab chat` reads from the same environment
+OF_OTHERS = frozenset({"TRIMTAB_URL", "TRIMTAB_CACHE"})  # read from the same environment, by `trimtab chat` and by all
+OF_ACCESS = ("api_key", "api_key_file", "allow_unauthenticated", "allowed_hosts", "cors_origins")
 SINGLE_WORD = r"^\S+$"
 
 
@@ -110,8 +114,46 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool | None = _gpu(None, "Replay decoding steps as CUDA graphs; by default where the model allows it.")
     tensor_parallel: bool = _gpu(False, "Under torchrun, split the model among its processes; the first one serves.")
+    api_key: str | None = _security(
+        None,
+        "A key that requests need as a bearer token, beside those of --api-key-file; better in the environment.",
+        repr=False,
+    )
     api_key_file: Path | None = _security(
-        None, "A file of API keys, one per line; if set, requests need one as a bearer token."
+        None,
+        "A file of API keys, as `trimtab keys` writes it, or one key per line; if set, requests need one as a bearer "
+        "token. It is read again when it changes.",
+    )
+    allow_unauthenticated: bool = _security(
+        False, "Serve without keys on an address that other machines can reach; refused otherwise."
+    )
+    allowed_hosts: str | None = _security(
+        None,
+        "The names that clients may use for this server in the Host header, with commas between them; *.example.com is "
+        "every name below it, * is any. Loopback names are always allowed; by default others are, unless --host is a "
+        "loopback address.",
+        min_length=1,
+    )
+    cors_origins: str | None = _security(
+        None,
+        "The web origins whose pages may use the server from a browser, such as https://example.com, with commas "
+        "between them; * is any.",
+        min_length=1,
+    )
+    requests_per_minute: int | None = _security(
+        None, "Maximum number of requests per minute of each key; keys may have their own.", ge=1
+    )
+    tokens_per_minute: int | None = _security(
+        None, "Maximum number of generated tokens per minute of each key; keys may have their own.", ge=1
+    )
+    concurrent_requests: int | None = _security(
+        None, "Maximum number of requests of each key at once; keys may have their own.", ge=1
+    )
+    limits_storage: str = _security(
+        "memory://",
+        "Where requests and tokens per minute are counted: in this process, or at a redis:// URL for several servers.",
+        pattern=r"^(memory://|rediss?://.+)$",
+        repr=False,
     )
     log_level: Literal["debug", "info", "warning", "error"] = _logging("info", "The minimum level of log messages.")
 
@@ -145,6 +187,41 @@ class Settings(BaseSettings):
                 raise ValueError("--tensor-parallel needs torchrun: torchrun --nproc-per-node 2 -m server.cli serve …")
         return self
 
+    @model_validator(mode="after")
+    def _check_access(self) -> Self:
+        """Refuse settings that would leave a server open by mistake."""
+        for name in ("api_key", "api_key_file"):
+            flag, variable = f"--{name.replace('_', '-')}", f"{PREFIX}{name.upper()}"
+            given = getattr(self, name)
+            if given is None and any(one.upper() == variable and not value for one, value in os.environ.items()):
+                raise ValueError(f"{variable} is empty: give it a value, or unset it to serve without")
+            if given is not None and not str(given).strip():
+                raise ValueError(f"{flag} ({variable}) is empty: give it a value, or leave it out to serve without")
+        if not self.requires_keys:
+            for name in ("requests_per_minute", "tokens_per_minute", "concurrent_requests"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} is counted for each key: give --api-key-file, or leave it out"
+                    )
+            if not self.allow_unauthenticated and not is_loopback(self.host):
+                raise ValueError(
+                    f"--host {self.host} lets other machines reach a server without keys: give --api-key-file or "
+                    f"{PREFIX}API_KEY, or --allow-unauthenticated if everyone may use it"
+                )
+        return self
+
+    @property
+    def requires_keys(self) -> bool:
+        return self.api_key is not None or self.api_key_file is not None
+
+    @property
+    def allowed_host_names(self) -> tuple[str, ...]:
+        return _listed(self.allowed_hosts)
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        return _listed(self.cors_origins)
+
     def engine_config(self) -> EngineConfig:
         """The settings of the engine. Slots that were not set are the engine's to choose."""
         given = {one.name: getattr(self, one.name) for one in fields(EngineConfig)}
@@ -161,30 +238,39 @@ def load_settings(given: Mapping[str, Any] | None = None) -> Settings:
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Environment variables that have the prefix and are not settings, for a warning."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | OF_CHAT
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | OF_OTHERS
     return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
-def read_api_keys(path: Path) -> frozenset[str]:
-    """The keys of a file, one per line, without blank lines and lines that begin with #.
+def refuse_mistyped_access(unknown: Sequence[str]) -> None:
+    """Raise ConfigurationError for an unknown variable that was meant to protect the server, as far as can be seen."""
+    known = [f"{PREFIX}{name}".upper() for name in OF_ACCESS]
+    for name in unknown:
+        close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+        if close or "KEY" in name.upper().removeprefix(PREFIX):
+            meant = close[0] if close else f"{PREFIX}API_KEY or {PREFIX}API_KEY_FILE"
+            raise ConfigurationError(f"the environment variable {name} is not a setting: is {meant} meant?")
 
-    Raises ConfigurationError if there are none: a server that is to require keys must not run without.
-    """
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on this address or name can be reached from this machine only."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigurationError(f"the API key file {path} cannot be read ({reason})") from error
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not keys:
-        raise ConfigurationError(f"the API key file {path} holds no key: write one a line, or leave --api-key-file out")
-    return keys
+        addresses = [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except OSError:  # it cannot be listened on either
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def _describe(detail: Any) -> str:
+    """What is wrong with one setting. Settings that may hold a secret are not shown."""
     if not detail["loc"]:  # of several settings together
         return str(detail["ctx"]["error"])
     name = str(detail["loc"][0])
     flag = f"--{name.replace('_', '-')} ({PREFIX}{name.upper()})"
     message = str(detail["msg"])
-    return f"{flag}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+    given = f", not {detail['input']!r}" if Settings.model_fields[name].repr else ""
+    return f"{flag}: {message[0].lower()}{message[1:]}{given}"

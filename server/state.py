@@ -11,6 +11,7 @@ import logging
 import time
 from functools import cached_property, partial
 
+from server.access.callers import Caller
 from server.engines.errors import Unavailable
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
@@ -65,9 +66,8 @@ class Service:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.info.model_name
 
-    @property
-    def intake(self) -> Intake:
-        return Intake(self.engine, self.model_name, self.registry)
+    def intake(self, caller: Caller) -> Intake:
+        return Intake(self.engine, self.model_name, self.registry, caller)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -45,6 +45,7 @@ ORDER = (
     "server.engines.torch",
     "server.settings",
     "server.http",
+    "server.access",
     "server.profiles",
     "server.generation",
     "server.state",

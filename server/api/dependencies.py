@@ -1,4 +1,4 @@
-"""What routes depend on: the running service, and the header that steers.
+"""What routes depend on: the running service, who asks, and the header that steers.
 
 The dependencies are coroutines, because FastAPI runs plain functions in threads.
 """
@@ -9,6 +9,9 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
+from server.access.callers import Caller
+from server.access.gate import CALLER
+from server.generation.intake import Intake
 from server.generation.steering_grammar import EXAMPLE, HEADER
 from server.state import Service
 from steering_vectors.errors import SteeringError
@@ -43,3 +46,18 @@ async def _ready(service: ServiceDep) -> Service:
 
 
 ReadyDep = Annotated[Service, Depends(_ready)]  # a 503 until everything is loaded, whatever the body
+
+
+async def _caller(request: Request) -> Caller:
+    caller: Caller = getattr(request.state, CALLER)
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
+
+
+async def _intake(service: ReadyDep, caller: CallerDep) -> Intake:
+    return service.intake(caller)
+
+
+IntakeDep = Annotated[Intake, Depends(_intake)]

@@ -21,8 +21,9 @@ COMPONENTS = "#/components/schemas/{model}"
 STREAMED = "x-streamed"  # taken out again
 DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
-Unknown and unsupported fields are refused by name. A server with `--api-key-file` requires
-`Authorization: Bearer KEY` and answers 401 without. Bodies are JSON of at most 32 MiB (413)."""
+Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
+401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
+need the scope `generate`. Bodies are JSON of at most 32 MiB (413)."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
@@ -48,7 +49,7 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
     ),
     409: ("The generation has already ended.", error_object("the generation has ended", status=409, code="conflict")),
     429: (
-        "The queue is full: retry after the seconds in the header `retry-after`.",
+        "The queue is full, or the budget of the key is used up: retry after the seconds in the header `retry-after`.",
         error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
     ),
     503: (
@@ -59,8 +60,8 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
 GENERATING = (400, 404, 429, 503)  # the errors of routes that run generations
 OTHER_ERRORS: dict[int | str, Json] = {
     "default": {
-        "description": "Any other error: 401 without a required key, 413 for a body that is too large, 500 for a "
-        "fault of the server.",
+        "description": "Any other error: 401 without a required key, 403 for a key without the scope or for a host "
+        "that is not allowed, 413 for a body that is too large, 500 for a fault of the server.",
         "model": ErrorAnswer,
     }
 }
@@ -95,7 +96,7 @@ def openapi_document(app: FastAPI) -> Json:
                 schema.setdefault("additionalProperties", False)  # answers have no other fields
             for field in schema.get("properties", {}).values():
                 field.pop(EXAMPLE, None)
-        key = {"type": "http", "scheme": "bearer", "description": "For servers with --api-key-file."}
+        key = {"type": "http", "scheme": "bearer", "description": "For servers with keys."}
         document["components"]["securitySchemes"] = {"key": key}
         document["security"] = [{}, {"key": []}]
     assert app.openapi_schema is not None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, NotRequired
 
 import torch
 import transformers
 from fastapi import APIRouter
 from typing_extensions import TypedDict
 
-from server.api.dependencies import ReadyDep, ServiceDep
+from server.api.dependencies import CallerDep, ReadyDep, ServiceDep
 from server.api.document import declare
 from server.http.answers import about
 from steering_vectors.profiles.files import installed_version
@@ -25,17 +26,17 @@ class Ready(TypedDict):
     """The server can serve."""
 
     status: Annotated[Literal["ready"], about("Always `ready`; until then, the answer is a 503.")]
-    model: Annotated[str, about("The base model's name on /v1.", "demo")]
+    model: Annotated[str, about("The base model's name on /v1, without directories.", "demo")]
     profiles: Annotated[int, about("The number of served profiles.", 4)]
 
 
 class Version(TypedDict):
-    """Versions and settings."""
+    """Versions and settings. Those of libraries are for callers with the scope `admin`, or for all without keys."""
 
     version: Annotated[str, about("The version of trimtab.", "0.1.0")]
-    torch: Annotated[str, about("The version of PyTorch.", "2.13.0")]
-    transformers: Annotated[str, about("The version of transformers.", "5.23.0")]
-    model: Annotated[str, about("The setting `--served-model-name`, else `--model`.", "demo")]
+    torch: NotRequired[Annotated[str, about("The version of PyTorch.", "2.13.0")]]
+    transformers: NotRequired[Annotated[str, about("The version of transformers.", "5.23.0")]]
+    model: Annotated[str, about("The setting `--served-model-name`, else `--model` without directories.", "demo")]
     dtype: Annotated[str, about("The setting `--dtype`.", "auto")]
     quantize: Annotated[Literal["int8", "int4", "gguf"] | None, about("The setting `--quantize`.")]
     device: Annotated[str, about("The setting `--device`.", "cpu")]
@@ -53,19 +54,26 @@ async def health() -> Health:
 @router.get("/ready", summary="Can it serve?", **declare(Ready, 503))
 async def ready(service: ReadyDep) -> Ready:
     """Answer 200 once the model and every profile are loaded, 503 before."""
-    return {"status": "ready", "model": service.model_name, "profiles": len(service.registry.served)}
+    return {"status": "ready", "model": _shown(service.model_name), "profiles": len(service.registry.served)}
 
 
 @router.get("/version", summary="What does it run?", **declare(Version))
-async def version(service: ServiceDep) -> Version:
+async def version(service: ServiceDep, caller: CallerDep) -> Version:
     """Show versions and settings, also while the model is loading."""
     settings = service.settings
-    return {
+    found: Version = {
         "version": installed_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": settings.served_model_name or settings.model,
+        "model": _shown(settings.served_model_name or settings.model),
         "dtype": settings.dtype,
         "quantize": settings.quantize,
         "device": settings.device,
     }
+    if caller.is_admin:
+        found |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return found
+
+
+def _shown(model: str) -> str:
+    """A model's name without its directories, which are nobody's business; hub ids stay whole."""
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() else model

@@ -231,7 +231,8 @@ class GenerationRequest:
     of generated tokens begins before them, and only they are scored. `divergence` asks for KL(steered‖unsteered) of the
     distribution that each token was drawn from, before penalties and temperature. `projections` names the profile
     versions on whose directions the residual stream is projected where each token is drawn. A text under a constraint
-    ends with reason "stop" once nothing more may follow, even before `min_tokens`.
+    ends with reason "stop" once nothing more may follow, even before `min_tokens`. A prompt's KV is reused for requests
+    of the same `tenant` only.
     """
 
     ids: tuple[str, ...]
@@ -244,6 +245,7 @@ class GenerationRequest:
     scored_suffix: int = 0
     divergence: bool = False
     projections: tuple[str, ...] = ()
+    tenant: str = ""
 
     @property
     def n(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.engines.errors import GenerationFailed, Unavailable
 from server.engines.protocol import Delta, Event, EventStream, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generation.client_errors import client_errors
 from steering_vectors.errors import RequestError
+
+CHARGED_AT_ONCE = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,22 @@ class Result:
 class Generations:
     """What the engine runs for one HTTP request: choice i·n + j is choice j of request i, drawn from (seed, j)."""
 
-    def __init__(self, requests: Sequence[GenerationRequest], stream: EventStream, fields: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        stream: EventStream,
+        fields: Mapping[str, str],
+        charge: Callable[[int], None],
+    ) -> None:
+        """`charge` is called with the numbers of tokens that were generated, now and then and at the end."""
         self.n = requests[0].n
         names = {term.version: term.profile for request in requests for term in request.plan.terms}
         self.choices = [Choice(name, request, names) for request in requests for name in request.ids]
         self._places = {choice.id: place for place, choice in enumerate(self.choices)}
         self._stream = stream
         self._fields = fields
+        self._charge = charge
+        self._uncharged = 0
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
@@ -56,6 +67,8 @@ class Generations:
             if isinstance(event, Finished):
                 with client_errors(self._fields):
                     _raise_failure(event)
+            elif isinstance(event, Delta):
+                self._count(len(event.token_ids))
             yield self._places[event.id], event
 
     async def results(self) -> list[Result]:
@@ -70,7 +83,15 @@ class Generations:
 
     async def close(self) -> None:
         """Cancel what still runs. Never waits, so that it also works in a task that is being cancelled."""
+        self._charge(self._uncharged)
+        self._uncharged = 0
         await self._stream.aclose()
+
+    def _count(self, tokens: int) -> None:
+        self._uncharged += tokens
+        if self._uncharged >= CHARGED_AT_ONCE:
+            self._charge(self._uncharged)
+            self._uncharged = 0
 
 
 def _result(events: Sequence[Event]) -> Result:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from server.access.callers import Caller
 from server.engines.errors import reject
 from server.engines.protocol import (
     Capability,
@@ -77,11 +78,12 @@ class Asking(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """Takes in requests for one engine, its name and the profiles that are served."""
+    """Takes in requests of one caller for one engine, its name and the profiles that are served."""
 
     engine: Engine
     served: str
     registry: ProfileRegistry
+    caller: Caller = Caller()
 
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
         """Have the engine run all generations of a request, or none. Raises RequestError, UnknownProfile, UnknownModel,
@@ -95,7 +97,7 @@ class Intake:
                 check_capabilities(self.engine.info, capabilities_needed(draft))
             prompts = await self._encoded(ask)
             requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
-            return Generations(requests, await self.engine.submit(requests), fields)
+            return Generations(requests, await self.engine.submit(requests), fields, self.caller.charge)
 
     def _check_count(self, ask: Ask) -> None:
         count = len(ask.prompts) * len(ask.plans) * ask.n * (1 if ask.completions is None else len(ask.completions))
@@ -118,12 +120,13 @@ class Intake:
         return [
             replace(
                 ask.common,
-                ids=tuple(new_id("gen" if ask.completions is None else "score") for _ in range(ask.n)),
+                ids=tuple(self.caller.new_id("gen" if ask.completions is None else "score") for _ in range(ask.n)),
                 prompt_ids=ids,
                 plan=plan,
                 constraint=constraint,
                 scored_suffix=scored,
                 projections=tuple(projected),
+                tenant=self.caller.tenant,
             )
             for ids, scored in prompts
             for plan in plans

@@ -4,6 +4,7 @@ ends the rest with an error event."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -12,11 +13,13 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.http.throttle import ThrottledRecords
 from server.settings import ConfigurationError
 
 GRACE_SECONDS = 6.0  # Docker kills after ten
 LAST_WORDS_SECONDS = 2
 KEEP_ALIVE_SECONDS = 65  # longer than clients and load balancers, so that they close idle connections first
+OF_INVALID_REQUESTS = ThrottledRecords()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,11 +74,13 @@ class Server(uvicorn.Server):
             app,
             log_config=None,
             access_log=access_log,
+            server_header=False,
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=round(grace) + LAST_WORDS_SECONDS,
         )
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(OF_INVALID_REQUESTS)
         self._end = end
         self._grace = grace
 

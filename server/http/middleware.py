@@ -1,9 +1,8 @@
-"""Checks before a request reaches its route: the API key, the size of the body, and its JSON, in which NaN, Infinity,
-lone surrogates, deep nesting and duplicate keys are refused."""
+"""Checks before a request reaches its route: the size of the body, and its JSON, in which NaN, Infinity, lone
+surrogates, deep nesting and duplicate keys are refused."""
 
 from __future__ import annotations
 
-import hmac
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,36 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.error_responses import error_response
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
 PAGE_FILES = "/docs-files"
 MAX_BYTES = 32 * 2**20
 TOO_LARGE = f"the body is larger than the limit of {MAX_BYTES} bytes"
-
-
-class BearerKeys:
-    """Requires `Authorization: Bearer KEY`, except on the routes about the server's state and on its page of docs,
-    for which a browser has no key yet."""
-
-    def __init__(self, app: ASGIApp, keys: frozenset[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._admits(scope["path"], Headers(scope=scope)):
-            return await self._app(scope, receive, send)
-        message = "this server requires a key: send it as 'Authorization: Bearer KEY'"
-        response = error_response(401, message, code="invalid_api_key")
-        response.headers["www-authenticate"] = "Bearer"
-        return await response(scope, receive, send)
-
-    def _admits(self, path: str, headers: Headers) -> bool:
-        if path in OPEN_PATHS or path.startswith(f"{PAGE_FILES}/"):
-            return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")
-        # every key is compared, each in constant time, against timing attacks
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
 
 
 class BodyLimit:

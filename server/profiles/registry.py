@@ -182,7 +182,8 @@ class ProfileRegistry:
             return ProfileEntry(name, profile)
         except ProfileError as error:
             logger.warning("profile %r is rejected: %s", name, error.message)
-            return ProfileEntry(name, current, error.message)
+            # clients see names, not where the server keeps its files
+            return ProfileEntry(name, current, error.message.replace(f"{path.parent}/", ""))
 
     async def _swap(self, name: str, entry: ProfileEntry | None) -> None:
         """Replace the entry of a name, and let the engine forget the profile that is no longer served."""

@@ -17,8 +17,9 @@ from server.http.listener import listen
 from server.settings import (
     ConfigurationError,
     Settings,
+    is_loopback,
     load_settings,
-    read_api_keys,
+    refuse_mistyped_access,
     unknown_variables,
 )
 from tests.support.malformed import says
@@ -109,19 +110,63 @@ def test_unknown_variables_are_found() -> None:
     assert unknown_variables({"TRIMTAB_PORT": "1", "TRIMTAB_PROT": "1", "PATH": ""}) == ["TRIMTAB_PROT"]
 
 
-def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# of the team\nfirst\n\n second \n")
-    assert read_api_keys(path) == {"first", "second"}
+@pytest.mark.parametrize("name", ["TRIMTAB_API_KEYS", "TRIMTAB_APIKEY", "trimtab_api_key_fil", "TRIMTAB_ALOWED_HOSTS"])
+def test_a_mistyped_variable_of_access_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the environment variable {name} is not a setting: is TRIMTAB_A"):
+        refuse_mistyped_access(unknown_variables({name: "secret"}))
 
 
-def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        read_api_keys(path)
-    path.write_text("\n# nothing\n")
-    with pytest.raises(ConfigurationError, match="holds no key"):
-        read_api_keys(path)
+def test_other_variables_are_not_taken_for_access() -> None:
+    kubernetes = {
+        "TRIMTAB_SERVICE_HOST": "10.0.0.1",
+        "TRIMTAB_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "TRIMTAB_PROT": "1",
+    }
+    refuse_mistyped_access(unknown_variables(kubernetes))
+
+
+@pytest.mark.parametrize("name", ["TRIMTAB_API_KEY", "TRIMTAB_API_KEY_FILE", "trimtab_api_key"])
+def test_an_empty_variable_of_a_key_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigurationError, match=f"{name.upper()} is empty: give it a value, or unset it"):
+        load_settings()
+
+
+@pytest.mark.parametrize("given", [{"api_key": ""}, {"api_key": " \n"}, {"api_key_file": " "}])
+def test_an_empty_key_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"--api-key(-file)? \(TRIMTAB_API_KEY(_FILE)?\) is empty"):
+        load_settings(given)
+
+
+def test_a_key_is_not_shown_in_representations_and_errors() -> None:
+    assert "s3cret" not in repr(load_settings({"api_key": "s3cret"}))
+    with pytest.raises(ConfigurationError) as failure:
+        load_settings({"api_key": "s3cret", "limits_storage": "rediss:/user:s3cret@there", "port": -1})
+    assert "--limits-storage (TRIMTAB_LIMITS_STORAGE): " in failure.value.message
+    assert "s3cret" not in failure.value.message
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "::ffff:192.0.2.1"])
+def test_other_machines_do_not_reach_a_server_without_keys(host: str) -> None:
+    with pytest.raises(ConfigurationError) as failure:
+        load_settings({"host": host})
+    assert says(failure.value.message, f"--host {host} lets other machines reach a server without keys: …")
+    assert load_settings({"host": host, "allow_unauthenticated": True}).host == host
+    assert load_settings({"host": host, "api_key": "secret"}).host == host
+    assert load_settings({"host": host, "api_key_file": "keys"}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert is_loopback(host)
+    assert load_settings({"host": host}).host == host
+
+
+@pytest.mark.parametrize("name", ["requests_per_minute", "tokens_per_minute", "concurrent_requests"])
+def test_budgets_need_keys(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} is counted for each key"):
+        load_settings({name: 1})
+    assert getattr(load_settings({name: 1, "api_key": "secret"}), name) == 1
 
 
 def test_a_busy_port_is_said_before_the_model_is_loaded() -> None:
@@ -139,6 +184,32 @@ def test_errors_of_the_command_are_one_line_and_exit_code_2(
     assert leaving.value.code == 2
     error = "error: --slots (TRIMTAB_SLOTS): …1, not 0\n"
     assert says(capsys.readouterr().err, error)
+
+
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        ({"TRIMTAB_HOST": "0.0.0.0"}, "error: --host 0.0.0.0 lets other machines reach a server without keys: …"),
+        ({"TRIMTAB_API_KEY": ""}, "error: TRIMTAB_API_KEY is empty: …"),
+        ({"TRIMTAB_API_KEY_FILE": ""}, "error: TRIMTAB_API_KEY_FILE is empty: …"),
+        ({"TRIMTAB_API_KEY_FILE": "/missing/keys"}, "error: the API key file /missing/keys cannot be read …"),
+        ({"TRIMTAB_API_KEYS": "secret"}, "error: the environment variable TRIMTAB_API_KEYS is not a setting: …"),
+    ],
+)
+def test_a_server_that_would_be_open_by_mistake_does_not_start(
+    variables: dict[str, str],
+    error: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["trimtab", "serve", "--port", "0", "--profiles", str(tmp_path)])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    assert leaving.value.code == 2
+    assert says(capsys.readouterr().err, f"{error}\n")
 
 
 def test_version() -> None:

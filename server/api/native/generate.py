@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.api.dependencies import ReadyDep, SteeringHeader, refuse_steering_header
+from server.api.dependencies import IntakeDep, ReadyDep, SteeringHeader, refuse_steering_header
 from server.api.document import GENERATING, declare
 from server.api.fields.body import OPENAI_NO_OPS, Examples, NoOps
 from server.api.fields.constraints import ConstrainedBody
@@ -242,11 +242,11 @@ router = APIRouter(route_class=StrictRoute)
     **declare(GenerateAnswer, *GENERATING, stream=GenerateDelta | GenerateEnd),
 )
 async def generate(
-    body: GenerateBody, request: Request, service: ReadyDep, steering: SteeringHeader = None
+    body: GenerateBody, request: Request, intake: IntakeDep, steering: SteeringHeader = None
 ) -> Response:
     """Continue a text or a conversation under a steering. With `stream`, events have the pieces of the text, and the
     last one has everything else."""
-    generations = await service.intake.submit(body, steering)
+    generations = await intake.submit(body, steering)
     if body.stream:
         return EventStreamResponse(_events(generations, [{}]), close=generations.close)
     (result,) = await while_connected(request, generations.results())
@@ -260,10 +260,10 @@ async def generate(
     dependencies=[Depends(refuse_steering_header)],
     **declare(CompareAnswer, *GENERATING, stream=CompareDelta | CompareEnd),
 )
-async def compare(body: CompareBody, request: Request, service: ReadyDep) -> Response:
+async def compare(body: CompareBody, request: Request, intake: IntakeDep) -> Response:
     """Continue a text or a conversation under several steerings, with the same random numbers. With `stream`, the
     events of the variants are interleaved."""
-    generations = await service.intake.submit(body)
+    generations = await intake.submit(body)
     if body.stream:
         numbers = [{"variant": index} for index in range(len(generations.choices))]
         return EventStreamResponse(_events(generations, numbers), close=generations.close)
@@ -272,9 +272,11 @@ async def compare(body: CompareBody, request: Request, service: ReadyDep) -> Res
 
 
 @router.post("/score", tags=["native"], summary="Score given completions", **declare(ScoreAnswer, *GENERATING))
-async def score(body: ScoreBody, request: Request, service: ReadyDep, steering: SteeringHeader = None) -> Response:
+async def score(
+    body: ScoreBody, request: Request, service: ReadyDep, intake: IntakeDep, steering: SteeringHeader = None
+) -> Response:
     """Compute the log-probabilities, in nats, of each completion's tokens after the prompt."""
-    generations = await service.intake.submit(body, steering)
+    generations = await intake.submit(body, steering)
     results = await while_connected(request, generations.results())
     finished = [result.finished for result in results]
     answer: ScoreAnswer = {

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Depends, Path
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from server.api.dependencies import ReadyDep, refuse_steering_header
+from server.api.dependencies import CallerDep, ReadyDep, refuse_steering_header
 from server.api.document import declare
 from server.api.fields.body import Body, Examples
 from server.api.fields.steering import Steering
+from server.engines.errors import UnknownGeneration
 from server.engines.protocol import MAX_SCHEDULE_TOKEN, GenerationRequest, capabilities_needed
 from server.generation.client_errors import client_errors
 from server.generation.intake import check_capabilities
@@ -90,14 +91,16 @@ router = APIRouter(tags=["steering"], route_class=StrictRoute, dependencies=[Dep
     summary="Change the steering of a running generation",
     **declare(ChangeAnswer, 400, 404, 409, 503),
 )
-async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDep) -> ChangeAnswer:
+async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDep, caller: CallerDep) -> ChangeAnswer:
     """Change the steering of a running generation from its next token on.
 
     The answer has the first completion token that is drawn under the new steering, and the first position whose keys
     and values are computed under it. Earlier ones stay as they are. The tokens of a schedule count from the change:
-    token 0 is `from_token`.
+    token 0 is `from_token`. Only the key that began the generation can change it, or one with the scope `admin`.
     """
     with client_errors():
+        if not caller.may_change(generation_id):
+            raise UnknownGeneration(f"there is no generation {generation_id!r} here", param="id")
         plan = pinned(body.steering.plan(), service.registry.find)
         needed = capabilities_needed(GenerationRequest((generation_id,), (), plan=plan))
         check_capabilities(service.engine.info, {"live_steering": "steering", **needed})

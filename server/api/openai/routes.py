@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from server.api.dependencies import ReadyDep, SteeringHeader
+from server.api.dependencies import IntakeDep, ReadyDep, SteeringHeader
 from server.api.document import GENERATING, declare
 from server.api.openai.requests import ChatBody, CompletionBody, OpenAIBody
 from server.api.openai.responses import (
@@ -36,11 +36,11 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
     **declare(ChatCompletion, *GENERATING, stream=ChatChunk, ends_in=DONE),
 )
 async def chat_completions(
-    body: ChatBody, request: Request, service: ReadyDep, steering: SteeringHeader = None
+    body: ChatBody, request: Request, service: ReadyDep, intake: IntakeDep, steering: SteeringHeader = None
 ) -> Response:
     """Generate the next turn of a conversation under a steering. With `stream`, chunks are sent as server-sent events;
     the last one has the receipts, and `data: [DONE]` follows."""
-    generations = await service.intake.submit(body, steering)
+    generations = await intake.submit(body, steering)
     writer = ChatWriter(new_id("chatcmpl"), body.model, service.fingerprint, generations, service.token_texts)
     return await _respond(writer, body, request)
 
@@ -49,11 +49,11 @@ async def chat_completions(
     "/completions", summary="Continue texts", **declare(Completion, *GENERATING, stream=CompletionChunk, ends_in=DONE)
 )
 async def completions(
-    body: CompletionBody, request: Request, service: ReadyDep, steering: SteeringHeader = None
+    body: CompletionBody, request: Request, service: ReadyDep, intake: IntakeDep, steering: SteeringHeader = None
 ) -> Response:
     """Continue one or more texts under a steering. With `stream`, chunks are sent as server-sent events; the last one
     has the receipts, and `data: [DONE]` follows."""
-    generations = await service.intake.submit(body, steering)
+    generations = await intake.submit(body, steering)
     texts = service.token_texts
     echoed = [texts.of_prompt(prompt) for prompt in body.prompt] if body.echo else None
     writer = CompletionWriter(new_id("cmpl"), body.model, service.fingerprint, generations, texts, echoed=echoed)

@@ -133,7 +133,7 @@ def test_the_server_answers_while_the_child_is_started_again(one: Served, tmp_pa
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             await app.state.service.wait_ready()
             body = {"prompt": list(PROMPT), "max_tokens": 4, "profile": "warm", "temperature": 0}

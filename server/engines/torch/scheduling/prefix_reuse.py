@@ -2,7 +2,7 @@
 
 The keys and values of a position follow from the tokens up to it and from how each of these positions was steered. So
 the key of a slot is its tokens and its spans of steering, and two keys share what comes before the first token or span
-that differs.
+that differs. Keys of different tenants share nothing, or one could find out what another's prompt begins with.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ class PrefixKey:
 
     ids: list[int] = field(default_factory=list)
     spans: list[tuple[int, str]] = field(default_factory=list)
+    tenant: str = ""
 
     @classmethod
-    def of(cls, ids: Sequence[int], steered_from: int | None, digest: str) -> PrefixKey:
-        key = cls()
+    def of(cls, ids: Sequence[int], steered_from: int | None, digest: str, tenant: str = "") -> PrefixKey:
+        key = cls(tenant=tenant)
         key.extend(0, ids, steered_from, digest)
         return key
 
@@ -53,10 +54,12 @@ class PrefixKey:
 
     def head(self, length: int) -> PrefixKey:
         """The key of the first `length` positions."""
-        return PrefixKey(self.ids[:length], [span for span in self.spans if span[0] < length])
+        return PrefixKey(self.ids[:length], [span for span in self.spans if span[0] < length], self.tenant)
 
     def shared(self, other: PrefixKey) -> int:
         """How many positions from the start on the two have in common."""
+        if self.tenant != other.tenant:
+            return 0
         length = _common(self.ids, other.ids)
         end = (length, "")
         for mine, theirs in zip_longest(self.spans, other.spans, fillvalue=end):
@@ -81,9 +84,12 @@ class PrefixCache:
     def key(self, slot: int) -> PrefixKey:
         return self._keys[slot]
 
-    def record(self, slot: int, start: int, ids: Sequence[int], steered_from: int | None, digest: str) -> None:
+    def record(
+        self, slot: int, start: int, ids: Sequence[int], steered_from: int | None, digest: str, tenant: str = ""
+    ) -> None:
         """Note that these tokens were computed in a slot, from position `start` on."""
         if self.reuses:
+            self._keys[slot].tenant = tenant
             self._keys[slot].extend(start, ids, steered_from, digest)
 
     def forget(self, slot: int) -> None:

@@ -81,7 +81,8 @@ class RequestState:
     @property
     def prompt_key(self) -> PrefixKey:
         """The KV prefix key of the prompt, as it is steered now."""
-        return PrefixKey.of(self.ids[: self.prompt_length], self.steering.steered_from, self.steering.digest)
+        ids, steering = self.ids[: self.prompt_length], self.steering
+        return PrefixKey.of(ids, steering.steered_from, steering.digest, self.request.tenant)
 
     @property
     def reusable(self) -> PrefixKey:

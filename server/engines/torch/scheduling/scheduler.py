@@ -91,10 +91,10 @@ class Scheduler:
 
     def advance(self, chunk: Chunk) -> None:
         """Note that a chunk's KV has been computed."""
-        state, steering = chunk.state, chunk.state.steering
-        self._prefixes.record(chunk.slot, chunk.start, chunk.ids, steering.steered_from, steering.digest)
+        state, steering, tenant = chunk.state, chunk.state.steering, chunk.state.request.tenant
+        self._prefixes.record(chunk.slot, chunk.start, chunk.ids, steering.steered_from, steering.digest, tenant)
         if state.unsteered_slot is not None:
-            self._prefixes.record(state.unsteered_slot, chunk.start, chunk.ids, None, "")
+            self._prefixes.record(state.unsteered_slot, chunk.start, chunk.ids, None, "", tenant)
         state.computed = chunk.end
         steering.count(chunk.steered_positions)
 

@@ -219,6 +219,15 @@ def test_invariant_5_a_reused_prefix_changes_nothing(one: Served, warm: Profile)
     assert reused.ids == fresh.ids
 
 
+def test_a_prefix_is_reused_for_its_tenant_only(one: Served) -> None:
+    prompt = tuple(range(200, 240))
+    asked = [
+        replace(request((*prompt, last), max_tokens=1), tenant=tenant)
+        for last, tenant in enumerate(("a", "b", "", "b"))
+    ]
+    assert [one.run(outcome(one.engine, ask)).end.cached_tokens for ask in asked] == [0, 0, 0, len(prompt)]
+
+
 def test_invariant_6_a_running_request_keeps_its_version(one: Served, language_model: LanguageModel) -> None:
     old, new = (random_profile(language_model, "p", seed=seed, scale=2.0) for seed in (11, 12))
     by_old, by_new = (SteeringPlan((PlanTerm("p", profile.version),)) for profile in (old, new))

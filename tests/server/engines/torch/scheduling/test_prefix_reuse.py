@@ -72,7 +72,7 @@ def test_keys_share_no_more_than_their_tokens() -> None:
 
 
 class Keys:
-    """Keys and values as what they follow from: each entry is a hash of all tokens and steering up to its position."""
+    """Keys and values as what they follow from: each entry is a hash of the tenant, all tokens and steering so far."""
 
     def __init__(self, slots: int) -> None:
         self.slots: list[list[int]] = [[] for _ in range(slots)]
@@ -93,7 +93,7 @@ class Keys:
             for position, token in zip(range(chunk.start, chunk.end), chunk.ids, strict=True):
                 first = chunk.state.steering.steered_from if slot == chunk.slot else None
                 digest = chunk.state.steering.digest if first is not None and position >= first else ""
-                held.append(hash((held[-1] if held else None, token, digest)))
+                held.append(hash((held[-1] if held else chunk.state.request.tenant, token, digest)))
 
 
 class Run:
@@ -139,13 +139,36 @@ class Run:
             trace = self.prefixes.key(slot)
             if not self.prefixes.reuses or not len(trace):
                 continue
-            scratch = None
+            scratch: object = trace.tenant
             starts = dict(trace.spans)
             digest = ""
             for position, token in enumerate(trace.ids):
                 digest = starts.get(position, digest)
                 scratch = hash((scratch, token, digest))
                 assert held[position] == scratch
+
+
+def test_tenants_share_nothing() -> None:
+    ids = list(range(30))
+    keys = [PrefixKey.of(ids, None, "", tenant) for tenant in ("", "a", "b")]
+    assert [[one.shared(other) for other in keys] for one in keys] == [[30, 0, 0], [0, 30, 0], [0, 0, 30]]
+    assert keys[1].head(10).shared(keys[1]) == 10
+    assert keys[1].head(10).shared(keys[0]) == 0
+
+
+def test_a_prompt_is_computed_once_for_each_tenant() -> None:
+    run = Run(6)
+    prompt = list(range(1, 41))
+    rows = [run.add(prompt, tenant=tenant) for tenant in ("a", "b", "a", "b", "")]
+    while not all(row.completion_length for row in rows):
+        run.step()
+    assert [row.cached for row in rows] == [0, 0, 39, 39, 0]  # also of prompts that are being computed
+    for row in rows:
+        run.finish(row)
+    for tenant, expected in (("a", 39), ("b", 39), ("c", 0), ("", 39), ("c", 39)):
+        one = run.add(prompt, tenant=tenant)
+        run.run(one)
+        assert one.cached == expected, tenant
 
 
 def test_a_chat_computes_its_tail_only() -> None:
@@ -387,7 +410,8 @@ def test_whatever_comes_and_goes_keys_are_those_of_a_run_from_scratch(seed: int)
             given = draw.randrange(1, 4) if len(prompt) > 6 and draw.random() < 0.2 else 0
             more = {"scored_suffix": given, "prompt_logprobs": 0} if given else {}
             shadowed = draw.random() < 0.2 and run.scheduler.num_slots > 1 and not given
-            live.append(run.add(prompt, draw.choice(PLANS), divergence=shadowed, **more))
+            tenant = draw.choice(["", "a", "a"])
+            live.append(run.add(prompt, draw.choice(PLANS), divergence=shadowed, tenant=tenant, **more))
             seen.append(live[-1])
             texts.append(prompt)
         if live and draw.random() < 0.1:
