@@ -42,7 +42,7 @@ def test_each_profile_is_the_one_that_fit_gives(lm: LanguageModel, pairs: Prefer
 
 def test_all_cost_the_budget_at_strength_1(compared: Compared) -> None:
     for one in compared[0]["methods"]:
-        assert one["kl_at_1"] == pytest.approx(0.1, rel=0.03)
+        assert one["kl_at_1"] == pytest.approx(0.1, rel=0.05)
         assert [point["strength"] for point in one["strengths"]] == list(STRENGTHS)
         assert one["layers"] == [1]
         assert one["stored_bytes"] > 4 * 32
