@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from server.api import operations, profiles
@@ -17,18 +20,27 @@ from server.api.openai import routes as openai
 from server.engines.protocol import Engine
 from server.http.error_responses import install_error_handlers
 from server.http.middleware import PAGE_FILES, BearerKeys, BodyLimit
+from server.observability.observe import ObserveRequests
+from server.observability.traces import Traces, exporting_traces
 from server.settings import Settings, read_api_keys, unknown_variables
 from server.state import Service
 from steering_vectors.profiles.files import installed_version
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+ROUTERS = (openai.router, generate.router, steering_routes.router, profiles.router, operations.router)
+
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, engine: Engine | None = None, *, tracer_provider: TracerProvider | None = None
+) -> FastAPI:
     """An application for these settings. It begins to load the model when it is started; /ready says when it is done.
 
-    A given engine is used instead of one built from the settings, and is the caller's to close. Raises
-    ConfigurationError if the key file is not usable.
+    A given engine is used instead of one built from the settings, and is the caller's to close. Traces go to a given
+    provider, or to the endpoint of the settings. Raises ConfigurationError if the key file is not usable.
     """
     app = FastAPIOffline(  # FastAPI's own pages load scripts from a CDN
         docs_url="/docs",
@@ -44,13 +56,28 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     )
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
     app.state.service = Service(settings, engine)
+    app.state.traces = _traces(settings, tracer_provider)
     install_error_handlers(app)
-    for routes in (openai, generate, steering_routes, profiles, operations):
-        app.include_router(routes.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_middleware(BodyLimit)
     if settings.api_key_file is not None:
         app.add_middleware(BearerKeys, keys=read_api_keys(settings.api_key_file))
+    app.add_middleware(  # the last is the outermost: it also sees what the others refuse
+        ObserveRequests,
+        metrics=app.state.service.metrics,
+        routes={route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)},
+        log_prompts=settings.log_prompts,
+        traces=app.state.traces,
+    )
     return app
+
+
+def _traces(settings: Settings, provider: TracerProvider | None) -> Traces | None:
+    if provider is not None:
+        return Traces(provider)
+    endpoint = settings.otlp_traces_endpoint
+    return None if endpoint is None else exporting_traces(endpoint)
 
 
 @asynccontextmanager
@@ -63,3 +90,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await service.close()
+        if app.state.traces is not None:
+            await asyncio.to_thread(app.state.traces.close)

@@ -65,12 +65,11 @@ class Server(uvicorn.Server):
         *,
         end: Callable[[], Awaitable[None]],
         grace: float = GRACE_SECONDS,
-        access_log: bool = False,
     ) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
-            access_log=access_log,
+            access_log=False,  # server.observability has one
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=round(grace) + LAST_WORDS_SECONDS,
