@@ -150,7 +150,7 @@ METRICS: Mapping[str, Declared] = {
     ),
     "client_errors": Declared("counter", "Answers with a 4xx status, by error code.", ("status", "code")),
     "keys_refused": Declared("counter", "Requests that were refused for their API key, by error code.", ("code",)),
-    "steering_changes": Declared("counter", "Changes of running generations (PATCH).", ("outcome",)),
+    "steering_changes": Declared("counter", "Changes of running generations (PATCH)."),
     "gate_decisions": Declared(
         "counter", "Decisions of profiles with a gate: opened or closed.", ("profile", "decision")
     ),
@@ -229,12 +229,14 @@ class Metrics:
         self._counter("gate_decisions").labels(self._profile(profile), decision).inc()
 
     def steering(self, plan: SteeringPlan) -> None:
-        """A request or a live change asks for a plan."""
+        """A request or a live change has a plan."""
         for term in plan.terms:
             self._histogram("steering_strength").labels(self._profile(term.profile)).observe(term.at(0))
 
-    def steering_changed(self, outcome: Literal["applied", "refused"]) -> None:
-        self._counter("steering_changes").labels(outcome).inc()
+    def steering_changed(self, plan: SteeringPlan) -> None:
+        """A running generation has another plan now."""
+        self._counter("steering_changes").inc()
+        self.steering(plan)
 
     def key_refused(self, code: str) -> None:
         self._counter("keys_refused").labels(self._code(code)).inc()

@@ -106,7 +106,7 @@ class RequestRecord:
     def change(self, plan: SteeringPlan) -> None:
         """A running generation has another steering now."""
         self.plans = (plan,)
-        self.metrics.steering(plan)
+        self.metrics.steering_changed(plan)
 
     def event(self, event: Event) -> None:
         """The engine has sent an event of one of the generations."""
