@@ -272,12 +272,14 @@ def test_what_runs_waits_and_is_held_shows_while_it_does(client: httpx.Client, e
         assert value(found, "slots_used") == 4
         held = value(found, "kv_cache_usage_perc") * engine.info.slots * engine.info.context
         assert held == sum(state.computed for state in engine._scheduler.running) > 0
-        full = client.post("/generate", json={"prompt": "a", "max_tokens": 1})
-        assert full.status_code == 200 or full.json()["error"]["code"] == "overloaded"
+        full = client.post("/v1/completions", json={"model": "demo", "prompt": "a", "n": 3})
+        assert full.json()["error"]["code"] == "overloaded"
         engine.go()
     until(lambda: value(samples(client.get("/metrics").text), "num_requests_running") == 0)
     found = samples(client.get("/metrics").text)
     assert value(found, "requests_total", route="/v1/completions", method="POST", outcome="disconnected") == 1
+    assert value(found, "requests_total", route="/v1/completions", method="POST", outcome="overloaded") == 1
+    assert value(found, "client_errors_total", status="429", code="overloaded") == 1
     cancelled = [value(one, "generations_total", finished_reason="cancelled") for one in (before, found)]
     assert cancelled[1] - cancelled[0] == 6
 
