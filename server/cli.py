@@ -182,8 +182,11 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
 
     from server.app import create_app
     from server.http.listener import Server, url_of
+    from server.observability.logs import take_over_transformers
     from steering_vectors.runtime.cpu.threads import processors
 
+    if settings.log_format == "json":
+        take_over_transformers()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     # the engine gets all processors; see steering_vectors.runtime.cpu.threads

@@ -13,7 +13,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 LogFormat = Literal["text", "json"]
 ACCESS = "server.access"
-PLAIN = re.compile(r"[^\s\"'\\{}\[\]=\x00-\x1f]+")
+PLAIN = re.compile(r"[A-Za-z0-9_./:@+#-]+")  # shown without quotes
 
 SHARED: tuple[Processor, ...] = (
     structlog.contextvars.merge_contextvars,
@@ -31,8 +31,17 @@ def set_up_logs(form: LogFormat, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(form == "json")
     if level != "debug":
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def take_over_transformers() -> None:
+    """Let the messages of transformers, which has a handler of its own, reach ours."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_default_handler()
+    of_transformers.enable_propagation()
 
 
 def formatter(form: LogFormat) -> logging.Formatter:
@@ -42,7 +51,7 @@ def formatter(form: LogFormat) -> logging.Formatter:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.EventRenamer("message"),
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.JSONRenderer(ensure_ascii=False),
+            structlog.processors.JSONRenderer(),
         ]
     else:
         chain = [
@@ -62,5 +71,4 @@ def _text(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
 
 
 def _value(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if PLAIN.fullmatch(text) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) and PLAIN.fullmatch(value) else json.dumps(value, default=str)

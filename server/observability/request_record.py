@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from server.engines.protocol import Delta, Event, Finished, GenerationRequest, PlanTerm, SteeringPlan, Times
@@ -54,7 +54,7 @@ class RequestRecord:
     code: str | None = None  # of its error
     complete: bool = False  # the whole answer was sent
     plans: tuple[SteeringPlan, ...] = ()
-    prompts: Any = None  # with --log-prompts
+    prompts: list[Any] | None = None  # with --log-prompts
     log_prompts: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -94,12 +94,12 @@ class RequestRecord:
     def steering(self) -> list[str]:
         return [steering_text(plan) for plan in self.plans]
 
-    def accept(self, requests: Sequence[GenerationRequest], prompts: object) -> None:
+    def accept(self, requests: Sequence[GenerationRequest], prompts: Sequence[Any]) -> None:
         """The engine has accepted these generations."""
         self.plans = tuple(dict.fromkeys(request.plan for request in requests))
         self.generations += sum(request.n for request in requests)
         if self.log_prompts:
-            self.prompts = prompts
+            self.prompts = [_plain(prompt) for prompt in prompts]
         for plan in self.plans:
             self.metrics.steering(plan)
 
@@ -210,6 +210,11 @@ def _strength_text(term: PlanTerm) -> str:
         return f"{term.strength:g}"
     points = term.schedule.points
     return f"{points[0][1]:g}..{points[-1][1]:g}"
+
+
+def _plain(prompt: Any) -> Any:
+    """A text, token ids, or the messages of a conversation as objects."""
+    return [asdict(message) for message in prompt] if isinstance(prompt, tuple) else prompt
 
 
 def _longest(times: Sequence[Times]) -> Times | None:
