@@ -178,17 +178,13 @@ def main() -> None:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     """Serve until stopped. Raises the error if the model or the profiles cannot be loaded."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
     from server.http.listener import Server, url_of
-    from server.observability.logs import take_over_transformers
+    from server.observability.logs import set_up_transformers_logs
     from steering_vectors.runtime.cpu.threads import processors
 
-    if settings.log_format == "json":
-        take_over_transformers()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    set_up_transformers_logs(settings.log_format)
     # the engine gets all processors; see steering_vectors.runtime.cpu.threads
     settings = settings.model_copy(update={"threads": settings.threads or processors()})
     torch.set_num_threads(1)

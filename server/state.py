@@ -18,7 +18,7 @@ from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
 from server.generation.intake import Intake
 from server.generation.token_texts import TokenTexts
-from server.observability.logs import LogFormat, set_up_logs, take_over_transformers
+from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
 from server.observability.metrics import Metrics, Snapshot
 from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
@@ -145,6 +145,5 @@ class Service:
 def _build_in_process(config: EngineConfig, log_format: LogFormat, log_level: str) -> Engine:
     """The engine of a process of its own, which logs as the server does."""
     set_up_logs(log_format, log_level)
-    if log_format == "json":
-        take_over_transformers()
+    set_up_transformers_logs(log_format)
     return build_engine(config)

@@ -15,16 +15,6 @@ LogFormat = Literal["text", "json"]
 ACCESS = "server.access"
 PLAIN = re.compile(r"[A-Za-z0-9_./:@+#-]+")  # shown without quotes
 
-SHARED: tuple[Processor, ...] = (
-    structlog.contextvars.merge_contextvars,
-    structlog.stdlib.add_logger_name,
-    structlog.stdlib.add_log_level,
-    structlog.stdlib.PositionalArgumentsFormatter(),
-    structlog.stdlib.ExtraAdder(),
-    structlog.processors.StackInfoRenderer(),
-    structlog.processors.format_exc_info,
-)
-
 
 def set_up_logs(form: LogFormat, level: str) -> None:
     """Log to stderr, whatever logged before; uvicorn's own messages below warnings at level debug only."""
@@ -36,12 +26,16 @@ def set_up_logs(form: LogFormat, level: str) -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def take_over_transformers() -> None:
-    """Let the messages of transformers, which has a handler of its own, reach ours."""
+def set_up_transformers_logs(form: LogFormat) -> None:
+    """Draw progress bars in a terminal only. As JSON, let the messages of transformers, which has a handler of its own,
+    reach ours."""
     from transformers.utils import logging as of_transformers
 
-    of_transformers.disable_default_handler()
-    of_transformers.enable_propagation()
+    if form == "json" or not sys.stderr.isatty():
+        of_transformers.disable_progress_bar()
+    if form == "json":
+        of_transformers.disable_default_handler()
+        of_transformers.enable_propagation()
 
 
 def formatter(form: LogFormat) -> logging.Formatter:
@@ -60,6 +54,24 @@ def formatter(form: LogFormat) -> logging.Formatter:
             _text,
         ]
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=SHARED, processors=chain)
+
+
+def _without_colours(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """uvicorn adds its messages a second time, with colours."""
+    event.pop("color_message", None)
+    return event
+
+
+SHARED: tuple[Processor, ...] = (
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.PositionalArgumentsFormatter(),
+    structlog.stdlib.ExtraAdder(),
+    _without_colours,
+    structlog.processors.StackInfoRenderer(),
+    structlog.processors.format_exc_info,
+)
 
 
 def _text(_logger: WrappedLogger, _method: str, event: EventDict) -> str:

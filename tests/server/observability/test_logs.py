@@ -246,8 +246,7 @@ def test_every_line_of_the_command_is_json_and_none_is_said_twice(
     settings = ("--log-format", "json", "--log-level", "debug", *flags)
     with command(directory, log, *settings) as url, httpx.Client(base_url=url, timeout=30) as client:
         body = {"prompt": SECRET, "max_tokens": 2, "steering": "warm@0.5"}
-        answer = client.post("/generate", json=body, headers={"x-request-id": "mine"})
-        assert answer.status_code == 400  # the engine's numbers are not those that the profile was made for
+        client.post("/generate", json=body, headers={"x-request-id": "mine"}).raise_for_status()
         client.get("/health").raise_for_status()
     found = [json.loads(line) for line in log.read_text().splitlines()]
     assert all({"message", "level", "logger", "timestamp"} <= one.keys() for one in found)
