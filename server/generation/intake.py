@@ -96,9 +96,11 @@ class Intake:
                 check_capabilities(self.engine.info, capabilities_needed(draft))
             prompts = await self._encoded(ask)
             requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
+            if (record := request_record.current()) is not None:
+                record.ask(requests, ask.prompts)
             stream = await self.engine.submit(requests)
-        if (record := request_record.current()) is not None:
-            record.accept(requests, ask.prompts)
+        if record is not None:
+            record.accept()
         return Generations(requests, stream, fields)
 
     def _check_count(self, ask: Ask) -> None:

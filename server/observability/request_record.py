@@ -94,12 +94,15 @@ class RequestRecord:
     def steering(self) -> list[str]:
         return [steering_text(plan) for plan in self.plans]
 
-    def accept(self, requests: Sequence[GenerationRequest], prompts: Sequence[Any]) -> None:
-        """The engine has accepted these generations."""
+    def ask(self, requests: Sequence[GenerationRequest], prompts: Sequence[Any]) -> None:
+        """The engine is asked for these generations."""
         self.plans = tuple(dict.fromkeys(request.plan for request in requests))
-        self.generations += sum(request.n for request in requests)
+        self.generations = sum(request.n for request in requests)
         if self.log_prompts:
             self.prompts = [_plain(prompt) for prompt in prompts]
+
+    def accept(self) -> None:
+        """The engine has accepted all of them."""
         for plan in self.plans:
             self.metrics.steering(plan)
 
