@@ -189,10 +189,12 @@ def test_a_clients_own_counts_equal_the_metrics(client: httpx.Client, engine: He
     counts.generation(last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"])
 
     counts.failed("/generate", client.post("/generate", json={"prompt": "a", "colour": "red"}), "unknown_field")
+    answer = client.post("/generate", json={"prompt": "a", "steering": "concise@99"})
+    counts.failed("/generate", answer, "strength_out_of_range")
+    counts.by_profile["concise", "/generate", "client_error"] += 1
     for _ in range(2):
-        counts.failed(
-            "/generate", client.post("/generate", json={"prompt": "a", "steering": "kind"}), "profile_not_found"
-        )
+        answer = client.post("/generate", json={"prompt": "a", "steering": "kind"})
+        counts.failed("/generate", answer, "profile_not_found")
     counts.failed(NO_ROUTE, client.get("/nothing"), "route_not_found", "GET")
     counts.failed(NO_ROUTE, client.get("/nothing/else"), "route_not_found", "GET")
     counts.failed("/profiles/{name}", client.get("/profiles/kind"), "profile_not_found", "GET")
