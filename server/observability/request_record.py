@@ -40,6 +40,14 @@ OUTCOMES: Mapping[int, Outcome] = {
 
 
 @dataclass(slots=True, eq=False)
+class Progress:
+    """When a generation got its latest token, and how many it has."""
+
+    latest: float
+    tokens: int
+
+
+@dataclass(slots=True, eq=False)
 class RequestRecord:
     """One HTTP request while it runs. `plans` are the different steerings that it asks for."""
 
@@ -58,7 +66,7 @@ class RequestRecord:
     log_prompts: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # of generations that have ended
     finished: Counter[str] = field(default_factory=Counter)  # generations, by reason
     generations: int = 0
     times: list[tuple[Finished, int]] = field(default_factory=list)  # with the wall clock in nanoseconds
@@ -66,8 +74,7 @@ class RequestRecord:
     began_ns: int = field(default_factory=time.time_ns)
     first_token: float | None = None
     trace_id: str | None = None
-    _latest: dict[str, float] = field(default_factory=dict)  # when each generation got its latest token
-    _drawn: Counter[str] = field(default_factory=Counter)  # tokens of each generation that has not ended
+    _progress: dict[str, Progress] = field(default_factory=dict)  # of generations that have not ended
 
     @property
     def seconds(self) -> float:
@@ -121,13 +128,14 @@ class RequestRecord:
 
     def _tokens(self, name: str, count: int) -> None:
         now = time.perf_counter()
-        self.completion_tokens += count
-        self._drawn[name] += count
-        before = self._latest.get(name)
-        self._latest[name] = now
-        if before is not None:
-            self.metrics.inter_token(now - before)
-        elif self.first_token is None:
+        progress = self._progress.get(name)
+        if progress is not None:
+            self.metrics.inter_token(now - progress.latest)
+            progress.latest = now
+            progress.tokens += count
+            return
+        self._progress[name] = Progress(now, count)
+        if self.first_token is None:
             self.first_token = now
             self.metrics.first_token(now - self.began)
 
@@ -135,7 +143,8 @@ class RequestRecord:
         self.finished[event.reason] += 1
         self.prompt_tokens += event.prompt_tokens
         self.cached_tokens += event.cached_tokens
-        self.completion_tokens += event.completion_tokens - self._drawn.pop(event.id, 0)  # no Delta has the last one
+        self.completion_tokens += event.completion_tokens
+        self._progress.pop(event.id, None)
         self.times.append((event, time.time_ns()))
         self.metrics.finished(event.prompt_tokens, event.completion_tokens, event.times)
         for profile, decision in event.gates.items():
@@ -176,7 +185,7 @@ class RequestRecord:
                 "generations": self.generations,
                 "prompt_tokens": self.prompt_tokens,
                 "cached_tokens": self.cached_tokens,
-                "completion_tokens": self.completion_tokens,
+                "completion_tokens": self.completion_tokens + sum(one.tokens for one in self._progress.values()),
                 "finished": dict(self.finished),
                 "prompts": self.prompts,
             }
