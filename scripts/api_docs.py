@@ -102,6 +102,8 @@ def _answer(responses: Json) -> Iterator[str]:
     example = content.get("application/json", {}).get("example")
     if example is not None:
         yield f"```json\n{_json(example)}\n```"
+    if "text/plain" in content:
+        yield f"Answers text:\n\n```\n{content['text/plain']['example'].strip()}\n```"
 
 
 def _errors(responses: Json) -> str:

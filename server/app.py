@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 
 from server.access.browsers import HostCheck, SecurityHeaders, allowed_hosts, with_cors
@@ -22,18 +25,28 @@ from server.api.openai import routes as openai
 from server.engines.protocol import Engine
 from server.http.error_responses import install_error_handlers
 from server.http.middleware import PAGE_FILES, BodyLimit
+from server.observability.observe import ObserveRequests
+from server.observability.traces import Traces, exporting_traces
 from server.settings import Settings, refuse_mistyped_access, unknown_variables
 from server.state import Service
 from steering_vectors.profiles.files import installed_version
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+ROUTERS = (openai.router, generate.router, steering_routes.router, profiles.router, operations.router)
+
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, engine: Engine | None = None, *, tracer_provider: TracerProvider | None = None
+) -> FastAPI:
     """An application for these settings. It begins to load the model when it is started; /ready says when it is done.
 
-    A given engine is used instead of one built from the settings, and is the caller's to close. Raises
-    ConfigurationError or KeyFileError if what decides about access is not usable.
+    A given engine is used instead of one built from the settings, and is the caller's to close. Traces go to a given
+    provider, or to the endpoint of the settings. Raises ConfigurationError or KeyFileError if what decides about access
+    is not usable.
     """
     refuse_mistyped_access(unknown_variables())
     app = FastAPIOffline(  # FastAPI's own pages load scripts from a CDN
@@ -50,11 +63,20 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     )
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
     app.state.service = Service(settings, engine)
+    app.state.traces = _traces(settings, tracer_provider)
     install_error_handlers(app)
-    for routes in (openai, generate, steering_routes, profiles, operations):
-        app.include_router(routes.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_middleware(BodyLimit)
     _protect(app, settings)
+    app.add_middleware(  # the last is the outermost: it also sees what the others refuse
+        ObserveRequests,
+        metrics=app.state.service.metrics,
+        routes={route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)},
+        log_prompts=settings.log_prompts,
+        traces=app.state.traces,
+    )
+    _admit_origins(app, settings)
     return app
 
 
@@ -68,9 +90,20 @@ def _protect(app: FastAPI, settings: Settings) -> None:
     if hosts is not None:
         app.add_middleware(HostCheck, allowed=hosts, refusals=refusals)
     app.add_middleware(SecurityHeaders)
+
+
+def _admit_origins(app: FastAPI, settings: Settings) -> None:
+    """Add CORS around everything, Starlette's own answer to an unexpected error too."""
     if settings.allowed_origins:
-        build = app.build_middleware_stack  # around Starlette's own answer to an unexpected error too
+        build = app.build_middleware_stack
         app.build_middleware_stack = lambda: with_cors(build(), settings.allowed_origins)  # type: ignore[method-assign]
+
+
+def _traces(settings: Settings, provider: TracerProvider | None) -> Traces | None:
+    if provider is not None:
+        return Traces(provider)
+    endpoint = settings.otlp_traces_endpoint
+    return None if endpoint is None else exporting_traces(endpoint)
 
 
 @asynccontextmanager
@@ -84,3 +117,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         await service.close()
         await app.state.budgets.close()
+        if app.state.traces is not None:
+            await asyncio.to_thread(app.state.traces.close)

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import importlib.metadata
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -121,10 +120,11 @@ def _kind(annotation: Any) -> Any:
 def serve(given: Mapping[str, Any]) -> None:
     """Serve with these settings, the environment's and the defaults, until the process is told to stop."""
     from server.http.listener import listen, run_in_loop
+    from server.observability.logs import set_up_logs
     from server.settings import load_settings
 
     settings = load_settings(given)
-    _log(settings.log_level)
+    set_up_logs(settings.log_format, settings.log_level)
     if settings.tensor_parallel and os.environ["RANK"] != "0":
         from server.engines.torch.build import follow
 
@@ -182,20 +182,19 @@ def main() -> None:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     """Serve until stopped. Raises the error if the model or the profiles cannot be loaded."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
     from server.http.listener import Server, url_of
+    from server.observability.logs import set_up_transformers_logs
     from steering_vectors.runtime.cpu.threads import processors
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    set_up_transformers_logs(settings.log_format)
     # the engine gets all processors; see steering_vectors.runtime.cpu.threads
     settings = settings.model_copy(update={"threads": settings.threads or processors()})
     torch.set_num_threads(1)
     application = create_app(settings)
     service = application.state.service
-    server = Server(application, end=service.close, access_log=settings.log_level == "debug")
+    server = Server(application, end=service.close)
     announcing = asyncio.create_task(_announce(service, url_of(settings.host, listener), server.stop))
     await server.serve(sockets=[listener])
     if announcing.done():
@@ -214,15 +213,6 @@ async def _announce(service: Service, url: str, stop: Callable[[], None]) -> Non
     count = len(service.registry.served)
     profiles = "1 profile" if count == 1 else f"{count} profiles"
     print(f"trimtab serves {service.model_name} with {profiles} on {url}", flush=True)
-
-
-def _log(level: str) -> None:
-    """Log to stderr; uvicorn's own messages at level debug only."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    if level != "debug":
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,13 @@ class Settings(BaseSettings):
         repr=False,
     )
     log_level: Literal["debug", "info", "warning", "error"] = _logging("info", "The minimum level of log messages.")
+    log_format: Literal["text", "json"] = _logging("text", "The form of log messages: text, or a JSON object per line.")
+    log_prompts: bool = _logging(False, "Write prompts into the access log, which has no text of requests otherwise.")
+    otlp_traces_endpoint: str | None = _logging(
+        None,
+        "The URL to send OpenTelemetry traces to, by OTLP over HTTP; needs the extra otel.",
+        pattern=r"^https?://\S+$",
+    )
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:

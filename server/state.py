@@ -12,12 +12,15 @@ import time
 from functools import cached_property, partial
 
 from server.access.callers import Caller
+from server.engines.config import EngineConfig
 from server.engines.errors import Unavailable
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
 from server.generation.intake import Intake
 from server.generation.token_texts import TokenTexts
+from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
+from server.observability.metrics import Metrics, Snapshot
 from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
 from steering_vectors.errors import TrimtabError
@@ -35,6 +38,7 @@ class Service:
     def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
         self.settings = settings
         self.created = int(time.time())
+        self.metrics = Metrics(self._snapshot)
         self._given = engine
         self._engine: Engine | None = None
         self._registry: ProfileRegistry | None = None
@@ -99,17 +103,36 @@ class Service:
         if self._engine is not None and self._engine is not self._given:
             await self._engine.close()
 
+    def _snapshot(self) -> Snapshot:
+        registry, engine = self._registry, self._engine
+        if registry is None or engine is None:
+            return Snapshot(installed_version())
+        return Snapshot(
+            installed_version(),
+            self.settings.served_model_name or engine.info.model_name,
+            engine.info,
+            engine.stats(),
+            ready=self._loaded.is_set() and self._failure is None,
+            served={profile.name: profile.version for profile in registry.served},
+            rejected=sum(entry.status == "rejected" for entry in registry.entries),
+            loads=registry.loads,
+            rejections=registry.rejections,
+        )
+
     async def _load(self) -> None:
         try:
-            make = partial(build_engine, self.settings.engine_config())
+            config = self.settings.engine_config()
             if self._given is not None:
                 self._engine = self._given
             elif self.settings.engine_process:
+                make = partial(_build_in_process, config, self.settings.log_format, self.settings.log_level)
                 self._engine = await ProcessEngine.start(make)
             else:
-                self._engine = await asyncio.to_thread(run_apart, make)
+                self._engine = await asyncio.to_thread(run_apart, partial(build_engine, config))
             shipped = await asyncio.to_thread(shipped_profiles, self._engine.info.identity)
-            self._registry = ProfileRegistry(self.settings.profiles, self._engine, shipped=shipped)
+            self._registry = ProfileRegistry(
+                self.settings.profiles, self._engine, shipped=shipped, changed=self.metrics.serve_profiles
+            )
             await self._registry.start()
         except Exception as error:
             if not isinstance(error, TrimtabError):
@@ -117,3 +140,10 @@ class Service:
             self._failure = error
         finally:
             self._loaded.set()
+
+
+def _build_in_process(config: EngineConfig, log_format: LogFormat, log_level: str) -> Engine:
+    """The engine of a process of its own, which logs as the server does."""
+    set_up_logs(log_format, log_level)
+    set_up_transformers_logs(log_format)
+    return build_engine(config)

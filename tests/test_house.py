@@ -44,6 +44,7 @@ ORDER = (
     "server.engines.detokenizer",
     "server.engines.torch",
     "server.settings",
+    "server.observability",
     "server.http",
     "server.access",
     "server.profiles",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from starlette.types import Scope
 
@@ -12,19 +11,14 @@ from server.http.throttle import Throttle
 logger = logging.getLogger(__name__)
 
 
-def _count_nothing(code: str) -> None: ...
-
-
 class Refusals:
     """Logs refusals with the name of the key, or else the client's address, one line per client and reason in ten
-    seconds. `count` is called with the error's code at each."""
+    seconds."""
 
-    def __init__(self, count: Callable[[str], None] = _count_nothing) -> None:
-        self.count = count
+    def __init__(self) -> None:
         self._throttle = Throttle()
 
     def note(self, scope: Scope, code: str, key: str | None = None) -> None:
-        self.count(code)
         address = scope["client"][0] if scope.get("client") else "a local socket"
         who = address if key is None else f"key {key!r}"
         left_out = self._throttle.admit(f"{code} {who}")

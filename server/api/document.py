@@ -76,6 +76,12 @@ def declare(answer: Any, *errors: int, stream: Any = None, ends_in: str | None =
     return {"response_model": None, "responses": {200: success, **failures}}
 
 
+def declare_text(example: str) -> Json:
+    """What a route's decorator says about an answer that is plain text."""
+    content = {"text/plain": {"schema": {"type": "string"}, "example": example}}
+    return {"response_model": None, "responses": {200: {"description": "Success.", "content": content}}}
+
+
 def openapi_document(app: FastAPI) -> Json:
     """The document of an application, with the schemas of streamed events, examples of answers and the optional key."""
     if app.openapi_schema is None:
@@ -86,7 +92,9 @@ def openapi_document(app: FastAPI) -> Json:
         for _, answer in answers:
             schemas |= answer["content"].get("text/event-stream", {}).pop(STREAMED, {})
         for status, answer in answers:
-            body = answer["content"]["application/json"]
+            body = answer["content"].get("application/json")
+            if body is None:  # text
+                continue
             if status == "200":
                 body["example"] = _example(body["schema"], schemas)
             elif status != "default":

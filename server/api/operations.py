@@ -7,12 +7,13 @@ from typing import Annotated, Literal, NotRequired
 
 import torch
 import transformers
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from typing_extensions import TypedDict
 
 from server.api.dependencies import CallerDep, ReadyDep, ServiceDep
-from server.api.document import declare
+from server.api.document import declare, declare_text
 from server.http.answers import about
+from server.observability.metrics import CONTENT_TYPE
 from steering_vectors.profiles.files import installed_version
 
 
@@ -42,6 +43,12 @@ class Version(TypedDict):
     device: Annotated[str, about("The setting `--device`.", "cpu")]
 
 
+METRICS_EXAMPLE = """\
+# HELP trimtab_num_requests_running Generations that have a slot.
+# TYPE trimtab_num_requests_running gauge
+trimtab_num_requests_running 3.0
+"""
+
 router = APIRouter(tags=["operations"])
 
 
@@ -55,6 +62,12 @@ async def health() -> Health:
 async def ready(service: ReadyDep) -> Ready:
     """Answer 200 once the model and every profile are loaded, 503 before."""
     return {"status": "ready", "model": _shown(service.model_name), "profiles": len(service.registry.served)}
+
+
+@router.get("/metrics", summary="How is it doing?", response_class=Response, **declare_text(METRICS_EXAMPLE))
+async def metrics(service: ServiceDep) -> Response:
+    """Show the metrics for Prometheus, in its text format. docs/observability.md lists them."""
+    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 @router.get("/version", summary="What does it run?", **declare(Version))

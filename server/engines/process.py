@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 LENGTH = struct.Struct("!Q")  # ahead of each frame
 MAX_RESTART_DELAY_S = 30.0
 CLOSE_SECONDS = 20.0
-TOTALS = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "steered_tokens")
+TOTALS = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "steered_tokens", "nonfinite_rows")
 ENDED = "the engine's process ended: try again in a moment"
 
 

@@ -363,6 +363,15 @@ class SteeringChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """How long a choice waited for a slot, from there to its first token, and from there to its end, in seconds."""
+
+    queue: float
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The one terminal event of every choice of an accepted request.
 
@@ -370,7 +379,8 @@ class Finished:
     whose KV was reused. `error` is set for reason "error" only; `error_param` is then the field of the request that
     caused it, None for a fault of the model or the engine. `matched_stop` is the stop string or stop token id that
     ended the text, None for an end-of-sequence token. `segments` are the plans, one unless they changed. `ending` is
-    the log-probability of an end-of-sequence or stop token, which is counted but in no Delta.
+    the log-probability of an end-of-sequence or stop token, which is counted but in no Delta. `times` is None if the
+    engine is gone.
     """
 
     id: str
@@ -385,6 +395,7 @@ class Finished:
     segments: tuple[Segment, ...] = ()
     gates: Mapping[str, GateDecision] = field(default_factory=dict)  # by profile
     ending: tuple[TokenLogprob, ...] = ()  # one or none
+    times: Times | None = field(default=None, compare=False)
 
 
 Event = PromptLogprobs | Delta | Finished
@@ -438,16 +449,20 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot. All but `running`, `waiting` and `profiles` are totals since the start."""
+    """A snapshot: what is so now, and totals since the start, from `steps` on."""
 
     running: int = 0
     waiting: int = 0
+    slots_used: int = 0
+    kv_tokens: int = 0  # of running choices
+    kept_tokens: int = 0  # whose KV is kept in free slots, for prompts that begin with them
     profiles: int = 0  # versions held
     steps: int = 0
     prompt_tokens: int = 0  # computed
     cached_tokens: int = 0  # of prompts, reused
     generated_tokens: int = 0
     steered_tokens: int = 0
+    nonfinite_rows: int = 0  # choices that ended because their logits were not finite
     finished: Mapping[str, int] = field(default_factory=dict)  # by reason
     restarts: int = 0
 

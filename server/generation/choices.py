@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from server.engines.errors import GenerationFailed, Unavailable
 from server.engines.protocol import Delta, Event, EventStream, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generation.client_errors import client_errors
+from server.observability import request_record
 from steering_vectors.errors import RequestError
 
 CHARGED_AT_ONCE = 64  # tokens
@@ -59,11 +60,14 @@ class Generations:
         self._fields = fields
         self._charge = charge
         self._uncharged = 0
+        self._record = request_record.current()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
         Finished with an error: RequestError if the request caused it, else GenerationFailed or Unavailable."""
         async for event in self._stream:
+            if self._record is not None:
+                self._record.event(event)
             if isinstance(event, Finished):
                 with client_errors(self._fields):
                     _raise_failure(event)

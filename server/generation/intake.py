@@ -28,6 +28,7 @@ from server.engines.protocol import (
 from server.generation.choices import Generations
 from server.generation.client_errors import client_errors
 from server.generation.steering_grammar import pinned
+from server.observability import request_record
 from steering_vectors.data.chat import Message, check_known, continuation, encode_prompt
 from steering_vectors.data.literal_text import holds_control_token
 from steering_vectors.errors import RequestError
@@ -97,7 +98,12 @@ class Intake:
                 check_capabilities(self.engine.info, capabilities_needed(draft))
             prompts = await self._encoded(ask)
             requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
-            return Generations(requests, await self.engine.submit(requests), fields, self.caller.charge)
+            if (record := request_record.current()) is not None:
+                record.ask(requests, ask.prompts)
+            stream = await self.engine.submit(requests)
+        if record is not None:
+            record.accept()
+        return Generations(requests, stream, fields, self.caller.charge)
 
     def _check_count(self, ask: Ask) -> None:
         count = len(ask.prompts) * len(ask.plans) * ask.n * (1 if ask.completions is None else len(ask.completions))

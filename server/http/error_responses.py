@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from typing_extensions import TypedDict
 
 from server.http.answers import about
+from server.observability import request_record
 from steering_vectors.errors import ProfileError, RequestError, TrimtabError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,17 @@ class ErrorAnswer(TypedDict):
     """OpenAI's error object. A stream that fails sends it as its last event, before any `[DONE]`."""
 
     error: Annotated[ErrorDetail, about("The error.")]
+    request_id: NotRequired[Annotated[str, about("The request's id, as in the header `x-request-id` and in the log.")]]
 
 
 def error_object(message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> ErrorAnswer:
+    """The error object, with the id of the request that is being answered, whose record gets the code."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    answer: ErrorAnswer = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    if (record := request_record.current()) is not None:
+        record.code = code or kind
+        answer["request_id"] = record.id
+    return answer
 
 
 def error_response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
@@ -96,7 +103,10 @@ async def _answer(request: Request, error: Exception) -> Response:
         response = error_response(error.status_code, message, code=code)
         response.headers.update(error.headers or {})
         return response
-    return error_response(500, INTERNAL, code="internal_error")
+    response = error_response(500, INTERNAL, code="internal_error")
+    if (record := request_record.current()) is not None:  # this one passes no middleware
+        response.headers[request_record.HEADER] = record.id
+    return response
 
 
 def describe_validation(detail: Detail, body: Any = None) -> dict[str, Any]:

@@ -68,12 +68,11 @@ class Server(uvicorn.Server):
         *,
         end: Callable[[], Awaitable[None]],
         grace: float = GRACE_SECONDS,
-        access_log: bool = False,
     ) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
-            access_log=access_log,
+            access_log=False,  # server.observability has one
             server_header=False,
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ class ProfileRegistry:
     called from the event loop.
 
     A file that appears or changes is read in a thread, once two polls in a row found it unchanged, then checked
-    by the engine, and swapped in whole.
+    by the engine, and swapped in whole. `changed` is called with the names of all that are served when that changes.
     """
 
     def __init__(
@@ -66,11 +66,15 @@ class ProfileRegistry:
         *,
         shipped: Mapping[str, Path] | None = None,
         interval: float = POLL_SECONDS,
+        changed: Callable[[Collection[str]], None] | None = None,
     ) -> None:
         self._directory = directory
         self._shipped = dict(shipped or {})
         self._engine = engine
         self._interval = interval
+        self._changed = changed
+        self.loads = 0  # versions that were loaded, since the start
+        self.rejections = 0
         self._entries: dict[str, ProfileEntry] = {}
         self._known: dict[str, Signature] = {}
         self._refreshing = asyncio.Lock()
@@ -179,8 +183,10 @@ class ProfileRegistry:
                 profile = current
             else:
                 await self._engine.load_profile(profile)
+                self.loads += 1
             return ProfileEntry(name, profile)
         except ProfileError as error:
+            self.rejections += 1
             logger.warning("profile %r is rejected: %s", name, error.message)
             # clients see names, not where the server keeps its files
             return ProfileEntry(name, current, error.message.replace(f"{path.parent}/", ""))
@@ -195,6 +201,8 @@ class ProfileRegistry:
         retired, serving = (one.profile if one is not None else None for one in (before, entry))
         if serving is retired:
             return
+        if self._changed is not None:
+            self._changed([profile.name for profile in self.served])
         if retired is not None:
             await self._engine.unload_profile(retired.version)
         logger.info("profile %r: version %s is served", name, serving.version[:8] if serving is not None else "none")

@@ -54,11 +54,11 @@ def demo_engine(**options: Any) -> Iterator[HeldEngine]:
 
 @contextmanager
 def live_server(
-    engine: Engine, profiles: Path, *, grace: float = GRACE_SECONDS, **settings: Any
+    engine: Engine, profiles: Path, *, grace: float = GRACE_SECONDS, tracer_provider: Any = None, **settings: Any
 ) -> Iterator[httpx.Client]:
     """A client of a ready server that runs in a thread and is stopped at the end."""
     listener = listen("127.0.0.1", 0)
-    app = create_app(Settings(profiles=profiles, **settings), engine)
+    app = create_app(Settings(profiles=profiles, **settings), engine, tracer_provider=tracer_provider)
     server = Server(app, end=engine.close, grace=grace)
     thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
     thread.start()

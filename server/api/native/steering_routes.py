@@ -20,6 +20,7 @@ from server.generation.receipts import SteeringReceipt, applied_entry
 from server.generation.steering_grammar import pinned
 from server.http.answers import about
 from server.http.middleware import StrictRoute
+from server.observability import request_record
 
 GenerationId = Annotated[str, Path(description="The id from the generation's first event.", examples=["gen-c9f0f895"])]
 
@@ -105,6 +106,8 @@ async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDe
         needed = capabilities_needed(GenerationRequest((generation_id,), (), plan=plan))
         check_capabilities(service.engine.info, {"live_steering": "steering", **needed})
         changed = await service.engine.set_steering(generation_id, plan)
+    if (record := request_record.current()) is not None:
+        record.change(plan)
     return {
         "id": generation_id,
         "from_token": changed.from_token,

@@ -186,6 +186,9 @@ class TorchEngine:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
+            slots_used=self._scheduler.slots_used,
+            kv_tokens=self._scheduler.kv_tokens,
+            kept_tokens=self._scheduler.kept_tokens,
             profiles=len(self._profiles),
             finished=dict(self._loop.finished),
             **self._loop.counts,

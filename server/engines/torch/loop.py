@@ -70,6 +70,7 @@ class EngineLoop:
     def step(self) -> None:
         self.counts["steps"] += 1
         for state in self._scheduler.admit():
+            state.admitted = time.perf_counter()
             self._write(state)
         for state in tuple(self._scheduler.running):
             if state.steering.advance(state.completion_length):
@@ -130,6 +131,7 @@ class EngineLoop:
                 segments=state.steering.segments,
                 gates=dict(state.steering.gates),
                 ending=ending,
+                times=state.times(),
             ),
         )
 
@@ -198,6 +200,8 @@ class EngineLoop:
         state.ids.append(token)
         state.sampler.observe(token)
         self.counts["generated_tokens"] += 1
+        if state.first_token is None:
+            state.first_token = time.perf_counter()
         if token in state.stop_ids:
             self.finish(state, "stop", matched=state.stop_ids[token], ending=details.logprobs)
         elif token in self._eos_ids and not sampling.ignore_eos:
@@ -219,6 +223,7 @@ class EngineLoop:
         if state.sampler.problem is not None:
             self.finish(state, "error", state.sampler.problem, error_param="constraint")
         else:
+            self.counts["nonfinite_rows"] += 1
             terms = state.steering.plan.plan.terms
             steered = state.steering.steered_tokens or any(term.acts for term in terms)
             self.finish(state, "error", NOT_FINITE, error_param="strength" if steered else None)

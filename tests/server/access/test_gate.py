@@ -12,7 +12,6 @@ import pytest
 from server.access.callers import Caller
 from server.access.gate import scope_needed
 from server.access.keys import Scope, add_key, revoke_key
-from server.access.refusals import Refusals
 from server.engines.torch.engine import TorchEngine
 from server.http.throttle import Throttle
 from server.settings import load_settings
@@ -206,15 +205,6 @@ def test_refusals_are_logged_and_counted_once_in_a_while(
         r"refused GET '/v1/mod\nels' of 127.0.0.1: invalid_api_key",
         "refused GET '/v1/models' of key 'survey': insufficient_scope",
     ]
-
-
-def test_each_refusal_is_counted_by_code() -> None:
-    counted: list[str] = []
-    refusals = Refusals(counted.append)
-    for _ in range(3):
-        refusals.note({"type": "http", "method": "GET", "path": "/", "client": ("192.0.2.1", 1)}, "invalid_api_key")
-    refusals.note({"type": "http", "method": "GET", "path": "/", "client": None}, "host_not_allowed")
-    assert counted == ["invalid_api_key"] * 3 + ["host_not_allowed"]
 
 
 def test_a_key_is_compared_before_the_body_is_read(engine: TorchEngine, profiles: Path) -> None:

@@ -27,7 +27,7 @@ client = client_fixture(max_queue=4)
 def test_it_is_refused_by_name(client: httpx.Client, case: Case) -> None:
     response = client.request(case.method, case.path, content=case.content, headers=case.headers)
     error = response.json()["error"]
-    assert set(response.json()) == {"error"}
+    assert set(response.json()) == {"error", "request_id"}
     assert set(error) == {"message", "type", "param", "code"}
     assert (response.status_code, error["param"]) == (case.status, case.param), error
     assert says(error["message"], case.message), error["message"]

@@ -25,7 +25,7 @@ client = client_fixture(max_queue=4)
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
-    assert set(response.json()) == {"error"}
+    assert set(response.json()) == {"error", "request_id"}
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error

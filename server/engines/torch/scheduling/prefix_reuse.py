@@ -109,6 +109,10 @@ class PrefixCache:
         slot = max(range(len(shared)), key=lambda slot: (shared[slot], self._used[slot]))
         return slot, shared[slot]
 
+    def kept(self, slots: Collection[int]) -> int:
+        """The number of positions that these slots hold."""
+        return sum(len(self._keys[slot]) for slot in slots)
+
     def copy_prefix(self, slot: int, source: int, length: int) -> None:
         """Let a slot hold the first `length` positions of another slot, or of its own."""
         if source != slot:

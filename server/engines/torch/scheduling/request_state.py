@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from server.engines.protocol import FinishReason, GenerationRequest, TokenLogprob
+from server.engines.protocol import FinishReason, GenerationRequest, Times, TokenLogprob
 from server.engines.torch.scheduling.prefix_reuse import PrefixKey
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class RequestState:
     leader: RequestState | None = None  # computes a prefix of the prompt, `awaited` positions, that this one waits for
     awaited: int = 0
     finish: FinishReason | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None  # when it got its slot
+    first_token: float | None = None  # when its first token was drawn
 
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
     gate_sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals
@@ -62,6 +66,13 @@ class RequestState:
     def slots(self) -> list[int]:
         """The slots it holds: none while it waits."""
         return [slot for slot in (self.slot, self.unsteered_slot) if slot is not None and slot >= 0]
+
+    def times(self) -> Times:
+        """How long it took until now."""
+        now = time.perf_counter()
+        admitted = self.admitted or now
+        first_token = self.first_token or now
+        return Times(admitted - self.submitted, first_token - admitted, now - first_token)
 
     @property
     def is_decoding(self) -> bool:

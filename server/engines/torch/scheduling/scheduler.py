@@ -41,6 +41,7 @@ class Scheduler:
         self._free = list(range(slots))
         self._waiting: deque[RequestState] = deque()
         self._running: dict[str, RequestState] = {}
+        self.kv_tokens = 0  # of running requests, in all their slots
 
     @property
     def waiting(self) -> Collection[RequestState]:
@@ -49,6 +50,15 @@ class Scheduler:
     @property
     def running(self) -> Collection[RequestState]:
         return self._running.values()
+
+    @property
+    def slots_used(self) -> int:
+        return self.num_slots - len(self._free)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens whose KV is kept in free slots."""
+        return self._prefixes.kept(tuple(self._free))
 
     @property
     def has_work(self) -> bool:
@@ -95,7 +105,7 @@ class Scheduler:
         self._prefixes.record(chunk.slot, chunk.start, chunk.ids, steering.steered_from, steering.digest, tenant)
         if state.unsteered_slot is not None:
             self._prefixes.record(state.unsteered_slot, chunk.start, chunk.ids, None, "", tenant)
-        state.computed = chunk.end
+        self._set_computed(state, chunk.end)
         steering.count(chunk.steered_positions)
 
     def remove(self, state: RequestState, *, keep: bool = True) -> None:
@@ -103,6 +113,7 @@ class Scheduler:
         if self._running.pop(state.id, None) is None:
             self._waiting.remove(state)
             return
+        self.kv_tokens -= state.computed * len(state.slots)
         for slot in state.slots:
             heapq.heappush(self._free, slot)
             if keep:
@@ -114,6 +125,7 @@ class Scheduler:
         """Every slot is free or held by exactly one running request; for tests."""
         held = [slot for state in self._running.values() for slot in state.slots]
         assert sorted(held + self._free) == list(range(self.num_slots)), (held, self._free)
+        assert self.kv_tokens == sum(state.computed * len(state.slots) for state in self._running.values())
 
     def _begin(self, state: RequestState) -> None:
         """Reuse what is computed of a prompt already, or wait for the request that is computing more of it."""
@@ -128,4 +140,9 @@ class Scheduler:
             return
         for slot in state.slots:
             self._prefixes.copy_prefix(slot, source if shared else slot, shared)
+        self._set_computed(state, shared)
         state.reuse(shared)
+
+    def _set_computed(self, state: RequestState, length: int) -> None:
+        self.kv_tokens += (length - state.computed) * len(state.slots)
+        state.computed = length
