@@ -509,6 +509,10 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def health(self) -> str | None:
+        """Why the engine cannot go on: it has failed, or a step takes longer than it may. None if it can."""
+        ...
+
     async def close(self) -> None:
         """Cancel what runs and free the model. May be called again."""
         ...

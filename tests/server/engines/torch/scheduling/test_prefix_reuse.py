@@ -364,6 +364,31 @@ def test_a_free_slot_that_holds_most_of_what_is_wanted_is_swapped(held: int, sha
     assert cache.key(0).ids == (tokens_of(1) if swapped else tokens_of(0, held))
 
 
+class Failing(Moves):
+    """Columns that break in the middle of a move."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        raise RuntimeError
+
+    swap = copy
+
+
+@pytest.mark.parametrize("move", ["copy", "evict", "swap"])
+def test_a_move_that_fails_leaves_no_key_to_what_it_may_have_overwritten(move: str) -> None:
+    cache, _ = cache_of(20, 20, 20, released={2: False, 1: True, 0: True})
+    cache._columns = Failing()
+    wanted = PrefixKey.of([*tokens_of(1), 9], None, "")
+    with pytest.raises(RuntimeError):
+        if move == "copy":
+            cache.copy_prefix(2, 0, 10)
+        elif move == "evict":
+            cache.evict(0, {2}, OTHER)
+        else:
+            cache.evict(0, {1, 2}, wanted)
+    lost = {0, 1} if move == "swap" else {2}
+    assert {slot for slot in range(3) if not len(cache.key(slot))} == lost
+
+
 @pytest.mark.parametrize("columns", [None, Moves()])
 def test_an_empty_prompt_and_a_model_without_columns_find_nothing(columns: Moves | None) -> None:
     cache = PrefixCache(2, columns)
