@@ -12,9 +12,11 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
     from server.state import Service
+
+ENGINE_FAILED = 70  # an internal software error, in sysexits.h
+WATCH_SECONDS = 0.25
+UNHEALTHY_SECONDS = 1.0  # in which /health answers 503 before the process ends
+THREAD_SECONDS = 1.0
 
 SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
@@ -128,8 +135,23 @@ def serve(given: Mapping[str, Any]) -> None:
 
         follow(settings.engine_config())
         return
+    before, code = set(threading.enumerate()), 0
     with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
-        run_in_loop(_serve(settings, listener))
+        code = run_in_loop(_serve(settings, listener))
+    _leave(code, [thread for thread in threading.enumerate() if thread not in before])
+
+
+def _leave(code: int, threads: Sequence[threading.Thread]) -> None:
+    """End the process with this code, without waiting for threads that do not end."""
+    last = time.monotonic() + THREAD_SECONDS
+    for thread in threads:
+        thread.join(max(0, last - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -175,8 +197,8 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Serve until stopped. Raises the error if the model or the profiles cannot be loaded."""
+async def _serve(settings: Settings, listener: socket.socket) -> int:
+    """Serve until stopped; returns the exit code. Raises the error if the model or the profiles cannot be loaded."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -191,12 +213,29 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     torch.set_num_threads(1)
     application = create_app(settings)
     service = application.state.service
-    server = Server(application, end=service.close, access_log=settings.log_level == "debug")
+    server = Server(
+        application,
+        end=service.close,
+        drain=service.drain,
+        grace=settings.drain_seconds,
+        access_log=settings.log_level == "debug",
+    )
     announcing = asyncio.create_task(_announce(service, url_of(settings.host, listener), server.stop))
+    watching = asyncio.create_task(_watch(service, partial(server.stop, at_once=True)))
     await server.serve(sockets=[listener])
     if announcing.done():
         announcing.result()
     announcing.cancel()
+    return ENGINE_FAILED if watching.done() else 0
+
+
+async def _watch(service: Service, stop: Callable[[], None]) -> None:
+    """Return once the engine cannot go on, and stop the server then."""
+    while (problem := service.problem) is None:
+        await asyncio.sleep(WATCH_SECONDS)
+    logging.getLogger(__name__).critical("the server ends with exit code %d: %s", ENGINE_FAILED, problem)
+    await asyncio.sleep(UNHEALTHY_SECONDS)
+    stop()
 
 
 async def _announce(service: Service, url: str, stop: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from server.engines.config import DEFAULT_CHUNK, DEFAULT_QUEUE, DEFAULT_SLOTS, EngineConfig
+from server.engines.config import DEFAULT_CHUNK, DEFAULT_QUEUE, DEFAULT_SLOTS, DEFAULT_STEP_TIMEOUT, EngineConfig
 from steering_vectors.errors import TrimtabError
 
 PREFIX = "TRIMTAB_"
@@ -71,6 +71,17 @@ class Settings(BaseSettings):
     )
     max_queue: int = _serving(
         DEFAULT_QUEUE, "Maximum number of generations that wait; requests beyond it get a 429.", ge=0
+    )
+    drain_seconds: float = _serving(
+        6.0,
+        "Maximum time that running requests may take after SIGTERM, before they end in an error. Set it below the time "
+        "after which your supervisor kills the process.",
+        ge=0,
+    )
+    step_timeout_seconds: float = _serving(
+        DEFAULT_STEP_TIMEOUT,
+        "Maximum time of one forward pass; beyond it the engine counts as hung, and the server ends with exit code 70.",
+        gt=0,
     )
     profiles: Path = _steering(Path("profiles"), "The directory of profiles, which is watched for changes.")
     allow_model_mismatch: bool = _steering(False, "Serve profiles that were fitted on other weights of the same shape.")

@@ -12,6 +12,7 @@ import time
 from functools import cached_property, partial
 
 from server.engines.errors import Unavailable
+from server.engines.pool import DaemonPool
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
@@ -40,13 +41,36 @@ class Service:
         self._loading: asyncio.Task[None] | None = None
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
+        self._draining = False
+        self._loader = DaemonPool(1, "trimtab-loading")
 
-    def check_ready(self) -> None:
-        """Raise Unavailable until everything is loaded."""
-        if not self._loaded.is_set():
-            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
+    @property
+    def problem(self) -> str | None:
+        """Why the engine cannot go on; None if it can, or is being loaded."""
+        return None if self._engine is None else self._engine.health()
+
+    def check_alive(self) -> None:
+        """Raise Unavailable if the server must be restarted."""
         if self._failure is not None:
             raise Unavailable("the server could not load its model or profiles; its log says why")
+        if (problem := self.problem) is not None:
+            raise Unavailable(problem, code="engine_failed")
+
+    def check_ready(self) -> None:
+        """Raise Unavailable until everything is loaded, and if the engine cannot go on."""
+        if not self._loaded.is_set():
+            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
+        self.check_alive()
+
+    def check_accepting(self) -> None:
+        """Raise Unavailable if no new work is taken."""
+        self.check_ready()
+        if self._draining:
+            raise Unavailable("the server is shutting down", code="draining")
+
+    def drain(self) -> None:
+        """Take no new generations; /ready says so. What runs goes on, and its steering can still be changed."""
+        self._draining = True
 
     @property
     def engine(self) -> Engine:
@@ -67,6 +91,7 @@ class Service:
 
     @property
     def intake(self) -> Intake:
+        self.check_accepting()
         return Intake(self.engine, self.model_name, self.registry)
 
     @cached_property
@@ -105,15 +130,22 @@ class Service:
             if self._given is not None:
                 self._engine = self._given
             elif self.settings.engine_process:
-                self._engine = await ProcessEngine.start(make)
+                self._engine = await ProcessEngine.start(make, self.settings.step_timeout_seconds)
             else:
-                self._engine = await asyncio.to_thread(run_apart, make)
-            shipped = await asyncio.to_thread(shipped_profiles, self._engine.info.identity)
+                self._engine = await self._loader.run(lambda: run_apart(make))
+            identity = self._engine.info.identity
+            shipped = await self._loader.run(lambda: shipped_profiles(identity))
             self._registry = ProfileRegistry(self.settings.profiles, self._engine, shipped=shipped)
             await self._registry.start()
         except Exception as error:
             if not isinstance(error, TrimtabError):
                 logger.exception("loading failed")
             self._failure = error
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a library's panic
+            logger.exception("loading failed")
+            self._failure = RuntimeError(f"loading failed: {error!r}")
         finally:
             self._loaded.set()
+            self._loader.close()

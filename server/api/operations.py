@@ -44,15 +44,19 @@ class Version(TypedDict):
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health", summary="Is it alive?", **declare(Health))
-async def health() -> Health:
-    """Answer 200 as long as the process runs."""
+@router.get("/health", summary="Is it alive?", **declare(Health, 503))
+async def health(service: ServiceDep) -> Health:
+    """Answer 200 as long as the process can go on, also while it loads the model; 503 if its engine has failed or hangs,
+    so that it must be restarted."""
+    service.check_alive()
     return {"status": "ok"}
 
 
 @router.get("/ready", summary="Can it serve?", **declare(Ready, 503))
 async def ready(service: ReadyDep) -> Ready:
-    """Answer 200 once the model and every profile are loaded, 503 before."""
+    """Answer 200 once the model and every profile are loaded; 503 before, while the server drains before it stops, and
+    if its engine has failed or hangs."""
+    service.check_accepting()
     return {"status": "ready", "model": service.model_name, "profiles": len(service.registry.served)}
 
 

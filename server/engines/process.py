@@ -185,6 +185,9 @@ class ProcessEngine:
         except Exception:
             await self._reap()
             raise
+        except BaseException:  # the caller was cancelled
+            self._process.kill()
+            raise
         self.info, self._stats = made
         self._ready = True
         unloaded = Counter(one.version for one in given) - Counter(one.version for one in self._profiles)

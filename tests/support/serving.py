@@ -59,7 +59,7 @@ def live_server(
     """A client of a ready server that runs in a thread and is stopped at the end."""
     listener = listen("127.0.0.1", 0)
     app = create_app(Settings(profiles=profiles, **settings), engine)
-    server = Server(app, end=engine.close, grace=grace)
+    server = Server(app, end=engine.close, drain=app.state.service.drain, grace=grace)
     thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
     thread.start()
     try:
