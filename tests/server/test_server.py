@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -252,12 +253,14 @@ cli.main()
 """
 
 
-def reads(address: str, body: dict[str, Any]) -> str:
-    """The whole text of a stream, however it ends."""
+def reads(address: str, body: dict[str, Any], begun: threading.Semaphore | None = None) -> str:
+    """The whole text of a stream, however it ends. `begun` is released at its first event."""
     received = []
     with suppress(httpx.HTTPError), httpx.stream("POST", f"{address}/generate", json=body, timeout=30) as answer:
         for text in answer.iter_text():
             received.append(text)
+            if begun is not None and len(received) == 1:
+                begun.release()
     return "".join(received)
 
 
@@ -310,10 +313,10 @@ def test_sigterm_drains_and_ends_every_stream(tmp_path: Path, environment: dict[
     body = {"prompt": "Bread is", "max_tokens": 490, "ignore_eos": True, "stream": True}
     slow = FAILING.format(fault="import time; time.sleep(0.05)")
     with command(environment, tmp_path, *flags, code=slow) as (process, address), ThreadPoolExecutor(8) as readers:
-        texts = [readers.submit(reads, address, body) for _ in range(6)]
-        texts += [readers.submit(reads, address, {**body, "max_tokens": 3}) for _ in range(2)]
-        begun = httpx.post(f"{address}/generate", json={**body, "max_tokens": 1, "stream": False}, timeout=0.5)
-        assert begun.status_code == 200
+        begun = threading.Semaphore(0)
+        texts = [readers.submit(reads, address, body, begun) for _ in range(6)]
+        texts += [readers.submit(reads, address, {**body, "max_tokens": 3}, begun) for _ in range(2)]
+        assert all(begun.acquire(timeout=20) for _ in texts)
         process.send_signal(signal.SIGTERM)
         ready = httpx.get(f"{address}/ready")
         while ready.status_code == 200:
