@@ -14,13 +14,14 @@ from server.engines.errors import Overloaded, Unavailable
 Result = TypeVar("Result")
 
 CLOSED = "the engine is shut down"
+_STACK_SIZES = threading.Lock()  # one size holds for all new threads
 
 
 class DaemonPool:
     """Runs work in up to `threads` daemon threads, in the order in which it came.
 
-    With `max_waiting`, work is refused while that much waits for a thread. `prepare` runs first in each thread. Methods
-    may be called from any thread.
+    With `max_waiting`, work is refused while that much waits for a thread. `prepare` runs first in each thread, and
+    `stack_bytes` is the size of its stack. Methods may be called from any thread.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class DaemonPool:
         max_waiting: int | None = None,
         busy: str = "the server is busy: try again later",
         prepare: Callable[[], object] | None = None,
+        stack_bytes: int = 0,
     ) -> None:
         self._max_threads = threads
         self._name = name
         self._max_waiting = max_waiting
         self._busy = busy
         self._prepare = prepare
+        self._stack_bytes = stack_bytes
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -54,11 +57,16 @@ class DaemonPool:
                 raise Overloaded(self._busy)
             self._unfinished += 1
             if len(self._threads) < min(self._unfinished, self._max_threads):
-                thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._start()
             self._queue.put((future, work))
         return future
+
+    def add_thread(self) -> None:
+        """Allow one thread more, in place of one whose work does not end."""
+        with self._lock:
+            self._max_threads += 1
+            if not self._closed:
+                self._start()
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """The result of `work`, which does not begin any more if the caller is cancelled first."""
@@ -73,6 +81,16 @@ class DaemonPool:
                     item[0].cancel()
             for _ in self._threads:
                 self._queue.put(None)
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        with _STACK_SIZES:
+            before = threading.stack_size(self._stack_bytes)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(before)
 
     def _serve(self) -> None:
         if self._prepare is not None:
