@@ -52,7 +52,8 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
     ),
     503: (
-        "The model is loading, the server is shutting down or its engine has failed: retry after the seconds in `retry-after`.",
+        "The model is loading, the server is shutting down or its engine has failed: retry after "
+        "the seconds in `retry-after`.",
         error_object("the model is being loaded: try again in a moment", status=503, code="loading"),
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired
 
 import torch
 import transformers
@@ -13,6 +13,8 @@ from server.api.dependencies import ReadyDep, ServiceDep
 from server.api.document import declare
 from server.http.answers import about
 from steering_vectors.profiles.files import installed_version
+
+MAX_LISTED = 64  # rejected profiles
 
 
 class Health(TypedDict):
@@ -27,6 +29,12 @@ class Ready(TypedDict):
     status: Annotated[Literal["ready"], about("Always `ready`; until then, the answer is a 503.")]
     model: Annotated[str, about("The base model's name on /v1.", "demo")]
     profiles: Annotated[int, about("The number of served profiles.", 4)]
+    rejected: NotRequired[
+        Annotated[list[str], about("Present if files are rejected: their names; `GET /profiles` says why.")]
+    ]
+    profiles_error: NotRequired[
+        Annotated[str, about("Present if the profile directory cannot be read: why. What was served stays served.")]
+    ]
 
 
 class Version(TypedDict):
@@ -46,8 +54,8 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/health", summary="Is it alive?", **declare(Health, 503))
 async def health(service: ServiceDep) -> Health:
-    """Answer 200 as long as the process can go on, also while it loads the model; 503 if its engine has failed or hangs,
-    so that it must be restarted."""
+    """Answer 200 as long as the process can go on, also while it loads the model; 503 if its engine has failed or
+    hangs, so that it must be restarted."""
     service.check_alive()
     return {"status": "ok"}
 
@@ -57,7 +65,13 @@ async def ready(service: ReadyDep) -> Ready:
     """Answer 200 once the model and every profile are loaded; 503 before, while the server drains before it stops, and
     if its engine has failed or hangs."""
     service.check_accepting()
-    return {"status": "ready", "model": service.model_name, "profiles": len(service.registry.served)}
+    registry = service.registry
+    answer: Ready = {"status": "ready", "model": service.model_name, "profiles": len(registry.served)}
+    if rejected := registry.rejected:
+        answer["rejected"] = rejected[:MAX_LISTED]
+    if registry.problem is not None:
+        answer["profiles_error"] = registry.problem
+    return answer
 
 
 @router.get("/version", summary="What does it run?", **declare(Version))

@@ -39,9 +39,9 @@ NOT_FINITE = "the model's logits are not finite; the strength may be too high"
 
 
 class EngineLoop:
-    """The steps of one runner. `ended` is called with each request that ends, `beat` before each forward pass; events go
-    into `outbox`. While `damaged`, the buffers of slots may hold anything, and `rebuild` must come before the next step.
-    """
+    """The steps of one runner. `ended` is called with each request that ends, `beat` before each forward pass; events
+    go into `outbox`. While `damaged`, the buffers of slots may hold anything, and `rebuild` must come before the next
+    step."""
 
     def __init__(
         self,

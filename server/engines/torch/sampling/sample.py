@@ -36,8 +36,8 @@ def sample(logits: Tensor, rows: Sequence[RequestSampler], *, allow_sync: bool |
     """The next token id of every row; logits `[rows, vocabulary]` of any float dtype are left as they are.
 
     -inf excludes a token. Among equal logits the lowest id wins, in argmax as at the border of top-k and top-p. A row
-    with a temperature takes one number from its stream. Raises NonFiniteLogits; whatever is raised, none was taken. `allow_sync`:
-    values may be copied to the host early, which saves work on a CPU; None means on a CPU only.
+    with a temperature takes one number from its stream. Raises NonFiniteLogits; whatever is raised, none was taken.
+    `allow_sync`: values may be copied to the host early, which saves work on a CPU; None means on a CPU only.
     """
     allow_sync = logits.device.type == "cpu" if allow_sync is None else allow_sync
     assert logits.shape[0] == len(rows)

@@ -377,14 +377,13 @@ class Failing(Moves):
 def test_a_move_that_fails_leaves_no_key_to_what_it_may_have_overwritten(move: str) -> None:
     cache, _ = cache_of(20, 20, 20, released={2: False, 1: True, 0: True})
     cache._columns = Failing()
-    wanted = PrefixKey.of([*tokens_of(1), 9], None, "")
+    moves = {
+        "copy": lambda: cache.copy_prefix(2, 0, 10),
+        "evict": lambda: cache.evict(0, {2}, OTHER),
+        "swap": lambda: cache.evict(0, {1, 2}, PrefixKey.of([*tokens_of(1), 9], None, "")),
+    }
     with pytest.raises(RuntimeError):
-        if move == "copy":
-            cache.copy_prefix(2, 0, 10)
-        elif move == "evict":
-            cache.evict(0, {2}, OTHER)
-        else:
-            cache.evict(0, {1, 2}, wanted)
+        moves[move]()
     lost = {0, 1} if move == "swap" else {2}
     assert {slot for slot in range(3) if not len(cache.key(slot))} == lost
 
