@@ -260,8 +260,8 @@ class ProfileRegistry:
 
 
 def scan(directory: Path, unreadable: dict[str, str]) -> dict[str, Signature]:
-    """The profile files of a directory by name; dot-files and other suffixes do not count, nor do folders and links to nothing. Why
-    an entry cannot be looked at goes into `unreadable`. Raises OSError for the directory."""
+    """The profile files of a directory by name; dot-files and other suffixes do not count, nor do folders and links to
+    nothing. Why an entry cannot be looked at goes into `unreadable`. Raises OSError for the directory."""
     found = {}
     with os.scandir(directory) as entries:
         for entry in entries:

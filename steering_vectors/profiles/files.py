@@ -228,7 +228,8 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
     """Split a safetensors file into its tensors (dtype, shape and bytes by name) and the text of the metadata key."""
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise ProfileError(f"its header has {length} bytes; at most {MAX_HEADER_BYTES} are read; {REFIT}")
+        reason = f"its header has {length} bytes, of at most {MAX_HEADER_BYTES}"
+        raise ProfileError(f"not a complete safetensors file ({reason}); copy it again, or {REFIT}")
     try:
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
         header = json.loads(data[8 : 8 + length])
