@@ -45,6 +45,7 @@ ALL_CAPABILITIES: frozenset[Capability] = frozenset(get_args(Capability))
 
 MAX_CONSTRAINT_BYTES = 2**16
 MAX_SCHEDULE_TOKEN = 4096
+MAX_SCHEDULES = 16  # of one plan: each is evaluated at every token at which one of them changes
 
 
 # What a request says.
@@ -169,6 +170,8 @@ class PlanTerm:
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise SteeringError(f"the strength of {self.profile!r} must be a finite number", param="strength")
+        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise SteeringError(f"layers of {self.profile!r} names a block twice: name each once", param="layers")
 
     def at(self, token: int) -> float:
         """The strength under which a token is drawn; tokens count from the beginning of the plan."""
@@ -184,7 +187,7 @@ class PlanTerm:
 class SteeringPlan:
     """The steering that a request asks for. It is hashable and holds no tensors. The default is the untouched model.
 
-    Raises SteeringError if a profile occurs twice.
+    Raises SteeringError if a profile occurs twice, or too many have a schedule.
     """
 
     terms: tuple[PlanTerm, ...] = ()
@@ -195,9 +198,15 @@ class SteeringPlan:
     def __post_init__(self) -> None:
         if self.apply_to not in get_args(ApplyTo):
             raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="apply_to")
-        names = [term.profile for term in self.terms]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise SteeringError(f"profile {twice[0]!r} occurs twice in one steering", param="terms")
+        names: set[str] = set()
+        for term in self.terms:
+            if term.profile in names:
+                raise SteeringError(f"profile {term.profile!r} occurs twice in one steering", param="terms")
+            names.add(term.profile)
+        schedules = sum(term.schedule is not None for term in self.terms)
+        if schedules > MAX_SCHEDULES:
+            message = f"{schedules} profiles have a schedule; at most {MAX_SCHEDULES} may have one"
+            raise SteeringError(message, param="schedule")
 
     @property
     def versions(self) -> tuple[str, ...]:

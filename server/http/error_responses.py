@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 INTERNAL = "an internal error occurred: see the server's log"
 RETRY_SECONDS = {429: "1", 503: "1"}
 CLIENT_CLOSED = 499
+MAX_MESSAGE = 2000  # characters
+MAX_PARAM = 200
 
 OFFLINE_STATUSES: Mapping[type[TrimtabError], int] = {RequestError: 400, ProfileError: 400, TrimtabError: 500}
 
@@ -49,8 +51,15 @@ class ErrorAnswer(TypedDict):
 
 
 def error_object(message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> ErrorAnswer:
+    """What a request said is cut, so that no error is much longer than what caused it."""
+    message = _cut(message, MAX_MESSAGE)
+    param = None if param is None else _cut(param, MAX_PARAM)
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def error_response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
@@ -134,6 +143,8 @@ def _path(location: tuple[str | int, ...]) -> str:
 def _sentence(path: str, detail: Detail) -> str:
     message = str(detail["msg"])
     message = f"{message[0].lower()}{message[1:]}".replace("input should", "it should")
-    shown = json.dumps(detail.get("input"), default=str)
+    given_input = detail.get("input")
+    long = isinstance(given_input, (str, list, dict)) and len(given_input) > 60
+    shown = "…" * 61 if long else json.dumps(given_input, default=str)
     given = f", not {shown}" if "should" in message and ", not " not in message and len(shown) <= 60 else ""
     return f"field {path!r}: {message}{given}" if path else f"the body: {message}{given}"

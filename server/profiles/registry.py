@@ -194,7 +194,8 @@ class ProfileRegistry:
         return True
 
     def _scan(self) -> dict[str, Signature]:
-        found, unreadable = {}, {}
+        found: dict[str, Signature] = {}
+        unreadable: dict[str, str] = {}
         for name, path in self._shipped.items():
             with suppress(OSError):
                 found[name] = signature_of(path.stat())

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from server.api.dependencies import ReadyDep, SteeringHeader, refuse_steering_header
 from server.api.document import GENERATING, declare
-from server.api.fields.body import OPENAI_NO_OPS, Examples, NoOps
+from server.api.fields.body import FAIL_FAST, OPENAI_NO_OPS, Examples, NoOps, Short
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import OnePrompt, OnePromptBody
 from server.api.fields.sampling import COMPLETION_TOKENS, SamplingBody, refuse_no_tokens
@@ -145,7 +145,7 @@ class GenerateBody(TextBody, ConstrainedBody):
         },
     )
 
-    profile: str | None = Field(
+    profile: Short | None = Field(
         None, description="One profile to steer by, NAME or NAME#SHA8.", examples=["warm", "warm#fb09e9ae"]
     )
     strength: float | None = Field(None, description="The profile's strength, 1 by default.", examples=[0.8])
@@ -183,7 +183,7 @@ class CompareBody(TextBody):
         {"prompt": "Bread is", "variants": ["warm@0.8", {"profiles": []}], "max_tokens": 12, "kl": True, "seed": 7},
     )
 
-    variants: list[Steering] = Field(
+    variants: Annotated[list[Steering], FAIL_FAST] = Field(
         min_length=1,
         max_length=MAX_VARIANTS,
         description="The steerings; one with an empty list of profiles is the unsteered model.",
@@ -208,7 +208,7 @@ class ScoreBody(OnePromptBody):
         {"prompt": "Bread is baked in", "completions": [" an oven.", " the sea."], "steering": "warm@0.8"},
     )
 
-    completions: list[OnePrompt] = Field(
+    completions: Annotated[list[OnePrompt], FAIL_FAST] = Field(
         min_length=1, max_length=MAX_COMPLETIONS, description="The texts after the prompt, each a text or token ids."
     )
     steering: Steering | None = Field(None, description="The steering, without a schedule.")

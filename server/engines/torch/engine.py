@@ -143,10 +143,13 @@ class TorchEngine:
             grammars = {one: None if one is None else await self._grammars.get(one) for one in constraints}
 
             def admit() -> list[RequestState]:
+                plans = {plan: self._admission.resolve(plan, profiles) for plan in {one.plan for one in requests}}
                 return [
                     state
                     for request in requests
-                    for state in self._admission.states(request, profiles, grammars[request.constraint])
+                    for state in self._admission.states(
+                        request, plans[request.plan], profiles, grammars[request.constraint]
+                    )
                 ]
 
             states = await self._aside(admit)
