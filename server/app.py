@@ -47,7 +47,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     install_error_handlers(app)
     for routes in (openai, generate, steering_routes, profiles, operations):
         app.include_router(routes.router)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_in_flight=settings.max_bytes_in_flight)
     if settings.api_key_file is not None:
         app.add_middleware(BearerKeys, keys=read_api_keys(settings.api_key_file))
     return app

@@ -203,6 +203,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     from transformers.utils import logging as transformers_logging
 
     from server.app import create_app
+    from server.http.connections import ConnectionLimits, raise_descriptor_limit
     from server.http.listener import Server, url_of
     from steering_vectors.runtime.cpu.threads import processors
 
@@ -213,12 +214,26 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     torch.set_num_threads(1)
     application = create_app(settings)
     service = application.state.service
+    fitting = raise_descriptor_limit()
+    connections = settings.max_connections or fitting
+    if connections < settings.slots + settings.max_queue:
+        message = "%d connections are fewer than the generations that may run and wait: raise the limit of open files"
+        logging.getLogger(__name__).warning(message, connections)
     server = Server(
         application,
         end=service.close,
         drain=service.drain,
         grace=settings.drain_seconds,
         access_log=settings.log_level == "debug",
+        limits=ConnectionLimits(
+            header_bytes=settings.max_header_bytes,
+            header_fields=settings.max_header_fields,
+            header_seconds=settings.header_timeout_seconds,
+            body_seconds=settings.body_timeout_seconds,
+            body_rate=settings.min_body_rate,
+            write_seconds=settings.write_timeout_seconds,
+            connections=connections,
+        ),
     )
     announcing = asyncio.create_task(_announce(service, url_of(settings.host, listener), server.stop))
     watching = asyncio.create_task(_watch(service, partial(server.stop, at_once=True)))

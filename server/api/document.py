@@ -22,7 +22,8 @@ STREAMED = "x-streamed"  # taken out again
 DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with `--api-key-file` requires
-`Authorization: Bearer KEY` and answers 401 without. Bodies are JSON of at most 32 MiB (413)."""
+`Authorization: Bearer KEY` and answers 401 without. Bodies are JSON of at most
+`--max-body-bytes`, by default 4 MiB (413)."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},

@@ -170,8 +170,6 @@ class PlanTerm:
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise SteeringError(f"the strength of {self.profile!r} must be a finite number", param="strength")
-        if self.layers is not None and len(set(self.layers)) < len(self.layers):
-            raise SteeringError(f"layers of {self.profile!r} names a block twice: name each once", param="layers")
 
     def at(self, token: int) -> float:
         """The strength under which a token is drawn; tokens count from the beginning of the plan."""

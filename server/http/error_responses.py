@@ -101,7 +101,8 @@ async def _answer(request: Request, error: Exception) -> Response:
             404: (f"there is no route {request.url.path!r}", "route_not_found"),
             405: (f"{request.url.path!r} does not accept {request.method}", "method_not_allowed"),
         }
-        message, code = known.get(error.status_code, (str(error.detail), "http_error"))
+        code = {413: "body_too_large", 429: "overloaded"}.get(error.status_code, "http_error")
+        message, code = known.get(error.status_code, (str(error.detail), code))
         response = error_response(error.status_code, message, code=code)
         response.headers.update(error.headers or {})
         return response

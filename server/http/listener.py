@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.http.connections import ConnectionLimits, limited_protocol
 from server.settings import ConfigurationError
 
 Result = TypeVar("Result")
@@ -74,9 +75,11 @@ class Server(uvicorn.Server):
         drain: Callable[[], None] = lambda: None,
         grace: float = GRACE_SECONDS,
         access_log: bool = False,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         config = uvicorn.Config(
             app,
+            http=limited_protocol(limits or ConnectionLimits()),
             log_config=None,
             access_log=access_log,
             lifespan="on",

@@ -45,6 +45,8 @@ class SteeringTermBody(Body):
 
     def term(self) -> PlanTerm:
         layers = None if self.layers is None else tuple(self.layers)
+        if layers is not None and len(set(layers)) < len(layers):
+            raise SteeringError("layers names a block twice: name each once", param="layers")
         if self.schedule is None:
             if self.interpolation is not None:
                 raise SteeringError("interpolation is given without schedule", param="steering.interpolation")
