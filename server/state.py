@@ -16,7 +16,8 @@ from server.engines.pool import DaemonPool
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
-from server.generation.intake import Intake
+from server.generation.answer_sizes import AnswerBudget
+from server.generation.intake import Intake, longest_text
 from server.generation.token_texts import TokenTexts
 from server.profiles.registry import ProfileRegistry
 from server.settings import Settings
@@ -26,6 +27,9 @@ from steering_vectors.profiles.shipped import shipped_profiles
 from steering_vectors.runtime.cpu.threads import run_apart
 
 logger = logging.getLogger(__name__)
+
+MAX_WAITING_TEXTS = 64
+BUSY = "many long texts wait to be tokenised: try again later"
 
 
 class Service:
@@ -43,6 +47,10 @@ class Service:
         self._failure: Exception | None = None
         self._draining = False
         self._loader = DaemonPool(1, "trimtab-loading")
+        self._tokenizing = DaemonPool(2, "trimtab-tokenizing", max_waiting=MAX_WAITING_TEXTS, busy=BUSY)
+        self.encoding = DaemonPool(1, "trimtab-encoding")  # of large answers
+        self._budget = AnswerBudget(settings.max_answer_values)
+        self._max_characters = 0
 
     @property
     def problem(self) -> str | None:
@@ -92,7 +100,7 @@ class Service:
     @property
     def intake(self) -> Intake:
         self.check_accepting()
-        return Intake(self.engine, self.model_name, self.registry)
+        return Intake(self.engine, self.model_name, self.registry, self._tokenizing, self._budget, self._max_characters)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,6 +129,8 @@ class Service:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._registry is not None:
             await self._registry.stop()
+        self._tokenizing.close()
+        self.encoding.close()
         if self._engine is not None and self._engine is not self._given:
             await self._engine.close()
 
@@ -133,7 +143,9 @@ class Service:
                 self._engine = await ProcessEngine.start(make, self.settings.step_timeout_seconds)
             else:
                 self._engine = await self._loader.run(lambda: run_apart(make))
-            identity = self._engine.info.identity
+            info = self._engine.info
+            identity = info.identity
+            self._max_characters = await self._loader.run(lambda: longest_text(info))
             shipped = await self._loader.run(lambda: shipped_profiles(identity))
             self._registry = ProfileRegistry(self.settings.profiles, self._engine, shipped=shipped)
             await self._registry.start()

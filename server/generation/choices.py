@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.engines.errors import GenerationFailed, Unavailable
@@ -41,13 +42,24 @@ class Result:
 class Generations:
     """What the engine runs for one HTTP request: choice i·n + j is choice j of request i, drawn from (seed, j)."""
 
-    def __init__(self, requests: Sequence[GenerationRequest], stream: EventStream, fields: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        stream: EventStream,
+        fields: Mapping[str, str],
+        *,
+        values: int = 0,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`values` are reported besides the text, at most. `ended` is called once, when this is closed or dropped."""
         self.n = requests[0].n
         names = {term.version: term.profile for request in requests for term in request.plan.terms}
         self.choices = [Choice(name, request, names) for request in requests for name in request.ids]
         self._places = {choice.id: place for place, choice in enumerate(self.choices)}
         self._stream = stream
         self._fields = fields
+        self.values = values
+        self._end = weakref.finalize(self, ended)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
@@ -70,6 +82,7 @@ class Generations:
 
     async def close(self) -> None:
         """Cancel what still runs. Never waits, so that it also works in a task that is being cancelled."""
+        self._end()
         await self._stream.aclose()
 
 

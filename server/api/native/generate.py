@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NotRequired, cast
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -25,7 +24,7 @@ from server.generation.intake import Ask
 from server.generation.receipts import Ending, Projections, Receipts, Usage, ending, receipt, usage
 from server.generation.steering_grammar import EXAMPLE, only_one
 from server.generation.token_texts import TokenTexts
-from server.http.answers import about
+from server.http.answers import about, json_answer
 from server.http.middleware import StrictRoute
 from server.http.sse import EventStreamResponse, while_connected
 from steering_vectors.errors import SteeringError
@@ -250,7 +249,7 @@ async def generate(
     if body.stream:
         return EventStreamResponse(_events(generations, [{}]), close=generations.close)
     (result,) = await while_connected(request, generations.results())
-    return JSONResponse(_text(generations.choices[0], result))
+    return await json_answer(lambda: _text(generations.choices[0], result), generations.values, service.encoding)
 
 
 @router.post(
@@ -268,7 +267,11 @@ async def compare(body: CompareBody, request: Request, service: ReadyDep) -> Res
         numbers = [{"variant": index} for index in range(len(generations.choices))]
         return EventStreamResponse(_events(generations, numbers), close=generations.close)
     results = await while_connected(request, generations.results())
-    return JSONResponse(CompareAnswer(variants=list(map(_text, generations.choices, results))))
+
+    def build() -> CompareAnswer:
+        return {"variants": list(map(_text, generations.choices, results))}
+
+    return await json_answer(build, generations.values, service.encoding)
 
 
 @router.post("/score", tags=["native"], summary="Score given completions", **declare(ScoreAnswer, *GENERATING))
@@ -276,16 +279,17 @@ async def score(body: ScoreBody, request: Request, service: ReadyDep, steering: 
     """Compute the log-probabilities, in nats, of each completion's tokens after the prompt."""
     generations = await service.intake.submit(body, steering)
     results = await while_connected(request, generations.results())
-    finished = [result.finished for result in results]
-    answer: ScoreAnswer = {
-        "scores": [
-            _score(service.token_texts, choice.request, result)
-            for choice, result in zip(generations.choices, results, strict=True)
-        ],
-        "usage": usage(finished),
-        "steering": receipt(finished),
-    }
-    return JSONResponse(answer)
+    finished, texts = [result.finished for result in results], service.token_texts
+
+    def build() -> ScoreAnswer:
+        pairs = zip(generations.choices, results, strict=True)
+        return {
+            "scores": [_score(texts, choice.request, result) for choice, result in pairs],
+            "usage": usage(finished),
+            "steering": receipt(finished),
+        }
+
+    return await json_answer(build, generations.values, service.encoding)
 
 
 def _text(choice: Choice, result: Result) -> CompareVariant:
