@@ -32,8 +32,8 @@ async def json_answer(build: Callable[[], Mapping[str, Any]], values: int, pool:
 
 
 def encoded(answer: Mapping[str, Any]) -> bytes:
-    """The JSON of an answer, as JSONResponse writes it. Entries of lists are encoded one by one, because no other thread
-    runs while one is."""
+    """The JSON of an answer, as JSONResponse writes it. Entries of lists are encoded one by one, because no other
+    thread runs while one is."""
     fields = []
     for name, value in answer.items():
         text = f"[{','.join(map(_json, value))}]" if isinstance(value, list) else _json(value)

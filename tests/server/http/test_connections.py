@@ -163,10 +163,13 @@ def test_a_reader_that_stalls_is_cut_off_and_its_generation_ends(tmp_path: Path)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
     )
-    with demo_engine(slots=8, context=512) as engine, live_server(engine, tmp_path, limits=LIMITS) as client:
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            connection.connect((client.base_url.host, client.base_url.port))
-            connection.sendall(f"{head}\r\n\r\n".encode() + content)
-            until(lambda: engine.stats().finished.get("cancelled", 0) > 0, within=60)
-            until(lambda: engine.stats().running == engine.stats().waiting == 0)
+    with (
+        demo_engine(slots=8, context=512) as engine,
+        live_server(engine, tmp_path, limits=LIMITS) as client,
+        socket.socket() as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((client.base_url.host, client.base_url.port))
+        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        until(lambda: engine.stats().finished.get("cancelled", 0) > 0, within=60)
+        until(lambda: engine.stats().running == engine.stats().waiting == 0)
