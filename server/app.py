@@ -67,7 +67,7 @@ def create_app(
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_in_flight=settings.max_bytes_in_flight)
     _protect(app, settings)
     app.add_middleware(  # the last is the outermost: it also sees what the others refuse
         ObserveRequests,

@@ -9,11 +9,14 @@ import asyncio
 import gc
 import importlib.metadata
 import inspect
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -34,6 +37,11 @@ if TYPE_CHECKING:
 
     from server.settings import Settings
     from server.state import Service
+
+ENGINE_FAILED = 70  # an internal software error, in sysexits.h
+WATCH_SECONDS = 0.25
+UNHEALTHY_SECONDS = 1.0  # in which /health answers 503 before the process ends
+THREAD_SECONDS = 1.0
 
 SERVE_HELP = "Serve a model and a directory of profiles over HTTP."
 
@@ -130,8 +138,23 @@ def serve(given: Mapping[str, Any]) -> None:
 
         follow(settings.engine_config())
         return
+    before, code = set(threading.enumerate()), 0
     with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
-        run_in_loop(_serve(settings, listener))
+        code = run_in_loop(_serve(settings, listener))
+    _leave(code, [thread for thread in threading.enumerate() if thread not in before])
+
+
+def _leave(code: int, threads: Sequence[threading.Thread]) -> None:
+    """End the process with this code, without waiting for threads that do not end."""
+    last = time.monotonic() + THREAD_SECONDS
+    for thread in threads:
+        thread.join(max(0, last - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -179,11 +202,12 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> None:
-    """Serve until stopped. Raises the error if the model or the profiles cannot be loaded."""
+async def _serve(settings: Settings, listener: socket.socket) -> int:
+    """Serve until stopped; returns the exit code. Raises the error if the model or the profiles cannot be loaded."""
     import torch
 
     from server.app import create_app
+    from server.http.connections import ConnectionLimits, raise_descriptor_limit
     from server.http.listener import Server, url_of
     from server.observability.logs import set_up_transformers_logs
     from steering_vectors.runtime.cpu.threads import processors
@@ -194,12 +218,42 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     torch.set_num_threads(1)
     application = create_app(settings)
     service = application.state.service
-    server = Server(application, end=service.close)
+    fitting = raise_descriptor_limit()
+    connections = settings.max_connections or fitting
+    if connections < settings.slots + settings.max_queue:
+        message = "%d connections are fewer than the generations that may run and wait: raise the limit of open files"
+        logging.getLogger(__name__).warning(message, connections)
+    server = Server(
+        application,
+        end=service.close,
+        drain=service.drain,
+        grace=settings.drain_seconds,
+        limits=ConnectionLimits(
+            header_bytes=settings.max_header_bytes,
+            header_fields=settings.max_header_fields,
+            header_seconds=settings.header_timeout_seconds,
+            body_seconds=settings.body_timeout_seconds,
+            body_rate=settings.min_body_rate,
+            write_seconds=settings.write_timeout_seconds,
+            connections=connections,
+        ),
+    )
     announcing = asyncio.create_task(_announce(service, url_of(settings.host, listener), server.stop))
+    watching = asyncio.create_task(_watch(service, partial(server.stop, at_once=True)))
     await server.serve(sockets=[listener])
     if announcing.done():
         announcing.result()
     announcing.cancel()
+    return ENGINE_FAILED if watching.done() else 0
+
+
+async def _watch(service: Service, stop: Callable[[], None]) -> None:
+    """Return once the engine cannot go on, and stop the server then."""
+    while (problem := service.problem) is None:
+        await asyncio.sleep(WATCH_SECONDS)
+    logging.getLogger(__name__).critical("the server ends with exit code %d: %s", ENGINE_FAILED, problem)
+    await asyncio.sleep(UNHEALTHY_SECONDS)
+    stop()
 
 
 async def _announce(service: Service, url: str, stop: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from server.engines.config import DEFAULT_CHUNK, DEFAULT_QUEUE, DEFAULT_SLOTS, EngineConfig
+from server.engines.config import DEFAULT_CHUNK, DEFAULT_QUEUE, DEFAULT_SLOTS, DEFAULT_STEP_TIMEOUT, EngineConfig
 from steering_vectors.errors import TrimtabError
 
 PREFIX = "TRIMTAB_"
@@ -38,8 +38,9 @@ def _setting(panel: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
 
 
-_model, _serving, _steering, _performance, _gpu, _security, _logging = (
-    partial(_setting, panel) for panel in ("Model", "Serving", "Steering", "Performance", "GPU", "Security", "Logging")
+_model, _serving, _steering, _limits, _performance, _gpu, _security, _logging = (
+    partial(_setting, panel)
+    for panel in ("Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging")
 )
 
 
@@ -76,8 +77,45 @@ class Settings(BaseSettings):
     max_queue: int = _serving(
         DEFAULT_QUEUE, "Maximum number of generations that wait; requests beyond it get a 429.", ge=0
     )
+    drain_seconds: float = _serving(
+        6.0,
+        "Maximum time that running requests may take after SIGTERM, before they end in an error. Set it below the time "
+        "after which your supervisor kills the process.",
+        ge=0,
+    )
+    step_timeout_seconds: float = _serving(
+        DEFAULT_STEP_TIMEOUT,
+        "Maximum time of one forward pass; beyond it the engine counts as hung, and the server ends with exit code 70.",
+        gt=0,
+    )
     profiles: Path = _steering(Path("profiles"), "The directory of profiles, which is watched for changes.")
     allow_model_mismatch: bool = _steering(False, "Serve profiles that were fitted on other weights of the same shape.")
+    max_body_bytes: int = _limits(4 * 2**20, "Maximum size of a request's body; a larger one is a 413.", ge=1024)
+    max_bytes_in_flight: int = _limits(
+        256 * 2**20, "Maximum size of the bodies of all requests that are being answered; beyond it, a 429.", ge=1024
+    )
+    max_answer_values: int = _limits(
+        500_000,
+        "Maximum number of values that an answer reports besides its text: log-probabilities, alternatives, "
+        "divergences, projections and changes of a schedule, over all choices and tokens; beyond it, a 400. All "
+        "requests together may have four times as many; beyond it, a 429.",
+        ge=1000,
+    )
+    max_header_bytes: int = _limits(65536, "Maximum size of a request's line and headers; beyond it, a 431.", ge=1024)
+    max_header_fields: int = _limits(100, "Maximum number of a request's headers; beyond it, a 431.", ge=16)
+    header_timeout_seconds: float = _limits(10.0, "Maximum time in which headers must arrive; then a 408.", gt=0)
+    body_timeout_seconds: float = _limits(60.0, "Maximum time in which a body must arrive; then a 408.", gt=0)
+    min_body_rate: int = _limits(
+        1024, "Minimum bytes per second of a body that takes longer than 10 s; a slower one is a 408.", ge=0
+    )
+    write_timeout_seconds: float = _limits(
+        60.0, "Maximum time for which a client may take nothing of its answer; then it is cut off.", gt=0
+    )
+    max_connections: int | None = _limits(
+        None,
+        "Maximum number of open connections; beyond it, a 503. By default what the limit of open files allows.",
+        ge=1,
+    )
     prefill_chunk: int = _performance(
         DEFAULT_CHUNK,
         "Maximum number of prompt tokens per step, over all requests; four times as many while nothing decodes.",

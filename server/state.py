@@ -14,10 +14,12 @@ from functools import cached_property, partial
 from server.access.callers import Caller
 from server.engines.config import EngineConfig
 from server.engines.errors import Unavailable
+from server.engines.pool import DaemonPool
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
-from server.generation.intake import Intake
+from server.generation.answer_sizes import AnswerBudget
+from server.generation.intake import Intake, longest_text
 from server.generation.token_texts import TokenTexts
 from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
 from server.observability.metrics import Metrics, Snapshot
@@ -29,6 +31,9 @@ from steering_vectors.profiles.shipped import shipped_profiles
 from steering_vectors.runtime.cpu.threads import run_apart
 
 logger = logging.getLogger(__name__)
+
+MAX_WAITING_TEXTS = 64
+BUSY = "many long texts wait to be tokenised: try again later"
 
 
 class Service:
@@ -45,13 +50,40 @@ class Service:
         self._loading: asyncio.Task[None] | None = None
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
+        self._draining = False
+        self._loader = DaemonPool(1, "trimtab-loading")
+        self._tokenizing = DaemonPool(2, "trimtab-tokenizing", max_waiting=MAX_WAITING_TEXTS, busy=BUSY)
+        self.encoding = DaemonPool(1, "trimtab-encoding")  # of large answers
+        self._budget = AnswerBudget(settings.max_answer_values)
+        self._max_characters = 0
 
-    def check_ready(self) -> None:
-        """Raise Unavailable until everything is loaded."""
-        if not self._loaded.is_set():
-            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
+    @property
+    def problem(self) -> str | None:
+        """Why the engine cannot go on; None if it can, or is being loaded."""
+        return None if self._engine is None else self._engine.health()
+
+    def check_alive(self) -> None:
+        """Raise Unavailable if the server must be restarted."""
         if self._failure is not None:
             raise Unavailable("the server could not load its model or profiles; its log says why")
+        if (problem := self.problem) is not None:
+            raise Unavailable(problem, code="engine_failed")
+
+    def check_ready(self) -> None:
+        """Raise Unavailable until everything is loaded, and if the engine cannot go on."""
+        if not self._loaded.is_set():
+            raise Unavailable("the model is being loaded: try again in a moment", code="loading")
+        self.check_alive()
+
+    def check_accepting(self) -> None:
+        """Raise Unavailable if no new work is taken."""
+        self.check_ready()
+        if self._draining:
+            raise Unavailable("the server is shutting down", code="draining")
+
+    def drain(self) -> None:
+        """Take no new generations; /ready says so. What runs goes on, and its steering can still be changed."""
+        self._draining = True
 
     @property
     def engine(self) -> Engine:
@@ -71,7 +103,16 @@ class Service:
         return self.settings.served_model_name or self.engine.info.model_name
 
     def intake(self, caller: Caller) -> Intake:
-        return Intake(self.engine, self.model_name, self.registry, caller)
+        self.check_accepting()
+        return Intake(
+            self.engine,
+            self.model_name,
+            self.registry,
+            self._tokenizing,
+            self._budget,
+            self._max_characters,
+            caller,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,6 +141,8 @@ class Service:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._registry is not None:
             await self._registry.stop()
+        self._tokenizing.close()
+        self.encoding.close()
         if self._engine is not None and self._engine is not self._given:
             await self._engine.close()
 
@@ -126,10 +169,13 @@ class Service:
                 self._engine = self._given
             elif self.settings.engine_process:
                 make = partial(_build_in_process, config, self.settings.log_format, self.settings.log_level)
-                self._engine = await ProcessEngine.start(make)
+                self._engine = await ProcessEngine.start(make, self.settings.step_timeout_seconds)
             else:
-                self._engine = await asyncio.to_thread(run_apart, partial(build_engine, config))
-            shipped = await asyncio.to_thread(shipped_profiles, self._engine.info.identity)
+                self._engine = await self._loader.run(lambda: run_apart(partial(build_engine, config)))
+            info = self._engine.info
+            identity = info.identity
+            self._max_characters = await self._loader.run(lambda: longest_text(info))
+            shipped = await self._loader.run(lambda: shipped_profiles(identity))
             self._registry = ProfileRegistry(
                 self.settings.profiles, self._engine, shipped=shipped, changed=self.metrics.serve_profiles
             )
@@ -138,8 +184,14 @@ class Service:
             if not isinstance(error, TrimtabError):
                 logger.exception("loading failed")
             self._failure = error
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a library's panic
+            logger.exception("loading failed")
+            self._failure = RuntimeError(f"loading failed: {error!r}")
         finally:
             self._loaded.set()
+            self._loader.close()
 
 
 def _build_in_process(config: EngineConfig, log_format: LogFormat, log_level: str) -> Engine:

@@ -40,6 +40,7 @@ ORDER = (
     "server.engines.config",
     "server.engines.protocol",
     "server.engines.mailbox",
+    "server.engines.pool",
     "server.engines.process",
     "server.engines.detokenizer",
     "server.engines.torch",

@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
 401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
-need the scope `generate`. Bodies are JSON of at most 32 MiB (413)."""
+need the scope `generate`. Bodies are JSON of at most `--max-body-bytes`, by default 4 MiB (413)."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
@@ -53,7 +53,8 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
     ),
     503: (
-        "The model is loading or the server is shutting down: retry after the seconds in `retry-after`.",
+        "The model is loading, the server is shutting down or its engine has failed: retry after "
+        "the seconds in `retry-after`.",
         error_object("the model is being loaded: try again in a moment", status=503, code="loading"),
     ),
 }

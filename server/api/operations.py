@@ -16,6 +16,8 @@ from server.http.answers import about
 from server.observability.metrics import CONTENT_TYPE
 from steering_vectors.profiles.files import installed_version
 
+MAX_LISTED = 64  # rejected profiles
+
 
 class Health(TypedDict):
     """The process answers."""
@@ -29,6 +31,12 @@ class Ready(TypedDict):
     status: Annotated[Literal["ready"], about("Always `ready`; until then, the answer is a 503.")]
     model: Annotated[str, about("The base model's name on /v1, without directories.", "demo")]
     profiles: Annotated[int, about("The number of served profiles.", 4)]
+    rejected: NotRequired[
+        Annotated[list[str], about("Present if files are rejected: their names; `GET /profiles` says why.")]
+    ]
+    profiles_error: NotRequired[
+        Annotated[str, about("Present if the profile directory cannot be read: why. What was served stays served.")]
+    ]
 
 
 class Version(TypedDict):
@@ -52,16 +60,26 @@ trimtab_num_requests_running 3.0
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/health", summary="Is it alive?", **declare(Health))
-async def health() -> Health:
-    """Answer 200 as long as the process runs."""
+@router.get("/health", summary="Is it alive?", **declare(Health, 503))
+async def health(service: ServiceDep) -> Health:
+    """Answer 200 as long as the process can go on, also while it loads the model; 503 if its engine has failed or
+    hangs, so that it must be restarted."""
+    service.check_alive()
     return {"status": "ok"}
 
 
 @router.get("/ready", summary="Can it serve?", **declare(Ready, 503))
 async def ready(service: ReadyDep) -> Ready:
-    """Answer 200 once the model and every profile are loaded, 503 before."""
-    return {"status": "ready", "model": _shown(service.model_name), "profiles": len(service.registry.served)}
+    """Answer 200 once the model and every profile are loaded; 503 before, while the server drains before it stops, and
+    if its engine has failed or hangs."""
+    service.check_accepting()
+    registry = service.registry
+    answer: Ready = {"status": "ready", "model": _shown(service.model_name), "profiles": len(registry.served)}
+    if rejected := registry.rejected:
+        answer["rejected"] = rejected[:MAX_LISTED]
+    if registry.problem is not None:
+        answer["profiles_error"] = registry.problem
+    return answer
 
 
 @router.get("/metrics", summary="How is it doing?", response_class=Response, **declare_text(METRICS_EXAMPLE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Required, cast
+from typing import Annotated, Any, Literal, NotRequired, Required, cast
 
 from fastapi import APIRouter, Path
 from typing_extensions import TypedDict
@@ -44,6 +44,9 @@ class ProfileList(TypedDict):
     """Every file of the profile directory."""
 
     profiles: Annotated[list[ListedProfile], about("By name.")]
+    error: NotRequired[
+        Annotated[str, about("Present if the directory cannot be read now: why. What was served stays served.")]
+    ]
 
 
 class ProfileModel(TypedDict):
@@ -98,7 +101,10 @@ router = APIRouter(tags=["profiles"])
 @router.get("/profiles", summary="List the profiles", **declare(ProfileList, 503))
 async def profiles(service: ReadyDep) -> ProfileList:
     """List every file of the profile directory. A rejected one may still be served in the version before it."""
-    return {"profiles": [_listed(entry) for entry in service.registry.entries]}
+    answer: ProfileList = {"profiles": [_listed(entry) for entry in service.registry.entries]}
+    if service.registry.problem is not None:
+        answer["error"] = service.registry.problem
+    return answer
 
 
 @router.get("/profiles/{name}", summary="Show one profile", **declare(ProfileDetails, 404, 503))

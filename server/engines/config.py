@@ -9,6 +9,7 @@ from typing import Literal
 DEFAULT_SLOTS = 16
 DEFAULT_QUEUE = 1024
 DEFAULT_CHUNK = 256
+DEFAULT_STEP_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class EngineConfig:
     means 16, or on CUDA as many as memory holds. `context` None means the model's own limit, at most 4096.
     `prefill_chunk` bounds the prompt tokens of one step, and `max_stall_ms` the time they may take while other rows
     decode; None allows 1.5 times the time of a decoding step. `cpu_prepack` None means where it is expected to be
-    faster, and `cuda_graphs` None on CUDA where the model allows it.
+    faster, and `cuda_graphs` None on CUDA where the model allows it. An engine whose step takes longer than
+    `step_timeout_seconds` counts as hung.
     """
 
     model: str = "demo"
@@ -41,6 +43,7 @@ class EngineConfig:
     prefix_reuse: bool = True
     cuda_graphs: bool | None = None
     allow_model_mismatch: bool = False
+    step_timeout_seconds: float = DEFAULT_STEP_TIMEOUT
 
 
 DEFAULT_CONFIG = EngineConfig()

@@ -2,14 +2,15 @@
 
 The two processes exchange pickled frames over a socket pair. A frame to the child is a call: a number, a method of the
 engine and its arguments. A frame from the child holds all answers and events of one turn of its event loop, so that all
-events of a step travel together. If the child dies, the requests under way end with an error, and a new child is
-started, which gets the same profiles.
+events of a step travel together. A child whose engine has failed or hangs is killed. If the child dies, the requests
+under way end with an error, and a new child is started, which gets the same profiles.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import logging
 import os
 import pickle
@@ -26,6 +27,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.engines.config import DEFAULT_STEP_TIMEOUT
 from server.engines.errors import Conflict, Unavailable
 from server.engines.mailbox import Mailbox, Receiver, call_in, settle
 from server.engines.protocol import (
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 LENGTH = struct.Struct("!Q")  # ahead of each frame
 MAX_RESTART_DELAY_S = 30.0
 CLOSE_SECONDS = 20.0
+PING_SECONDS = 1.0
 TOTALS = ("steps", "prompt_tokens", "cached_tokens", "generated_tokens", "steered_tokens", "nonfinite_rows")
 ENDED = "the engine's process ended: try again in a moment"
 
@@ -61,9 +64,11 @@ class ProcessEngine:
     _process: asyncio.subprocess.Process
     _writer: asyncio.StreamWriter
     _keeper: asyncio.Task[None]
+    _watcher: asyncio.Task[None]
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Engine], step_timeout: float = DEFAULT_STEP_TIMEOUT) -> None:
         self._make = make
+        self._step_timeout = step_timeout
         self._loop = asyncio.get_running_loop()
         self._stats = EngineStats()
         self._before = EngineStats()  # the totals of children that have died
@@ -75,11 +80,13 @@ class ProcessEngine:
         self._closing = False
 
     @classmethod
-    async def start(cls, make: Callable[[], Engine]) -> ProcessEngine:
-        """Start the child and wait until its engine is made. Raises what `make` raises."""
-        engine = cls(make)
+    async def start(cls, make: Callable[[], Engine], step_timeout: float = DEFAULT_STEP_TIMEOUT) -> ProcessEngine:
+        """Start the child and wait until its engine is made. Raises what `make` raises. `step_timeout`: seconds after
+        which a child that does not answer is killed."""
+        engine = cls(make, step_timeout)
         reader = await engine._launch()
         engine._keeper = asyncio.create_task(engine._keep(reader), name="trimtab-engine-process")
+        engine._watcher = asyncio.create_task(engine._watch(), name="trimtab-engine-watch")
         return engine
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
@@ -137,16 +144,20 @@ class ProcessEngine:
         finished = Counter(now.finished) + Counter(before.finished)
         return replace(now, **totals, finished=dict(finished), restarts=before.restarts)
 
+    def health(self) -> str | None:
+        return None  # a child that cannot go on is replaced
+
     async def close(self) -> None:
         if self._closing:
             return
         self._closing = True
+        self._watcher.cancel()
         if self._ready:
             with suppress(Unavailable, TimeoutError):
                 await asyncio.wait_for(self._call("close"), CLOSE_SECONDS)
         self._ready = False
         self._keeper.cancel()
-        await asyncio.gather(self._keeper, return_exceptions=True)
+        await asyncio.gather(self._keeper, self._watcher, return_exceptions=True)
         await self._reap()
         self._lose("cancelled", None)
 
@@ -174,6 +185,9 @@ class ProcessEngine:
         except Exception:
             await self._reap()
             raise
+        except BaseException:  # the caller was cancelled
+            self._process.kill()
+            raise
         self.info, self._stats = made
         self._ready = True
         unloaded = Counter(one.version for one in given) - Counter(one.version for one in self._profiles)
@@ -195,6 +209,24 @@ class ProcessEngine:
             self._before = replace(self.stats(), restarts=self._before.restarts + 1)
             self._lose("error", ENDED)
             reader = await self._restart()
+
+    async def _watch(self) -> None:
+        """Kill a child that cannot go on or does not answer."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if not self._ready:
+                continue
+            process = self._process
+            try:
+                problem = await asyncio.wait_for(self._call("health"), self._step_timeout)
+            except TimeoutError:
+                problem = f"it has not answered in {self._step_timeout:g} s"
+            except Exception:  # it ended meanwhile
+                continue
+            if problem is not None and process.returncode is None:
+                logger.error("the engine's process is killed: %s", problem)
+                process.kill()
+                await process.wait()
 
     async def _restart(self) -> asyncio.StreamReader:
         delay = 0.0
@@ -289,7 +321,8 @@ class _Child:
 
     async def _carry_out(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
-            value = await getattr(self._engine, method)(*arguments)
+            answer = getattr(self._engine, method)(*arguments)
+            value = await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
             self._happen((number, None, _sendable(error)))
             return

@@ -45,6 +45,7 @@ ALL_CAPABILITIES: frozenset[Capability] = frozenset(get_args(Capability))
 
 MAX_CONSTRAINT_BYTES = 2**16
 MAX_SCHEDULE_TOKEN = 4096
+MAX_SCHEDULES = 16  # of one plan: each is evaluated at every token at which one of them changes
 
 
 # What a request says.
@@ -184,7 +185,7 @@ class PlanTerm:
 class SteeringPlan:
     """The steering that a request asks for. It is hashable and holds no tensors. The default is the untouched model.
 
-    Raises SteeringError if a profile occurs twice.
+    Raises SteeringError if a profile occurs twice, or too many have a schedule.
     """
 
     terms: tuple[PlanTerm, ...] = ()
@@ -195,9 +196,15 @@ class SteeringPlan:
     def __post_init__(self) -> None:
         if self.apply_to not in get_args(ApplyTo):
             raise SteeringError(f"apply_to is {self.apply_to!r}, not one of generated, all", param="apply_to")
-        names = [term.profile for term in self.terms]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise SteeringError(f"profile {twice[0]!r} occurs twice in one steering", param="terms")
+        names: set[str] = set()
+        for term in self.terms:
+            if term.profile in names:
+                raise SteeringError(f"profile {term.profile!r} occurs twice in one steering", param="terms")
+            names.add(term.profile)
+        schedules = sum(term.schedule is not None for term in self.terms)
+        if schedules > MAX_SCHEDULES:
+            message = f"{schedules} profiles have a schedule; at most {MAX_SCHEDULES} may have one"
+            raise SteeringError(message, param="schedule")
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -525,6 +532,10 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    def health(self) -> str | None:
+        """Why the engine cannot go on: it has failed, or a step takes longer than it may. None if it can."""
+        ...
 
     async def close(self) -> None:
         """Cancel what runs and free the model. May be called again."""

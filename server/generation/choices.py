@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,8 +51,12 @@ class Generations:
         stream: EventStream,
         fields: Mapping[str, str],
         charge: Callable[[int], None],
+        *,
+        values: int = 0,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`charge` is called with the numbers of tokens that were generated, now and then and at the end."""
+        """`charge` is called with the numbers of tokens that were generated, now and then and at the end. `values` are
+        reported besides the text, at most. `ended` is called once, when this is closed or dropped."""
         self.n = requests[0].n
         names = {term.version: term.profile for request in requests for term in request.plan.terms}
         self.choices = [Choice(name, request, names) for request in requests for name in request.ids]
@@ -61,6 +66,8 @@ class Generations:
         self._charge = charge
         self._uncharged = 0
         self._record = request_record.current()
+        self.values = values
+        self._end = weakref.finalize(self, ended)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
@@ -87,6 +94,7 @@ class Generations:
 
     async def close(self) -> None:
         """Cancel what still runs. Never waits, so that it also works in a task that is being cancelled."""
+        self._end()
         self._charge(self._uncharged)
         self._uncharged = 0
         await self._stream.aclose()

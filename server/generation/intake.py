@@ -6,7 +6,6 @@ tokenised in a thread, where they hold up no stream.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from server.access.callers import Caller
 from server.engines.errors import reject
+from server.engines.pool import DaemonPool
 from server.engines.protocol import (
     Capability,
     Constraint,
@@ -25,6 +25,7 @@ from server.engines.protocol import (
     SteeringPlan,
     capabilities_needed,
 )
+from server.generation.answer_sizes import AnswerBudget, reported_values
 from server.generation.choices import Generations
 from server.generation.client_errors import client_errors
 from server.generation.steering_grammar import pinned
@@ -84,6 +85,9 @@ class Intake:
     engine: Engine
     served: str
     registry: ProfileRegistry
+    pool: DaemonPool
+    budget: AnswerBudget
+    max_characters: int  # of a prompt: more cannot fit the context
     caller: Caller = Caller()
 
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
@@ -100,10 +104,17 @@ class Intake:
             requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
             if (record := request_record.current()) is not None:
                 record.ask(requests, ask.prompts)
-            stream = await self.engine.submit(requests)
+            values = reported_values(requests, self.engine.info.context)
+            self.budget.take(values, ask.counted)
+            try:
+                stream = await self.engine.submit(requests)
+            except BaseException:
+                self.budget.give_back(values)
+                raise
         if record is not None:
             record.accept()
-        return Generations(requests, stream, fields, self.caller.charge)
+        ended = partial(self.budget.give_back, values)
+        return Generations(requests, stream, fields, self.caller.charge, values=values, ended=ended)
 
     def _check_count(self, ask: Ask) -> None:
         count = len(ask.prompts) * len(ask.plans) * ask.n * (1 if ask.completions is None else len(ask.completions))
@@ -141,12 +152,36 @@ class Intake:
     async def _encoded(self, ask: Ask) -> list[tuple[Ids, int]]:
         """The ids of each prompt, with the number of them at the end that are scored."""
         info = self.engine.info
-        found = [await _encode(info, prompt, ask.encoding) for prompt in ask.prompts]
+        sizes = [self._check_size(prompt, "prompt", "the prompt") for prompt in ask.prompts]
+        pool = self.pool if sum(sizes) > LONG_TEXT else None
+        found = [await _encode(info, prompt, ask.encoding, pool, self.pool) for prompt in ask.prompts]
         if ask.completions is None:
             return [(ids, 0) for ids in found]
         (prompt,) = found
-        completions = await _encode_continuations(info, prompt, ask.completions)
+        for place, completion in enumerate(ask.completions):
+            self._check_size(completion, f"completions[{place}]", f"completions[{place}]")
+        completions = await _encode_continuations(info, prompt, ask.completions, self.pool)
         return [((*prompt, *completion), len(completion)) for completion in completions]
+
+    def _check_size(self, prompt: Prompt, param: str, what: str) -> int:
+        """The number of characters. Raises RequestError for a prompt that cannot fit the context, before it is
+        tokenised."""
+        context = self.engine.info.context
+        if isinstance(prompt, list):
+            size, limit, problem = 0, context, f"{what} has {len(prompt)} tokens; the context holds {context}"
+            fits = len(prompt) <= limit
+        else:
+            size = len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
+            fits = size <= self.max_characters
+            problem = f"{what} has {size} characters; a context of {context} tokens holds {self.max_characters} at most"
+        if not fits:
+            raise RequestError(f"{problem}: shorten {what}", param=param, code="context_length_exceeded")
+        return size
+
+
+def longest_text(info: EngineInfo) -> int:
+    """The most characters that fit the context: no token has more than the longest one."""
+    return info.context * max((len(token) for token in info.tokenizer.get_vocab()), default=1)
 
 
 def check_capabilities(info: EngineInfo, needed: Mapping[Capability, str]) -> None:
@@ -161,24 +196,28 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-async def _encode(info: EngineInfo, prompt: Prompt, encoding: Mapping[str, Any]) -> Ids:
-    """Token ids of a text or of messages; token ids pass as they are. Raises RequestError for ids that the model does
-    not have, and what `encode_prompt` raises."""
+async def _encode(
+    info: EngineInfo, prompt: Prompt, encoding: Mapping[str, Any], pool: DaemonPool | None, spare: DaemonPool
+) -> Ids:
+    """Token ids of a text or of messages; token ids pass as they are. Tokenised in `pool`; without one, in the event
+    loop, but in `spare` if there are control tokens. Raises RequestError for ids that the model does not have, and what
+    `encode_prompt` raises."""
     if isinstance(prompt, list):
         problem = f"the prompt has a token id outside of the vocabulary, 0 to {info.vocab_size - 1}"
         reject(not _in_vocabulary(prompt, info), problem, "prompt")
         return tuple(prompt)
     work = partial(encode_prompt, info.tokenizer, prompt, **encoding)
-    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
-    slow = sum(map(len, texts)) > LONG_TEXT or (
-        not isinstance(prompt, str) and any(holds_control_token(info.tokenizer, text) for text in texts)
-    )
-    ids = await asyncio.to_thread(work) if slow else work()
+    texts = () if isinstance(prompt, str) else [message.content for message in prompt]
+    if pool is None and any(holds_control_token(info.tokenizer, text) for text in texts):
+        pool = spare
+    ids = work() if pool is None else await pool.run(work)
     check_known(info.tokenizer, ids, info.vocab_size, param="prompt" if isinstance(prompt, str) else "messages")
     return tuple(ids)
 
 
-async def _encode_continuations(info: EngineInfo, prompt: Ids, completions: Sequence[str | list[int]]) -> list[Ids]:
+async def _encode_continuations(
+    info: EngineInfo, prompt: Ids, completions: Sequence[str | list[int]], pool: DaemonPool
+) -> list[Ids]:
     """Token ids of each completion as the model would write it after the prompt. Raises RequestError that names a
     completion without a token, or with an id outside of the vocabulary."""
 
@@ -192,7 +231,7 @@ async def _encode_continuations(info: EngineInfo, prompt: Ids, completions: Sequ
             raise RequestError(f"{name}: {error.message}; or send token ids", param=name) from error
 
     try:
-        found = await asyncio.to_thread(lambda: [ids_of(*numbered) for numbered in enumerate(completions)])
+        found = await pool.run(lambda: [ids_of(*numbered) for numbered in enumerate(completions)])
     except UnicodeEncodeError as error:
         raise RequestError("completions has a lone surrogate, which is not a character", param="completions") from error
     for place, ids in enumerate(found):

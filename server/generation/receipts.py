@@ -160,9 +160,13 @@ def _entry(version: str, points: Sequence[Point], finished: Sequence[Finished]) 
         entry["gate"] = {"opened": decisions[0].opened, "similarity": decisions[0].similarity}
     if len(points) > 1:
         timeline: list[StrengthPoint] = []
+        acting: AppliedTerm | None = None
+        looked_at: Segment | None = None
         for token, segment in points:
-            acting = (one.at(token - segment.from_token) for one in segment.terms if one.term.version == version)
-            strength = next(acting, 0.0)
+            if segment is not looked_at:
+                acting = next((one for one in segment.terms if one.term.version == version), None)
+                looked_at = segment
+            strength = 0.0 if acting is None else acting.at(token - segment.from_token)
             if not timeline or timeline[-1]["strength"] != strength:
                 timeline.append({"from_token": token, "strength": strength})
         entry["strength"] = timeline[-1]["strength"]

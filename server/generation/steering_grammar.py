@@ -24,27 +24,45 @@ TERM = re.compile(
 )
 EXAMPLE = "warm@0.8+concise@-0.3"
 HEADER = "x-trimtab-steering"
+MAX_STEERING_CHARACTERS = 4096
+MAX_TERMS = 64
+MAX_SHOWN = 80  # characters of a text in an error
 
 
 def parse_steering(text: str, apply_to: ApplyTo = "generated") -> SteeringPlan:
     """Read `term (+ term)*` with `term = name [@ signed decimal]`; a name alone means strength 1.
 
-    Raises SteeringError that shows the part it could not read, for a name that occurs twice, and for a strength that
-    is not finite.
+    Raises SteeringError that shows the part it could not read, for a name that occurs twice, for a strength that is not
+    finite, and for more than 4096 characters or 64 profiles.
     """
+    if len(text) > MAX_STEERING_CHARACTERS:
+        raise SteeringError(
+            f"the steering has {len(text)} characters; at most {MAX_STEERING_CHARACTERS} are read", param="steering"
+        )
     terms: list[PlanTerm] = []
     position = 0
     while True:
         match = TERM.match(text, position)
         end = match.end() if match else position
         if match is None or (end < len(text) and text[end] != "+"):
-            problem = f"steering {text!r} cannot be read at {text[position:]!r}" if text else "the steering is empty"
+            problem = (
+                f"steering {shown(text)} cannot be read at {shown(text[position:])}"
+                if text
+                else "the steering is empty"
+            )
             remedy = f"write for example {EXAMPLE!r}{'' if text else ', or leave it out'}"
             raise SteeringError(f"{problem}; {remedy}", param="steering")
+        if len(terms) == MAX_TERMS:
+            raise SteeringError(f"the steering has more than {MAX_TERMS} profiles: use fewer", param="steering")
         terms.append(PlanTerm(match["name"], "", float(match["strength"] or 1)))
         if end == len(text):
             return SteeringPlan(tuple(terms), apply_to)
         position = end + 1
+
+
+def shown(text: str) -> str:
+    """A text as errors show it."""
+    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…")
 
 
 def pinned(plan: SteeringPlan, find: Callable[[str], Profile]) -> SteeringPlan:
@@ -78,6 +96,6 @@ def of_alias(model: str, served: str, apply_to: ApplyTo = "generated") -> Steeri
     if model.startswith(f"{served}:"):
         return parse_steering(model[len(served) + 1 :], apply_to)
     raise UnknownModel(
-        f"model {model!r} is not served; this server has {served!r} and, steered, '{served}:PROFILE@STRENGTH'",
+        f"model {shown(model)} is not served; this server has {served!r} and, steered, '{served}:PROFILE@STRENGTH'",
         param="model",
     )

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 INTERNAL = "an internal error occurred: see the server's log"
 RETRY_SECONDS = {429: "1", 503: "1"}
 CLIENT_CLOSED = 499
+MAX_MESSAGE = 2000  # characters
+MAX_PARAM = 200
 
 OFFLINE_STATUSES: Mapping[type[TrimtabError], int] = {RequestError: 400, ProfileError: 400, TrimtabError: 500}
 
@@ -52,12 +54,18 @@ class ErrorAnswer(TypedDict):
 
 def error_object(message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> ErrorAnswer:
     """The error object, with the id of the request that is being answered, whose record gets the code."""
+    message = _cut(message, MAX_MESSAGE)
+    param = None if param is None else _cut(param, MAX_PARAM)
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     answer: ErrorAnswer = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     if (record := request_record.current()) is not None:
         record.code = code or kind
         answer["request_id"] = record.id
     return answer
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def error_response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
@@ -99,7 +107,8 @@ async def _answer(request: Request, error: Exception) -> Response:
             404: (f"there is no route {request.url.path!r}", "route_not_found"),
             405: (f"{request.url.path!r} does not accept {request.method}", "method_not_allowed"),
         }
-        message, code = known.get(error.status_code, (str(error.detail), "http_error"))
+        code = {413: "body_too_large", 429: "overloaded"}.get(error.status_code, "http_error")
+        message, code = known.get(error.status_code, (str(error.detail), code))
         response = error_response(error.status_code, message, code=code)
         response.headers.update(error.headers or {})
         return response
@@ -144,6 +153,8 @@ def _path(location: tuple[str | int, ...]) -> str:
 def _sentence(path: str, detail: Detail) -> str:
     message = str(detail["msg"])
     message = f"{message[0].lower()}{message[1:]}".replace("input should", "it should")
-    shown = json.dumps(detail.get("input"), default=str)
+    given_input = detail.get("input")
+    long = isinstance(given_input, (str, list, dict)) and len(given_input) > 60
+    shown = "…" * 61 if long else json.dumps(given_input, default=str)
     given = f", not {shown}" if "should" in message and ", not " not in message and len(shown) <= 60 else ""
     return f"field {path!r}: {message}{given}" if path else f"the body: {message}{given}"

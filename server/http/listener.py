@@ -1,5 +1,5 @@
-"""The listening socket, and how the server stops: it takes no new connections, gives what runs a grace period, and
-ends the rest with an error event."""
+"""The listening socket, and how the server stops: /ready says so, what runs gets a grace period, and the rest ends with
+an error event."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.http.connections import ConnectionLimits, limited_protocol
 from server.http.throttle import ThrottledRecords
 from server.settings import ConfigurationError
+
+Result = TypeVar("Result")
 
 GRACE_SECONDS = 6.0  # Docker kills after ten
 LAST_WORDS_SECONDS = 2
@@ -48,7 +52,7 @@ def url_of(host: str, listener: socket.socket) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
+def run_in_loop(main: Coroutine[Any, Any, Result]) -> Result:
     """Run to the end, in uvloop's event loop if it is installed, which halves the cost of writing to sockets."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     with suppress(ImportError):  # not available on every platform
@@ -56,43 +60,58 @@ def run_in_loop(main: Coroutine[Any, Any, None]) -> None:
 
         loop_factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(main)
+        return runner.run(main)
 
 
 class Server(uvicorn.Server):
-    """Serves one application. `end` is awaited if something still runs after the grace period."""
+    """Serves one application until `stop` or a signal.
+
+    It then calls `drain` and waits for running requests, while it still answers. After the grace period, or at a second
+    signal, it awaits `end`, which ends them, and closes. Stopping by a signal is a normal return.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
         end: Callable[[], Awaitable[None]],
+        drain: Callable[[], None] = lambda: None,
         grace: float = GRACE_SECONDS,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         config = uvicorn.Config(
             app,
+            http=limited_protocol(limits or ConnectionLimits()),
             log_config=None,
             access_log=False,  # server.observability has one
             server_header=False,
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=round(grace) + LAST_WORDS_SECONDS,
+            timeout_graceful_shutdown=LAST_WORDS_SECONDS,
         )
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(OF_INVALID_REQUESTS)
         self._end = end
+        self._drain = drain
         self._grace = grace
+        self._at_once = False
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool = False) -> None:
+        """Begin to stop; `at_once` without a grace period."""
         self.should_exit = True
+        self._at_once = self._at_once or at_once
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops, the second at once, the third without waiting for anything."""
+        self.force_exit = self._at_once
+        self.stop(at_once=self.should_exit)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        ending = asyncio.create_task(self._end_after_grace())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            ending.cancel()
-
-    async def _end_after_grace(self) -> None:
-        await asyncio.sleep(self._grace)
-        await self._end()
+        self._drain()
+        loop = asyncio.get_running_loop()
+        last = loop.time() + self._grace
+        while self.server_state.tasks and loop.time() < last and not self._at_once:
+            await asyncio.sleep(0.02)
+        if self.server_state.tasks:
+            await self._end()
+        await super().shutdown(sockets)

@@ -4,6 +4,7 @@ surrogates, deep nesting and duplicate keys are refused."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,41 +18,67 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.http.error_responses import error_response
 
 PAGE_FILES = "/docs-files"
-MAX_BYTES = 32 * 2**20
-TOO_LARGE = f"the body is larger than the limit of {MAX_BYTES} bytes"
+MAX_FIELDS = 32768  # of all objects of one body: each costs a microsecond or more
+FIELDS_COUNTED_FROM = 2**18  # bytes
+FIELD = re.compile(rb'"\s*+:')
+CLOSE = {"connection": "close"}  # the rest of the body is not read
+
+
+IN_FLIGHT = "the requests being answered hold as many bytes as this server takes at once: try again later"
 
 
 class BodyLimit:
-    """Refuses bodies of more than `MAX_BYTES`, with or without a Content-Length."""
+    """Refuses bodies of more than `max_bytes`, with or without a Content-Length, and bodies for which `max_in_flight`,
+    the bytes of all requests that are being answered, leaves no room."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_in_flight: int) -> None:
         self._app = app
+        self._max_bytes = max_bytes
+        self._max_in_flight = max_in_flight
+        self._too_large = f"the body is larger than the limit of {max_bytes} bytes"
+        self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > MAX_BYTES:
-            response = error_response(413, TOO_LARGE, code="body_too_large")
-            response.headers["connection"] = "close"
-            return await response(scope, receive, send)
+        size = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+        if size > self._max_bytes or len(announced) >= 20:
+            return await self._refuse(413, self._too_large, "body_too_large")(scope, receive, send)
+        if self._in_flight + size > self._max_in_flight:
+            return await self._refuse(429, IN_FLIGHT, "overloaded")(scope, receive, send)
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BYTES:
-                raise HTTPException(413, TOO_LARGE)
+            length = len(message.get("body", b""))
+            received += length
+            self._in_flight += length
+            if received > self._max_bytes:
+                raise HTTPException(413, self._too_large, CLOSE)
+            if self._in_flight > self._max_in_flight:
+                raise HTTPException(429, IN_FLIGHT, CLOSE)
             return message
 
-        return await self._app(scope, counted, send)
+        try:
+            return await self._app(scope, counted, send)
+        finally:
+            self._in_flight -= received
+
+    def _refuse(self, status: int, message: str, code: str) -> Response:
+        response = error_response(status, message, code=code)
+        response.headers.update(CLOSE)
+        return response
 
 
 class StrictRequest(Request):
     async def json(self) -> Any:
+        body = await self.body()
+        if len(body) > FIELDS_COUNTED_FROM and sum(1 for _ in FIELD.finditer(body)) > MAX_FIELDS:
+            raise json.JSONDecodeError(f"its objects have more than {MAX_FIELDS} fields", "", 0)
         try:
-            return from_json(await self.body(), allow_inf_nan=False, catch_duplicate_keys=True)
+            return from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from error
 

@@ -1,32 +1,40 @@
 """The profiles that are served: the files of a directory, which is watched, and the shipped ones of the model.
 
-Putting a file there publishes it, removing it withdraws it. A bad file leaves the version that was served before. A
-file with the name of a shipped profile takes its place. Requests keep the versions that they started with.
+Putting a file there publishes it, removing it withdraws it. A bad file leaves the version that was served before, and
+no file keeps another from being served. A file with the name of a shipped profile takes its place. Requests keep the
+versions that they started with.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from server.engines.errors import Unavailable, UnknownProfile
+from server.engines.pool import DaemonPool
 from server.engines.protocol import Engine
 from steering_vectors.errors import ProfileError
 from steering_vectors.profiles.files import SUFFIX, load_profile
-from steering_vectors.profiles.profile import Profile
+from steering_vectors.profiles.profile import NAME_PATTERN, Profile
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
-MAX_FILE_BYTES = 256 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; what is near this is a model
+READ_SECONDS = 10.0  # after which a directory or a file counts as one that cannot be read
+NAME_RULE = "names have a to z, 0 to 9, dots, hyphens and underscores, up to 64"
 REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?P<version>[0-9a-f]{8,64}))?")
+
+
+Result = TypeVar("Result")
 
 
 class Signature(NamedTuple):
@@ -77,18 +85,25 @@ class ProfileRegistry:
         self.rejections = 0
         self._entries: dict[str, ProfileEntry] = {}
         self._known: dict[str, Signature] = {}
+        self._unreadable: dict[str, str] = {}  # why, by name: what the last scan could not look at
+        self._reading = DaemonPool(1, "trimtab-profiles")  # a file system that hangs holds nothing else
+        self.problem: str | None = None  # why the directory cannot be read now
         self._refreshing = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Create the directory if it is missing, load what lies in it, and begin to watch. Raises ProfileError."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            if await self._read(self._make_directory):
+                logger.warning("the profile directory %s did not exist: an empty one was created", self._directory)
             await self.refresh()
         except OSError as error:
+            reason = error.strerror or str(error)
             raise ProfileError(
-                f"the profile directory {self._directory} cannot be used ({error.strerror}); choose another"
+                f"the profile directory {self._directory} cannot be used ({reason}); choose another"
             ) from error
+        if not self.served:
+            logger.warning("no profile is served: the profile directory %s has none", self._directory)
         self._watcher = asyncio.create_task(self._watch(), name="trimtab-profiles")
 
     async def stop(self) -> None:
@@ -97,20 +112,28 @@ class ProfileRegistry:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
-        served, self._entries, self._known = self.served, {}, {}
+        self._reading.close()
+        served, self._entries, self._known, self._unreadable = self.served, {}, {}, {}
         with suppress(Unavailable):
             for profile in served:
                 await self._engine.unload_profile(profile.version)
 
     async def refresh(self) -> None:
         """Look at the directory once and load every change there is, settled or not. Raises OSError."""
-        found = await asyncio.to_thread(self._scan)
+        found = await self._read(self._scan)
         await self._apply(found, present=set(found))
 
     @property
     def entries(self) -> list[ProfileEntry]:
         """What lies in the directory, served or rejected, by name."""
-        return [self._entries[name] for name in sorted(self._entries)]
+        unread = {name: self._entry_with_error(name, reason) for name, reason in self._unreadable.items()}
+        entries = {**self._entries, **unread}
+        return [entries[name] for name in sorted(entries)]
+
+    @property
+    def rejected(self) -> list[str]:
+        """The names of the files that are not served in their newest version."""
+        return [entry.name for entry in self.entries if entry.error is not None]
 
     @property
     def served(self) -> list[Profile]:
@@ -118,6 +141,8 @@ class ProfileRegistry:
 
     def entry(self, name: str, *, param: str | None = None) -> ProfileEntry:
         """The entry of a name, also of a rejected file. Raises UnknownProfile."""
+        if name in self._unreadable:
+            return self._entry_with_error(name, self._unreadable[name])
         if name not in self._entries:
             raise UnknownProfile(f"profile {name!r} is not served; {self._advice()}", param=param)
         return self._entries[name]
@@ -143,42 +168,66 @@ class ProfileRegistry:
         return f"served are: {names}" if names else "no profile is served: put one into the profile directory"
 
     async def _watch(self) -> None:
-        previous, troubled = dict(self._known), False
+        previous = dict(self._known)
         while True:
             await asyncio.sleep(self._interval)
             try:
-                found = await asyncio.to_thread(self._scan)
+                found = await self._read(self._scan)
+                self.problem = None
                 settled = {name: mark for name, mark in found.items() if previous.get(name) == mark}
                 await self._apply(settled, present=set(found))
-                previous, troubled = found, False
-            except Exception:  # whatever happens to the directory, what is served stays served
-                if not troubled:
+                previous = found
+            except Exception as error:  # whatever happens to the directory, what is served stays served
+                if self.problem is None:
                     logger.exception("the profile directory %s cannot be read", self._directory)
-                troubled = True
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                self.problem = f"the profile directory cannot be read ({reason})"
+
+    async def _read(self, work: Callable[[], Result]) -> Result:
+        """Run what touches the file system. Raises OSError if it takes too long."""
+        try:
+            return await asyncio.wait_for(self._reading.run(work), READ_SECONDS)
+        except TimeoutError as error:
+            raise OSError(errno.ETIMEDOUT, f"it has not answered in {READ_SECONDS:g} s") from error
+
+    def _make_directory(self) -> bool:
+        """Whether it was missing."""
+        if self._directory.is_dir():
+            return False
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return True
 
     def _scan(self) -> dict[str, Signature]:
-        shipped = {name: signature_of(path.stat()) for name, path in self._shipped.items()}
-        return {**shipped, **scan(self._directory)}
+        found: dict[str, Signature] = {}
+        unreadable: dict[str, str] = {}
+        for name, path in self._shipped.items():
+            with suppress(OSError):
+                found[name] = signature_of(path.stat())
+        found |= scan(self._directory, unreadable)
+        for name in unreadable.keys() - self._unreadable.keys():
+            logger.warning("profile %r is rejected: %s", name, unreadable[name])
+        self._unreadable = unreadable
+        return found
+
+    def _entry_with_error(self, name: str, reason: str) -> ProfileEntry:
+        known = self._entries.get(name)
+        return ProfileEntry(name, None if known is None else known.profile, reason)
 
     async def _apply(self, found: dict[str, Signature], *, present: set[str]) -> None:
         async with self._refreshing:
             for name, signature in found.items():
                 if self._known.get(name) != signature:
-                    await self._swap(name, await self._load(name, signature.size))
-                    self._known[name] = signature
-            for name in set(self._entries) - present:
+                    with suppress(Unavailable):  # an engine that starts again is asked again
+                        await self._swap(name, await self._load(name))
+                        self._known[name] = signature
+            for name in set(self._entries) - present - self._unreadable.keys():
                 await self._swap(name, None)
 
-    async def _load(self, name: str, size: int) -> ProfileEntry:
-        """The entry of a file of this many bytes. The engine holds its profile."""
+    async def _load(self, name: str) -> ProfileEntry:
+        """The entry of a file. The engine holds its profile. Raises Unavailable."""
         current = self._entries[name].profile if name in self._entries else None
-        path = self._directory / f"{name}{SUFFIX}"
-        if not path.exists():
-            path = self._shipped.get(name, path)
         try:
-            if size > MAX_FILE_BYTES:
-                raise ProfileError(f"{path} has {size} bytes, which is too large for a profile; is it a model?")
-            profile = await asyncio.to_thread(load_profile, path)
+            profile = await self._read(lambda: self._load_file(name))
             if current is not None and current.version == profile.version:
                 profile = current
             else:
@@ -186,10 +235,22 @@ class ProfileRegistry:
                 self.loads += 1
             return ProfileEntry(name, profile)
         except ProfileError as error:
-            self.rejections += 1
-            logger.warning("profile %r is rejected: %s", name, error.message)
-            # clients see names, not where the server keeps its files
-            return ProfileEntry(name, current, error.message.replace(f"{path.parent}/", ""))
+            # clients see names, not the server's directories
+            message = error.message.replace(f"{self._directory}/", "")
+        except Unavailable:
+            raise
+        except Exception as error:  # no file keeps another from being served
+            logger.exception("profile %r cannot be read", name)
+            message = f"it cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})"
+        self.rejections += 1
+        logger.warning("profile %r is rejected: %s", name, message)
+        return ProfileEntry(name, current, message)
+
+    def _load_file(self, name: str) -> Profile:
+        path = self._directory / f"{name}{SUFFIX}"
+        if not path.exists():
+            path = self._shipped.get(name, path)
+        return load_profile(path)
 
     async def _swap(self, name: str, entry: ProfileEntry | None) -> None:
         """Replace the entry of a name, and let the engine forget the profile that is no longer served."""
@@ -208,17 +269,35 @@ class ProfileRegistry:
         logger.info("profile %r: version %s is served", name, serving.version[:8] if serving is not None else "none")
 
 
-def scan(directory: Path) -> dict[str, Signature]:
-    """The profile files of a directory by name; dot-files and other suffixes do not count. Raises OSError."""
+def scan(directory: Path, unreadable: dict[str, str]) -> dict[str, Signature]:
+    """The profile files of a directory by name; dot-files and other suffixes do not count, nor do folders and links to
+    nothing. Why an entry cannot be looked at goes into `unreadable`. Raises OSError for the directory."""
     found = {}
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.startswith(".") or not entry.name.endswith(SUFFIX):
                 continue
-            with suppress(FileNotFoundError):
-                if entry.is_file():
-                    found[entry.name.removesuffix(SUFFIX)] = signature_of(entry.stat())
+            name = entry.name.removesuffix(SUFFIX)
+            try:
+                status = entry.stat()
+                if stat.S_ISDIR(status.st_mode):
+                    continue
+                if not NAME_PATTERN.fullmatch(name):
+                    unreadable[printable(name)] = f"its file has a name that no profile has: rename it; {NAME_RULE}"
+                elif not stat.S_ISREG(status.st_mode):
+                    unreadable[name] = "it is not a regular file: put a profile there, or remove it"
+                else:
+                    found[name] = signature_of(status)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                unreadable[printable(name)] = f"it cannot be read ({error.strerror})"
     return found
+
+
+def printable(name: str) -> str:
+    """A file's name without what a terminal or JSON could not take: escaped as in Python."""
+    return name.encode("unicode_escape").decode("ascii")
 
 
 def signature_of(status: os.stat_result) -> Signature:

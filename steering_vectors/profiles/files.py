@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -31,6 +32,8 @@ from steering_vectors.profiles.metadata import ProfileSummary
 from steering_vectors.profiles.profile import FORMAT_VERSION, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
+MAX_FILE_BYTES = 64 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; what is near this is a model
+MAX_HEADER_BYTES = 2**20  # of JSON, which is parsed
 METADATA_KEY = "trimtab"
 REFIT = "fit the profile again"
 UPGRADE = "upgrade trimtab or fit the profile again"
@@ -101,16 +104,32 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Read a profile file. `version` is the sha256 of the file's bytes. Raises only ProfileError."""
+    """Read a profile file. `version` is the sha256 of the file's bytes. Never waits for what is not a regular file.
+    Raises only ProfileError."""
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ProfileError(f"{path}: not a profile file; its name must end in {SUFFIX}")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
+        data = _read_regular(path)
+    except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
+        reason = getattr(error, "strerror", None) or str(error)
         raise ProfileError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
     return read_profile(data, path.stem, str(path))
+
+
+def _read_regular(path: Path) -> bytes:
+    """The bytes of a regular file that is not too large, as the opened file says, whatever the path leads to later."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ProfileError(f"{path}: not a regular file; put a profile there, or remove it")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ProfileError(f"{path} has {status.st_size} bytes, which is too large for a profile; is it a model?")
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) != status.st_size:
+        raise ProfileError(f"{path}: it changed while it was read; copy it under another name and rename it")
+    return data
 
 
 def read_profile(data: bytes, name: str, source: str = "") -> Profile:
@@ -207,10 +226,14 @@ def _decode(data: bytes, name: str) -> Profile:
 
 def _unpack(data: bytes) -> tuple[dict[str, Any], str]:
     """Split a safetensors file into its tensors (dtype, shape and bytes by name) and the text of the metadata key."""
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        reason = f"its header has {length} bytes, of at most {MAX_HEADER_BYTES}"
+        raise ProfileError(f"not a complete safetensors file ({reason}); copy it again, or {REFIT}")
     try:
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError) as error:
+        header = json.loads(data[8 : 8 + length])
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ProfileError(f"not a complete safetensors file ({error}); copy it again, or {REFIT}") from error
     metadata = header.get("__metadata__") or {}
     if METADATA_KEY not in metadata:

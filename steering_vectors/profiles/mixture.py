@@ -195,6 +195,7 @@ class Mixture:
 def unit_shifts(profile: Profile, layers: tuple[int, ...] | None) -> Shifts:
     """What one unit of strength injects, before `unit`. Kept as long as the profile, since strengths change at every
     step. Raises SteeringError for a layer that the profile lacks."""
+    layers = None if layers is None else tuple(sorted(set(layers)))  # one key for each set of blocks
     kept = _UNIT_SHIFTS.setdefault(profile, {})
     found = kept.get(layers)
     if found is None:

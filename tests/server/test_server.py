@@ -9,8 +9,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +210,7 @@ def test_the_command_serves_says_so_and_stops(tmp_path: Path, environment: dict[
         assert match is not None, line
         assert httpx.get(f"{match[1]}/ready").status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) in (0, -signal.SIGTERM)
+        assert process.wait(10) == 0
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_command(
@@ -231,3 +233,98 @@ def test_a_stream_that_outlives_the_grace_ends_in_an_error(tmp_path: Path) -> No
     message = "the generation was cancelled by the server: send the request again"
     assert json.loads(error.removeprefix("data: "))["error"]["message"] == message
     assert end == "data: [DONE]"
+
+
+FAILING = """
+import sys, threading
+from server.engines.torch.engine import TorchEngine
+
+plain, steps = TorchEngine.step, []
+
+def step(self):
+    steps.append(None)
+    if len(steps) > 3:
+        {fault}
+    plain(self)
+
+TorchEngine.step = step
+from server import cli
+cli.main()
+"""
+
+
+def reads(address: str, body: dict[str, Any], begun: threading.Semaphore | None = None) -> str:
+    """The whole text of a stream, however it ends. `begun` is released at its first event."""
+    received = []
+    with suppress(httpx.HTTPError), httpx.stream("POST", f"{address}/generate", json=body, timeout=30) as answer:
+        for text in answer.iter_text():
+            received.append(text)
+            if begun is not None and len(received) == 1:
+                begun.release()
+    return "".join(received)
+
+
+@contextmanager
+def command(environment: dict[str, str], directory: Path, *flags: str, code: str | None = None) -> Iterator[Any]:
+    """A running `trimtab serve`, and its address."""
+    start = ["-m", "server.cli"] if code is None else ["-c", code]
+    given = [sys.executable, *start, "serve", "--port", "0", "--profiles", str(directory), *flags]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().rpartition(" ")[2].strip()
+        finally:
+            process.kill()
+
+
+def ends(text: str) -> int:
+    """How many terminal events a stream has."""
+    return text.count('"finish_reason"') + text.count('"error"')
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("threading.Event().wait()", "the engine has not finished a step in 1 s"),
+        ("raise SystemExit", "the engine failed (SystemExit): it must be restarted"),
+    ],
+)
+def test_an_engine_that_cannot_go_on_ends_the_process(
+    tmp_path: Path, environment: dict[str, str], fault: str, problem: str
+) -> None:
+    code = FAILING.format(fault=fault)
+    flags = ("--step-timeout-seconds", "1")
+    with command(environment, tmp_path, *flags, code=code) as (process, address), ThreadPoolExecutor(1) as reader:
+        text = reader.submit(reads, address, {**ENDLESS, "stream": True})
+        health = httpx.get(f"{address}/health")
+        while health.status_code == 200:
+            health = httpx.get(f"{address}/health")
+        ready = httpx.get(f"{address}/ready")
+        assert (health.status_code, ready.status_code) == (503, 503)
+        assert health.json()["error"]["message"] == ready.json()["error"]["message"] == problem
+        assert process.wait(20) == 70
+        assert ends(text.result()) == 1
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_drains_and_ends_every_stream(tmp_path: Path, environment: dict[str, str], signals: int) -> None:
+    """The first signal lets streams go on up to the limit, the second ends them."""
+    flags = ("--slots", "4", "--drain-seconds", "1" if signals == 1 else "600")
+    body = {"prompt": "Bread is", "max_tokens": 490, "ignore_eos": True, "stream": True}
+    slow = FAILING.format(fault="import time; time.sleep(0.05)")
+    with command(environment, tmp_path, *flags, code=slow) as (process, address), ThreadPoolExecutor(8) as readers:
+        begun = threading.Semaphore(0)
+        texts = [readers.submit(reads, address, body, begun) for _ in range(6)]
+        texts += [readers.submit(reads, address, {**body, "max_tokens": 3}, begun) for _ in range(2)]
+        assert all(begun.acquire(timeout=20) for _ in texts)
+        process.send_signal(signal.SIGTERM)
+        ready = httpx.get(f"{address}/ready")
+        while ready.status_code == 200:
+            ready = httpx.get(f"{address}/ready")
+        assert ready.json()["error"]["code"] == "draining"
+        assert httpx.get(f"{address}/health").status_code == 200
+        assert httpx.post(f"{address}/generate", json=body).status_code == 503
+        if signals == 2:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert [ends(text.result()) for text in texts] == [1] * 8

@@ -21,6 +21,7 @@ import torch
 from server.app import create_app
 from server.engines.config import EngineConfig
 from server.engines.protocol import Engine
+from server.http.connections import ConnectionLimits
 from server.http.listener import GRACE_SECONDS, Server, listen, run_in_loop, url_of
 from server.settings import Settings
 from steering_vectors.models.loading import load_model
@@ -54,12 +55,18 @@ def demo_engine(**options: Any) -> Iterator[HeldEngine]:
 
 @contextmanager
 def live_server(
-    engine: Engine, profiles: Path, *, grace: float = GRACE_SECONDS, tracer_provider: Any = None, **settings: Any
+    engine: Engine,
+    profiles: Path,
+    *,
+    grace: float = GRACE_SECONDS,
+    limits: ConnectionLimits | None = None,
+    tracer_provider: Any = None,
+    **settings: Any,
 ) -> Iterator[httpx.Client]:
     """A client of a ready server that runs in a thread and is stopped at the end."""
     listener = listen("127.0.0.1", 0)
     app = create_app(Settings(profiles=profiles, **settings), engine, tracer_provider=tracer_provider)
-    server = Server(app, end=engine.close, grace=grace)
+    server = Server(app, end=engine.close, drain=app.state.service.drain, grace=grace, limits=limits)
     thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
     thread.start()
     try:

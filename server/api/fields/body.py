@@ -7,13 +7,14 @@ that is not supported is accepted at its no-op values and refused by name at any
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
+MAX_SHORT = 1024  # characters of a field that is a name or a note
 NoOps = Mapping[str, tuple[Any, ...]]
 Examples = Sequence[Mapping[str, Any]]
 NO_OPS_KEY = "x-accepted-only-as"
@@ -73,11 +74,35 @@ class Body(BaseModel):
                 remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
                 detail = {"field": name, "remedy": remedy}
                 raise PydanticCustomError("unsupported_field", "field '{field}' is not supported: {remedy}", detail)
-        return {
-            name: value
-            for name, value in data.items()
-            if name not in cls.no_ops and not (value is None and name in cls.model_fields)
-        }
+        fields = cls.model_fields
+        known = fields.keys() | {one.alias for one in fields.values()}
+        found: dict[str, Any] = {}
+        unknown = 0
+        for name, value in data.items():
+            if name in cls.no_ops or (value is None and name in fields):
+                continue
+            if name not in known:
+                unknown += 1
+                if unknown > 1:  # one is named in the error; each would cost as much
+                    continue
+            found[name] = value
+        return found
+
+
+def at_most(count: int) -> Callable[[Any], Any]:
+    """A validator that counts the entries of an object before any is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            detail = {"count": len(value), "most": count}
+            raise PydanticCustomError("too_many", "it has {count} entries; at most {most} are taken", detail)
+        return value
+
+    return check
+
+
+Short = Annotated[str, Field(max_length=MAX_SHORT)]
+FAIL_FAST = Field(fail_fast=True)  # for lists: each error costs as much as the first
 
 
 @dataclass(frozen=True, slots=True, eq=False)

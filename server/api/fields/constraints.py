@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from server.api.fields.body import Body
+from server.api.fields.body import FAIL_FAST, Body
 from server.api.fields.sampling import SamplingBody
 from server.engines.protocol import ConstraintKind
 from steering_vectors.errors import RequestError
@@ -61,7 +61,7 @@ class ConstrainedBody(SamplingBody):
     guided_regex: str | None = Field(
         None, description="Generate a text that matches this regular expression as a whole, in Rust's regex syntax."
     )
-    guided_choice: list[str] | None = Field(
+    guided_choice: Annotated[list[str], FAIL_FAST] | None = Field(
         None, min_length=1, max_length=MAX_CHOICES, description="Generate one of these texts."
     )
     guided_grammar: str | None = Field(

@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.api.fields.body import Body, NoOps, OrElse
+from server.api.fields.body import FAIL_FAST, Body, NoOps, OrElse
 from steering_vectors.data.chat import Message
 from steering_vectors.errors import RequestError
 
+MAX_MESSAGES = 4096
 TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 TEXT_OR_IDS = "a string or a list of token ids"
 
@@ -50,9 +51,12 @@ def _joined_parts(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
-OnePrompt = Annotated[str | list[int], BeforeValidator(_one_prompt)]
+OnePrompt = Annotated[str | Annotated[list[int], FAIL_FAST], BeforeValidator(_one_prompt)]
 ManyPrompts = Annotated[
-    list[str] | list[list[int]], BeforeValidator(_many_prompts), OrElse({"type": "string"}), OrElse(TOKEN_IDS)
+    Annotated[list[str], FAIL_FAST] | Annotated[list[Annotated[list[int], FAIL_FAST]], FAIL_FAST],
+    BeforeValidator(_many_prompts),
+    OrElse({"type": "string"}),
+    OrElse(TOKEN_IDS),
 ]
 PARTS = {
     "type": "array",
@@ -85,6 +89,9 @@ class MessageBody(Body):
     content: Content = Field(description="A text, or a list of text parts, which are joined by newlines.")
 
 
+Messages = Annotated[list[MessageBody], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class EncodingBody(Body):
     """How a prompt becomes token ids."""
 
@@ -103,7 +110,7 @@ class OnePromptBody(EncodingBody):
     """A prompt, as text, token ids or messages."""
 
     prompt: OnePrompt | None = Field(None, description="A text or token ids. Exclusive with `messages`.")
-    messages: list[MessageBody] | None = Field(None, description="A conversation. Exclusive with `prompt`.")
+    messages: Messages | None = Field(None, description="A conversation. Exclusive with `prompt`.")
 
     def the_prompt(self) -> str | list[int] | tuple[Message, ...]:
         """Raises RequestError unless there is exactly one of prompt and messages."""

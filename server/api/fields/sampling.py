@@ -10,18 +10,19 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from server.api.fields.body import Body, OrElse
+from server.api.fields.body import FAIL_FAST, Body, OrElse, Short, at_most
 from server.engines.protocol import SamplingParameters
 from steering_vectors.errors import RequestError
 
 MAX_STOPS = 16
+MAX_TOKENS_NAMED = 1024  # by logit_bias or stop_token_ids
 COMPLETION_TOKENS = 16  # OpenAI's default
 SEED_LIMIT = 2**63
 
 
 StopStrings = Annotated[
-    list[str],
-    Field(max_length=MAX_STOPS),
+    list[Short],
+    Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     OrElse({"type": "string", "minLength": 1}),
 ]
@@ -46,7 +47,7 @@ class SamplingBody(Body):
     frequency_penalty: float = Field(
         0.0, description="Penalizes tokens for each time they occur in the completion: subtracted from their logits."
     )
-    logit_bias: dict[TokenId, Bias] = Field(
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(at_most(MAX_TOKENS_NAMED))] = Field(
         default_factory=dict, description="Added to the logits of tokens, by token id.", examples=[{"42": -100}]
     )
     seed: int | None = Field(
@@ -67,7 +68,9 @@ class SamplingBody(Body):
         description="Strings that end the text, which does not contain them. They may be special tokens.",
         examples=["\n\n"],
     )
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=1024, description="Tokens that end the text.")
+    stop_token_ids: Annotated[list[int], FAIL_FAST] = Field(
+        default_factory=list, max_length=MAX_TOKENS_NAMED, description="Tokens that end the text."
+    )
     ignore_eos: bool = Field(
         False, description="Continue after an end-of-sequence token. Not allowed with a constraint."
     )

@@ -7,10 +7,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.api.fields.body import Body, Examples, OrElse
+from server.api.fields.body import FAIL_FAST, Body, Examples, OrElse, Short
 from server.engines.protocol import MAX_SCHEDULE_TOKEN, ApplyTo, Interpolation, PlanTerm, SteeringPlan, StrengthSchedule
-from server.generation.steering_grammar import EXAMPLE, parse_steering
+from server.generation.steering_grammar import EXAMPLE, MAX_TERMS, parse_steering
 from steering_vectors.errors import SteeringError
+
+MAX_LAYERS = 1024
+Layers = Annotated[list[int], Field(max_length=MAX_LAYERS, fail_fast=True)]
 
 
 class SchedulePointBody(Body):
@@ -25,12 +28,12 @@ class SteeringTermBody(Body):
 
     examples: ClassVar[Examples] = ({"name": "warm", "strength": 0.8},)
 
-    name: str = Field(description="A served profile, NAME or NAME#SHA8.")
+    name: Short = Field(description="A served profile, NAME or NAME#SHA8.")
     strength: float | None = Field(
         None, description="1 (the default) is the profile's calibrated full strength, 0 none, below 0 the opposite."
     )
-    layers: list[int] | None = Field(None, description="The blocks to steer, of those the profile has; by default all.")
-    schedule: list[SchedulePointBody] | None = Field(
+    layers: Layers | None = Field(None, description="The blocks to steer, of those the profile has; by default all.")
+    schedule: Annotated[list[SchedulePointBody], FAIL_FAST] | None = Field(
         None,
         max_length=64,
         description="A strength that changes during the generation, instead of `strength`. Tokens count from the start "
@@ -42,6 +45,8 @@ class SteeringTermBody(Body):
 
     def term(self) -> PlanTerm:
         layers = None if self.layers is None else tuple(self.layers)
+        if layers is not None and len(set(layers)) < len(layers):
+            raise SteeringError("layers names a block twice: name each once", param="layers")
         if self.schedule is None:
             if self.interpolation is not None:
                 raise SteeringError("interpolation is given without schedule", param="steering.interpolation")
@@ -59,7 +64,9 @@ class SteeringBody(Body):
         {"profiles": [{"name": "warm", "strength": 0.8, "layers": [5]}], "apply_to": "generated"},
     )
 
-    profiles: list[SteeringTermBody] = Field(max_length=64, description="The profiles; an empty list is no steering.")
+    profiles: Annotated[list[SteeringTermBody], FAIL_FAST] = Field(
+        max_length=MAX_TERMS, description="The profiles; an empty list is no steering."
+    )
     apply_to: ApplyTo = Field("generated", description="From the last prompt token on, or the whole prompt too.")
     preserve_norm: bool = Field(False, description="Preserve the norm of each steered residual.")
     allow_beyond_safe: bool = Field(False, description="Allow strengths beyond the profiles' safe range.")

@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NotRequired, cast
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from server.api.dependencies import IntakeDep, ReadyDep, SteeringHeader, refuse_steering_header
 from server.api.document import GENERATING, declare
-from server.api.fields.body import OPENAI_NO_OPS, Examples, NoOps
+from server.api.fields.body import FAIL_FAST, OPENAI_NO_OPS, Examples, NoOps, Short
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import OnePrompt, OnePromptBody
 from server.api.fields.sampling import COMPLETION_TOKENS, SamplingBody, refuse_no_tokens
@@ -25,7 +24,7 @@ from server.generation.intake import Ask
 from server.generation.receipts import Ending, Projections, Receipts, Usage, ending, receipt, usage
 from server.generation.steering_grammar import EXAMPLE, only_one
 from server.generation.token_texts import TokenTexts
-from server.http.answers import about
+from server.http.answers import about, json_answer
 from server.http.middleware import StrictRoute
 from server.http.sse import EventStreamResponse, while_connected
 from steering_vectors.errors import SteeringError
@@ -145,7 +144,7 @@ class GenerateBody(TextBody, ConstrainedBody):
         },
     )
 
-    profile: str | None = Field(
+    profile: Short | None = Field(
         None, description="One profile to steer by, NAME or NAME#SHA8.", examples=["warm", "warm#fb09e9ae"]
     )
     strength: float | None = Field(None, description="The profile's strength, 1 by default.", examples=[0.8])
@@ -183,7 +182,7 @@ class CompareBody(TextBody):
         {"prompt": "Bread is", "variants": ["warm@0.8", {"profiles": []}], "max_tokens": 12, "kl": True, "seed": 7},
     )
 
-    variants: list[Steering] = Field(
+    variants: Annotated[list[Steering], FAIL_FAST] = Field(
         min_length=1,
         max_length=MAX_VARIANTS,
         description="The steerings; one with an empty list of profiles is the unsteered model.",
@@ -208,7 +207,7 @@ class ScoreBody(OnePromptBody):
         {"prompt": "Bread is baked in", "completions": [" an oven.", " the sea."], "steering": "warm@0.8"},
     )
 
-    completions: list[OnePrompt] = Field(
+    completions: Annotated[list[OnePrompt], FAIL_FAST] = Field(
         min_length=1, max_length=MAX_COMPLETIONS, description="The texts after the prompt, each a text or token ids."
     )
     steering: Steering | None = Field(None, description="The steering, without a schedule.")
@@ -242,7 +241,7 @@ router = APIRouter(route_class=StrictRoute)
     **declare(GenerateAnswer, *GENERATING, stream=GenerateDelta | GenerateEnd),
 )
 async def generate(
-    body: GenerateBody, request: Request, intake: IntakeDep, steering: SteeringHeader = None
+    body: GenerateBody, request: Request, service: ReadyDep, intake: IntakeDep, steering: SteeringHeader = None
 ) -> Response:
     """Continue a text or a conversation under a steering. With `stream`, events have the pieces of the text, and the
     last one has everything else."""
@@ -250,7 +249,7 @@ async def generate(
     if body.stream:
         return EventStreamResponse(_events(generations, [{}]), close=generations.close)
     (result,) = await while_connected(request, generations.results())
-    return JSONResponse(_text(generations.choices[0], result))
+    return await json_answer(lambda: _text(generations.choices[0], result), generations.values, service.encoding)
 
 
 @router.post(
@@ -260,7 +259,7 @@ async def generate(
     dependencies=[Depends(refuse_steering_header)],
     **declare(CompareAnswer, *GENERATING, stream=CompareDelta | CompareEnd),
 )
-async def compare(body: CompareBody, request: Request, intake: IntakeDep) -> Response:
+async def compare(body: CompareBody, request: Request, service: ReadyDep, intake: IntakeDep) -> Response:
     """Continue a text or a conversation under several steerings, with the same random numbers. With `stream`, the
     events of the variants are interleaved."""
     generations = await intake.submit(body)
@@ -268,7 +267,11 @@ async def compare(body: CompareBody, request: Request, intake: IntakeDep) -> Res
         numbers = [{"variant": index} for index in range(len(generations.choices))]
         return EventStreamResponse(_events(generations, numbers), close=generations.close)
     results = await while_connected(request, generations.results())
-    return JSONResponse(CompareAnswer(variants=list(map(_text, generations.choices, results))))
+
+    def build() -> CompareAnswer:
+        return {"variants": list(map(_text, generations.choices, results))}
+
+    return await json_answer(build, generations.values, service.encoding)
 
 
 @router.post("/score", tags=["native"], summary="Score given completions", **declare(ScoreAnswer, *GENERATING))
@@ -278,16 +281,17 @@ async def score(
     """Compute the log-probabilities, in nats, of each completion's tokens after the prompt."""
     generations = await intake.submit(body, steering)
     results = await while_connected(request, generations.results())
-    finished = [result.finished for result in results]
-    answer: ScoreAnswer = {
-        "scores": [
-            _score(service.token_texts, choice.request, result)
-            for choice, result in zip(generations.choices, results, strict=True)
-        ],
-        "usage": usage(finished),
-        "steering": receipt(finished),
-    }
-    return JSONResponse(answer)
+    finished, texts = [result.finished for result in results], service.token_texts
+
+    def build() -> ScoreAnswer:
+        pairs = zip(generations.choices, results, strict=True)
+        return {
+            "scores": [_score(texts, choice.request, result) for choice, result in pairs],
+            "usage": usage(finished),
+            "steering": receipt(finished),
+        }
+
+    return await json_answer(build, generations.values, service.encoding)
 
 
 def _text(choice: Choice, result: Result) -> CompareVariant:

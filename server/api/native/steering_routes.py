@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, NotRequired
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Response
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -13,12 +13,12 @@ from server.api.document import declare
 from server.api.fields.body import Body, Examples
 from server.api.fields.steering import Steering
 from server.engines.errors import UnknownGeneration
-from server.engines.protocol import MAX_SCHEDULE_TOKEN, GenerationRequest, capabilities_needed
+from server.engines.protocol import MAX_SCHEDULE_TOKEN, GenerationRequest, SteeringPlan, capabilities_needed
 from server.generation.client_errors import client_errors
 from server.generation.intake import check_capabilities
 from server.generation.receipts import SteeringReceipt, applied_entry
 from server.generation.steering_grammar import pinned
-from server.http.answers import about
+from server.http.answers import about, json_answer
 from server.http.middleware import StrictRoute
 from server.observability import request_record
 
@@ -117,7 +117,7 @@ async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDe
 
 
 @router.post("/steering/resolve", summary="Look at a steering", **declare(ResolveAnswer, 400, 404, 503))
-async def resolve(body: ResolveBody, service: ReadyDep) -> ResolveAnswer:
+async def resolve(body: ResolveBody, service: ReadyDep) -> Response:
     """Show what a steering would do, without generating: profile versions, blocks, and how far each is shifted."""
     with client_errors():
         plan = pinned(body.steering.plan(), service.registry.find)
@@ -144,10 +144,15 @@ async def resolve(body: ResolveBody, service: ReadyDep) -> ResolveAnswer:
             for one in effect.blocks
         ],
     }
-    changes = plan.changes(MAX_SCHEDULE_TOKEN + 1)
-    if len(changes) > 1:
-        answer["timeline"] = [
-            {"from_token": token, "strengths": {term.profile: term.at(token) for term in plan.terms}}
-            for token in changes
-        ]
-    return answer
+    if any(term.schedule is not None for term in plan.terms):
+        timeline = await service.encoding.run(lambda: _timeline(plan))
+        if len(timeline) > 1:
+            answer["timeline"] = timeline
+    return await json_answer(lambda: answer, len(answer.get("timeline", ())) * len(plan.terms), service.encoding)
+
+
+def _timeline(plan: SteeringPlan) -> list[ResolvedPoint]:
+    return [
+        {"from_token": token, "strengths": {term.profile: term.at(token) for term in plan.terms}}
+        for token in plan.changes(MAX_SCHEDULE_TOKEN + 1)
+    ]

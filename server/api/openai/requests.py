@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from server.api.fields.body import OPENAI_NO_OPS, Body, Examples, NoOps
+from server.api.fields.body import OPENAI_NO_OPS, Body, Examples, NoOps, Short, at_most
 from server.api.fields.constraints import ConstrainedBody
-from server.api.fields.prompts import EncodingBody, ManyPrompts, MessageBody, messages_of
+from server.api.fields.prompts import EncodingBody, ManyPrompts, Messages, messages_of
 from server.api.fields.sampling import COMPLETION_TOKENS, refuse_no_tokens
 from server.api.fields.steering import Steering
 from server.engines.protocol import ApplyTo, GenerationRequest, SamplingParameters, SteeringPlan
@@ -19,6 +19,8 @@ from steering_vectors.errors import RequestError, SteeringError
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_METADATA = 16  # entries
+MAX_MODEL = 8192  # characters of a name with a steering
 
 
 Logprobs = Annotated[
@@ -39,15 +41,19 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
     """The fields of both routes."""
 
     model: str = Field(
-        description="The served model, or an alias of it with a steering.", examples=["demo", "demo:warm@0.8"]
+        max_length=MAX_MODEL,
+        description="The served model, or an alias of it with a steering.",
+        examples=["demo", "demo:warm@0.8"],
     )
     steering: Steering | None = Field(
         None, description="The steering; an alias in `model` is a short form of it.", examples=[EXAMPLE]
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices for each prompt.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream; only with `stream`.")
-    user: str | None = Field(None, description="Accepted for compatibility. It has no effect.")
-    metadata: dict[str, str] | None = Field(None, description="Accepted for compatibility. It has no effect.")
+    user: Short | None = Field(None, description="Accepted for compatibility. It has no effect.")
+    metadata: Annotated[dict[Short, Short], BeforeValidator(at_most(MAX_METADATA))] | None = Field(
+        None, description="Accepted for compatibility. It has no effect."
+    )
 
     def asked(
         self, prompts: Sequence[Prompt], served: str, header: str | None, *, logprobs: int | None, echo: bool = False
@@ -98,7 +104,7 @@ class ChatBody(OpenAIBody):
         },
     )
 
-    messages: list[MessageBody] = Field(description="The conversation, which the model continues with the next turn.")
+    messages: Messages = Field(description="The conversation, which the model continues with the next turn.")
     max_completion_tokens: int | None = Field(None, ge=1, description="A newer name of `max_tokens`.")
     logprobs: bool = Field(False, description="Report the log-probability of each token.")
     top_logprobs: int = Field(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import JSONResponse
 
 from server.api.dependencies import IntakeDep, ReadyDep, SteeringHeader
 from server.api.document import GENERATING, declare
@@ -23,8 +22,10 @@ from server.api.openai.responses import (
 )
 from server.engines.errors import UnknownModel, UnknownRoute
 from server.generation.intake import new_id
+from server.http.answers import json_answer
 from server.http.middleware import StrictRoute
 from server.http.sse import DONE, EventStreamResponse, while_connected
+from server.state import Service
 from steering_vectors.data.chat import chat_template_source
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
@@ -42,7 +43,7 @@ async def chat_completions(
     the last one has the receipts, and `data: [DONE]` follows."""
     generations = await intake.submit(body, steering)
     writer = ChatWriter(new_id("chatcmpl"), body.model, service.fingerprint, generations, service.token_texts)
-    return await _respond(writer, body, request)
+    return await _respond(writer, body, request, service)
 
 
 @router.post(
@@ -57,15 +58,16 @@ async def completions(
     texts = service.token_texts
     echoed = [texts.of_prompt(prompt) for prompt in body.prompt] if body.echo else None
     writer = CompletionWriter(new_id("cmpl"), body.model, service.fingerprint, generations, texts, echoed=echoed)
-    return await _respond(writer, body, request)
+    return await _respond(writer, body, request, service)
 
 
-async def _respond(writer: AnswerWriter, body: OpenAIBody, request: Request) -> Response:
+async def _respond(writer: AnswerWriter, body: OpenAIBody, request: Request, service: Service) -> Response:
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = writer.chunks(include_usage=include_usage)
         return EventStreamResponse(chunks, close=writer.generations.close, ends_in=DONE)
-    return JSONResponse(writer.whole(await while_connected(request, writer.generations.results())))
+    results = await while_connected(request, writer.generations.results())
+    return await json_answer(lambda: writer.whole(results), writer.generations.values, service.encoding)
 
 
 @router.get("/models", summary="List the models", **declare(ModelList, 503))

@@ -26,11 +26,15 @@ class Admission:
         self._eos_ids = eos_ids
 
     def states(
-        self, request: GenerationRequest, profiles: Mapping[str, Profile], grammar: CompiledGrammar | None
+        self,
+        request: GenerationRequest,
+        plan: ResolvedPlan,
+        profiles: Mapping[str, Profile],
+        grammar: CompiledGrammar | None,
     ) -> list[RequestState]:
-        """The states of a request's choices. Raises RequestError that names the field of the protocol."""
+        """The states of a request's choices; `plan` is its plan, resolved. Raises RequestError that names the field of
+        the protocol."""
         self._check(request)
-        plan = self.resolve(request.plan, profiles)
         if plan.gates and "gates" not in self._info.capabilities:
             raise SteeringError("this model computes a prompt in one piece, so no gate can be decided in it")
         if plan.gates and request.prompt_logprobs is not None:

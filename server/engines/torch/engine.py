@@ -7,9 +7,9 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +19,13 @@ import torch
 from server.engines.config import DEFAULT_CONFIG, DEFAULT_SLOTS, EngineConfig
 from server.engines.errors import Conflict, Overloaded, Unavailable, UnknownGeneration, UnknownProfile
 from server.engines.mailbox import Mailbox, Receiver, call_in, settle
+from server.engines.pool import DaemonPool
 from server.engines.protocol import (
     ALL_CAPABILITIES,
     EngineInfo,
     EngineStats,
     EventStream,
+    Finished,
     GenerationRequest,
     PlanEffect,
     SteeringChange,
@@ -51,6 +53,8 @@ from steering_vectors.steering.accelerated_bank import AcceleratedBank
 
 logger = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 5.0  # for a step that runs to end
+SHUT_DOWN = "the engine is shut down"
 MAX_ENDED_IDS = 4096  # remembered, so that a late change is told from a wrong id
 
 Result = TypeVar("Result")
@@ -82,7 +86,13 @@ class TorchEngine:
         budget = PrefillBudget(chunk, stall if self._runner.chunked else math.inf)
         self._scheduler = Scheduler(slots=slots, chunk_tokens=chunk, prefixes=self._prefixes, budget=budget)
         self._loop = EngineLoop(
-            self._runner, self._bank, self._scheduler, budget, eos_ids=self._eos_ids, ended=self._ended
+            self._runner,
+            self._bank,
+            self._scheduler,
+            budget,
+            eos_ids=self._eos_ids,
+            ended=self._ended,
+            beat=self._beat,
         )
         self.info = EngineInfo(
             name="torch",
@@ -102,13 +112,15 @@ class TorchEngine:
         self._requests: dict[str, RequestState | None] = {}  # by id, None while one is being admitted
         self._ended_ids: dict[str, None] = {}  # the latest last
         self._threads = torch.get_num_threads()
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="trimtab-admission")
-        self._beside.submit(use_threads, 1).result()
+        self._beside = DaemonPool(1, "trimtab-admission", prepare=lambda: use_threads(1))
+        self._beside.submit(lambda: None).result()  # it has its number of threads before others are made
         torch.set_num_threads(self._threads)  # what one thread sets is the default of later ones
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._closing = False
         self._stopped = False  # no command is carried out any more
+        self._failure: str | None = None
+        self._busy_since: float | None = None  # since when the thread has been at one pass or command
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trimtab-engine", daemon=True)
         self._thread.start()
@@ -131,10 +143,13 @@ class TorchEngine:
             grammars = {one: None if one is None else await self._grammars.get(one) for one in constraints}
 
             def admit() -> list[RequestState]:
+                plans = {plan: self._admission.resolve(plan, profiles) for plan in {one.plan for one in requests}}
                 return [
                     state
                     for request in requests
-                    for state in self._admission.states(request, profiles, grammars[request.constraint])
+                    for state in self._admission.states(
+                        request, plans[request.plan], profiles, grammars[request.constraint]
+                    )
                 ]
 
             states = await self._aside(admit)
@@ -160,7 +175,10 @@ class TorchEngine:
         except BaseException:
             self._profiles.release(plan.versions)
             raise
-        return await changed
+        try:
+            return await asyncio.wait_for(changed, self._config.step_timeout_seconds)
+        except TimeoutError as error:
+            raise Unavailable("the engine does not answer", code="engine_failed") from error
 
     async def cancel(self, id: str) -> bool:
         return self._cancel((id,))
@@ -194,21 +212,50 @@ class TorchEngine:
             **self._loop.counts,
         )
 
+    def health(self) -> str | None:
+        if self._failure is not None:
+            return self._failure
+        if not self._closing and not self._thread.is_alive():
+            return "the engine's thread has ended"
+        since, limit = self._busy_since, self._config.step_timeout_seconds
+        if since is not None and time.monotonic() - since > limit:
+            return f"the engine has not finished a step in {limit:g} s"
+        return None
+
     async def close(self) -> None:
+        """Takes at most a few seconds: a step that hangs is left to its thread, and its requests end without it."""
         if self._closing:
             return
+        hung = self.health() is not None
         self._closing = True
         self._grammars.close()
         with suppress(Unavailable):
             self._send(lambda: None)
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-        self._beside.shutdown(wait=False)
+        last = time.monotonic() + (0 if hung else CLOSE_SECONDS)
+        while self._thread.is_alive() and time.monotonic() < last:
+            await asyncio.sleep(0.005)
+        self._beside.close()
+        if self._thread.is_alive():
+            self._abandon()
+            return
         self._runner.close()
         self._bank.detach()
 
+    def _abandon(self) -> None:
+        """End all requests for their clients, while the engine's thread still holds them."""
+        logger.error("the engine's thread does not end: its requests are ended without it")
+        with self._sending:
+            self._stopped = True
+        for state in [state for state in self._requests.values() if state is not None]:
+            if state.mailbox is not None:
+                end = Finished(state.id, "error", prompt_tokens=state.prompt_length, error="the engine does not answer")
+                call_in(state.mailbox.loop, state.mailbox.put, end)
+
     def _check_open(self) -> None:
+        if self._failure is not None:
+            raise Unavailable(self._failure, code="engine_failed")
         if self._closing or self._stopped:
-            raise Unavailable("the engine is shut down")
+            raise Unavailable(SHUT_DOWN)
 
     def _live(self, id: str) -> RequestState:
         """The state of a live choice. Raises UnknownGeneration or Conflict."""
@@ -220,11 +267,7 @@ class TorchEngine:
 
     async def _aside(self, work: Callable[[], Result]) -> Result:
         """Run work that would hold up the event loop."""
-        try:
-            outcome = self._beside.submit(work)
-        except RuntimeError as error:
-            raise Unavailable("the engine is shut down") from error
-        return await asyncio.wrap_future(outcome)
+        return await self._beside.run(work)
 
     def _cancel(self, ids: Sequence[str]) -> bool:
         """End choices; whether any of them is live. May be called from any thread."""
@@ -239,7 +282,7 @@ class TorchEngine:
         """Have the engine's thread do something between two steps. Raises Unavailable if it has ended."""
         with self._sending:
             if self._stopped:
-                raise Unavailable("the engine is shut down")
+                raise Unavailable(self._failure or SHUT_DOWN)
             self._commands.put(command)
 
     # Called in the engine's thread.
@@ -249,36 +292,59 @@ class TorchEngine:
         use_threads(self._threads)
         self._started.set()
         with spinning_unless_shared(), torch.inference_mode():
-            while not self._closing:
-                self._take_commands(wait=not self._scheduler.has_work)
-                if not self._closing and self._scheduler.has_work:
-                    self._step_or_fail()
-                self._loop.outbox.deliver()
-            with self._sending:
-                self._stopped = True
-            self._take_commands(wait=False)
-            self._loop.end("cancelled")
-            self._loop.outbox.deliver()
+            try:
+                while not self._closing:
+                    self._turn()
+            except BaseException as error:
+                logger.critical("the engine failed and computes no more", exc_info=error)
+                self._failure = f"the engine failed ({type(error).__name__}): it must be restarted"
+            finally:
+                self._end()
 
-    def _step_or_fail(self) -> None:
-        """A step that fails ends the requests it ran, never the thread."""
-        try:
-            self.step()
-        except Exception as error:
-            logger.exception("a step failed")
-            self._loop.end("error", f"{type(error).__name__} while computing a step", running_only=True)
+    def _turn(self) -> None:
+        """Carry out commands and one step. A step that fails ends the requests it ran; raises what ends the engine."""
+        self._take_commands(wait=not self._scheduler.has_work)
+        if not self._closing and self._scheduler.has_work:
+            try:
+                self.step()
+            except Exception as error:
+                self._loop.fail_step(error)
+        self._loop.outbox.deliver()
+        if self._loop.damaged:
+            self._loop.rebuild()
+
+    def _end(self) -> None:
+        """End everything that waits for the thread."""
+        with self._sending:
+            self._stopped = True
+        for work in (self._end_requests, lambda: self._take_commands(wait=False), self._end_requests):
+            try:
+                work()
+            except BaseException:
+                logger.exception("a part of ending the engine failed")
+        self._busy_since = None
+
+    def _end_requests(self) -> None:
+        self._loop.end("cancelled" if self._failure is None else "error", self._failure)
+        self._loop.outbox.deliver()
 
     def step(self) -> None:
         self._loop.step()
 
+    def _beat(self) -> None:
+        self._busy_since = time.monotonic()
+
     def _take_commands(self, *, wait: bool) -> None:
         """Carry out what was asked for since the last step; if there is nothing to do, wait for it."""
         while True:
+            self._busy_since = None
             try:
                 command = self._commands.get(block=wait and not self._closing)
             except queue.Empty:
+                self._beat()
                 return
             wait = False
+            self._beat()
             try:
                 command()
             except Exception:
@@ -365,4 +431,7 @@ def _carry_out(waiting: asyncio.Future[Any], work: Callable[[], Any]) -> None:
         outcome: tuple[Any, Exception | None] = (work(), None)
     except Exception as error:
         outcome = (None, error)
+    except BaseException:
+        call_in(waiting.get_loop(), settle, waiting, None, Unavailable("the engine failed", code="engine_failed"))
+        raise
     call_in(waiting.get_loop(), settle, waiting, *outcome)

@@ -1,16 +1,19 @@
 """What the engine's thread does in each step, for all live requests.
 
 A step admits waiting requests, computes one chunk of each unfinished prompt and one token of each decoding row, draws
-the next tokens and sends their text.
+the next tokens and sends their text. An error in the part of one request ends that request. An error in what all share
+ends those that run.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -27,11 +30,18 @@ from steering_vectors.models.transfers import picked
 from steering_vectors.runtime.runner import Output, Residuals, RowInput, Runner
 from steering_vectors.steering.bank import SteeringBank
 
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+RUST_PANIC = "PanicException"  # of tokenizers and llguidance; it is no Exception
 NOT_FINITE = "the model's logits are not finite; the strength may be too high"
 
 
 class EngineLoop:
-    """The steps of one runner. `ended` is called with each request that ends; events go into `outbox`."""
+    """The steps of one runner. `ended` is called with each request that ends, `beat` before each forward pass; events
+    go into `outbox`. While `damaged`, the buffers of slots may hold anything, and `rebuild` must come before the next
+    step."""
 
     def __init__(
         self,
@@ -42,6 +52,7 @@ class EngineLoop:
         *,
         eos_ids: frozenset[int],
         ended: Callable[[RequestState], None],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._runner = runner
         self._bank = bank
@@ -49,6 +60,8 @@ class EngineLoop:
         self._budget = budget
         self._eos_ids = eos_ids
         self._ended = ended
+        self._beat = beat
+        self.damaged = False
         self.outbox = Outbox()
         self.counts: Counter[str] = Counter()  # by field of EngineStats
         self.finished: Counter[str] = Counter()
@@ -73,10 +86,30 @@ class EngineLoop:
             state.admitted = time.perf_counter()
             self._write(state)
         for state in tuple(self._scheduler.running):
-            if state.steering.advance(state.completion_length):
-                self._write(state)
+            try:
+                if state.steering.advance(state.completion_length):
+                    self._write(state)
+            except BaseException as error:
+                self._fail_alone(state, error, "changing its steering")
         for batch in self._scheduler.schedule():
+            self._beat()
             self._run(batch)
+
+    def fail_step(self, error: Exception) -> None:
+        """End what runs after a step that failed."""
+        logger.error("a step failed", exc_info=error)
+        self.damaged = True
+        self.end("error", _step_message(error), running_only=True)
+
+    def rebuild(self) -> None:
+        """Clear all slots, and reuse nothing of what they held. Ends what still runs. Raises what the buffers raise,
+        and then nothing can be computed any more."""
+        self.end("error", "the engine was reset after an error", running_only=True)
+        self._scheduler.forget_prefixes()
+        for slot in range(self._scheduler.num_slots):
+            self._bank.clear(slot)
+            self._runner.zero_slot(slot)
+        self.damaged = False
 
     def steer(self, state: RequestState, plan: ResolvedPlan) -> SteeringChange:
         """Change the plan of a request from its next token on."""
@@ -96,22 +129,30 @@ class EngineLoop:
         ending: tuple[TokenLogprob, ...] = (),
         error_param: str | None = None,
     ) -> None:
-        """End a request with its one terminal event, and free its slots."""
+        """End a request with its one terminal event, and free its slots. Raises nothing: what cannot be done for the
+        request is logged, and what cannot be done to a slot makes the loop `damaged`."""
         if state.finish is not None:
             return
-        rest = state.detokenizer.finish(stops=self._stops_count(state))
-        if state.detokenizer.matched_stop is not None and reason in ("stop", "length"):
+        state.finish = reason
+        rest = self._try(state, lambda: state.detokenizer.finish(stops=self._stops_count(state)))
+        if rest is None and reason in ("stop", "length"):
+            reason, error, error_param = "error", f"the end of the text of {state.id} could not be decoded", None
+        elif state.detokenizer.matched_stop is not None and reason in ("stop", "length"):
             reason, matched = "stop", state.detokenizer.matched_stop
         state.finish = reason
         keep = reason in ("stop", "length") or (reason == "cancelled" and state.completion_length > 0)
         for slot in state.slots:
-            self._bank.clear(slot)
-            if keep:
-                self._runner.release(slot)
-            else:
-                self._runner.zero_slot(slot)
-        self._scheduler.remove(state, keep=keep)
-        self._ended(state)
+            try:
+                self._bank.clear(slot)
+                if keep:
+                    self._runner.release(slot)
+                else:
+                    self._runner.zero_slot(slot)
+            except BaseException:
+                logger.exception("slot %d could not be cleared", slot)
+                self.damaged = True
+        self._try(state, lambda: self._scheduler.remove(state, keep=keep))
+        self._try(state, lambda: self._ended(state))
         self.counts["cached_tokens"] += state.cached
         self.finished[reason] += 1
         if rest:
@@ -128,12 +169,27 @@ class EngineLoop:
                 error=error,
                 error_param=error_param,
                 matched_stop=matched,
-                segments=state.steering.segments,
+                segments=self._try(state, lambda: state.steering.segments) or (),
                 gates=dict(state.steering.gates),
                 ending=ending,
                 times=state.times(),
             ),
         )
+
+    def _try(self, state: RequestState, part: Callable[[], Value]) -> Value | None:
+        """Do a part of ending a request; None if it raises."""
+        try:
+            return part()
+        except BaseException:
+            logger.exception("a part of ending %s failed", state.id)
+            return None
+
+    def _fail_alone(self, state: RequestState, error: BaseException, doing: str) -> None:
+        """End one request whose own part of a step raised. Raises what is no error of a request."""
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+            raise error
+        logger.error("%s failed while %s", state.id, doing, exc_info=error)
+        self.finish(state, "error", f"{type(error).__name__} while {doing}: the server's log names {state.id}")
 
     def _run(self, batch: list[Chunk]) -> None:
         """One forward pass, and what follows from it."""
@@ -155,8 +211,12 @@ class EngineLoop:
         """Note the log-probabilities of prompt tokens, and send them when the prompt is complete."""
         for chunk, logits in zip(batch, scored, strict=True):
             state = chunk.state
-            # one row at a time: logits that fit the caches are read twice for the price of once
-            new = score_prompt(state, chunk.scored_from, logits)
+            try:
+                # one row at a time: logits that fit the caches are read twice for the price of once
+                new = score_prompt(state, chunk.scored_from, logits)
+            except BaseException as error:
+                self._fail_alone(state, error, "scoring its prompt")
+                continue
             if any(math.isnan(one.logprob) for one in new):
                 self._fail(state)
             elif chunk.end == state.prompt_length:
@@ -172,8 +232,12 @@ class EngineLoop:
             self.counts["prompt_tokens"] += max(0, min(chunk.end, state.prompt_length) - chunk.start)
             self.counts["steered_tokens"] += chunk.steered_positions
             self._scheduler.advance(chunk)
-            if state.steering.undecided and decide_gates(state, output.sums[chunk.slot]):
-                self._write(state)
+            try:
+                if state.steering.undecided and decide_gates(state, output.sums[chunk.slot]):
+                    self._write(state)
+            except BaseException as error:
+                self._fail_alone(state, error, "deciding its gates")
+                continue
             if chunk.samples and state.request.sampling.max_tokens == 0:
                 self.finish(state, "length")
         drawing = [place for place, chunk in enumerate(batch) if chunk.samples and chunk.state.finish is None]
@@ -191,8 +255,36 @@ class EngineLoop:
             if finite:
                 self._draw([states[place] for place in finite], picked(logits, finite), residuals)
             return
-        for state, token, details in zip(states, tokens, token_details(states, logits, tokens, residuals), strict=True):
-            self._accept(state, token, details)
+        except BaseException as error:
+            if len(states) == 1:
+                self._fail_alone(states[0], error, "drawing its next token")
+                return
+            for place, state in enumerate(states):  # none was drawn: each alone, so that only the one that raises ends
+                self._draw([state], logits[place : place + 1], residuals)
+            return
+        self._accept_all(states, logits, tokens, residuals)
+
+    def _accept_all(
+        self,
+        states: Sequence[RequestState],
+        logits: torch.Tensor,
+        tokens: Sequence[int],
+        residuals: Mapping[int, Residuals],
+    ) -> None:
+        try:
+            every = token_details(states, logits, tokens, residuals)
+        except BaseException as error:
+            if len(states) == 1:
+                self._fail_alone(states[0], error, "reading the details of its token")
+                return
+            for place, state in enumerate(states):
+                self._accept_all([state], logits[place : place + 1], tokens[place : place + 1], residuals)
+            return
+        for state, token, details in zip(states, tokens, every, strict=True):
+            try:
+                self._accept(state, token, details)
+            except BaseException as error:
+                self._fail_alone(state, error, "adding its next token")
 
     def _accept(self, state: RequestState, token: int, details: TokenDetails) -> None:
         """Append a drawn token, send its text, and end the request if it was the last."""
@@ -234,6 +326,8 @@ class EngineLoop:
             self._bank.write(state.slot, state.steering.mixture)
         except SteeringError as error:
             self.finish(state, "error", error.message, error_param=error.param)
+        except BaseException as error:
+            self._fail_alone(state, error, "steering it")
 
     def _stops_count(self, state: RequestState) -> bool:
         """Whether a stop string ends the text: not before `min_tokens` are written."""
@@ -242,6 +336,13 @@ class EngineLoop:
     def _send(self, state: RequestState, event: Event) -> None:
         if state.mailbox is not None:
             self.outbox.put(state.mailbox, event)
+
+
+def _step_message(error: Exception) -> str:
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    if out_of_memory:
+        return "the server ran out of memory: send shorter or fewer requests, or try again later"
+    return f"{type(error).__name__} while computing a step"
 
 
 def run_batch(runner: Runner, batch: Sequence[Chunk]) -> tuple[Output[torch.Tensor], Sequence[torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,49 @@ def test_a_child_that_dies_ends_its_requests_and_is_started_again() -> None:
             await engine.submit([asked])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("hung", ["step", "process"])
+def test_a_child_that_hangs_is_killed_and_started_again(hung: str) -> None:
+    limit = 1.0
+
+    async def main() -> None:
+        make_hanging = partial(make_engine, EngineConfig(slots=2, context=250, step_timeout_seconds=limit))
+        engine = await ProcessEngine.start(Hanging(make_hanging) if hung == "step" else make_hanging, limit)
+        try:
+            stream = await submit(engine, request(PROMPT, **ENDLESS))
+            first = engine._process.pid
+            if hung == "process":
+                os.kill(first, signal.SIGSTOP)
+            events = [event async for event in stream]
+            assert isinstance(events[-1], Finished)
+            assert events[-1].reason == "error"
+            await restarted(engine, 1)
+            assert engine._process.pid != first
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+class Hanging:
+    """Makes an engine whose third step never ends."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+
+    def __call__(self) -> Any:
+        engine = self._make()
+        step, left = engine.step, [None] * 3
+
+        def hang() -> None:
+            left.pop()
+            if not left:
+                threading.Event().wait()
+            step()
+
+        engine.step = hang
+        return engine
 
 
 def test_counts_of_profiles_outlive_a_child(one: Served) -> None:

@@ -16,9 +16,11 @@ import pytest
 from server.api.native.generate import CompareBody, GenerateBody, ScoreBody
 from server.api.openai.requests import ChatBody, CompletionBody, OpenAIBody
 from server.engines.errors import UnknownProfile
+from server.engines.pool import DaemonPool
 from server.engines.protocol import Capability, EngineInfo, EventStream, GenerationRequest
 from server.engines.torch.engine import TorchEngine
-from server.generation.intake import Asking, Intake
+from server.generation.answer_sizes import AnswerBudget
+from server.generation.intake import Asking, Intake, longest_text
 from server.profiles.registry import ProfileRegistry
 from steering_vectors.errors import RequestError
 from tests.support.serving import engine_fixture, profiles_fixture
@@ -53,7 +55,9 @@ class Recorder:
 async def intake_of(recorder: Recorder, profiles: Path) -> AsyncIterator[Intake]:
     registry = ProfileRegistry(profiles, recorder)  # type: ignore[arg-type]
     await registry.start()
-    yield Intake(recorder, "demo", registry)  # type: ignore[arg-type]
+    pool, budget = DaemonPool(1, "tokenizing"), AnswerBudget(1_000_000)
+    yield Intake(recorder, "demo", registry, pool, budget, longest_text(recorder.info))  # type: ignore[arg-type]
+    pool.close()
     await registry.stop()
 
 

@@ -33,11 +33,12 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 
 def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
     def chunks() -> Iterator[bytes]:
-        for _ in range(33):
+        for _ in range(4):
             yield b" " * 2**20
+        yield b" "
 
-    message = "the body is larger than the limit of 33554432 bytes"
-    for content in (b" " * (2**25 + 1), chunks()):
+    message = "the body is larger than the limit of 4194304 bytes"
+    for content in (b" " * (2**22 + 1), chunks()):
         response = client.post("/generate", content=content, headers={"content-type": "application/json"})
         assert error_of(response, 413)["message"] == message
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import json
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +23,10 @@ from server.engines.errors import UnknownProfile
 from server.engines.torch.engine import TorchEngine
 from server.profiles import registry as profiles
 from server.profiles.registry import ProfileRegistry, Signature, scan
+from steering_vectors.errors import ProfileError
 from steering_vectors.models.loading import wrap_model
-from steering_vectors.profiles.files import save_profile
-from steering_vectors.profiles.profile import ModelIdentity
+from steering_vectors.profiles.files import load_profile, save_profile
+from steering_vectors.profiles.profile import ModelIdentity, Profile
 from tests.support.serving import random_profile
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -195,9 +202,9 @@ def test_a_file_that_grows_is_read_once_two_looks_agree(
     pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
     directory, waiting = tmp_path / "profiles", list(pieces)
 
-    def look(where: Path) -> dict[str, Signature]:
+    def look(where: Path, unreadable: dict[str, str]) -> dict[str, Signature]:
         """A look at the directory, after which somebody writes on."""
-        found = scan(where)
+        found = scan(where, unreadable)
         if waiting:
             with (where / "warm.safetensors").open("ab") as file:
                 file.write(waiting.pop(0))
@@ -250,7 +257,7 @@ def test_a_file_too_large_for_a_profile_is_not_read(tmp_path: Path, engine: Torc
 
 def test_a_broken_link_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
-    assert scan(tmp_path) == {}
+    assert scan(tmp_path, {}) == {}
 
 
 def test_a_shipped_profile_is_served_unless_the_directory_has_one_of_its_name(
@@ -273,3 +280,126 @@ def test_a_shipped_profile_is_served_unless_the_directory_has_one_of_its_name(
             assert [entry.name for entry in registry.entries] == ["warm"]
 
     asyncio.run(scenario())
+
+
+def test_no_entry_keeps_another_from_being_served(
+    tmp_path: Path, engine: TorchEngine, identity: ModelIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd names, what is no file, what cannot be opened, half a file, and a fault of the reader itself."""
+    for name in ("warm", "broken"):
+        save_profile(random_profile(identity, name), tmp_path)
+    whole = (tmp_path / "warm.safetensors").read_bytes()
+    names = [b"new\nline", b"\xff\xfe", "ü".encode(), b"UPPER", b"a" * 200, b"..", b"\x1b[31m"]
+    for name in names:
+        (tmp_path / os.fsdecode(name + b".safetensors")).write_bytes(whole)
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "long.safetensors").write_bytes((2**40).to_bytes(8, "little") + whole)
+
+    def load(path: Path) -> Profile:
+        if path.stem == "broken":
+            raise KeyError("of the reader")
+        return load_profile(path)
+
+    monkeypatch.setattr(profiles, "load_profile", load)
+
+    async def scenario() -> None:
+        async with started(tmp_path, engine) as registry:
+            assert [one.name for one in registry.served] == ["warm"]
+            errors = {one.name: one.error for one in registry.entries if one.error is not None}
+            json.dumps(errors, ensure_ascii=False).encode()  # as /profiles answers
+            named = {"new\\nline", "\\udcff\\udcfe", "\\xfc", "UPPER", "a" * 200, "\\x1b[31m"}
+            read = {"fifo", "loop", "half", "empty", "long", "broken"}
+            assert errors.keys() == named | read  # "..safetensors" is a dot-file
+            assert registry.rejected == sorted(errors)
+            assert errors["fifo"] == "it is not a regular file: put a profile there, or remove it"
+            assert errors["loop"] == "it cannot be read (Too many levels of symbolic links)"
+            assert errors["broken"] == "it cannot be read (KeyError)"
+            assert "its header has 1099511627776 bytes, of at most 1048576" in str(errors["long"])
+            assert registry.entry("fifo").profile is None
+
+    asyncio.run(scenario())
+
+
+def test_a_fifo_in_place_of_a_file_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "warm.safetensors")
+    with pytest.raises(ProfileError, match="not a regular file"):
+        load_profile(tmp_path / "warm.safetensors")
+
+
+def test_a_file_that_cannot_be_looked_at_any_more_stays_served(
+    tmp_path: Path, engine: TorchEngine, identity: ModelIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("warm", "concise"):
+        save_profile(random_profile(identity, name), tmp_path)
+
+    async def scenario() -> None:
+        async with started(tmp_path, engine) as registry:
+            monkeypatch.setattr(os, "scandir", FailingEntries)
+            await registry.refresh()
+            monkeypatch.undo()
+            assert [(one.name, one.status) for one in registry.entries] == [("concise", "served"), ("warm", "rejected")]
+            assert registry.find("warm").name == "warm"
+            assert registry.entry("warm").error == "it cannot be read (Input/output error)"
+            await registry.refresh()
+            assert registry.rejected == []
+
+    asyncio.run(scenario())
+
+
+class FailingEntries:
+    """`os.scandir` on a disk that cannot read one entry."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> Iterator[Any]:
+        for path in sorted(self._directory.iterdir()):
+            yield SimpleNamespace(name=path.name, stat=self._fail if path.stem == "warm" else path.stat)
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def _fail(self) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_directory_that_hangs_is_said_and_holds_up_nothing(
+    tmp_path: Path, engine: TorchEngine, identity: ModelIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_profile(random_profile(identity, "warm"), tmp_path)
+    monkeypatch.setattr(profiles, "READ_SECONDS", 0.2)
+    go = threading.Event()
+
+    def hang(where: Path, unreadable: dict[str, str]) -> dict[str, Signature]:
+        go.wait(20)
+        return scan(where, unreadable)
+
+    async def scenario() -> None:
+        async with started(tmp_path, engine, interval=0.01) as registry, asyncio.timeout(10):
+            monkeypatch.setattr(profiles, "scan", hang)
+            while registry.problem is None:
+                await asyncio.sleep(0.01)
+            assert registry.problem == "the profile directory cannot be read (it has not answered in 0.2 s)"
+            assert registry.find("warm").name == "warm"
+            go.set()
+            while registry.problem is not None:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
+def test_an_empty_or_missing_directory_is_said(
+    tmp_path: Path, engine: TorchEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with started(tmp_path / "typo", engine):
+            pass
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert caplog.messages == [
+        f"the profile directory {tmp_path / 'typo'} did not exist: an empty one was created",
+        f"no profile is served: the profile directory {tmp_path / 'typo'} has none",
+    ]

@@ -10,18 +10,28 @@ import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from server.engines.errors import Overloaded, Unavailable, reject
+from server.engines.pool import CLOSED, DaemonPool
 from server.engines.protocol import Constraint
-from server.engines.torch.constraints.lark import NOT_CARRIED_OUT, attributes, special_tokens, stands_for
+from server.engines.torch.constraints.lark import (
+    NOT_CARRIED_OUT,
+    attributes,
+    count_rules,
+    schemas,
+    special_tokens,
+    stands_for,
+)
 from steering_vectors.errors import RequestError, first_line
 
 if TYPE_CHECKING:
@@ -31,13 +41,18 @@ MAX_LEXER_STATES = 50_000  # of a lexer, which has a kilobyte or two for each
 MIN_CORES_FOR_THREADS = 4  # with fewer, handing work to another thread costs more than it saves
 MAX_REASON = 500  # characters
 THREADS = 2  # that compile
+STACK_BYTES = 512 * 2**20  # of such a thread, of which only what is touched is used: the compiler recurses
+COMPILE_SECONDS = 10.0
+MAX_SPARE_THREADS = 8  # in place of those whose grammar takes longer
+MAX_RULES = 512  # of a grammar: its tree is as deep as the longest chain of them
 MAX_UNFINISHED = 32  # grammars
+MAX_LIVE_GRAMMARS = 64  # compiled, in the cache or held by requests
 MAX_CACHED_GRAMMARS = 16  # some grow to tens of megabytes while texts are written by them
 MAX_USES = 128  # of one grammar: its rows share what its lexer may spend
 _BLANKS = r" |\n {0,16}"  # a space, or a line's indentation; free, a model that has lost its way writes them for ever
 
 FIELD = "constraint"  # of the protocol
-CLOSED = "the engine is shut down"
+SERVER_KEY = "x-guidance"  # of a schema: options of llguidance, which are the server's
 
 Allowed = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
 
@@ -73,7 +88,7 @@ class Matcher:
         return f"constraint cannot be followed any further ({_reason(self.state)}): make it simpler"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class CompiledGrammar:
     """A constraint, ready for any number of rows. They share what the lexer has learnt, and what it may spend: where
     one has `failed`, those that begin thereafter may fail too."""
@@ -101,9 +116,16 @@ class GrammarCompiler:
             raise RequestError(
                 "constraint needs a package that this server lacks: pip install 'trimtab[schema]'", param=FIELD
             ) from error
+        _check_size(constraint)
         backend = self._shared()
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        state = LLMatcher(backend.tokenizer, _definition(constraint), log_level=0, limits=limits)
+        try:
+            definition = _definition(constraint)
+        except ValueError as error:
+            raise RequestError(
+                f"constraint cannot be compiled: {first_line(error)[:MAX_REASON]}", param=FIELD
+            ) from error
+        state = LLMatcher(backend.tokenizer, definition, log_level=0, limits=limits)
         reject(state.is_error(), f"constraint cannot be compiled: {_reason(state)}", FIELD)
         if constraint.kind == "lark":
             self._check_grammar(constraint)
@@ -172,6 +194,24 @@ def _masks(backend: _Backend, states: Sequence[LLMatcher]) -> NDArray[np.int32]:
     return bits
 
 
+def _check_size(constraint: Constraint) -> None:
+    """Refuse what the compiler, or the lexer of a running text, would recurse into too deeply, and options that are not
+    a client's."""
+    given: list[Any] = []
+    try:
+        if constraint.kind == "lark":
+            count = count_rules(constraint.text)
+            reject(count > MAX_RULES, f"constraint has {count} rules; at most {MAX_RULES} are taken", FIELD)
+            given = schemas(constraint.text)
+        elif constraint.kind == "json":
+            given = [json.loads(constraint.text)]
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"constraint cannot be read: {first_line(error)[:MAX_REASON]}", param=FIELD) from error
+    for schema in given:
+        taken = isinstance(schema, dict) and SERVER_KEY in schema
+        reject(taken, f"constraint has {SERVER_KEY}, which only the server may set: leave it out", FIELD)
+
+
 def _definition(constraint: Constraint) -> str:
     from llguidance import LLMatcher
 
@@ -195,11 +235,15 @@ class _Entry:
     """A constraint that was asked for."""
 
     future: Future[CompiledGrammar]
+    began: list[float]  # when, once a thread has it
     uses: int = 0
+    overdue: bool = False
 
     @property
     def spent(self) -> bool:
         """Whether it must be compiled anew."""
+        if self.overdue:
+            return True
         if not self.future.done():
             return False
         failed = self.future.cancelled() or self.future.exception() is not None
@@ -211,13 +255,15 @@ class Grammars:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="trimtab-grammars")
+        self._threads = DaemonPool(THREADS, "trimtab-grammars", stack_bytes=STACK_BYTES)
+        self._spare = MAX_SPARE_THREADS
+        self._live: WeakSet[CompiledGrammar] = WeakSet()
         self._entries: dict[Constraint, _Entry] = {}  # the latest last
         self._closed = False
 
     async def get(self, constraint: Constraint) -> CompiledGrammar:
-        """The compiled grammar of a constraint. Raises RequestError as the compiler does, Overloaded if too many
-        constraints wait, Unavailable once this is closed."""
+        """The compiled grammar of a constraint. Raises RequestError as the compiler does and if it takes too long,
+        Overloaded if too many constraints wait or are in use, Unavailable once this is closed."""
         entry = self._entries.pop(constraint, None)
         if entry is None or entry.spent:
             entry = self._begin(constraint)
@@ -226,16 +272,34 @@ class Grammars:
         answer = asyncio.wrap_future(entry.future)
         answer.add_done_callback(lambda one: one.cancelled() or one.exception())  # not to be logged if nobody waits
         try:
-            return await asyncio.shield(answer)  # another may wait for the same
+            while not answer.done() and not entry.overdue:  # shielded, because another may wait for the same
+                await asyncio.wait((answer,), timeout=COMPILE_SECONDS / 4)
+                self._look_at(entry)
+            if not answer.done():
+                message = f"constraint takes longer than {COMPILE_SECONDS:g} s to compile: make it simpler"
+                raise RequestError(message, param=FIELD)
+            grammar = answer.result()
         except asyncio.CancelledError:
             if entry.future.cancelled():
                 raise Unavailable(CLOSED) from None
             raise
+        self._live.add(grammar)
+        return grammar
 
     def close(self) -> None:
         """Compile nothing more; what is being compiled is finished."""
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
+
+    def _look_at(self, entry: _Entry) -> None:
+        """Give up a grammar that takes too long, and start a thread in place of the one that has it."""
+        if entry.overdue or entry.future.done() or not entry.began:
+            return
+        if time.monotonic() - entry.began[0] > COMPILE_SECONDS:
+            entry.overdue = True
+            if self._spare:
+                self._spare -= 1
+                self._threads.add_thread()
 
     def _begin(self, constraint: Constraint) -> _Entry:
         if self._closed:
@@ -245,6 +309,14 @@ class Grammars:
         waiting = len(self._entries) - len(finished)
         if waiting >= MAX_UNFINISHED:
             raise Overloaded(f"{waiting} constraints are being compiled or wait for it: try again later")
+        if len(self._live) >= MAX_LIVE_GRAMMARS + len(finished):
+            raise Overloaded(f"{len(self._live)} constraints are in use: try again later")
         for one in finished[: max(0, len(finished) - MAX_CACHED_GRAMMARS + 1)]:
             del self._entries[one]
-        return _Entry(self._threads.submit(self._compiler.compile, constraint))
+        began: list[float] = []
+
+        def work() -> CompiledGrammar:
+            began.append(time.monotonic())
+            return self._compiler.compile(constraint)
+
+        return _Entry(self._threads.submit(work), began)

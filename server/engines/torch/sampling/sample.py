@@ -36,8 +36,8 @@ def sample(logits: Tensor, rows: Sequence[RequestSampler], *, allow_sync: bool |
     """The next token id of every row; logits `[rows, vocabulary]` of any float dtype are left as they are.
 
     -inf excludes a token. Among equal logits the lowest id wins, in argmax as at the border of top-k and top-p. A row
-    with a temperature takes one number from its stream. Raises NonFiniteLogits, and then none was taken. `allow_sync`:
-    values may be copied to the host early, which saves work on a CPU; None means on a CPU only.
+    with a temperature takes one number from its stream. Raises NonFiniteLogits; whatever is raised, none was taken.
+    `allow_sync`: values may be copied to the host early, which saves work on a CPU; None means on a CPU only.
     """
     allow_sync = logits.device.type == "cpu" if allow_sync is None else allow_sync
     assert logits.shape[0] == len(rows)
@@ -55,13 +55,13 @@ def sample(logits: Tensor, rows: Sequence[RequestSampler], *, allow_sync: bool |
     numbers = [rows[place].uniform() for place in drawn]
     on_cpu = logits.device.type == "cpu"
     size = max(1, _CACHED_LOGITS // logits.shape[1] if on_cpu else len(drawn))  # of rows that are drawn together
-    for start in range(0, len(drawn), size):
-        part = slice(start, start + size)
-        _draw(logits, rows, drawn[part], numbers[part], tokens, allow_sync=allow_sync)
-    found: list[int] = tokens.tolist()
     try:
+        for start in range(0, len(drawn), size):
+            part = slice(start, start + size)
+            _draw(logits, rows, drawn[part], numbers[part], tokens, allow_sync=allow_sync)
+        found: list[int] = tokens.tolist()
         _refuse(found)
-    except NonFiniteLogits:
+    except Exception:
         for place, number in zip(drawn, numbers, strict=True):
             rows[place].take_back(number)
         raise

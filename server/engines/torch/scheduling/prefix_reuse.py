@@ -143,13 +143,17 @@ class PrefixCache:
 
     def _move(self, source: int, target: int, length: int) -> None:
         assert self._columns is not None
+        self.forget(target)  # a copy that fails may leave any keys and values there
         self._columns.copy(source, target, length)
         self._keys[target] = self._keys[source].head(length)
 
     def _swap(self, one: int, other: int) -> None:
         assert self._columns is not None
-        self._columns.swap(one, other, max(len(self._keys[one]), len(self._keys[other])))
-        self._keys[one], self._keys[other] = self._keys[other], self._keys[one]
+        keys = self._keys[one], self._keys[other]
+        self.forget(one)  # a swap that fails may leave any keys and values in both
+        self.forget(other)
+        self._columns.swap(one, other, max(map(len, keys)))
+        self._keys[other], self._keys[one] = keys
         self._used[one], self._used[other] = self._used[other], self._used[one]
 
 

@@ -76,12 +76,12 @@ class Scheduler:
         admitted = []
         while self._waiting and len(self._free) >= 1 + self._waiting[0].request.divergence:
             state = self._waiting.popleft()
+            self._running[state.id] = state  # before anything can fail, so that it can be ended and its slots freed
             state.slot = heapq.heappop(self._free)
             if state.request.divergence:
                 state.unsteered_slot = heapq.heappop(self._free)
             for slot in state.slots:
                 self._prefixes.evict(slot, self._free, state.reusable)
-            self._running[state.id] = state
             self._begin(state)
             admitted.append(state)
         return admitted
@@ -120,6 +120,11 @@ class Scheduler:
                 self._prefixes.release(slot, continued=state.continued)
             else:
                 self._prefixes.forget(slot)
+
+    def forget_prefixes(self) -> None:
+        """Reuse nothing of what the slots hold."""
+        for slot in range(self.num_slots):
+            self._prefixes.forget(slot)
 
     def check_integrity(self) -> None:
         """Every slot is free or held by exactly one running request; for tests."""

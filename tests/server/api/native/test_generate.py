@@ -102,7 +102,7 @@ def test_one_profile_in_full(client: httpx.Client, engine: TorchEngine) -> None:
 
 def test_the_operators_routes(client: httpx.Client) -> None:
     assert client.get("/health").json() == {"status": "ok"}
-    assert client.get("/ready").json() == {"status": "ready", "model": "demo", "profiles": 2}
+    assert client.get("/ready").json() == {"status": "ready", "model": "demo", "profiles": 2, "rejected": ["broken"]}
     version = client.get("/version").json()
     assert {"version", "torch", "transformers", "model"} <= set(version)
     assert version["model"] == "demo"

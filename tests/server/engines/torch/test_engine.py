@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -407,3 +408,170 @@ def test_a_mix_of_schedules_keeps_within_the_safe_range_at_every_token(
     ResolvedPlan(replace(steering, allow_beyond_safe=True), {wide.version: wide, narrow.version: narrow}).check(
         torch.float32
     )
+
+
+def _fail(error: BaseException) -> Any:
+    def fail(*_given: object, **_options: object) -> Any:
+        raise error
+
+    return fail
+
+
+async def _held_together(engine: HeldEngine, wanted: list[Any], after: int) -> list[asyncio.Task[Any]]:
+    """Requests that run together, held after some steps."""
+    engine.hold(after=after)
+    pending = [asyncio.create_task(outcome(engine, one)) for one in wanted]
+    await asyncio.to_thread(engine.until_held)
+    return pending
+
+
+class Broken:
+    """An object some of whose methods raise."""
+
+    def __init__(self, whole: Any, error: BaseException, *names: str) -> None:
+        self._whole, self._error, self._names = whole, error, names
+
+    def __getattr__(self, name: str) -> Any:
+        return _fail(self._error) if name in self._names else getattr(self._whole, name)
+
+
+def _break_detokenizer(state: Any) -> None:
+    state.detokenizer = Broken(state.detokenizer, RuntimeError("of a tokenizer"), "push", "finish")
+
+
+def _break_steering(state: Any) -> None:
+    panic = type("PanicException", (BaseException,), {})  # as pyo3 names a panic of Rust
+    state.steering = Broken(state.steering, panic("of Rust"), "advance")
+
+
+def _break_bias(state: Any) -> None:
+    state.sampler.bias = (np.array([2**40]), np.array([1.0], np.float32))
+
+
+def _break_draw(state: Any) -> None:
+    """After the random numbers of the batch were taken."""
+    state.sampler.parameters = Broken(state.sampler.parameters, RuntimeError())
+    state.sampler.parameters.top_k = "many"
+
+
+def _break_details(state: Any) -> None:
+    state.projected = (Broken(None, RuntimeError()),)
+    state.projected[0].layers = ()
+
+
+@pytest.mark.parametrize("poison", [_break_detokenizer, _break_steering, _break_bias, _break_draw, _break_details])
+def test_an_error_of_one_row_ends_that_row_only(language_model: LanguageModel, poison: Any) -> None:
+    rows = prompts(language_model, [9, 12, 15])
+
+    def wanted() -> list[Any]:
+        options = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 12, "ignore_eos": True}
+        return [request(ids, seed=seed, **options) for seed, ids in enumerate(rows)]
+
+    alone = [run_all(language_model, [one], slots=3)[0].ids for one in wanted()]
+
+    async def main() -> None:
+        async with running(language_model, slots=3, context=64) as engine:
+            made = wanted()
+            pending = await _held_together(engine, made, 4)
+            poison(engine._requests[made[1].ids[0]])
+            engine.go()
+            ends = await asyncio.gather(*pending)
+            assert [one.end.reason for one in ends] == ["length", "error", "length"]
+            assert made[1].ids[0] in (ends[1].end.error or "")
+            assert [ends[0].ids, ends[2].ids] == [alone[0], alone[2]]
+            assert (await outcome(engine, wanted()[1])).ids == alone[1]
+            assert engine.health() is None
+
+    asyncio.run(main())
+
+
+def test_a_request_that_cannot_be_given_a_slot_does_not_end_the_engine(language_model: LanguageModel) -> None:
+    rows = prompts(language_model, [30, 30])
+
+    async def main() -> None:
+        async with running(language_model, slots=1, context=64) as engine:
+            evict, faults = engine._prefixes.evict, [RuntimeError("of a copy")]
+
+            def evict_once(*given: Any) -> None:
+                if faults:
+                    raise faults.pop()
+                evict(*given)
+
+            engine._prefixes.evict = evict_once  # type: ignore[method-assign]
+            one, other = [await outcome(engine, request(ids, max_tokens=4, ignore_eos=True)) for ids in rows]
+            assert (one.end.reason, one.end.error) == ("error", "RuntimeError while computing a step")
+            assert other.ids == reference_ids(language_model, rows[1], 4)
+            assert engine.stats().running == engine.stats().waiting == 0
+
+    asyncio.run(main())
+
+
+def test_what_a_failed_step_held_is_not_reused(language_model: LanguageModel) -> None:
+    (ids,) = prompts(language_model, [30])
+
+    async def main() -> None:
+        async with running(language_model, slots=2, context=64) as engine:
+            wanted = [request(ids, max_tokens=4, ignore_eos=True) for _ in range(3)]
+            assert [(await outcome(engine, one)).end.cached_tokens for one in wanted[:2]] == [0, 29]
+            engine._runner.forward = _fail(MemoryError())  # type: ignore[method-assign]
+            broken = await outcome(engine, request(ids, max_tokens=4, ignore_eos=True))
+            del engine._runner.forward
+            assert broken.end.error == (
+                "the server ran out of memory: send shorter or fewer requests, or try again later"
+            )
+            after = await outcome(engine, wanted[2])
+            assert after.end.cached_tokens == 0
+            assert after.ids == reference_ids(language_model, ids, 4)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sticky"), SystemExit("of a library")])
+def test_an_engine_that_cannot_go_on_ends_all_and_says_so(error: BaseException) -> None:
+    """A step raises, and clearing its slots does too; or the step raises what is no Exception."""
+    language_model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    rows = prompts(language_model, [5, 6, 7])
+
+    async def main() -> None:
+        engine = HeldEngine(language_model, EngineConfig(slots=2, context=64))
+        try:
+            pending = await _held_together(engine, [request(ids, **LONG) for ids in rows], 2)
+            engine._runner.forward = engine._runner.zero_slot = _fail(error)  # type: ignore[method-assign]
+            changing = asyncio.create_task(engine.set_steering(next(iter(engine._requests)), SteeringPlan()))
+            await asyncio.sleep(0.01)
+            engine.go()
+            ends = await asyncio.wait_for(asyncio.gather(*pending), 10)
+            assert [one.end.reason for one in ends] == ["error"] * 3
+            with pytest.raises(RequestError):
+                await asyncio.wait_for(changing, 10)
+            assert "must be restarted" in (engine.health() or "")
+            for work in (submit(engine, request(rows[0])), engine.set_steering("r0", SteeringPlan())):
+                with pytest.raises(Unavailable, match="must be restarted"):
+                    await asyncio.wait_for(work, 10)
+            assert engine.stats().running == engine.stats().waiting == 0
+        finally:
+            await asyncio.wait_for(engine.close(), 10)
+
+    asyncio.run(main())
+
+
+def test_a_step_that_hangs_shows_and_does_not_hold_up_the_end(language_model: LanguageModel) -> None:
+    (ids,) = prompts(language_model, [5])
+
+    async def main() -> None:
+        engine = HeldEngine(language_model, EngineConfig(slots=1, context=64, step_timeout_seconds=0.1))
+        assert engine.health() is None
+        (pending,) = await _held_together(engine, [request(ids, **LONG)], 2)
+        while engine.health() is None:
+            await asyncio.sleep(0.01)
+        assert engine.health() == "the engine has not finished a step in 0.1 s"
+        with pytest.raises(Unavailable, match="does not answer"):
+            await engine.set_steering(next(iter(engine._requests)), SteeringPlan())
+        await engine.close()
+        end = (await pending).end
+        assert (end.reason, end.error) == ("error", "the engine does not answer")
+        engine.go()
+        await asyncio.to_thread(engine._thread.join)
+        engine._bank.detach()
+
+    asyncio.run(main())

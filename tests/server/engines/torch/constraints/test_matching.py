@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from server.engines.errors import Overloaded, Unavailable
 from server.engines.protocol import Constraint
+from server.engines.torch.constraints import lark
 from server.engines.torch.constraints import matching as grammars
 from server.engines.torch.constraints.lark import attributes, special_tokens, stands_for
 from server.engines.torch.constraints.matching import (
@@ -186,6 +190,134 @@ def test_a_server_that_is_flooded_answers_429(tmp_path: Path, monkeypatch: pytes
         response = client.post("/v1/completions", json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
     assert response.headers["retry-after"] == "1"
+
+
+# What a client's constraint must not do to others.
+
+
+def chain(count: int, form: str = "{}") -> str:
+    """A grammar whose rules lead from one to the next."""
+    names = [f"r{place}" for place in range(count)]
+    rules = [f"{name}: {form.format(later)}" for name, later in pairwise([*names, '"x"'])]
+    return "\n".join([f"start: {names[0]}", *rules])
+
+
+DEEP = [
+    chain(3000),
+    chain(4500),
+    chain(5000).replace("r", "R").replace("staRt", "start"),
+    chain(500, "(" * 25 + "{}" + ")" * 25),
+]
+
+
+@pytest.mark.parametrize("place", range(len(DEEP)))
+def test_no_depth_overflows_the_stack_of_the_compiler(place: int) -> None:
+    """Each ended the process before; so it is compiled in another one, by a thread as the engine has them."""
+    code = """
+import asyncio, sys
+from server.engines.protocol import Constraint
+from server.engines.torch.constraints.matching import GrammarCompiler, Grammars
+from steering_vectors.errors import RequestError
+from tests.support.tiny_tokenizers import tiny_tokenizer
+
+async def main():
+    kept = Grammars(GrammarCompiler(tiny_tokenizer(), frozenset({1})))
+    try:
+        await kept.get(Constraint("lark", sys.stdin.read()))
+        print("compiled")
+    except RequestError as error:
+        print(error.message)
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=DEEP[place], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    count = DEEP[place].count(":")
+    expected = "compiled" if count <= grammars.MAX_RULES else f"constraint has {count} rules; at most 512 are taken"
+    assert done.stdout.strip() == expected
+
+
+def nested(depth: int) -> str:
+    return '{"a":' * depth + "{}" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (Constraint("json", nested(128)), "constraint cannot be compiled: recursion limit exceeded"),
+        (Constraint("json", nested(199)), "constraint cannot be compiled: recursion limit exceeded"),
+        (Constraint("json", nested(5000)), "constraint cannot be read: "),
+        (Constraint("lark", f"start: %json {nested(5000)}"), "constraint cannot be read: "),
+        (Constraint("lark", "start: %json {"), "constraint cannot be read: "),
+        (Constraint("json", '{"x-guidance": {"lenient": true}}'), "constraint has x-guidance, which only the server"),
+        (
+            Constraint("lark", 'start: %json {"x\\u002dguidance": {}}'),
+            "constraint has x-guidance, which only the server",
+        ),
+    ],
+)
+def test_what_the_compiler_cannot_read_is_an_error_of_the_request(constraint: Constraint, message: str) -> None:
+    compiler = GrammarCompiler(tiny_tokenizer(), frozenset({1}))
+    with pytest.raises(RequestError) as failure:
+        compiler.compile(constraint)
+    assert failure.value.message.startswith(message)
+    assert failure.value.param == "constraint"
+
+
+def test_a_property_may_have_any_name() -> None:
+    schema = Constraint("json", '{"properties": {"x-guidance": {"type": "null"}}}')
+    assert isinstance(GrammarCompiler(tiny_tokenizer(), frozenset({1})).compile(schema), CompiledGrammar)
+
+
+@pytest.mark.parametrize("text", ['"\\"' * 16000, "/\\" * 32000, "<a" * 32000, '"' * 65535, "/" * 65535, "[a," * 20000])
+def test_any_text_is_scanned_in_linear_time(text: str) -> None:
+    """Each match ends where the next begins, so that no character is looked at again and again."""
+    assert not attributes(text)
+    lexemes = lark._LEXEME
+    place, looked = 0, 0
+    while place < len(text):
+        match = lexemes.match(text, place)
+        assert match is not None
+        looked += match.end() - place
+        place = match.end()
+    assert looked == len(text)
+
+
+def test_one_that_takes_too_long_is_given_up_and_holds_up_no_other(
+    compiler: HeldCompiler, kept: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        slow = await begun(kept, *(regex(f"a{{{n}}}") for n in range(grammars.THREADS)))
+        monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.5)
+        (waiting,) = await begun(kept, regex("b"))
+        for outcome in await asyncio.gather(*slow, return_exceptions=True):
+            assert isinstance(outcome, RequestError)
+            assert outcome.message == "constraint takes longer than 0.5 s to compile: make it simpler"
+        while len(compiler.threads) <= grammars.THREADS:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(grammars, "COMPILE_SECONDS", 60)
+        compiler.go.set()
+        assert isinstance(await waiting, CompiledGrammar)
+
+    asyncio.run(main())
+
+
+def test_no_more_are_held_than_may(compiler: HeldCompiler, kept: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "MAX_LIVE_GRAMMARS", 3)
+    monkeypatch.setattr(grammars, "MAX_CACHED_GRAMMARS", 1)
+
+    async def main() -> None:
+        compiler.go.set()
+        held = [await kept.get(regex(f"a{{{n}}}")) for n in range(4)]
+        with pytest.raises(Overloaded, match="4 constraints are in use: try again later"):
+            await kept.get(regex("b"))
+        del held[:2]
+        gc.collect()
+        assert isinstance(await kept.get(regex("b")), CompiledGrammar)
+
+    asyncio.run(main())
 
 
 # What the rules of a grammar ask for.

@@ -387,6 +387,30 @@ def test_a_free_slot_that_holds_most_of_what_is_wanted_is_swapped(held: int, sha
     assert cache.key(0).ids == (tokens_of(1) if swapped else tokens_of(0, held))
 
 
+class Failing(Moves):
+    """Columns that break in the middle of a move."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        raise RuntimeError
+
+    swap = copy
+
+
+@pytest.mark.parametrize("move", ["copy", "evict", "swap"])
+def test_a_move_that_fails_leaves_no_key_to_what_it_may_have_overwritten(move: str) -> None:
+    cache, _ = cache_of(20, 20, 20, released={2: False, 1: True, 0: True})
+    cache._columns = Failing()
+    moves = {
+        "copy": lambda: cache.copy_prefix(2, 0, 10),
+        "evict": lambda: cache.evict(0, {2}, OTHER),
+        "swap": lambda: cache.evict(0, {1, 2}, PrefixKey.of([*tokens_of(1), 9], None, "")),
+    }
+    with pytest.raises(RuntimeError):
+        moves[move]()
+    lost = {0, 1} if move == "swap" else {2}
+    assert {slot for slot in range(3) if not len(cache.key(slot))} == lost
+
+
 @pytest.mark.parametrize("columns", [None, Moves()])
 def test_an_empty_prompt_and_a_model_without_columns_find_nothing(columns: Moves | None) -> None:
     cache = PrefixCache(2, columns)
