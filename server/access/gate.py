@@ -18,6 +18,7 @@ from server.access.keys import Scope as KeyScope
 from server.access.refusals import Refusals
 from server.http.error_responses import error_response
 from server.http.middleware import PAGE_FILES
+from server.observability import request_record
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/openapi.json"})
 CALLER = "caller"  # in the state of a request
@@ -54,6 +55,8 @@ class Gate:
         if not self._keys.is_required:
             return await self._pass(Caller(), scope, receive, send)
         key = self._key(Headers(scope=scope))
+        if key is not None and (record := request_record.current()) is not None:
+            record.key = key.name
         if is_open(path):
             caller = self._caller(key) if key else Caller(is_admin=False)
             return await self._pass(caller, scope, receive, send)

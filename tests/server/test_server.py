@@ -302,7 +302,7 @@ def test_an_engine_that_cannot_go_on_ends_the_process(
         ready = httpx.get(f"{address}/ready")
         assert (health.status_code, ready.status_code) == (503, 503)
         assert health.json()["error"]["message"] == ready.json()["error"]["message"] == problem
-        assert process.wait(20) == 70
+        assert process.wait(60) == 70
         assert ends(text.result()) == 1
 
 

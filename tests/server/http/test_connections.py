@@ -69,8 +69,8 @@ def header(size: int) -> bytes:
         (b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 21 + b"\r\n", 431, "headers_too_large"),
         (b"", 408, "request_timeout"),
         (b"GET /health HTTP/1.1\r\nx: ", 408, "request_timeout"),
-        (b"POST /generate HTTP/1.1\r\ncontent-length: 100\r\n\r\n{", 408, "request_timeout"),
-        (b"POST /generate HTTP/1.1\r\ncontent-length: 10001\r\n\r\n", 413, "body_too_large"),
+        (b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{", 408, "request_timeout"),
+        (b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10001\r\n\r\n", 413, "body_too_large"),
     ],
 )
 def test_what_is_too_much_or_too_slow_is_answered_and_closed(
@@ -94,7 +94,8 @@ def test_headers_that_keep_coming_are_cut_off(client: httpx.Client) -> None:
 def test_a_chunked_body_that_is_too_large_ends_its_connection(client: httpx.Client) -> None:
     with connected(client) as connection:
         connection.sendall(
-            b"POST /generate HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-type: application/json\r\n\r\n"
+            b"POST /generate HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
+            b"content-type: application/json\r\n\r\n"
         )
         connection.sendall(b"2ee0\r\n" + b" " * 12000 + b"\r\n")
         assert read_all(connection)[:2] == (413, "body_too_large")
@@ -161,7 +162,8 @@ def test_a_reader_that_stalls_is_cut_off_and_its_generation_ends(tmp_path: Path)
     body = {"model": "demo", "prompt": "a", "logprobs": 20, "max_tokens": 500, "ignore_eos": True, "stream": True}
     content = json.dumps({**body, "n": 40}).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}"
     )
     with (
         demo_engine(slots=8, context=512) as engine,
