@@ -30,7 +30,7 @@ from steering_vectors.runtime.cpu.choose_packing import packed
 from steering_vectors.steering.bank import SteeringBank
 
 CACHES = ("past_key_values", "cache_params")  # other models are recomputed (RWKV's state is wrong in batches)
-MAX_LOGITS = 2**24  # numbers that are computed at once
+MAX_LOGITS = 2**22  # numbers that are computed at once: little enough for the allocator to use the memory again
 MAX_SAMPLED_TOKENS = 2**15  # prompts and samples of a batch, which bounds the cache's memory
 KEPT_BYTES = 2**27  # of shared prompts and of log-probabilities; the others are computed again
 PROBE_TOKENS = 4
