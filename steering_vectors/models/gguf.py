@@ -82,6 +82,8 @@ def convert_gguf(file: Path) -> Path:
     stat = file.stat()
     name = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {FORMAT}".encode()).hexdigest()[:32]
     target = cache_directory() / "gguf" / name
+    if target.exists():  # also where the cache cannot be written
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
