@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docker" / "requirements.txt"
 HEADER = """\
-# What the image installs, with the hashes of PyPI: written by scripts/requirements.py (`make requirements`), do not edit.
+# What the image installs, with PyPI's hashes. Written by scripts/requirements.py: run `make requirements`, do not edit.
 # torch and CUDA's libraries come from the index that the build argument TORCH_INDEX_URL names, so they are not here.
 """
 OF_TORCH = re.compile(r"(torch|triton|nvidia-|cuda-)")
