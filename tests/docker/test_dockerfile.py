@@ -86,5 +86,12 @@ def test_the_last_stage_installs_nothing_and_is_no_root() -> None:
     assert RUNTIME.rstrip().endswith('CMD ["trimtab", "serve"]')
 
 
+def test_the_converted_model_is_found_in_a_layer_that_keeps_whole_seconds() -> None:
+    """Otherwise it would be converted again, which a read-only root does not allow."""
+    steps = re.findall(r"touch --date=@\d+ \{\}|load_model\('smollm2'\)", CODE_OF_BUILD)
+    assert len(steps) == 2
+    assert steps[1] == "load_model('smollm2')"
+
+
 def test_models_may_come_from_the_hub() -> None:
     assert "HF_HUB_OFFLINE" not in "".join(line for line in RUNTIME.splitlines() if not line.startswith("#"))
