@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+REPORTS := build/audit
 MERMAID := scripts/site
 MODEL ?= smollm2
 PROFILES ?= profiles
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz mutants lint format types docs docs-serve examples check-examples bench demo clean
+.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz mutants lint format types audit requirements docs docs-serve examples check-examples bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +84,21 @@ types: $(VENV)/.dev  ## Check types with mypy --strict
 format: $(VENV)/.dev  ## Fix what ruff can fix, and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/.audit: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[audit]"
+	@touch $@
+
+# Not a part of `make test`: pip-audit asks PyPI for known vulnerabilities, and fails for what it cannot look up.
+audit: $(VENV)/.audit  ## Write an SBOM and licences into build/audit, and look for known vulnerabilities
+	mkdir -p $(REPORTS)
+	(cat docker/requirements.txt; grep '^torch==' constraints.txt) >$(REPORTS)/requirements.txt
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o $(REPORTS)/sbom.json $(REPORTS)/requirements.txt
+	$(BIN)/pip-licenses --from all --format markdown --with-urls --output-file $(REPORTS)/licences.md
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
+requirements: $(VENV)/.audit  ## Write docker/requirements.txt, the hashes of what the image installs
+	$(BIN)/python scripts/requirements.py
 
 # Mermaid draws the diagrams of the site. Without npm the site shows their source.
 $(VENV)/.mermaid: $(VENV)/.dev $(MERMAID)/package-lock.json

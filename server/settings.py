@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
     model: str = _model("demo", "The model: demo, smollm2, a directory, a GGUF file or a hub id.", min_length=1)
+    revision: str | None = _model(
+        None, "The commit, tag or branch of a hub id; a commit never changes. By default the main branch.", min_length=1
+    )
     chat_template: str | None = _model(
         None,
         "The chat template: the name of one of the tokenizer's, or a Jinja file; by default its own.",

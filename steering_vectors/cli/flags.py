@@ -56,6 +56,9 @@ class Model:
         str | None,
         in_model(help="The chat template: the name of one of the tokenizer's, or a Jinja file; by default its own."),
     ] = None
+    revision: Annotated[
+        str | None, in_model(help="The commit, tag or branch of a hub id; by default its main branch.")
+    ] = None
 
     def load(self) -> steering_vectors.LanguageModel:
         """Load the model without transformers' progress bar."""
@@ -63,7 +66,11 @@ class Model:
 
         disable_progress_bar()
         return steering_vectors.load_model(
-            self.model, dtype=self.dtype, device=self.device, chat_template=self.chat_template
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            chat_template=self.chat_template,
+            revision=self.revision,
         )
 
 

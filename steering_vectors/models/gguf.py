@@ -82,6 +82,8 @@ def convert_gguf(file: Path) -> Path:
     stat = file.stat()
     name = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {FORMAT}".encode()).hexdigest()[:32]
     target = cache_directory() / "gguf" / name
+    if target.exists():  # also where the cache cannot be written
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
@@ -120,9 +122,13 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         with _shared_reader(file, reader):
             network = AutoModelForCausalLM.from_pretrained(
-                directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+                directory,
+                gguf_file=name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+            tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name, trust_remote_code=False)
             codes = _codes(network, reader)
     except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"{file.name} cannot be converted by transformers: {first_line(error)}") from error

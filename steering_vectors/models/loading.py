@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
@@ -66,6 +66,7 @@ def load_model(
     adapter: Path | None = None,
     tensor_parallel: bool = False,
     chat_template: str | None = None,
+    revision: str | None = None,
 ) -> LanguageModel:
     """Load `demo`, `smollm2`, a directory, a hub id or a GGUF file; only safetensors and GGUF weights, no remote code.
 
@@ -73,16 +74,20 @@ def load_model(
     peft's format, merged into the weights: the result is another model, whose profiles are its own. With
     `tensor_parallel` each process of torch's process group holds a part of the weights, and all run the same passes.
     `chat_template` is the name of one of the tokenizer's templates, or a Jinja file, to use in place of its default.
+    `revision` is a commit, tag or branch of a hub id; all files are of the same commit, also without it.
     Raises ModelError with the remedy.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if revision is not None and not _is_hub_id(model):
+        raise ModelError(f"revision {revision!r} is for hub ids, and {model} is not one: leave it out")
     source = _source(model)
     _check_source(source)
-    tokenizer = _load_tokenizer(source)
+    commit = _commit(source, revision) if _is_hub_id(model) else None
+    tokenizer = _load_tokenizer(source, commit)
     if chat_template is not None:
         choose_template(tokenizer, chat_template)
-    network = _load_network(source, DTYPES.get(dtype, "auto"), None if tensor_parallel else device)
+    network = _load_network(source, commit, DTYPES.get(dtype, "auto"), None if tensor_parallel else device)
     if dtype == "auto" and not tensor_parallel:
         network = cast(PreTrainedModel, network.to(computing_dtype(network.dtype, network.device)))
     if adapter is not None:
@@ -122,7 +127,10 @@ def _source(model: str) -> str:
     if model == DEMO:
         return str(DEMO_DIRECTORY)
     file = smollm2_file() if model == SMOLLM2 else find_gguf(model)
-    return model if file is None else str(convert_gguf(file))
+    if file is None:
+        return model
+    refuse_adapter(file.parent)
+    return str(convert_gguf(file))
 
 
 def _check_source(source: str) -> None:
@@ -132,6 +140,7 @@ def _check_source(source: str) -> None:
         if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
             raise ModelError(f"there is no model directory {source}")
         return
+    refuse_adapter(directory)
     if not (directory / "config.json").exists():
         raise ModelError(f"{directory} holds no config.json: it is not a model's directory")
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
@@ -146,9 +155,42 @@ def _check_source(source: str) -> None:
         )
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def refuse_adapter(folder: Path, name: str = "") -> None:
+    """Raise ModelError for a folder with an adapter: transformers would load the base model that the adapter names, or
+    put the adapter into the model."""
+    if (folder / ADAPTER_FILES[0]).is_file():
+        raise ModelError(
+            f"{name or folder} holds an adapter ({ADAPTER_FILES[0]}), so it is no base model: give the model that the "
+            "adapter was made for, and the adapter's folder as --adapter"
+        )
+
+
+def _is_hub_id(model: str) -> bool:
+    is_file = model in (DEMO, SMOLLM2) or model.lower().endswith(SUFFIX)
+    return not is_file and not Path(model).expanduser().is_dir()
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit of a hub id, so that the tokenizer, the weights and the identity are those of one.
+
+    Raises ModelError if it cannot be found, or if it holds an adapter.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        for name in (ADAPTER_FILES[0], "config.json"):
+            found = cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=name == "config.json"
+            )
+            if found is not None and name == ADAPTER_FILES[0]:
+                refuse_adapter(Path(found).parent, source)
+    except OSError as error:
+        wanted = source if revision is None else f"{source}@{revision}"
+        raise ModelError(f"model {wanted!r} cannot be loaded: {first_line(error)}") from error
+    return None if found is None else Path(found).parent.name
+
+
+def _load_tokenizer(source: str, commit: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=False)
     except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -156,13 +198,33 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_network(source: str, dtype: torch.dtype | str, device: str | None) -> PreTrainedModel:
+def load_checkpoint(kind: Any, source: str, *, commit: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """A model of one of transformers' Auto classes, and the report of its loading; no code but transformers' own.
+
+    The implementations of attention and experts are the architecture's default here: a checkpoint's config could name
+    code of the hub in their place.
+    """
+    config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=False)
+    network, report = kind.from_pretrained(
+        source,
+        config=config,
+        revision=commit,
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=None,
+        experts_implementation=None,
+        output_loading_info=True,
+        **options,
+    )
+    network.config._commit_hash = commit
+    return network, report
+
+
+def _load_network(source: str, commit: str | None, dtype: torch.dtype | str, device: str | None) -> PreTrainedModel:
     """The model on a device. Without one, this process's part of it, on this process's device."""
     options = {} if device is not None else {"distributed_config": DistributedConfig(tp_plan="auto")}
     try:
-        network, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+        network, report = load_checkpoint(AutoModelForCausalLM, source, commit=commit, dtype=dtype, **options)
         network = (network if device is None else network.to(device)).eval().requires_grad_(False)
     except Exception as error:  # anything can be wrong in these files
         raise ModelError(f"model {source!r} cannot be loaded: {first_line(error)}") from error

@@ -25,6 +25,7 @@ FOLDERS = (
     ".ci",
     ".github",
     "benchmarks",
+    "deploy",
     "docker",
     "docs",
     "examples",

@@ -53,6 +53,7 @@ def _loaded(config: EngineConfig, channel: Channel | None) -> tuple[LanguageMode
         adapter=config.adapter,
         tensor_parallel=channel is not None,
         chat_template=config.chat_template,
+        revision=config.revision,
     )
     logger.info("the weights are %s", _pack(config, language_model))
     slots, context = _sizes(config, language_model)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from steering_vectors.errors import DataError, FitError
+from steering_vectors.models.loading import ADAPTER_FILES, load_checkpoint
 
 FITTED = "rtp"
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "offensive")
@@ -77,11 +78,11 @@ def fit_scorer(texts: Sequence[str], scores: Sequence[float]) -> ToxicityScorer:
 def _load_model(directory: Path) -> ToxicityScorer:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if (directory / ADAPTER_FILES[0]).is_file():
+        raise FitError(f"toxicity scorer {directory}: it is an adapter; merge it into its model, and name the result")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model, loading = load_checkpoint(AutoModelForSequenceClassification, str(directory), local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise FitError(
             f"toxicity scorer {directory}: no sequence-classification model can be loaded: {error}"

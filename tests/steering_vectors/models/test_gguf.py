@@ -179,3 +179,11 @@ def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_directory() == Path("/var/caches/trimtab")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_directory() == Path.home() / ".cache/trimtab"
+
+
+def test_a_converted_file_is_loaded_from_a_cache_that_cannot_be_written(files: Path, cache: Path) -> None:
+    folder = convert_gguf(files)
+    lock = folder.with_suffix(".lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # as it cannot be opened for writing, for root neither
+    assert convert_gguf(files) == folder

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -279,3 +281,103 @@ def test_code_in_a_checkpoint_is_not_run(directory: Path, tmp_path: Path) -> Non
 def test_an_unavailable_hub_id() -> None:
     with pytest.raises(ModelError, match="'nobody/nothing' cannot be loaded"):
         load_model("nobody/nothing")
+
+
+def test_a_folder_with_an_adapter_is_no_base_model(directory: Path, tmp_path: Path) -> None:
+    """transformers would fetch the base model that the adapter names."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    beside = copied(directory, tmp_path / "beside", without="nothing")
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    (quantized / "small.gguf").touch()
+    for folder in (adapter, beside, quantized):
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nobody/nothing"}))
+        with pytest.raises(ModelError) as refusal:
+            load_model(str(folder))
+        assert str(refusal.value) == (
+            f"{folder} holds an adapter (adapter_config.json), so it is no base model: give the model that the adapter "
+            "was made for, and the adapter's folder as --adapter"
+        )
+    with pytest.raises(ModelError, match="holds an adapter"):
+        load_model(str(quantized / "small.gguf"))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+@pytest.mark.parametrize("value", ["nobody/kernels", "flash_attention_2", "eager"])
+def test_a_config_does_not_choose_the_code_of_attention(directory: Path, tmp_path: Path, key: str, value: str) -> None:
+    foreign = copied(directory, tmp_path / "foreign", without="config.json")
+    config = json.loads((directory / "config.json").read_text())
+    (foreign / "config.json").write_text(
+        json.dumps({**config, key: value, key.replace("attn", "experts"): "nobody/kernels", "use_kernels": True})
+    )
+    found, plain = load_model(str(foreign)).model, load_model(str(directory)).model
+    assert (found.config._attn_implementation, found.config._experts_implementation) == (
+        plain.config._attn_implementation,
+        plain.config._experts_implementation,
+    )
+    assert plain.config._attn_implementation == "sdpa"
+    ids = torch.arange(2, 12).unsqueeze(0)
+    assert torch.equal(found(ids).logits, plain(ids).logits)
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A cache in which revisions of a hub id lie."""
+
+    folder: Path
+    name: str = "some/tiny"
+
+    def add(self, directory: Path, commit: str, *, branch: str | None = None) -> Path:
+        """Lay a copy of a directory as a commit, and let a branch or tag point to it. Returns the copy."""
+        repository = self.folder / f"models--{self.name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots").mkdir(exist_ok=True)
+        if branch is not None:
+            (repository / "refs" / branch).write_text(commit)
+        return copied(directory, repository / "snapshots" / commit, without="nothing")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return Hub(tmp_path / "hub")
+
+
+OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
+
+
+def test_a_revision_chooses_weights_tokenizer_and_identity(directory: Path, hub: Hub, tmp_path: Path) -> None:
+    old = hub.add(directory, OLD, branch="v1")
+    other = tiny_model("llama", num_hidden_layers=2)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer(chat_template=False).save_pretrained(tmp_path / "other")
+    new = hub.add(tmp_path / "other", NEW, branch="main")
+    for revision, expected in ((None, new), ("main", new), (NEW, new), ("v1", old), (OLD, old)):
+        found, local = load_model(hub.name, revision=revision), load_model(str(expected))
+        assert found.name == hub.name
+        assert found.identity.fingerprint == local.identity.fingerprint
+        assert found.num_layers == local.num_layers
+        assert found.tokenizer.chat_template == local.tokenizer.chat_template
+    assert load_model(str(old)).identity.fingerprint != load_model(str(new)).identity.fingerprint
+
+
+def test_a_revision_that_does_not_exist(directory: Path, hub: Hub) -> None:
+    hub.add(directory, OLD, branch="main")
+    with pytest.raises(ModelError, match="model 'some/tiny@v9' cannot be loaded: "):
+        load_model(hub.name, revision="v9")
+
+
+def test_a_hub_id_with_an_adapter_is_no_base_model(directory: Path, hub: Hub) -> None:
+    commit = hub.add(directory, OLD, branch="main")
+    (commit / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nobody/nothing"}))
+    with pytest.raises(ModelError, match=r"^some/tiny holds an adapter .* as --adapter$"):
+        load_model(hub.name)
+
+
+def test_files_have_no_revisions(directory: Path, tmp_path: Path) -> None:
+    for model in (str(directory), "demo", "smollm2", str(tmp_path / "small.gguf")):
+        with pytest.raises(ModelError) as refusal:
+            load_model(model, revision="v1")
+        assert str(refusal.value) == f"revision 'v1' is for hub ids, and {model} is not one: leave it out"

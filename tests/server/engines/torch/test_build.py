@@ -102,3 +102,8 @@ def test_the_environment_has_three_values(
     if given is not None:
         monkeypatch.setenv("TRIMTAB_CPU_PREPACK", given)
     assert load_settings().engine_config().cpu_prepack is value
+
+
+def test_a_revision_reaches_the_loader() -> None:
+    with pytest.raises(ModelError, match=r"^revision 'v1' is for hub ids, and demo is not one: leave it out$"):
+        build_engine(load_settings({"model": "demo", "revision": "v1"}).engine_config())

@@ -112,3 +112,10 @@ def test_rtp_is_fitted_later_and_anything_else_is_refused() -> None:
 def test_bad_scores(answer: object, message: str) -> None:
     with pytest.raises(FitError, match=message):
         scored(lambda texts: answer, ["a", "b"])  # type: ignore[arg-type, return-value]
+
+
+def test_an_adapter_is_no_classifier(tmp_path: Path) -> None:
+    folder = classifier(tmp_path / "model", {0: "other", 1: "toxic"})
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "nobody/nothing"}')
+    with pytest.raises(FitError, match="it is an adapter; merge it into its model"):
+        load_scorer(str(folder))
