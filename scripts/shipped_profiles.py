@@ -33,7 +33,6 @@ from typing import Annotated, Any
 
 import typer
 
-CACHE_BYTES = 2**32  # for keys and values, so that long texts are sampled in large batches
 PAIRS = 400
 WORDS = (5, 18)  # of a sentence
 CHARACTERS = 700  # of an answer, at most
@@ -120,10 +119,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory of profiles.")] = SHIPPED,
 ) -> None:
     from steering_vectors import FitSettings, fit, load_gate_prompts, load_model, load_pairs, save_profile
-    from steering_vectors.measures import sampling
     from steering_vectors.progress import ProgressLines
 
-    sampling.CACHE_BYTES = CACHE_BYTES
     if unknown := set(names or ()) - RECIPES.keys():
         raise typer.BadParameter(f"{min(unknown)} is not one of {', '.join(RECIPES)}")
     lm = load_model("smollm2")
@@ -266,14 +263,12 @@ def _row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
     }
 
 
-LONG = {"text_tokens": 1000, "text_count": 32}  # the safe range of what many people use should hold for long texts
-KEPT = LONG | {"keep_endings": True}  # what is not about length should not change it
+KEPT = {"keep_endings": True}  # what is not about length should not change it
 
-# At the KL budgets below .1, perplexity at strength 1 is less than 1.3 times the unsteered one.
 RECIPES = {
-    "cheerful": Recipe("bright and positive; the opposite is gloomy", reviews, KEPT | {"kl_budget": 0.08}),
+    "cheerful": Recipe("bright and positive; the opposite is gloomy", reviews, KEPT),
     "polite": Recipe("civil words without insults; the opposite is rude", rewrites, KEPT),
-    "concise": Recipe("short answers; the opposite is wordy", lengths, LONG | {"kl_budget": 0.03}),
+    "concise": Recipe("short answers; the opposite is wordy", lengths),
     "formal": Recipe(
         "formal written English; the opposite is casual",
         plain_answers,
@@ -286,8 +281,8 @@ RECIPES = {
             },
         },
     ),
-    "careful": Recipe("declines what is unsafe, and nothing else", refusals, LONG, gate=unsafe),
-    "helpful": Recipe("answers as a judge of answers prefers them", judgements, LONG),
+    "careful": Recipe("declines what is unsafe, and nothing else", refusals, gate=unsafe),
+    "helpful": Recipe("answers as a judge of answers prefers them", judgements),
 }
 
 
