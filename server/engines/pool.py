@@ -96,6 +96,8 @@ class DaemonPool:
         if self._prepare is not None:
             self._prepare()
         while (item := self._queue.get()) is not None:
+            if self._closed:  # taken while `close` empties the queue
+                item[0].cancel()
             _carry_out(*item)
             del item  # what it holds is not kept until the next one comes
             with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -62,14 +63,16 @@ def test_a_coefficient_beyond_float32_has_no_bound() -> None:
 
 
 def test_unit_shifts_are_kept_for_some_subsets_of_layers() -> None:
-    profile = tiny_profile(layers=(0, 1, 2))
-    first = unit_shifts(profile, (0,))
-    assert unit_shifts(profile, (0,)) is first
-    for count in range(1, MAX_LAYER_SUBSETS):
-        unit_shifts(profile, (0,) * (count + 1))
-    assert unit_shifts(profile, (0,)) is first
+    layers = (0, 1, 2, 3, 4)
+    profile = tiny_profile(layers=layers)
+    first, *others = (subset for count in (1, 2, 3) for subset in combinations(layers, count))
+    kept = unit_shifts(profile, first)
+    assert unit_shifts(profile, (*first, *first)) is kept  # the same blocks, however they are listed
+    for subset in others[: MAX_LAYER_SUBSETS - 1]:
+        unit_shifts(profile, subset)
+    assert unit_shifts(profile, first) is kept
     unit_shifts(profile, None)  # one too many: all are dropped
-    assert unit_shifts(profile, (0,)) is not first
+    assert unit_shifts(profile, first) is not kept
 
 
 def test_the_layers_where_a_profile_is_zero_are_known() -> None:
