@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +16,7 @@ from steering_vectors.errors import SteeringError
 from steering_vectors.profiles.gate import Gate
 from steering_vectors.profiles.mixture import MAX_LAYER_SUBSETS, Mixture, Shifts, Term, unit_shifts
 from steering_vectors.profiles.profile import LARGEST, Profile
-from tests.support.tiny_profiles import tiny_profile
+from tests.support.tiny_profiles import NOWHERE, tiny_profile
 
 CALIBRATION = {"kl_budget": 0.1, "kl_at_1": 0.1}
 WARM = tiny_profile(name="warm", version="a" * 64, unit=0.5, calibration=CALIBRATION)
@@ -64,7 +65,7 @@ def test_a_coefficient_beyond_float32_has_no_bound() -> None:
 
 def test_unit_shifts_are_kept_for_some_subsets_of_layers() -> None:
     layers = (0, 1, 2, 3, 4)
-    profile = tiny_profile(layers=layers)
+    profile = tiny_profile(replace(NOWHERE, num_layers=5), layers=layers)
     first, *others = (subset for count in (1, 2, 3) for subset in combinations(layers, count))
     kept = unit_shifts(profile, first)
     assert unit_shifts(profile, (*first, *first)) is kept  # the same blocks, however they are listed
