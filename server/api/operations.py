@@ -32,10 +32,12 @@ class Ready(TypedDict):
     model: Annotated[str, about("The base model's name on /v1, without directories.", "demo")]
     profiles: Annotated[int, about("The number of served profiles.", 4)]
     rejected: NotRequired[
-        Annotated[list[str], about("Present if files are rejected: their names; `GET /profiles` says why.")]
+        Annotated[list[str], about("The names of rejected files, if there are any; `GET /profiles` says why.")]
     ]
     profiles_error: NotRequired[
-        Annotated[str, about("Present if the profile directory cannot be read: why. What was served stays served.")]
+        Annotated[
+            str, about("Why the profile directory cannot be read, if it cannot. Profiles that were served stay served.")
+        ]
     ]
 
 
@@ -70,8 +72,8 @@ async def health(service: ServiceDep) -> Health:
 
 @router.get("/ready", summary="Can it serve?", **declare(Ready, 503))
 async def ready(service: ReadyDep) -> Ready:
-    """Answer 200 once the model and every profile are loaded; 503 before, while the server drains before it stops, and
-    if its engine has failed or hangs."""
+    """Answer 200 once the model and every profile are loaded. The answer is 503 before that, while the server drains,
+    and if its engine has failed or hangs."""
     service.check_accepting()
     registry = service.registry
     answer: Ready = {"status": "ready", "model": _shown(service.model_name), "profiles": len(registry.served)}

@@ -112,7 +112,7 @@ class FitSettings:
             raise FitError(f"tokens is {self.tokens!r}, not one of response, last")
         if self.keep_endings and self.layering != "independent":
             raise FitError("keep_endings works with independent layering only: leave one of both out")
-        _ = self.calibration
+        _ = self.calibration  # raises for values that cannot be used
 
     @property
     def calibration(self) -> CalibrationSettings:

@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
 
 
 def installed(folder: Path) -> Path:
-    """The unit with a program that exists, as verifying looks for it."""
+    """The unit with a program that exists, because `systemd-analyze verify` looks for it."""
     program = folder / "trimtab"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
