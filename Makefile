@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz mutants lint format types audit requirements docs docs-serve examples check-examples bench demo clean
+.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz mutants lint format types audit requirements docs docs-serve examples check-examples check-demo bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,12 +47,12 @@ profiles: $(VENV)/.runtime  ## Fit the shipped profiles again from the public da
 	$(BIN)/python scripts/shipped_profiles.py --data $(DATA)
 
 test: export HF_HUB_OFFLINE := 1
-test: lint types $(VENV)/.dev  ## Lint, type-check and run all tests, offline
-	$(BIN)/pytest -n auto --dist worksteal
+test: lint types $(VENV)/.dev  ## Lint, type-check and run the tests, offline
+	$(BIN)/pytest -n auto --dist worksteal -m "not corpus"
 
 test-fast: export HF_HUB_OFFLINE := 1
 test-fast: $(VENV)/.dev  ## Run the tests that are not marked slow (about a minute)
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not corpus"
 
 $(CLIENTS)/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt tests/clients/node/package-lock.json
 	$(PYTHON) -m venv $(CLIENTS)
@@ -120,6 +120,10 @@ examples: $(VENV)/.dev  ## Write the README's example replies
 check-examples: export HF_HUB_OFFLINE := 1
 check-examples: $(VENV)/.dev  ## Check the README's example replies
 	$(BIN)/python scripts/readme_examples.py --check
+
+check-demo: export HF_HUB_OFFLINE := 1
+check-demo: $(VENV)/.dev  ## Compare the demo model's held-out data and its replies with all that it was trained on
+	$(BIN)/pytest -m corpus tests/steering_vectors/demo
 
 bench: $(VENV)/.dev demo-profiles  ## Measure the dose response of the demo profiles (python -m benchmarks lists all)
 	$(BIN)/python -m benchmarks.quality.dose_response

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from scripts import readme_examples
 from scripts.readme_examples import Answer, block_of, blocks, differences, faults, receipt_of, written
+from server.cli import app
 from server.settings import Settings
 from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import save_profile
+from tests.support.few_texts import few_texts
 from tests.support.serving import demo_engine, live_server, random_profile
 
 pytestmark = pytest.mark.slow
@@ -69,26 +72,23 @@ def test_the_openai_client(client: httpx.Client) -> None:
     assert [(entry["name"], entry["strength"]) for entry in ast.literal_eval(receipt)] == [("cheerful", 0.8)]
 
 
-@pytest.mark.timeout(600)  # it fits a profile on one processor
-def test_fit_and_show(tmp_path: Path) -> None:
+def test_fit_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_texts(monkeypatch)
+    monkeypatch.chdir(ROOT)
     for command in block("bash", "trimtab fit").strip().splitlines():
         words = command.split()
         assert words[0] == ".venv/bin/trimtab"
-        words = [str(tmp_path) if word == "profiles" else word for word in words[1:]]
-        done = subprocess.run(
-            [sys.executable, "-m", "server.cli", *words], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, [str(tmp_path) if word == "profiles" else word for word in words[1:]])
+        assert done.exit_code == 0, done.stderr
         assert "polite" in done.stdout
     assert (tmp_path / "polite.safetensors").is_file()
 
 
-@pytest.mark.timeout(600)  # it fits a profile on one processor
-def test_the_python_interface() -> None:
-    code = block("python", "steer(lm.model")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) > 20
+def test_the_python_interface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few_texts(monkeypatch)
+    monkeypatch.chdir(ROOT)
+    exec(compile(block("python", "steer(lm.model"), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.strip()) > 20
 
 
 def test_the_two_commands_exist() -> None:

@@ -15,7 +15,7 @@ from examples.demo_corpus.lexicon import list_phrases
 from examples.demo_corpus.preferences import AXIS_OF, Row
 from examples.demo_corpus.topics import TOPICS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the corpus takes a minute to make
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "steering_vectors" / "demo"
@@ -86,11 +86,16 @@ def test_preference_sets_have_the_promised_rows(manner: str) -> None:
         assert row["chosen"] != row["rejected"]
 
 
+@pytest.mark.corpus
 def test_heldout_prompts_are_disjoint_from_training(training_text: str) -> None:
+    assert [prompt for prompt in list_prompts("heldout") if prompt in training_text] == []
+
+
+def test_heldout_prompts_are_many_and_not_those_of_the_fit() -> None:
     heldout = list_prompts("heldout")
     assert len(heldout) >= 100
     assert not heldout & list_prompts("train")
-    assert not [prompt for prompt in heldout if prompt in training_text]
+    assert not set(HELDOUT_QUESTIONS) & set(QUESTIONS)
     assert len(HELDOUT_QUESTIONS) >= 6
     assert len(QUESTIONS) >= 12
 
@@ -100,6 +105,7 @@ def strip_fields(phrase: str) -> list[str]:
     return [part.strip(" ,.") for part in re.split(r"\{\w+\}", phrase) if part.strip(" ,.")]
 
 
+@pytest.mark.corpus
 def test_heldout_phrasings_never_occur_in_training(training_text: str) -> None:
     fit_text = (training_text + "\n".join(list_replies("train"))).lower()
     whole = [phrase for phrase in list_phrases(heldout=True) if "{" not in phrase]
@@ -144,9 +150,13 @@ def test_tokenizer_keeps_any_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_sampled_replies_are_new_and_end(sampled_replies: list[str], training_text: str) -> None:
-    assert len(set(sampled_replies)) >= 150
+@pytest.mark.corpus
+def test_sampled_replies_are_new(sampled_replies: list[str], training_text: str) -> None:
     assert sum(reply not in training_text for reply in sampled_replies) >= 180
+
+
+def test_sampled_replies_differ_and_end(sampled_replies: list[str]) -> None:
+    assert len(set(sampled_replies)) >= 150
     assert sum(reply.endswith((".", "!", "?")) for reply in sampled_replies) >= 180
 
 

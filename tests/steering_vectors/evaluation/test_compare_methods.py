@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,11 +19,20 @@ from steering_vectors.measures.results import MethodComparison
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.reports.comparison import render_comparison
+from tests.support.few_texts import few_texts
 
 pytestmark = pytest.mark.slow
 
 METHODS = ("pca", "mean-diff")
 Compared = tuple[MethodComparison, list[Profile]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_texts() -> Iterator[None]:
+    """As many as it takes to meet the budget."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few_texts(monkeypatch, rows=64)
+        yield
 
 
 @pytest.fixture(scope="module")
