@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Encoded, Scored
-from steering_vectors.errors import ModelError
 from steering_vectors.measures.activations import pooled
 from steering_vectors.measures.divergence import kl_divergence
 from steering_vectors.measures.passes import prompt_cache, run, scored_batches_for
 from steering_vectors.measures.sampling import Sampled, Sampler, draw, similar
+from steering_vectors.models.forward import output_projection, projected_logits
 from steering_vectors.models.hooks import PositionSelector, raw_outputs, record, resumed
 from steering_vectors.models.limits import eos_ids
 from steering_vectors.models.loading import LanguageModel
@@ -244,18 +244,9 @@ class SteeredModel:
         return max(1, MAX_LOGITS // self.lm.vocab_size)
 
     def _log_probs(self, final: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities float32 `[positions, vocabulary]` from the inputs of the output projection.
-
-        The model runs on one token with its blocks skipped, so that all that it does after the projection is done.
-        """
-        blocks, ids = self.lm.blocks, torch.tensor([self._probe[:1]], device=self.lm.device)
-        skipped = final.new_zeros(1, 1, self.lm.hidden_size)
-        with (
-            torch.no_grad(),
-            self._selector.give(final.unsqueeze(0)),
-            resumed(blocks, self._block_outputs, len(blocks) - 1, skipped),
-        ):
-            logits = self.lm.model(input_ids=ids, use_cache=False).logits[0]
+        """Log-probabilities float32 `[positions, vocabulary]` from the inputs of the output projection."""
+        with torch.no_grad():
+            logits = projected_logits(self.lm, final, self._block_outputs)
         return torch.log_softmax(logits.float(), dim=-1)
 
     def _sampler_for(self, prompts: Sequence[Sequence[int]], tokens: int) -> Sampler:
@@ -383,11 +374,8 @@ def steerable(lm: LanguageModel) -> Iterator[SteeredModel]:
     Raises ModelError if the model has no output projection.
     """
     with packed(lm):
-        projection = lm.model.get_output_embeddings()
-        if projection is None:
-            raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
+        selector = PositionSelector(output_projection(lm))
         bank = SteeringBank.over(lm, rows=1)
-        selector = PositionSelector(projection)
         bank.attach()
         steered = SteeredModel(lm, bank, selector)
         try:

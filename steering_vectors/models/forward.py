@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from steering_vectors.errors import ModelError
+from steering_vectors.models.hooks import giving, resumed
+
+if TYPE_CHECKING:
+    from steering_vectors.models.loading import LanguageModel
 
 STATE_ARGUMENTS = ("past_key_values", "cache_params", "state")
 """What architectures call their state of earlier positions."""
@@ -39,3 +45,27 @@ def last_logits(output: Any, count: int = 1) -> torch.Tensor:
     """Logits of the last positions `[count, vocabulary]` in what a model returned for one row."""
     logits: torch.Tensor = output.logits
     return logits[0, -count:]
+
+
+def output_projection(lm: LanguageModel) -> nn.Module:
+    """Raises ModelError if the model has none."""
+    projection = lm.model.get_output_embeddings()
+    if not isinstance(projection, nn.Module):
+        raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
+    return projection
+
+
+def projected_logits(lm: LanguageModel, final: torch.Tensor, outputs: Sequence[Any]) -> torch.Tensor:
+    """Logits `[positions, vocabulary]` from inputs of the output projection `[positions, hidden]`.
+
+    The model runs on one token with its blocks skipped, so that all that it does after the projection is done.
+    `outputs` are outputs of all blocks in some pass.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+    skipped = final.new_zeros(1, 1, lm.hidden_size)
+    with (
+        giving(output_projection(lm), final.unsqueeze(0)),
+        resumed(lm.blocks, outputs, len(lm.blocks) - 1, skipped),
+    ):
+        logits: torch.Tensor = lm.model(input_ids=ids, use_cache=False).logits[0]
+    return logits

@@ -85,6 +85,13 @@ def intercepting(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
+def giving(projection: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Compute the logits of `hidden` `[1, k, hidden]` in the passes run inside, whatever the model computed."""
+    with registered([projection.register_forward_pre_hook(lambda _module, args: (hidden, *args[1:]))]):
+        yield
+
+
+@contextmanager
 def adding(block: nn.Module, shift: torch.Tensor, where: torch.Tensor) -> Iterator[None]:
     """Add `shift` `[hidden]` to a block's output at `where` (bool `[batch, positions]`) in the passes run inside.
 
@@ -218,12 +225,6 @@ class PositionSelector:
 
         with self._changing(change):
             yield taken
-
-    @contextmanager
-    def give(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Compute the logits of `hidden` `[1, k, hidden]`, whatever the model computed."""
-        with self._changing(lambda _: hidden):
-            yield
 
     def remove(self) -> None:
         self._handle.remove()

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from steering_vectors.errors import ModelError
-from steering_vectors.models.forward import evaluating
-from steering_vectors.models.hooks import intercepting
+from steering_vectors.models.forward import output_projection, projected_logits
+from steering_vectors.models.hooks import intercepting, raw_outputs
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.tuning.paired_reading import Around, Reading, forward, no_context
 
 MAX_LOGITS = 2**23  # numbers at a time
-TOLERANCE = 1e-3  # of the logits' range
 
-AfterProjection = Callable[[torch.Tensor], torch.Tensor]
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-_known: WeakKeyDictionary[nn.Module, AfterProjection] = WeakKeyDictionary()
 
 
 def response_log_likelihoods(
@@ -35,17 +30,17 @@ def response_log_likelihoods(
     forward pass.
 
     Every prompt must have at least one token, which predicts the first token of the response. Raises ModelError if the
-    model has no output projection, or does something unknown after it.
+    model has no output projection.
     """
-    projection, after = _projection(lm), _after_projection(lm)
+    projection = output_projection(lm)
     counted, columns = reading.response, reading.response.shape[1] + 1
     with intercepting(projection) as taken:
-        forward(lm, reading, around, keep=columns)
+        outputs = raw_outputs(lm.blocks, lambda: forward(lm, reading, around, keep=columns))
     hidden = taken[-1][:, -columns:-1][counted]  # [tokens, hidden]
     targets = reading.ids[:, reading.start :][counted]
 
     def score(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = after(projection(hidden)).float()
+        logits = projected_logits(lm, hidden, outputs).float()
         return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
     chosen = _chosen(score, hidden, targets, max(1, MAX_LOGITS // lm.vocab_size), projection)
@@ -86,43 +81,3 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         (gradients,) = ctx.saved_tensors
         return (upstream[0].unsqueeze(-1) * gradients).to(gradients), None, None, None
-
-
-def _projection(lm: LanguageModel) -> nn.Module:
-    projection = lm.model.get_output_embeddings()
-    if not isinstance(projection, nn.Module):
-        raise ModelError(f"{lm.identity.architecture} has no output projection, so it predicts no tokens")
-    return projection
-
-
-def _after_projection(lm: LanguageModel) -> AfterProjection:
-    """What the architecture does to the projection's logits: nothing, a scale, or a soft cap. It is measured once."""
-    if lm.model not in _known:
-        _known[lm.model] = _measured(lm)
-    return _known[lm.model]
-
-
-def _measured(lm: LanguageModel) -> AfterProjection:
-    projection, draw = _projection(lm), torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (1, 8), generator=draw).to(lm.device)
-    with torch.no_grad(), evaluating(lm.model):
-        with intercepting(projection) as taken:
-            logits = lm.model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        own = projection(taken[-1][:, -1]).float()
-    cap = getattr(lm.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    scale = float((own * logits).sum() / own.square().sum())
-    forms: list[AfterProjection] = [_unchanged]
-    if cap is not None:
-        forms.append(lambda logits: cap * torch.tanh(logits / cap))
-    forms.append(lambda logits: scale * logits)
-    for form in forms:
-        if bool((form(own) - logits).abs().max() <= TOLERANCE * (logits.max() - logits.min())):
-            return form
-    raise ModelError(
-        f"{lm.identity.architecture} changes its logits after the output projection in a way that training does not "
-        "know; use a method that does not train"
-    )
-
-
-def _unchanged(logits: torch.Tensor) -> torch.Tensor:
-    return logits

@@ -120,6 +120,21 @@ def test_parts_have_the_gradient_of_the_whole_batch(architecture: str, budget: i
         check_equal(gradients(parameters, parts), wanted)
 
 
+def test_whatever_a_model_does_to_its_logits_is_done() -> None:
+    lm = tiny("llama")
+
+    def changed(_module: Any, _args: Any, output: Any) -> Any:
+        output.logits = output.logits.exp() + torch.arange(VOCAB) / VOCAB
+        return output
+
+    with trained(lm, LoraWeights(lm, {"one": LoraShape(rank=4)}, seed=0)) as parameters:
+        usual = gradients(parameters, iter([plain_loss(lm, twins())]))
+        lm.model.register_forward_hook(changed)
+        wanted = gradients(parameters, iter([plain_loss(lm, twins())]))
+        check_equal(gradients(parameters, iter([loss_of(lm, twins())])), wanted)
+    assert max(float((one - other).abs().max()) for one, other in zip(usual, wanted, strict=True)) > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*SHARING, *NOT_SHARING])
 def test_a_prefix_is_shared_where_that_changes_no_gradient(architecture: str) -> None:
@@ -197,8 +212,7 @@ def test_an_instruction_is_hidden_in_a_shared_prefix_too() -> None:
     assert packed_readings(batch, pad_id(lm), "cpu")[0].prefix >= len(PREFIX)
     for row, twin in enumerate(batch):
         for side, reading in zip(together, readings([twin], pad_id(lm), "cpu"), strict=True):
-            with hiding(lm.blocks[1:], reading.instruction):
-                sums, counts = response_log_likelihoods(lm, reading)
+            sums, counts = response_log_likelihoods(lm, reading, lambda part: hiding(lm.blocks[1:], part.instruction))
             torch.testing.assert_close(side[row], (sums / counts)[0], atol=1e-5, rtol=1e-5)
 
 
