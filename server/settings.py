@@ -80,6 +80,13 @@ class Settings(BaseSettings):
     max_queue: int = _serving(
         DEFAULT_QUEUE, "Maximum number of generations that wait; requests beyond it get a 429.", ge=0
     )
+    max_queue_share: float = _serving(
+        0.5,
+        "The share of the queue that one request, and all requests of one API key, may take; beyond it, a request gets "
+        "a 400, a key a 429. Bytes in flight are shared alike.",
+        gt=0,
+        le=1,
+    )
     drain_seconds: float = _serving(
         6.0,
         "Maximum time that running requests may take after SIGTERM, before they end in an error. Set it below the time "
@@ -104,6 +111,17 @@ class Settings(BaseSettings):
         "requests together may have four times as many; beyond it, a 429.",
         ge=1000,
     )
+    max_tokens_limit: int | None = _limits(
+        None,
+        "Maximum number of tokens that a request may ask for, for each of its texts; beyond it, a 400. It is also what "
+        "a request gets that leaves max_tokens out, unless the default is less.",
+        ge=1,
+    )
+    max_n: int = _limits(128, "Maximum number of choices of a prompt; beyond it, a 400.", ge=1, le=128)
+    default_timeout_seconds: float = _limits(
+        600.0, "Maximum time in which a request without timeout is answered; beyond it, a 504.", gt=0
+    )
+    max_timeout_seconds: float = _limits(3600.0, "Maximum timeout that a request may ask for; beyond it, a 400.", gt=0)
     max_header_bytes: int = _limits(65536, "Maximum size of a request's line and headers; beyond it, a 431.", ge=1024)
     max_header_fields: int = _limits(100, "Maximum number of a request's headers; beyond it, a 431.", ge=16)
     header_timeout_seconds: float = _limits(10.0, "Maximum time in which headers must arrive; then a 408.", gt=0)
@@ -233,6 +251,16 @@ class Settings(BaseSettings):
                 raise ValueError("--device names one device; with --tensor-parallel give cpu or cuda alone")
             if "RANK" not in os.environ:
                 raise ValueError("--tensor-parallel needs torchrun: torchrun --nproc-per-node 2 -m server.cli serve …")
+        return self
+
+    @model_validator(mode="after")
+    def _check_timeouts(self) -> Self:
+        most, default = self.max_timeout_seconds, self.default_timeout_seconds
+        if default > most:
+            raise ValueError(
+                f"--default-timeout-seconds is {default:g}, more than --max-timeout-seconds, which is {most:g}: raise "
+                "that, or lower this"
+            )
         return self
 
     @model_validator(mode="after")

@@ -57,8 +57,17 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         "the seconds in `retry-after`.",
         error_object("the model is being loaded: try again in a moment", status=503, code="loading"),
     ),
+    504: (
+        "The request was not answered within its `timeout`. A stream sends this error as its last event.",
+        error_object(
+            "the request was not answered within its timeout of 30 s: it still waited for a slot",
+            status=504,
+            param="timeout",
+            code="deadline_exceeded",
+        ),
+    ),
 }
-GENERATING = (400, 404, 429, 503)  # the errors of routes that run generations
+GENERATING = (400, 404, 429, 503, 504)  # the errors of routes that run generations
 OTHER_ERRORS: dict[int | str, Json] = {
     "default": {
         "description": "Any other error: 401 without a required key, 403 for a key without the scope or for a host "

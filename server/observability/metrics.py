@@ -31,7 +31,7 @@ WITHDRAWN = "_withdrawn"  # no profile can have this name
 OTHER = "_other"
 MAX_CODES = 100  # error codes that have a series of their own
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "cancelled", "error")
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "cancelled", "timeout", "error")
 
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480)

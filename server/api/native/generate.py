@@ -160,6 +160,8 @@ class GenerateBody(TextBody, ConstrainedBody):
             common=GenerationRequest((), (), self.sampling()),
             constraints=self.constraints(),
             projections=self.projections,
+            timeout=self.timeout,
+            max_tokens_field=self.max_tokens_field,
         )
 
     def _plan(self, header: str | None) -> SteeringPlan:
@@ -197,6 +199,8 @@ class CompareBody(TextBody):
             common=GenerationRequest((), (), self.sampling(), divergence=self.kl),
             projections=self.projections,
             counted="variants",
+            timeout=self.timeout,
+            max_tokens_field=self.max_tokens_field,
         )
 
 
@@ -228,6 +232,7 @@ class ScoreBody(OnePromptBody):
             common=GenerationRequest((), (), SamplingParameters(max_tokens=0), prompt_logprobs=self.top_logprobs),
             completions=self.completions,
             counted="completions",
+            timeout=self.timeout,
         )
 
 
