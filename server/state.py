@@ -59,7 +59,7 @@ class Service:
         self.encoding = DaemonPool(1, "trimtab-encoding")  # of large answers
         self.bytes_in_flight = BytesInFlight(settings.max_bytes_in_flight, settings.max_queue_share)
         self._budget = AnswerBudget(settings.max_answer_values)
-        self._load_of_engine: Load | None = None
+        self._engine_load: Load | None = None
         self._max_characters = 0
         self._limits = RequestLimits(
             default_timeout=settings.default_timeout_seconds,
@@ -99,7 +99,7 @@ class Service:
 
     def retry_after(self) -> int:
         """The seconds after which a request that was refused may be sent again."""
-        return MIN_RETRY_SECONDS if self._load_of_engine is None else self._load_of_engine.retry_after()
+        return MIN_RETRY_SECONDS if self._engine_load is None else self._engine_load.retry_after()
 
     def drain(self) -> None:
         """Take no new generations; /ready says so. What runs goes on, and its steering can still be changed."""
@@ -119,9 +119,8 @@ class Service:
 
     @property
     def load(self) -> Load:
-        self.check_ready()
-        assert self._load_of_engine is not None
-        return self._load_of_engine
+        assert self._engine_load is not None
+        return self._engine_load
 
     @property
     def model_name(self) -> str:
@@ -188,6 +187,9 @@ class Service:
             rejected=sum(entry.status == "rejected" for entry in registry.entries),
             loads=registry.loads,
             rejections=registry.rejections,
+            admitted=self.load.total,
+            body_bytes=self.bytes_in_flight.total,
+            answer_values=self._budget.used,
         )
 
     async def _load(self) -> None:
@@ -202,7 +204,7 @@ class Service:
                 self._engine = await self._loader.run(lambda: run_apart(partial(build_engine, config)))
             info = self._engine.info
             identity = info.identity
-            self._load_of_engine = Load(info.slots, info.capacity, self.settings.max_queue_share)
+            self._engine_load = Load(info.slots, info.capacity, self.settings.max_queue_share)
             self._max_characters = await self._loader.run(lambda: longest_text(info))
             shipped = await self._loader.run(lambda: shipped_profiles(identity))
             self._registry = ProfileRegistry(

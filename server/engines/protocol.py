@@ -385,11 +385,11 @@ class Finished:
     """The one terminal event of every choice of an accepted request.
 
     `steered_tokens` counts the positions at which the residual stream was changed, `cached_tokens` the prompt tokens
-    whose KV was reused. `error` is set for reason "error", where `error_param` is the field of the request that caused
-    it, None for a fault of the model or the engine; and for reason "timeout", where it says how far the choice came. `matched_stop` is the stop string or stop token id that
-    ended the text, None for an end-of-sequence token. `segments` are the plans, one unless they changed. `ending` is
-    the log-probability of an end-of-sequence or stop token, which is counted but in no Delta. `times` is None if the
-    engine is gone.
+    whose KV was reused. `error` is set for two reasons: for "error", where `error_param` is the field of the request
+    that caused it, None for a fault of the model or the engine; and for "timeout", where it says how far the choice
+    came. `matched_stop` is the stop string or stop token id that ended the text, None for an end-of-sequence token.
+    `segments` are the plans, one unless they changed. `ending` is the log-probability of an end-of-sequence or stop
+    token, which is counted but in no Delta. `times` is None if the engine is gone.
     """
 
     id: str

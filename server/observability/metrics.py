@@ -63,6 +63,9 @@ class Snapshot:
     rejected: int = 0
     loads: int = 0
     rejections: int = 0
+    admitted: int = 0  # generations
+    body_bytes: int = 0
+    answer_values: int = 0
 
 
 def _gauge(meaning: str, value: Callable[[Snapshot], float]) -> Declared:
@@ -98,6 +101,16 @@ METRICS: Mapping[str, Declared] = {
     "ready": _gauge("Whether the model and the profiles are loaded.", lambda now: now.ready),
     "num_requests_running": _gauge("Generations that have a slot.", lambda now: now.stats.running),
     "num_requests_waiting": _gauge("Generations that wait for a slot.", lambda now: now.stats.waiting),
+    "num_generations_admitted": _gauge(
+        "Generations that have a place: those that are being tokenized or compiled, wait or run.",
+        lambda now: now.admitted,
+    ),
+    "body_bytes_in_flight": _gauge(
+        "Bytes of the bodies of requests that are being answered.", lambda now: now.body_bytes
+    ),
+    "answer_values_in_flight": _gauge(
+        "Values that the answers to running requests may report besides their text.", lambda now: now.answer_values
+    ),
     "slots": _gauge("Generations that can run at once.", lambda now: 0 if now.info is None else now.info.slots),
     "slots_used": _gauge("Slots in use; a generation with divergences takes two.", lambda now: now.stats.slots_used),
     "kv_cache_usage_perc": _gauge("Share of the KV cache that running generations use, 0 to 1.", _kv_usage),
