@@ -21,6 +21,8 @@ from server.engines.protocol import Capability, EngineInfo, EventStream, Generat
 from server.engines.torch.engine import TorchEngine
 from server.generation.answer_sizes import AnswerBudget
 from server.generation.intake import Asking, Intake, longest_text
+from server.generation.load import Load
+from server.generation.request_limits import RequestLimits
 from server.profiles.registry import ProfileRegistry
 from steering_vectors.errors import RequestError
 from tests.support.serving import engine_fixture, profiles_fixture
@@ -29,6 +31,9 @@ LONG = "x" * 10_000_000  # to encode it takes seconds
 MESSAGES = [{"role": "user", "content": "Hello"}]
 engine = engine_fixture(slots=2, context=64, max_queue=4)
 profiles = profiles_fixture("warm", "concise")
+
+
+DEFAULT_LIMITS = RequestLimits()
 
 
 class Recorder:
@@ -52,11 +57,16 @@ class Recorder:
 
 
 @asynccontextmanager
-async def intake_of(recorder: Recorder, profiles: Path) -> AsyncIterator[Intake]:
+async def intake_of(
+    recorder: Recorder, profiles: Path, limits: RequestLimits = DEFAULT_LIMITS
+) -> AsyncIterator[Intake]:
     registry = ProfileRegistry(profiles, recorder)  # type: ignore[arg-type]
     await registry.start()
     pool, budget = DaemonPool(1, "tokenizing"), AnswerBudget(1_000_000)
-    yield Intake(recorder, "demo", registry, pool, budget, longest_text(recorder.info))  # type: ignore[arg-type]
+    load = Load(recorder.info.slots, recorder.info.capacity, 0.5)
+    longest = longest_text(recorder.info)
+    yield Intake(recorder, "demo", registry, pool, budget, load, longest, limits)  # type: ignore[arg-type]
+    assert (load.total, budget.used) == (0, 0)
     pool.close()
     await registry.stop()
 
@@ -158,7 +168,7 @@ def test_counts_are_checked_before_any_work(
     monkeypatch.setattr(type(engine.info.tokenizer), "encode", no_work)
     with pytest.raises(RequestError) as failure:
         ask(body)
-    expected = f"{param}: 7 generations exceed the 6 that this server runs and queues at once: request fewer"
+    expected = f"{param}: 7 generations exceed the 4 that one request may have here: request fewer"
     assert (failure.value.message, failure.value.param) == (expected, param)
 
 

@@ -76,18 +76,22 @@ class Scheduler:
             if state.leader is not None and not state.is_following:
                 self._begin(state)
         admitted = []
-        while (state := self._waiting.next(self._held)) and len(self._free) >= 1 + state.request.divergence:
-            self._waiting.take(state)
-            self._running[state.id] = state  # before anything can fail, so that it can be ended and its slots freed
-            state.slot = heapq.heappop(self._free)
-            if state.request.divergence:
-                state.unsteered_slot = heapq.heappop(self._free)
-            self._held[state.request.tenant] += len(state.slots)
-            for slot in state.slots:
-                self._prefixes.evict(slot, self._free, state.reusable)
-            self._begin(state)
-            admitted.append(state)
+        while (waiting := self._waiting.next(self._held)) and len(self._free) >= 1 + waiting.request.divergence:
+            self._waiting.take(waiting)
+            self._place(waiting)
+            admitted.append(waiting)
         return admitted
+
+    def _place(self, state: RequestState) -> None:
+        """Give a request its slots."""
+        self._running[state.id] = state  # before anything can fail, so that it can be ended and its slots freed
+        state.slot = heapq.heappop(self._free)
+        if state.request.divergence:
+            state.unsteered_slot = heapq.heappop(self._free)
+        self._held[state.request.tenant] += len(state.slots)
+        for slot in state.slots:
+            self._prefixes.evict(slot, self._free, state.reusable)
+        self._begin(state)
 
     def schedule(self) -> list[list[Chunk]]:
         """The forward passes of the next step, each with its chunks in order of slots: first chunks of prompts, grouped
