@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 engine = engine_fixture(slots=2, context=256, max_queue=8, prefill_chunk=4)
 profiles = profiles_fixture("warm")
-ENDLESS = {"prompt": "Bread is", "max_tokens": 200, "ignore_eos": True}
+ENDLESS = {"prompt": "Bread is", "max_tokens": 30, "ignore_eos": True}
 COMPLETION = {"model": "demo", **ENDLESS}
 GAUGES = (
     "num_requests_running",
@@ -41,7 +41,7 @@ GAUGES = (
 
 @pytest.fixture
 def client(engine: HeldEngine, profiles: Path) -> Iterator[httpx.Client]:
-    with live_server(engine, profiles, max_tokens_limit=220, max_n=3, max_timeout_seconds=900) as client:
+    with live_server(engine, profiles, max_tokens_limit=32, max_n=3, max_timeout_seconds=900) as client:
         yield client
     engine.go()
 
@@ -187,11 +187,11 @@ def test_a_deadline_holds_while_a_constraint_is_compiled(client: httpx.Client, m
     ("path", "body", "param", "message"),
     [
         ("/v1/completions", {"n": 4}, "n", "n is 4; this server generates at most 3 choices"),
-        ("/v1/completions", {"max_tokens": 221}, "max_tokens", "max_tokens is 221; this server generates at most 220 "
+        ("/v1/completions", {"max_tokens": 33}, "max_tokens", "max_tokens is 33; this server generates at most 32 "
          "tokens for a text: ask for fewer"),
         ("/v1/chat/completions", {"max_completion_tokens": 500}, "max_completion_tokens", "max_completion_tokens is "
-         "500; this server generates at most 220 tokens for a text: ask for fewer"),
-        ("/generate", {"max_tokens": 9999}, "max_tokens", "max_tokens is 9999; this server generates at most 220 "
+         "500; this server generates at most 32 tokens for a text: ask for fewer"),
+        ("/generate", {"max_tokens": 9999}, "max_tokens", "max_tokens is 9999; this server generates at most 32 "
          "tokens for a text: ask for fewer"),
         ("/generate", {"timeout": 901}, "timeout", "timeout is 901 s; this server takes at most 900 s for a request"),
         ("/generate", {"timeout": 0}, "timeout", "field 'timeout': it should be greater than 0, not 0"),
@@ -215,8 +215,8 @@ def test_what_a_request_leaves_out_keeps_within_the_limit(client: httpx.Client, 
     """A chat without max_tokens may otherwise go on to the end of the context."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True}
     answer = client.post("/v1/chat/completions", json=body).json()
-    assert answer["usage"]["prompt_tokens"] + 220 < engine.info.context
-    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (220, "length")
+    assert answer["usage"]["prompt_tokens"] + 32 < engine.info.context
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (32, "length")
 
 
 # A full queue.
