@@ -172,6 +172,42 @@ def test_counts_are_checked_before_any_work(
     assert (failure.value.message, failure.value.param) == (expected, param)
 
 
+LONGER = "x" * 4000  # characters; one token has a few at most
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "what"),
+    [
+        (GenerateBody(prompt=LONGER), "prompt", "the prompt has 4000 characters"),
+        (CompletionBody(model="demo", prompt=["a", LONGER]), "prompt", "the prompt has 4000 characters"),
+        (CompletionBody(model="demo", prompt=[5] * 65), "prompt", "the prompt has 65 tokens; the context holds 64"),
+        (
+            ChatBody(model="demo", messages=[{"role": "user", "content": LONGER[:2000]}] * 2),
+            "messages",
+            "messages has 4000 characters",
+        ),
+        (ScoreBody(prompt="a", completions=["b", LONGER]), "completions[1]", "completions[1] has 4000 characters"),
+    ],
+    ids=["text", "texts", "ids", "messages", "completion"],
+)
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
+    ask: Ask, body: Asking, param: str, what: str, monkeypatch: pytest.MonkeyPatch, engine: TorchEngine
+) -> None:
+    encoded: list[int] = []
+    call = type(engine.info.tokenizer).__call__
+
+    def noted(self: Any, text: Any, *given: Any, **options: Any) -> Any:
+        encoded.append(len(text))
+        return call(self, text, *given, **options)
+
+    monkeypatch.setattr(type(engine.info.tokenizer), "__call__", noted)
+    with pytest.raises(RequestError) as failure:
+        ask(body)
+    assert failure.value.message.startswith(what)
+    assert (failure.value.param, failure.value.code) == (param, "context_length_exceeded")
+    assert max(encoded, default=0) < 10
+
+
 def test_a_profile_is_named_by_its_field(ask: Ask) -> None:
     for body, param in (
         (GenerateBody(prompt="a", profile="kind"), "profile"),
