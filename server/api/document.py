@@ -49,8 +49,9 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
     ),
     409: ("The generation has already ended.", error_object("the generation has ended", status=409, code="conflict")),
     429: (
-        "The queue is full, or the budget of the key is used up: retry after the seconds in the header `retry-after`.",
-        error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
+        "The queue or the memory for bodies and answers is full, or the budget or share of the key is used up: retry "
+        "after the seconds in the header `retry-after`.",
+        error_object("1040 generations are running or waiting already: try again later", status=429, code="overloaded"),
     ),
     503: (
         "The model is loading, the server is shutting down or its engine has failed: retry after "

@@ -184,7 +184,7 @@ LONGER = "x" * 4000  # characters; one token has a few at most
         (
             ChatBody(model="demo", messages=[{"role": "user", "content": LONGER[:2000]}] * 2),
             "messages",
-            "messages has 4000 characters",
+            "the prompt has 4000 characters",
         ),
         (ScoreBody(prompt="a", completions=["b", LONGER]), "completions[1]", "completions[1] has 4000 characters"),
     ],

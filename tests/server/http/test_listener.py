@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -91,7 +92,8 @@ def test_a_unix_socket(engine: HeldEngine, profiles: Path, tmp_path: Path) -> No
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert client.post("/generate", json=TEXT).status_code == 200
         assert client.get("/v1/models", headers={"host": "models.example"}).status_code == 200  # of a proxy
-        assert Remote(f"unix:{path}").fetch("/v1/models")["data"][0]["id"] == "demo"
+        with contextlib.closing(Remote(f"unix:{path}")) as remote:
+            assert remote.fetch("/v1/models")["data"][0]["id"] == "demo"
         with socket.socket(socket.AF_UNIX) as connection:  # what arrives is bounded as on any other connection
             connection.connect(str(path))
             connection.sendall(b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n")

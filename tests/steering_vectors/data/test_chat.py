@@ -110,7 +110,7 @@ def test_a_template_that_fails_is_an_error_of_the_request(template: str) -> None
     ("template", "reason"),
     [
         ("{{ raise_exception('Only one turn, please.') }}", "Only one turn, please."),
-        ("{{ messages[0].content.x }}", "'str object' has no attribute 'x'"),
+        ("{{ messages[9].content.x }}", "list object has no element 9"),
         ("{% include '/etc/passwd' %}", "TypeError"),
         ("{{ 1 + messages[0]['content'] }}", "TypeError"),
         ("{{ secret.__class__.__mro__ }}", "SecurityError"),
