@@ -15,16 +15,17 @@ from fastapi_offline import FastAPIOffline
 
 from server.access.browsers import HostCheck, SecurityHeaders, allowed_hosts, with_cors
 from server.access.budgets import Budgets
-from server.access.gate import Gate
+from server.access.gate import Gate, tenant_of
 from server.access.keyring import KeyRing
 from server.access.refusals import Refusals
 from server.api import operations, profiles
+from server.api.dependencies import generates
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.api.native import generate, steering_routes
 from server.api.openai import routes as openai
 from server.engines.protocol import Engine
 from server.http.error_responses import install_error_handlers
-from server.http.middleware import PAGE_FILES, BodyLimit
+from server.http.middleware import PAGE_FILES, BodyLimit, RoomCheck
 from server.observability.observe import ObserveRequests
 from server.observability.traces import Traces, exporting_traces
 from server.settings import Settings, refuse_mistyped_access, unknown_variables
@@ -64,15 +65,29 @@ def create_app(
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
     app.state.service = Service(settings, engine)
     app.state.traces = _traces(settings, tracer_provider)
-    install_error_handlers(app)
+    service: Service = app.state.service
+    install_error_handlers(app, service.retry_after)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_in_flight=settings.max_bytes_in_flight)
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    app.add_middleware(
+        RoomCheck,
+        paths={route.path for route in routes if generates(route)},
+        check=lambda scope: service.check_room(tenant_of(scope)),
+        retry_after=service.retry_after,
+    )
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.max_body_bytes,
+        in_flight=service.bytes_in_flight,
+        tenant_of=tenant_of,
+        retry_after=service.retry_after,
+    )
     _protect(app, settings)
     app.add_middleware(  # the last is the outermost: it also sees what the others refuse
         ObserveRequests,
-        metrics=app.state.service.metrics,
-        routes={route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)},
+        metrics=service.metrics,
+        routes={route.path for route in routes},
         log_prompts=settings.log_prompts,
         traces=app.state.traces,
     )
@@ -84,7 +99,7 @@ def _protect(app: FastAPI, settings: Settings) -> None:
     """Add the checks of access, the outermost last."""
     refusals = app.state.refusals = Refusals()
     keys = KeyRing(settings.api_key_file, settings.api_key)
-    app.state.budgets = Budgets(settings)
+    app.state.budgets = Budgets(settings, app.state.service.retry_after)
     app.add_middleware(Gate, keys=keys, budgets=app.state.budgets, refusals=refusals)
     hosts = allowed_hosts(settings)
     if hosts is not None:

@@ -127,7 +127,7 @@ def _kind(annotation: Any) -> Any:
 
 def serve(given: Mapping[str, Any]) -> None:
     """Serve with these settings, the environment's and the defaults, until the process is told to stop."""
-    from server.http.listener import listen, run_in_loop
+    from server.http.listener import listening, run_in_loop
     from server.observability.logs import set_up_logs
     from server.settings import load_settings
 
@@ -139,7 +139,7 @@ def serve(given: Mapping[str, Any]) -> None:
         follow(settings.engine_config())
         return
     before, code = set(threading.enumerate()), 0
-    with suppress(KeyboardInterrupt), listen(settings.host, settings.port) as listener:
+    with suppress(KeyboardInterrupt), listening(settings) as listener:
         code = run_in_loop(_serve(settings, listener))
     _leave(code, [thread for thread in threading.enumerate() if thread not in before])
 
@@ -159,7 +159,9 @@ def _leave(code: int, threads: Sequence[threading.Thread]) -> None:
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="The server's address.", envvar="TRIMTAB_URL")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option(help="The server's address, or unix:PATH.", envvar="TRIMTAB_URL")
+    ] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="The served model, or an alias such as demo:warm@0.8.")] = "",
     system: Annotated[str, typer.Option(help="The first system message.")] = "",
     api_key: Annotated[
@@ -208,7 +210,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
 
     from server.app import create_app
     from server.http.connections import ConnectionLimits, raise_descriptor_limit
-    from server.http.listener import Server, url_of
+    from server.http.listener import Server, tls_options, url_of
     from server.observability.logs import set_up_transformers_logs
     from steering_vectors.runtime.cpu.threads import processors
 
@@ -216,6 +218,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     # the engine gets all processors; see steering_vectors.runtime.cpu.threads
     settings = settings.model_copy(update={"threads": settings.threads or processors()})
     torch.set_num_threads(1)
+    tls = tls_options(settings)
     application = create_app(settings)
     service = application.state.service
     fitting = raise_descriptor_limit()
@@ -237,12 +240,19 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
             write_seconds=settings.write_timeout_seconds,
             connections=connections,
         ),
+        tls=tls,
     )
-    announcing = asyncio.create_task(_announce(service, url_of(settings.host, listener), server.stop))
+    address = url_of(settings.host, listener, tls=bool(tls))
+    announcing = asyncio.create_task(_announce(service, address, server.stop))
     watching = asyncio.create_task(_watch(service, partial(server.stop, at_once=True)))
     await server.serve(sockets=[listener])
     if announcing.done():
-        announcing.result()
+        try:
+            announcing.result()
+        except TrimtabError:
+            raise
+        except Exception:  # logged where it was raised
+            return ENGINE_FAILED
     announcing.cancel()
     return ENGINE_FAILED if watching.done() else 0
 

@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import socket
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -23,7 +24,17 @@ from steering_vectors.errors import TrimtabError
 
 PREFIX = "TRIMTAB_"
 OF_OTHERS = frozenset({"TRIMTAB_URL", "TRIMTAB_CACHE"})  # read from the same environment, by `trimtab chat` and by all
-OF_ACCESS = ("api_key", "api_key_file", "allow_unauthenticated", "allowed_hosts", "cors_origins")
+OF_ACCESS = (
+    "api_key",
+    "api_key_file",
+    "allow_unauthenticated",
+    "allowed_hosts",
+    "cors_origins",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_keyfile_password",
+    "ssl_ca_certs",
+)
 SINGLE_WORD = r"^\S+$"
 
 
@@ -67,6 +78,14 @@ class Settings(BaseSettings):
     )
     host: str = _serving("127.0.0.1", "The address to listen on; 0.0.0.0 is every interface.", pattern=SINGLE_WORD)
     port: int = _serving(8000, "The port to listen on; 0 takes any free one.", ge=0, le=65535)
+    uds: Path | None = _serving(
+        None, "A unix socket to listen on, in place of --host and --port. It is removed when the server ends."
+    )
+    uds_mode: str = _serving(
+        "600",
+        "The permissions of --uds, in octal: 600 lets only its owner connect, 660 its group as well.",
+        pattern=r"^[0-7]{3}$",
+    )
     served_model_name: str | None = _serving(
         None, "The model's name in /v1; by default its hub id or directory.", pattern=SINGLE_WORD
     )
@@ -79,6 +98,13 @@ class Settings(BaseSettings):
     )
     max_queue: int = _serving(
         DEFAULT_QUEUE, "Maximum number of generations that wait; requests beyond it get a 429.", ge=0
+    )
+    max_queue_share: float = _serving(
+        0.5,
+        "The share of the queue that one request, and all requests of one API key, may take; beyond it, a request gets "
+        "a 400, a key a 429. Bytes in flight are shared alike.",
+        gt=0,
+        le=1,
     )
     drain_seconds: float = _serving(
         6.0,
@@ -104,6 +130,17 @@ class Settings(BaseSettings):
         "requests together may have four times as many; beyond it, a 429.",
         ge=1000,
     )
+    max_tokens_limit: int | None = _limits(
+        None,
+        "Maximum number of tokens that a request may ask for, for each of its texts; beyond it, a 400. It is also what "
+        "a request gets that leaves max_tokens out, unless the default is less.",
+        ge=1,
+    )
+    max_n: int = _limits(128, "Maximum number of choices of a prompt; beyond it, a 400.", ge=1, le=128)
+    default_timeout_seconds: float = _limits(
+        600.0, "Maximum time in which a request without timeout is answered; beyond it, a 504.", gt=0
+    )
+    max_timeout_seconds: float = _limits(3600.0, "Maximum timeout that a request may ask for; beyond it, a 400.", gt=0)
     max_header_bytes: int = _limits(65536, "Maximum size of a request's line and headers; beyond it, a 431.", ge=1024)
     max_header_fields: int = _limits(100, "Maximum number of a request's headers; beyond it, a 431.", ge=16)
     header_timeout_seconds: float = _limits(10.0, "Maximum time in which headers must arrive; then a 408.", gt=0)
@@ -167,6 +204,16 @@ class Settings(BaseSettings):
     )
     allow_unauthenticated: bool = _security(
         False, "Serve without keys on an address that other machines can reach; refused otherwise."
+    )
+    ssl_certfile: Path | None = _security(
+        None, "A certificate in PEM, followed by those that lead to its root: serve HTTPS in place of HTTP."
+    )
+    ssl_keyfile: Path | None = _security(None, "The key of --ssl-certfile in PEM, if it is in a file of its own.")
+    ssl_keyfile_password: str | None = _security(
+        None, "The password of an encrypted key; better in the environment.", repr=False
+    )
+    ssl_ca_certs: Path | None = _security(
+        None, "Certificates in PEM: only clients with a certificate that one of them signed may connect."
     )
     allowed_hosts: str | None = _security(
         None,
@@ -236,6 +283,16 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_timeouts(self) -> Self:
+        most, default = self.max_timeout_seconds, self.default_timeout_seconds
+        if default > most:
+            raise ValueError(
+                f"--default-timeout-seconds is {default:g}, more than --max-timeout-seconds, which is {most:g}: raise "
+                "that, or lower this"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_access(self) -> Self:
         """Refuse settings that would leave a server open by mistake."""
         for name in ("api_key", "api_key_file"):
@@ -251,12 +308,35 @@ class Settings(BaseSettings):
                     raise ValueError(
                         f"--{name.replace('_', '-')} is counted for each key: give --api-key-file, or leave it out"
                     )
-            if not self.allow_unauthenticated and not is_loopback(self.host):
+            if not self.allow_unauthenticated and not self.is_local:
+                who = f"--host {self.host} lets other machines"
+                if self.uds is not None:
+                    who = f"--uds-mode {self.uds_mode} lets every user of this machine"
                 raise ValueError(
-                    f"--host {self.host} lets other machines reach a server without keys: give --api-key-file or "
+                    f"{who} reach a server without keys: give --api-key-file or "
                     f"{PREFIX}API_KEY, or --allow-unauthenticated if everyone may use it"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_sockets(self) -> Self:
+        """Refuse settings of a socket that would have no effect."""
+        if self.uds is not None and (both := {"host", "port"} & self.model_fields_set):
+            raise ValueError(f"--uds is listened on in place of --{min(both)}: leave one of them out")
+        if self.uds is None and "uds_mode" in self.model_fields_set:
+            raise ValueError("--uds-mode is for --uds: leave it out, or give --uds")
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} needs --ssl-certfile: give it, or leave both out")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server can be reached from this machine only, and not by all of its users by a unix socket."""
+        if self.uds is not None:
+            return not int(self.uds_mode, 8) & stat.S_IWOTH
+        return is_loopback(self.host)
 
     @property
     def requires_keys(self) -> bool:

@@ -20,7 +20,10 @@ from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
 from server.generation.answer_sizes import AnswerBudget
 from server.generation.intake import Intake, longest_text
+from server.generation.load import MIN_RETRY_SECONDS, Load
+from server.generation.request_limits import RequestLimits
 from server.generation.token_texts import TokenTexts
+from server.http.middleware import BytesInFlight
 from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
 from server.observability.metrics import Metrics, Snapshot
 from server.profiles.registry import ProfileRegistry
@@ -54,8 +57,16 @@ class Service:
         self._loader = DaemonPool(1, "trimtab-loading")
         self._tokenizing = DaemonPool(2, "trimtab-tokenizing", max_waiting=MAX_WAITING_TEXTS, busy=BUSY)
         self.encoding = DaemonPool(1, "trimtab-encoding")  # of large answers
+        self.bytes_in_flight = BytesInFlight(settings.max_bytes_in_flight, settings.max_queue_share)
         self._budget = AnswerBudget(settings.max_answer_values)
+        self._engine_load: Load | None = None
         self._max_characters = 0
+        self._limits = RequestLimits(
+            default_timeout=settings.default_timeout_seconds,
+            max_timeout=settings.max_timeout_seconds,
+            max_tokens=settings.max_tokens_limit,
+            max_n=settings.max_n,
+        )
 
     @property
     def problem(self) -> str | None:
@@ -81,6 +92,15 @@ class Service:
         if self._draining:
             raise Unavailable("the server is shutting down", code="draining")
 
+    def check_room(self, tenant: str) -> None:
+        """Raise Unavailable if no new work is taken, Overloaded if there is no room for more."""
+        self.check_accepting()
+        self.load.check_room(tenant)
+
+    def retry_after(self) -> int:
+        """The seconds after which a request that was refused may be sent again."""
+        return MIN_RETRY_SECONDS if self._engine_load is None else self._engine_load.retry_after()
+
     def drain(self) -> None:
         """Take no new generations; /ready says so. What runs goes on, and its steering can still be changed."""
         self._draining = True
@@ -98,6 +118,11 @@ class Service:
         return self._registry
 
     @property
+    def load(self) -> Load:
+        assert self._engine_load is not None
+        return self._engine_load
+
+    @property
     def model_name(self) -> str:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.info.model_name
@@ -110,7 +135,9 @@ class Service:
             self.registry,
             self._tokenizing,
             self._budget,
+            self.load,
             self._max_characters,
+            self._limits,
             caller,
         )
 
@@ -160,6 +187,9 @@ class Service:
             rejected=sum(entry.status == "rejected" for entry in registry.entries),
             loads=registry.loads,
             rejections=registry.rejections,
+            admitted=self.load.total,
+            body_bytes=self.bytes_in_flight.total,
+            answer_values=self._budget.used,
         )
 
     async def _load(self) -> None:
@@ -174,6 +204,7 @@ class Service:
                 self._engine = await self._loader.run(lambda: run_apart(partial(build_engine, config)))
             info = self._engine.info
             identity = info.identity
+            self._engine_load = Load(info.slots, info.capacity, self.settings.max_queue_share)
             self._max_characters = await self._loader.run(lambda: longest_text(info))
             shipped = await self._loader.run(lambda: shipped_profiles(identity))
             self._registry = ProfileRegistry(

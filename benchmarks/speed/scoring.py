@@ -54,7 +54,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         source = str(save_shape(model, Path(scratch), dtype=getattr(torch, dtype))) if model in SHAPES else model
         plain = model_of(source, dtype=getattr(torch, dtype))
-        settings = {"slots": slots, "threads": threads, "dtype": dtype, "max_queue": texts}
+        settings = {"slots": slots, "threads": threads, "dtype": dtype, "max_queue": 2 * texts}
         with serving(source, Path(scratch) / "profiles", **settings) as server:
             runs = []
             for pair in range(pairs + 1):

@@ -63,7 +63,8 @@ class HostCheck:
 
 def allowed_hosts(settings: Settings) -> tuple[str, ...] | None:
     """The hosts that a server answers to besides loopback ones, None for all. On loopback they are none by default."""
-    if "*" in settings.allowed_host_names or not (settings.allowed_host_names or is_loopback(settings.host)):
+    on_loopback = settings.uds is None and is_loopback(settings.host)  # no browser connects to a unix socket
+    if "*" in settings.allowed_host_names or not (settings.allowed_host_names or on_loopback):
         return None
     return settings.allowed_host_names
 

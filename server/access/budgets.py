@@ -49,8 +49,10 @@ class Exceeded:
 class Budgets:
     """The budgets of all keys. Where a key has none of its own, that of the settings holds; None is no limit."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ConfigurationError if the storage is not usable."""
+    def __init__(self, settings: Settings, retry_after: Callable[[], int] = lambda: 1) -> None:
+        """`retry_after` says when a request that met too many others may be sent again, in seconds. Raises
+        ConfigurationError if the storage is not usable."""
+        self._retry_after = retry_after
         self._settings = settings
         self._here = FixedWindowRateLimiter(MemoryStorage())
         self._shared = None if settings.limits_storage == MEMORY else _in_redis(settings.limits_storage)
@@ -64,7 +66,8 @@ class Budgets:
         generates needs a token of its minute to be left."""
         at_once = self._limit(key, "concurrent_requests")
         if at_once is not None and self._running[key.sha256] >= at_once:
-            yield Exceeded(f"the key {key.name!r} may run {at_once} requests at once: wait for one of them to end", 1)
+            message = f"the key {key.name!r} may run {at_once} requests at once: wait for one of them to end"
+            yield Exceeded(message, self._retry_after())
             return
         self._running[key.sha256] += 1
         try:

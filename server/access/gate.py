@@ -25,6 +25,12 @@ CALLER = "caller"  # in the state of a request
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
+def tenant_of(scope: Scope) -> str:
+    """Whose a request is that has passed the gate."""
+    caller: Caller = scope["state"][CALLER]
+    return caller.tenant
+
+
 def is_open(path: str) -> bool:
     """Routes about the server's state, and the page of docs, for which a browser has no key yet."""
     return path in OPEN_PATHS or path.startswith(f"{PAGE_FILES}/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from fastapi.routing import APIRoute
 
 from server.access.callers import Caller
 from server.access.gate import CALLER
@@ -61,3 +62,8 @@ async def _intake(service: ReadyDep, caller: CallerDep) -> Intake:
 
 
 IntakeDep = Annotated[Intake, Depends(_intake)]
+
+
+def generates(route: APIRoute) -> bool:
+    """Whether a route runs generations."""
+    return any(dependency.call is _intake for dependency in route.dependant.dependencies)

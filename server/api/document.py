@@ -49,16 +49,26 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
     ),
     409: ("The generation has already ended.", error_object("the generation has ended", status=409, code="conflict")),
     429: (
-        "The queue is full, or the budget of the key is used up: retry after the seconds in the header `retry-after`.",
-        error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
+        "The queue or the memory for bodies and answers is full, or the budget or share of the key is used up: retry "
+        "after the seconds in the header `retry-after`.",
+        error_object("1040 generations are running or waiting already: try again later", status=429, code="overloaded"),
     ),
     503: (
         "The model is loading, the server is shutting down or its engine has failed: retry after "
         "the seconds in `retry-after`.",
         error_object("the model is being loaded: try again in a moment", status=503, code="loading"),
     ),
+    504: (
+        "The request was not answered within its `timeout`. A stream sends this error as its last event.",
+        error_object(
+            "the request was not answered within its timeout of 30 s: it still waited for a slot",
+            status=504,
+            param="timeout",
+            code="deadline_exceeded",
+        ),
+    ),
 }
-GENERATING = (400, 404, 429, 503)  # the errors of routes that run generations
+GENERATING = (400, 404, 429, 503, 504)  # the errors of routes that run generations
 OTHER_ERRORS: dict[int | str, Json] = {
     "default": {
         "description": "Any other error: 401 without a required key, 403 for a key without the scope or for a host "

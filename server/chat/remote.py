@@ -14,6 +14,7 @@ from steering_vectors.errors import TrimtabError
 Json = dict[str, Any]
 
 CONNECT_SECONDS = 10.0
+UNIX = "unix:"  # an address that is the path of a unix socket
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CHAT = "/v1/chat/completions"
 
@@ -30,8 +31,10 @@ class Remote:
     def __init__(self, url: str, api_key: str = "") -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         with self._remote_errors():
+            local = self.url.startswith(UNIX)
             self._client = httpx.Client(
-                base_url=self.url,
+                base_url="http://localhost" if local else self.url,
+                transport=httpx.HTTPTransport(uds=self.url.removeprefix(UNIX)) if local else None,
                 headers={"authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(CONNECT_SECONDS, read=None),
                 trust_env=httpx.URL(self.url).host not in LOOPBACK,  # a proxy does not know this machine's servers

@@ -9,6 +9,7 @@
     ├── Overloaded          the queue is full
     └── Unavailable         the engine is starting, closing or restarting
     GenerationFailed        a request was accepted and could not be finished
+    DeadlineExceeded        a request was not answered within its timeout
 
 An engine names fields of the protocol in `param`, and never a command-line flag or an HTTP field: the server translates
 both, and adds a remedy by `code` (`server.generation.client_errors`).
@@ -59,6 +60,11 @@ class Unavailable(RequestError):
 class GenerationFailed(TrimtabError):
     code = "generation_failed"
     status: ClassVar[int] = 500
+
+
+class DeadlineExceeded(TrimtabError):
+    code = "deadline_exceeded"
+    status: ClassVar[int] = 504
 
 
 def reject(condition: bool, message: str, param: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ApplyTo = Literal["generated", "all"]
 Operator = Literal["add", "ablate"]
 Interpolation = Literal["step", "linear"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 ConstraintKind = Literal["json", "regex", "choice", "lark"]
 Capability = Literal[
     "ablate",
@@ -239,7 +239,8 @@ class GenerationRequest:
     distribution that each token was drawn from, before penalties and temperature. `projections` names the profile
     versions on whose directions the residual stream is projected where each token is drawn. A text under a constraint
     ends with reason "stop" once nothing more may follow, even before `min_tokens`. A prompt's KV is reused for requests
-    of the same `tenant` only.
+    of the same `tenant` only, and free slots are shared between tenants. A choice that has not ended `timeout` seconds
+    after `submit` ends with reason "timeout".
     """
 
     ids: tuple[str, ...]
@@ -253,6 +254,7 @@ class GenerationRequest:
     divergence: bool = False
     projections: tuple[str, ...] = ()
     tenant: str = ""
+    timeout: float | None = None
 
     @property
     def n(self) -> int:
@@ -383,11 +385,11 @@ class Finished:
     """The one terminal event of every choice of an accepted request.
 
     `steered_tokens` counts the positions at which the residual stream was changed, `cached_tokens` the prompt tokens
-    whose KV was reused. `error` is set for reason "error" only; `error_param` is then the field of the request that
-    caused it, None for a fault of the model or the engine. `matched_stop` is the stop string or stop token id that
-    ended the text, None for an end-of-sequence token. `segments` are the plans, one unless they changed. `ending` is
-    the log-probability of an end-of-sequence or stop token, which is counted but in no Delta. `times` is None if the
-    engine is gone.
+    whose KV was reused. `error` is set for two reasons: for "error", where `error_param` is the field of the request
+    that caused it, None for a fault of the model or the engine; and for "timeout", where it says how far the choice
+    came. `matched_stop` is the stop string or stop token id that ended the text, None for an end-of-sequence token.
+    `segments` are the plans, one unless they changed. `ending` is the log-probability of an end-of-sequence or stop
+    token, which is counted but in no Delta. `times` is None if the engine is gone.
     """
 
     id: str

@@ -39,7 +39,7 @@ class AnswerBudget:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._used = 0
+        self.used = 0
         self._lock = threading.Lock()
 
     def take(self, values: int, param: str) -> None:
@@ -52,10 +52,10 @@ class AnswerBudget:
                 code="answer_too_large",
             )
         with self._lock:
-            if self._used + values > TOGETHER * self._limit:
+            if self.used + values > TOGETHER * self._limit:
                 raise Overloaded("the answers of other requests take all of the memory for them: try again later")
-            self._used += values
+            self.used += values
 
     def give_back(self, values: int) -> None:
         with self._lock:
-            self._used -= values
+            self.used -= values

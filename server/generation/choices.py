@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from server.engines.errors import GenerationFailed, Unavailable
 from server.engines.protocol import Delta, Event, EventStream, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
 from server.generation.client_errors import client_errors
+from server.generation.request_limits import deadline_exceeded
 from server.observability import request_record
 from steering_vectors.errors import RequestError
 
@@ -54,9 +56,12 @@ class Generations:
         *,
         values: int = 0,
         ended: Callable[[], None] = lambda: None,
+        finished: Callable[[Finished], None] = lambda event: None,
+        timeout: float = math.inf,
     ) -> None:
         """`charge` is called with the numbers of tokens that were generated, now and then and at the end. `values` are
-        reported besides the text, at most. `ended` is called once, when this is closed or dropped."""
+        reported besides the text, at most. `ended` is called once, when this is closed or dropped, `finished` with the
+        last event of each choice. `timeout` is what errors name."""
         self.n = requests[0].n
         names = {term.version: term.profile for request in requests for term in request.plan.terms}
         self.choices = [Choice(name, request, names) for request in requests for name in request.ids]
@@ -67,17 +72,21 @@ class Generations:
         self._uncharged = 0
         self._record = request_record.current()
         self.values = values
+        self._finished = finished
+        self._timeout = timeout
         self._end = weakref.finalize(self, ended)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events of all choices as they come, each with its choice's index; one Finished for each. Raises in place of a
-        Finished with an error: RequestError if the request caused it, else GenerationFailed or Unavailable."""
+        Finished with an error: RequestError if the request caused it, else DeadlineExceeded, GenerationFailed or
+        Unavailable."""
         async for event in self._stream:
             if self._record is not None:
                 self._record.event(event)
             if isinstance(event, Finished):
+                self._finished(event)
                 with client_errors(self._fields):
-                    _raise_failure(event)
+                    _raise_failure(event, self._timeout)
             elif isinstance(event, Delta):
                 self._count(len(event.token_ids))
             yield self._places[event.id], event
@@ -119,7 +128,9 @@ def _result(events: Sequence[Event]) -> Result:
     )
 
 
-def _raise_failure(finished: Finished) -> None:
+def _raise_failure(finished: Finished, timeout: float) -> None:
+    if finished.reason == "timeout":
+        raise deadline_exceeded(timeout, finished.error or "it was not finished")
     if finished.reason == "cancelled":
         raise Unavailable("the generation was cancelled by the server: send the request again", code="cancelled")
     if finished.reason == "error":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +29,8 @@ from server.engines.protocol import (
 from server.generation.answer_sizes import AnswerBudget, reported_values
 from server.generation.choices import Generations
 from server.generation.client_errors import client_errors
+from server.generation.load import Load
+from server.generation.request_limits import Deadline, RequestLimits
 from server.generation.steering_grammar import pinned
 from server.observability import request_record
 from steering_vectors.data.chat import Message, check_known, continuation, encode_prompt
@@ -49,7 +52,8 @@ class Ask:
     `encoding` has keyword arguments of `encode_prompt`, `common` what all generations share. `plans` are by the
     request's field that holds each, and so are `constraints`, of which there may be one. If there are `completions`,
     they are scored and nothing is generated. `projections` asks for those of all plans, so that variants can be
-    compared. `counted` is the field that errors name if there are too many generations.
+    compared. `counted` is the field that errors name if there are too many generations, `max_tokens_field` the one
+    that gives the number of tokens, None if it is left out. `timeout` None means the server's default.
     """
 
     prompts: Sequence[Prompt]
@@ -61,6 +65,13 @@ class Ask:
     projections: bool = False
     completions: Sequence[str | list[int]] | None = None
     counted: str = "prompt"
+    timeout: float | None = None
+    max_tokens_field: str | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of generations."""
+        return len(self.prompts) * len(self.plans) * self.n * (1 if self.completions is None else len(self.completions))
 
     def field_names(self) -> dict[str, str]:
         """This request's names of protocol fields, where they differ from the common ones."""
@@ -87,46 +98,66 @@ class Intake:
     registry: ProfileRegistry
     pool: DaemonPool
     budget: AnswerBudget
+    load: Load
     max_characters: int  # of a prompt: more cannot fit the context
+    limits: RequestLimits = RequestLimits()
     caller: Caller = Caller()
 
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
         """Have the engine run all generations of a request, or none. Raises RequestError, UnknownProfile, UnknownModel,
-        Overloaded, Unavailable."""
+        Overloaded, DeadlineExceeded, Unavailable."""
         fields: dict[str, str] = {}
-        with client_errors(fields):
-            ask = body.ask(self.served, header)
+        record = request_record.current()
+        with client_errors(fields), ExitStack() as held:  # what is taken is given back if the request is refused
+            ask = self._limited(body.ask(self.served, header))
             fields |= ask.field_names()
+            deadline = Deadline(self.limits.timeout(ask.timeout))
             self._check_count(ask)
-            for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)]):
+            for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)], deadline):
                 check_capabilities(self.engine.info, capabilities_needed(draft))
-            prompts = await self._encoded(ask)
-            requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
-            if (record := request_record.current()) is not None:
+            place = self.load.take(self.caller.tenant, ask.count)
+            held.callback(place.close)
+            async with deadline.bounds("its prompt was still being tokenized"):
+                prompts = await self._encoded(ask)
+            requests = self._requests(ask, prompts, deadline)  # anew: a profile may have been replaced meanwhile
+            if record is not None:
                 record.ask(requests, ask.prompts)
             values = reported_values(requests, self.engine.info.context)
             self.budget.take(values, ask.counted)
-            try:
+            held.callback(self.budget.give_back, values)
+            async with deadline.bounds("it was still being admitted"):
                 stream = await self.engine.submit(requests)
-            except BaseException:
-                self.budget.give_back(values)
-                raise
-        if record is not None:
-            record.accept()
-        ended = partial(self.budget.give_back, values)
-        return Generations(requests, stream, fields, self.caller.charge, values=values, ended=ended)
+            if record is not None:
+                record.accept()
+            return Generations(
+                requests,
+                stream,
+                fields,
+                self.caller.charge,
+                values=values,
+                ended=held.pop_all().close,
+                finished=place.finished,
+                timeout=deadline.seconds,
+            )
+
+    def _limited(self, ask: Ask) -> Ask:
+        """Refuse what is beyond the server's limits, and put its defaults in."""
+        self.limits.check_n(ask.n, "n")
+        sampling = ask.common.sampling
+        if ask.completions is None:
+            sampling = self.limits.sampling(sampling, ask.max_tokens_field)
+        return replace(ask, common=replace(ask.common, sampling=sampling))
 
     def _check_count(self, ask: Ask) -> None:
-        count = len(ask.prompts) * len(ask.plans) * ask.n * (1 if ask.completions is None else len(ask.completions))
-        capacity = self.engine.info.capacity
-        if count > capacity:
+        most = self.load.most
+        if ask.count > most:
             raise RequestError(
-                f"{ask.counted}: {count} generations exceed the {capacity} that this server runs and queues at once: "
+                f"{ask.counted}: {ask.count} generations exceed the {most} that one request may have here: "
                 "request fewer",
                 param=ask.counted,
             )
 
-    def _requests(self, ask: Ask, prompts: Sequence[tuple[Ids, int]]) -> list[GenerationRequest]:
+    def _requests(self, ask: Ask, prompts: Sequence[tuple[Ids, int]], deadline: Deadline) -> list[GenerationRequest]:
         """The requests for prompts, each with the number of tokens at its end that are scored."""
         if len(ask.constraints) > 1:
             first, second, *_ = ask.constraints
@@ -144,6 +175,7 @@ class Intake:
                 scored_suffix=scored,
                 projections=tuple(projected),
                 tenant=self.caller.tenant,
+                timeout=deadline.left,
             )
             for ids, scored in prompts
             for plan in plans

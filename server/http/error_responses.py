@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import FastAPI, Request, Response
@@ -24,7 +24,7 @@ from steering_vectors.errors import ProfileError, RequestError, TrimtabError
 logger = logging.getLogger(__name__)
 
 INTERNAL = "an internal error occurred: see the server's log"
-RETRY_SECONDS = {429: "1", 503: "1"}
+RETRIED = (429, 503)  # statuses with `retry-after`
 CLIENT_CLOSED = 499
 MAX_MESSAGE = 2000  # characters
 MAX_PARAM = 200
@@ -68,8 +68,13 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-def error_response(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
-    headers = {"retry-after": RETRY_SECONDS[status]} if status in RETRY_SECONDS else None
+def error_response(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 1
+) -> JSONResponse:
+    """`retry_after` is in seconds, for statuses that tell clients to try again."""
+    headers = {"retry-after": str(retry_after)} if status in RETRIED else {}
+    if status == 504:  # OpenAI's clients would send it again at once
+        headers["x-should-retry"] = "false"
     return JSONResponse(error_object(message, status=status, param=param, code=code), status, headers)
 
 
@@ -87,17 +92,25 @@ def status_of(error: TrimtabError) -> int:
     return own or next(OFFLINE_STATUSES[kind] for kind in type(error).__mro__ if kind in OFFLINE_STATUSES)
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def refusal(error: TrimtabError, retry_after: Callable[[], int]) -> Response:
+    """The answer to a request that could not be carried out."""
+    status = status_of(error)
+    seconds = retry_after() if status == 429 else 1
+    return error_response(status, error.message, param=error.param, code=error.code, retry_after=seconds)
+
+
+def install_error_handlers(app: FastAPI, retry_after: Callable[[], int]) -> None:
+    """`retry_after` says when a request that met a full server may be sent again, in seconds."""
+    app.state.retry_after = retry_after
     for kind in (TrimtabError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, TrimtabError):
-        status = status_of(error)
-        if status == 500:
+        if status_of(error) == 500:
             logger.error("%s", error.message)
-        return error_response(status, error.message, param=error.param, code=error.code)
+        return refusal(error, request.app.state.retry_after)
     if isinstance(error, RequestValidationError):
         return error_response(400, **describe_validation(error.errors()[0], error.body))
     if isinstance(error, ClientDisconnect):
@@ -109,7 +122,8 @@ async def _answer(request: Request, error: Exception) -> Response:
         }
         code = {413: "body_too_large", 429: "overloaded"}.get(error.status_code, "http_error")
         message, code = known.get(error.status_code, (str(error.detail), code))
-        response = error_response(error.status_code, message, code=code)
+        seconds = request.app.state.retry_after() if error.status_code == 429 else 1
+        response = error_response(error.status_code, message, code=code, retry_after=seconds)
         response.headers.update(error.headers or {})
         return response
     response = error_response(500, INTERNAL, code="internal_error")

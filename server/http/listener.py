@@ -4,11 +4,15 @@ an error event."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
-from types import FrameType
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, MappingProxyType
 from typing import Any, TypeVar
 
 import uvicorn
@@ -16,7 +20,7 @@ from starlette.types import ASGIApp
 
 from server.http.connections import ConnectionLimits, limited_protocol
 from server.http.throttle import ThrottledRecords
-from server.settings import ConfigurationError
+from server.settings import ConfigurationError, Settings
 
 Result = TypeVar("Result")
 
@@ -47,9 +51,81 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url_of(host: str, listener: socket.socket) -> str:
+@contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """The listening socket of these settings. A unix socket is removed at the end. Raises ConfigurationError."""
+    if settings.uds is None:
+        with listen(settings.host, settings.port) as listener:
+            yield listener
+        return
+    with listen_unix(settings.uds, int(settings.uds_mode, 8)) as listener:
+        try:
+            yield listener
+        finally:
+            settings.uds.unlink(missing_ok=True)
+
+
+def listen_unix(path: Path, mode: int) -> socket.socket:
+    """A listening unix socket; connecting needs the permission to write to it. One that a server left behind is
+    replaced. Raises ConfigurationError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            _remove_abandoned(path)
+        mask = os.umask(0o777 & ~mode)  # it never has other permissions
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(f"cannot listen on --uds {path}: {error.strerror or error}") from error
+    return listener
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a unix socket on which no one listens. Raises OSError if someone does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        else:
+            raise OSError(errno.EADDRINUSE, "another server listens there")
+
+
+def tls_options(settings: Settings) -> dict[str, Any]:
+    """uvicorn's options for HTTPS, none without a certificate. Raises ConfigurationError if they cannot be used."""
+    if settings.ssl_certfile is None:
+        return {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        password = settings.ssl_keyfile_password or ""  # none at all would be asked for on the terminal
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password)
+        if settings.ssl_ca_certs is not None:
+            context.load_verify_locations(settings.ssl_ca_certs)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigurationError(
+            f"the certificates cannot be used ({error}): check --ssl-certfile, --ssl-keyfile, --ssl-keyfile-password "
+            "and --ssl-ca-certs"
+        ) from error
+    return {
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+        "ssl_keyfile_password": settings.ssl_keyfile_password,
+        "ssl_ca_certs": settings.ssl_ca_certs,
+        "ssl_cert_reqs": ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+    }
+
+
+def url_of(host: str, listener: socket.socket, *, tls: bool = False) -> str:
+    """The address that clients use; of a unix socket `unix:PATH`."""
+    name = listener.getsockname()
+    if isinstance(name, str):
+        return f"unix:{name}"
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{listener.getsockname()[1]}"
+    return f"{'https' if tls else 'http'}://{shown}:{name[1]}"
 
 
 def run_in_loop(main: Coroutine[Any, Any, Result]) -> Result:
@@ -78,7 +154,9 @@ class Server(uvicorn.Server):
         drain: Callable[[], None] = lambda: None,
         grace: float = GRACE_SECONDS,
         limits: ConnectionLimits | None = None,
+        tls: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        """`tls` has uvicorn's options for HTTPS."""
         config = uvicorn.Config(
             app,
             http=limited_protocol(limits or ConnectionLimits()),
@@ -88,6 +166,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+            **tls,
         )
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(OF_INVALID_REQUESTS)

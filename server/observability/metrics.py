@@ -31,7 +31,7 @@ WITHDRAWN = "_withdrawn"  # no profile can have this name
 OTHER = "_other"
 MAX_CODES = 100  # error codes that have a series of their own
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "cancelled", "error")
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "cancelled", "timeout", "error")
 
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480)
@@ -63,6 +63,9 @@ class Snapshot:
     rejected: int = 0
     loads: int = 0
     rejections: int = 0
+    admitted: int = 0  # generations
+    body_bytes: int = 0
+    answer_values: int = 0
 
 
 def _gauge(meaning: str, value: Callable[[Snapshot], float]) -> Declared:
@@ -98,6 +101,16 @@ METRICS: Mapping[str, Declared] = {
     "ready": _gauge("Whether the model and the profiles are loaded.", lambda now: now.ready),
     "num_requests_running": _gauge("Generations that have a slot.", lambda now: now.stats.running),
     "num_requests_waiting": _gauge("Generations that wait for a slot.", lambda now: now.stats.waiting),
+    "num_generations_admitted": _gauge(
+        "Generations that have a place: those that are being tokenized or compiled, wait or run.",
+        lambda now: now.admitted,
+    ),
+    "body_bytes_in_flight": _gauge(
+        "Bytes of the bodies of requests that are being answered.", lambda now: now.body_bytes
+    ),
+    "answer_values_in_flight": _gauge(
+        "Values that the answers to running requests may report besides their text.", lambda now: now.answer_values
+    ),
     "slots": _gauge("Generations that can run at once.", lambda now: 0 if now.info is None else now.info.slots),
     "slots_used": _gauge("Slots in use; a generation with divergences takes two.", lambda now: now.stats.slots_used),
     "kv_cache_usage_perc": _gauge("Share of the KV cache that running generations use, 0 to 1.", _kv_usage),

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from server.engines.errors import DeadlineExceeded
 from server.engines.protocol import Delta, Event, Finished, GenerationRequest, PlanTerm, SteeringPlan, Times
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Outcome = Literal[
     "unauthorized",
     "overloaded",
     "unavailable",
+    "timeout",
     "server_error",
     "disconnected",
     "stream_failed",
@@ -36,6 +38,7 @@ OUTCOMES: Mapping[int, Outcome] = {
     429: "overloaded",
     499: "disconnected",
     503: "unavailable",
+    504: "timeout",
 }
 
 
@@ -91,6 +94,8 @@ class RequestRecord:
             return "client_error"
         if not self.complete or not self.status:
             return "disconnected"
+        if self.code == DeadlineExceeded.code:
+            return "timeout"
         return "success" if self.code is None else "stream_failed"
 
     @property

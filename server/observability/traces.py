@@ -63,7 +63,7 @@ class Traces:
 
         span.update_name(f"{record.method} {record.route}")
         span.set_attributes(_attributes(record))
-        if record.outcome in ("server_error", "stream_failed"):
+        if record.outcome in ("server_error", "stream_failed", "timeout"):
             span.set_status(Status(StatusCode.ERROR, record.code))
         inside = set_span_in_context(span)
         for finished, ended in record.times:

@@ -92,10 +92,18 @@ def render_chat(
     try:
         text = render(tokenizer, template, turns, variables=variables)
     except Exception as error:  # a template is a program and may raise anything
-        reason = str(error) or type(error).__name__
-        raise RequestError(f"the model's chat template refuses these messages: {reason}", param="messages") from error
+        message = f"the model's chat template refuses these messages: {_reason(error)}"
+        raise RequestError(message, param="messages") from error
     _check_complete(template, messages, text)
     return text
+
+
+def _reason(error: Exception) -> str:
+    """What a template says by `raise_exception`, or Jinja of a name that is not there. The texts of other errors are
+    not for whoever sent the messages: they may have paths and values of this machine."""
+    from jinja2.exceptions import TemplateError, UndefinedError
+
+    return str(error) if type(error) in (TemplateError, UndefinedError) and str(error) else type(error).__name__
 
 
 def _check_complete(template: ChatTemplate, messages: Sequence[Message], text: str) -> None:

@@ -21,8 +21,11 @@ import openai
 import pytest
 
 from server import cli
+from server.app import create_app
+from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from server.profiles.registry import POLL_SECONDS
+from server.settings import Settings
 from steering_vectors.profiles.files import save_profile
 from tests.support.running import HeldEngine
 from tests.support.serving import demo_engine, live_server, random_profile, save_profiles, until
@@ -304,6 +307,55 @@ def test_an_engine_that_cannot_go_on_ends_the_process(
         assert health.json()["error"]["message"] == ready.json()["error"]["message"] == problem
         assert process.wait(60) == 70
         assert ends(text.result()) == 1
+
+
+class PanicException(BaseException):
+    """As pyo3 names a panic of Rust."""
+
+
+UNLOADABLE = """
+import server.state
+
+def fail(config):
+    raise {error}
+
+server.state.build_engine = fail
+from server import cli
+cli.main()
+"""
+DYING = [SystemExit("of a library"), KeyboardInterrupt("of a library"), PanicException("of Rust")]
+
+
+@pytest.mark.parametrize("error", DYING, ids=lambda error: type(error).__name__)
+def test_a_model_whose_loading_dies_makes_health_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(config: EngineConfig) -> Any:
+        raise error
+
+    monkeypatch.setattr("server.state.build_engine", fail)
+    app = create_app(Settings(profiles=tmp_path))
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            with pytest.raises(RuntimeError, match=f"loading failed: {type(error).__name__}"):
+                await app.state.service.wait_ready()
+            for path in ("/health", "/ready", "/v1/models"):
+                answer = await client.get(f"http://localhost{path}")
+                assert answer.status_code == 503
+                assert answer.json()["error"]["message"] == (
+                    "the server could not load its model or profiles; its log says why"
+                )
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", ["SystemExit", "KeyboardInterrupt", "type('PanicException', (BaseException,), {})()"])
+def test_a_model_whose_loading_dies_ends_the_process(tmp_path: Path, environment: dict[str, str], error: str) -> None:
+    with command(environment, tmp_path, code=UNLOADABLE.format(error=error)) as (process, address):
+        assert process.wait(60) == 70
+        assert address == ""  # it never said that it serves
 
 
 @pytest.mark.parametrize("signals", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -167,6 +168,38 @@ def test_budgets_need_keys(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"--{name.replace('_', '-')} is counted for each key"):
         load_settings({name: 1})
     assert getattr(load_settings({name: 1, "api_key": "secret"}), name) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"uds": "a.sock", "host": "::1"}, "--uds is listened on in place of --host: leave one of them out"),
+        ({"uds": "a.sock", "port": 80}, "--uds is listened on in place of --port: leave one of them out"),
+        ({"uds_mode": "660"}, "--uds-mode is for --uds: leave it out, or give --uds"),
+        ({"uds": "a.sock", "uds_mode": "rw-"}, "--uds-mode (TRIMTAB_UDS_MODE): …'rw-'"),
+        ({"uds": "a.sock", "uds_mode": "666"}, "--uds-mode 666 lets every user of this machine reach a server without "
+         "keys: give --api-key-file or TRIMTAB_API_KEY, or --allow-unauthenticated if everyone may use it"),
+        ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile: give it, or leave both out"),
+        ({"ssl_keyfile_password": "x"}, "--ssl-keyfile-password needs --ssl-certfile: give it, or leave both out"),
+        ({"ssl_ca_certs": "ca.pem"}, "--ssl-ca-certs needs --ssl-certfile: give it, or leave both out"),
+        ({"default_timeout_seconds": 7200}, "--default-timeout-seconds is 7200, more than --max-timeout-seconds, which "
+         "is 3600: raise that, or lower this"),
+        ({"max_n": 129}, "--max-n (TRIMTAB_MAX_N): …128, not 129"),
+        ({"max_queue_share": 0}, "--max-queue-share (TRIMTAB_MAX_QUEUE_SHARE): …0, not 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as failure:
+        load_settings(given)
+    assert says(failure.value.message, message)
+
+
+@pytest.mark.parametrize("mode", ["600", "660", "700", "772"])
+def test_a_unix_socket_that_not_every_user_may_write_to_needs_no_keys(mode: str) -> None:
+    local = mode != "772"
+    with contextlib.nullcontext() if local else pytest.raises(ConfigurationError, match="--uds-mode 772"):
+        load_settings({"uds": "a.sock", "uds_mode": mode})
+    assert load_settings({"uds": "a.sock", "uds_mode": mode, "api_key": "secret"}).is_local is local
 
 
 def test_a_busy_port_is_said_before_the_model_is_loaded() -> None:

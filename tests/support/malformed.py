@@ -23,7 +23,7 @@ UNREADABLE = "cannot be read at {!r}; write for example 'warm@0.8+concise@-0.3'"
 WAIVE = "set steering.allow_beyond_safe to true to go beyond it"
 BEYOND = f"beyond its safe range of ±2; {WAIVE}"
 OVERFLOW = "the shift overflows the model's dtype: use a smaller strength"
-TOO_MANY = "7 generations exceed the 6 that this server runs and queues at once: request fewer"
+TOO_MANY = "7 generations exceed the 4 that one request may have here: request fewer"
 NO_JSON = "the body is not valid JSON"
 SEND_JSON = "send JSON, with the header Content-Type: application/json"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+import pytest
 import torch
 
 from server.engines.config import EngineConfig
@@ -100,6 +102,20 @@ class HeldEngine(TorchEngine):
     def _cancel(self, ids: Sequence[str]) -> bool:
         self.cancelled += ids
         return super()._cancel(ids)
+
+
+class JumpingClock:
+    """The clock by which engines of this process look at deadlines, which a test can put forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._ahead = 0.0
+        monkeypatch.setattr("server.engines.torch.loop.time", self)
+
+    def perf_counter(self) -> float:
+        return time.perf_counter() + self._ahead
+
+    def jump(self, seconds: float) -> None:
+        self._ahead += seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ A module defines its own with `engine = engine_fixture(…)`, `profiles = profil
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from server.app import create_app
 from server.engines.config import EngineConfig
 from server.engines.protocol import Engine
 from server.http.connections import ConnectionLimits
-from server.http.listener import GRACE_SECONDS, Server, listen, run_in_loop, url_of
+from server.http.listener import GRACE_SECONDS, Server, listening, run_in_loop, tls_options, url_of
 from server.settings import Settings
 from steering_vectors.models.loading import load_model
 from steering_vectors.profiles.files import save_profile
@@ -61,23 +62,29 @@ def live_server(
     grace: float = GRACE_SECONDS,
     limits: ConnectionLimits | None = None,
     tracer_provider: Any = None,
+    verify: ssl.SSLContext | bool = True,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
-    """A client of a ready server that runs in a thread and is stopped at the end."""
-    listener = listen("127.0.0.1", 0)
-    app = create_app(Settings(profiles=profiles, **settings), engine, tracer_provider=tracer_provider)
-    server = Server(app, end=engine.close, drain=app.state.service.drain, grace=grace, limits=limits)
-    thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
-    thread.start()
-    try:
-        with httpx.Client(base_url=url_of("127.0.0.1", listener), timeout=PATIENCE) as client:
-            until(lambda: client.get("/ready").status_code == 200)
-            yield client
-    finally:
-        server.stop()
-        thread.join(PATIENCE)
-        listener.close()
-        assert not thread.is_alive()
+    """A client of a ready server that runs in a thread and is stopped at the end. `verify` is the client's view of the
+    server's certificate."""
+    given = Settings(profiles=profiles, **{} if "uds" in settings else {"port": 0}, **settings)
+    app = create_app(given, engine, tracer_provider=tracer_provider)
+    tls = tls_options(given)
+    server = Server(app, end=engine.close, drain=app.state.service.drain, grace=grace, limits=limits, tls=tls)
+    with listening(given) as listener:
+        url = url_of("127.0.0.1", listener, tls=bool(tls))
+        local = httpx.HTTPTransport(uds=str(given.uds)) if given.uds else None
+        thread = threading.Thread(target=lambda: run_in_loop(server.serve(sockets=[listener])), name="live-server")
+        thread.start()
+        try:
+            base = "http://localhost" if local else url
+            with httpx.Client(base_url=base, transport=local, verify=verify, timeout=PATIENCE) as client:
+                until(lambda: client.get("/ready").status_code == 200)
+                yield client
+        finally:
+            server.stop()
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 def engine_fixture(**options: Any) -> Any:

@@ -89,6 +89,18 @@ class Body(BaseModel):
         return found
 
 
+class TimedBody(Body):
+    """What every body that is work for the engine has."""
+
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum time for the whole answer in seconds, from when the body has been read. Beyond it the "
+        "request ends with the error `deadline_exceeded`: as a 504, or as the last event of a stream.",
+        examples=[30],
+    )
+
+
 def at_most(count: int) -> Callable[[Any], Any]:
     """A validator that counts the entries of an object before any is looked at."""
 

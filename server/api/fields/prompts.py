@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.api.fields.body import FAIL_FAST, Body, NoOps, OrElse
+from server.api.fields.body import FAIL_FAST, Body, NoOps, OrElse, TimedBody
 from steering_vectors.data.chat import Message
 from steering_vectors.errors import RequestError
 
@@ -92,7 +92,7 @@ class MessageBody(Body):
 Messages = Annotated[list[MessageBody], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class EncodingBody(Body):
+class EncodingBody(TimedBody):
     """How a prompt becomes token ids."""
 
     add_special_tokens: bool = Field(

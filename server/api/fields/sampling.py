@@ -56,7 +56,7 @@ class SamplingBody(Body):
     max_tokens: int | None = Field(
         None,
         description="Maximum number of tokens to generate; by default 16 after a text, and in a conversation as many "
-        "as fit the context.",
+        "as fit the context. More than `--max-tokens-limit` is a 400, and by default there are never more.",
     )
     min_tokens: int = Field(
         0,
@@ -80,6 +80,11 @@ class SamplingBody(Body):
         description="Report the residual stream's projection onto each profile's directions at each token, in units of "
         "strength: strength 1 adds 1 at one of the profile's blocks.",
     )
+
+    @property
+    def max_tokens_field(self) -> str | None:
+        """The field that gives the number of tokens; None if it is left out."""
+        return None if self.max_tokens is None else "max_tokens"
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         """Raises RequestError that names a field that is out of range."""

@@ -160,6 +160,8 @@ class GenerateBody(TextBody, ConstrainedBody):
             common=GenerationRequest((), (), self.sampling()),
             constraints=self.constraints(),
             projections=self.projections,
+            timeout=self.timeout,
+            max_tokens_field=self.max_tokens_field,
         )
 
     def _plan(self, header: str | None) -> SteeringPlan:
@@ -197,6 +199,8 @@ class CompareBody(TextBody):
             common=GenerationRequest((), (), self.sampling(), divergence=self.kl),
             projections=self.projections,
             counted="variants",
+            timeout=self.timeout,
+            max_tokens_field=self.max_tokens_field,
         )
 
 
@@ -228,6 +232,7 @@ class ScoreBody(OnePromptBody):
             common=GenerationRequest((), (), SamplingParameters(max_tokens=0), prompt_logprobs=self.top_logprobs),
             completions=self.completions,
             counted="completions",
+            timeout=self.timeout,
         )
 
 
@@ -245,7 +250,7 @@ async def generate(
 ) -> Response:
     """Continue a text or a conversation under a steering. With `stream`, events have the pieces of the text, and the
     last one has everything else."""
-    generations = await intake.submit(body, steering)
+    generations = await while_connected(request, intake.submit(body, steering))
     if body.stream:
         return EventStreamResponse(_events(generations, [{}]), close=generations.close)
     (result,) = await while_connected(request, generations.results())
@@ -262,7 +267,7 @@ async def generate(
 async def compare(body: CompareBody, request: Request, service: ReadyDep, intake: IntakeDep) -> Response:
     """Continue a text or a conversation under several steerings, with the same random numbers. With `stream`, the
     events of the variants are interleaved."""
-    generations = await intake.submit(body)
+    generations = await while_connected(request, intake.submit(body))
     if body.stream:
         numbers = [{"variant": index} for index in range(len(generations.choices))]
         return EventStreamResponse(_events(generations, numbers), close=generations.close)
@@ -279,7 +284,7 @@ async def score(
     body: ScoreBody, request: Request, service: ReadyDep, intake: IntakeDep, steering: SteeringHeader = None
 ) -> Response:
     """Compute the log-probabilities, in nats, of each completion's tokens after the prompt."""
-    generations = await intake.submit(body, steering)
+    generations = await while_connected(request, intake.submit(body, steering))
     results = await while_connected(request, generations.results())
     finished, texts = [result.finished for result in results], service.token_texts
 

@@ -48,7 +48,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
     steering: Steering | None = Field(
         None, description="The steering; an alias in `model` is a short form of it.", examples=[EXAMPLE]
     )
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices for each prompt.")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices for each prompt, at most `--max-n`.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream; only with `stream`.")
     user: Short | None = Field(None, description="Accepted for compatibility. It has no effect.")
     metadata: Annotated[dict[Short, Short], BeforeValidator(at_most(MAX_METADATA))] | None = Field(
@@ -72,6 +72,8 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
             constraints=self.constraints(),
             projections=self.projections,
             counted="n" if self.n > 1 else "prompt",
+            timeout=self.timeout,
+            max_tokens_field=self.max_tokens_field,
         )
 
     def _plan(self, served: str, header: str | None, echo: bool) -> SteeringPlan:
@@ -114,6 +116,10 @@ class ChatBody(OpenAIBody):
     def ask(self, served: str, header: str | None) -> Ask:
         logprobs = self.top_logprobs if self.logprobs else None
         return self.asked((messages_of(self.messages),), served, header, logprobs=logprobs)
+
+    @property
+    def max_tokens_field(self) -> str | None:
+        return super().max_tokens_field if self.max_completion_tokens is None else "max_completion_tokens"
 
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         newer, older = self.max_completion_tokens, self.max_tokens

@@ -41,7 +41,7 @@ async def chat_completions(
 ) -> Response:
     """Generate the next turn of a conversation under a steering. With `stream`, chunks are sent as server-sent events;
     the last one has the receipts, and `data: [DONE]` follows."""
-    generations = await intake.submit(body, steering)
+    generations = await while_connected(request, intake.submit(body, steering))
     writer = ChatWriter(new_id("chatcmpl"), body.model, service.fingerprint, generations, service.token_texts)
     return await _respond(writer, body, request, service)
 
@@ -54,7 +54,7 @@ async def completions(
 ) -> Response:
     """Continue one or more texts under a steering. With `stream`, chunks are sent as server-sent events; the last one
     has the receipts, and `data: [DONE]` follows."""
-    generations = await intake.submit(body, steering)
+    generations = await while_connected(request, intake.submit(body, steering))
     texts = service.token_texts
     echoed = [texts.of_prompt(prompt) for prompt in body.prompt] if body.echo else None
     writer = CompletionWriter(new_id("cmpl"), body.model, service.fingerprint, generations, texts, echoed=echoed)

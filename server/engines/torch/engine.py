@@ -130,6 +130,7 @@ class TorchEngine:
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> EventStream:
         self._check_open()
+        began = time.perf_counter()
         ids = Counter(name for request in requests for name in request.ids)
         if taken := next((name for name, count in ids.items() if count > 1 or name in self._requests), None):
             raise Conflict(f"a generation with id {taken!r} is running already", param="ids")
@@ -156,6 +157,8 @@ class TorchEngine:
             mailbox = Mailbox()
             for state in states:
                 state.mailbox = mailbox
+                if (timeout := state.request.timeout) is not None:
+                    state.deadline = began + timeout
                 self._requests[state.id] = state
             self._send(lambda: self._loop.add(states))
         except BaseException:

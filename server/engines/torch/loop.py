@@ -61,6 +61,7 @@ class EngineLoop:
         self._eos_ids = eos_ids
         self._ended = ended
         self._beat = beat
+        self._next_deadline = math.inf  # no request has an earlier one
         self.damaged = False
         self.outbox = Outbox()
         self.counts: Counter[str] = Counter()  # by field of EngineStats
@@ -69,6 +70,7 @@ class EngineLoop:
     def add(self, states: Sequence[RequestState]) -> None:
         for state in states:
             self._scheduler.add(state)
+            self._next_deadline = min(self._next_deadline, state.deadline)
 
     def cancel(self, states: Sequence[RequestState]) -> None:
         for state in states:
@@ -82,6 +84,8 @@ class EngineLoop:
 
     def step(self) -> None:
         self.counts["steps"] += 1
+        if time.perf_counter() >= self._next_deadline:
+            self._end_overdue()
         for state in self._scheduler.admit():
             state.admitted = time.perf_counter()
             self._write(state)
@@ -94,6 +98,15 @@ class EngineLoop:
         for batch in self._scheduler.schedule():
             self._beat()
             self._run(batch)
+
+    def _end_overdue(self) -> None:
+        """End requests whose time is over."""
+        now = time.perf_counter()
+        states = (*self._scheduler.running, *self._scheduler.waiting)
+        for state in states:
+            if state.deadline <= now:
+                self.finish(state, "timeout", _progress(state))
+        self._next_deadline = min((state.deadline for state in states if state.deadline > now), default=math.inf)
 
     def fail_step(self, error: Exception) -> None:
         """End what runs after a step that failed."""
@@ -140,7 +153,7 @@ class EngineLoop:
         elif state.detokenizer.matched_stop is not None and reason in ("stop", "length"):
             reason, matched = "stop", state.detokenizer.matched_stop
         state.finish = reason
-        keep = reason in ("stop", "length") or (reason == "cancelled" and state.completion_length > 0)
+        keep = reason in ("stop", "length") or (reason in ("cancelled", "timeout") and state.completion_length > 0)
         for slot in state.slots:
             try:
                 self._bank.clear(slot)
@@ -343,6 +356,15 @@ def _step_message(error: Exception) -> str:
     if out_of_memory:
         return "the server ran out of memory: send shorter or fewer requests, or try again later"
     return f"{type(error).__name__} while computing a step"
+
+
+def _progress(state: RequestState) -> str:
+    """How far a request came, for its client."""
+    if state.slot < 0:
+        return "it still waited for a slot"
+    if not state.completion_length:
+        return "its prompt was still being computed"
+    return f"{state.completion_length} tokens were generated"
 
 
 def run_batch(runner: Runner, batch: Sequence[Chunk]) -> tuple[Output[torch.Tensor], Sequence[torch.Tensor]]:

@@ -21,6 +21,8 @@ from server.engines.protocol import Capability, EngineInfo, EventStream, Generat
 from server.engines.torch.engine import TorchEngine
 from server.generation.answer_sizes import AnswerBudget
 from server.generation.intake import Asking, Intake, longest_text
+from server.generation.load import Load
+from server.generation.request_limits import RequestLimits
 from server.profiles.registry import ProfileRegistry
 from steering_vectors.errors import RequestError
 from tests.support.serving import engine_fixture, profiles_fixture
@@ -29,6 +31,9 @@ LONG = "x" * 10_000_000  # to encode it takes seconds
 MESSAGES = [{"role": "user", "content": "Hello"}]
 engine = engine_fixture(slots=2, context=64, max_queue=4)
 profiles = profiles_fixture("warm", "concise")
+
+
+DEFAULT_LIMITS = RequestLimits()
 
 
 class Recorder:
@@ -52,11 +57,16 @@ class Recorder:
 
 
 @asynccontextmanager
-async def intake_of(recorder: Recorder, profiles: Path) -> AsyncIterator[Intake]:
+async def intake_of(
+    recorder: Recorder, profiles: Path, limits: RequestLimits = DEFAULT_LIMITS
+) -> AsyncIterator[Intake]:
     registry = ProfileRegistry(profiles, recorder)  # type: ignore[arg-type]
     await registry.start()
     pool, budget = DaemonPool(1, "tokenizing"), AnswerBudget(1_000_000)
-    yield Intake(recorder, "demo", registry, pool, budget, longest_text(recorder.info))  # type: ignore[arg-type]
+    load = Load(recorder.info.slots, recorder.info.capacity, 0.5)
+    longest = longest_text(recorder.info)
+    yield Intake(recorder, "demo", registry, pool, budget, load, longest, limits)  # type: ignore[arg-type]
+    assert (load.total, budget.used) == (0, 0)
     pool.close()
     await registry.stop()
 
@@ -158,8 +168,44 @@ def test_counts_are_checked_before_any_work(
     monkeypatch.setattr(type(engine.info.tokenizer), "encode", no_work)
     with pytest.raises(RequestError) as failure:
         ask(body)
-    expected = f"{param}: 7 generations exceed the 6 that this server runs and queues at once: request fewer"
+    expected = f"{param}: 7 generations exceed the 4 that one request may have here: request fewer"
     assert (failure.value.message, failure.value.param) == (expected, param)
+
+
+LONGER = "x" * 4000  # characters; one token has a few at most
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "what"),
+    [
+        (GenerateBody(prompt=LONGER), "prompt", "the prompt has 4000 characters"),
+        (CompletionBody(model="demo", prompt=["a", LONGER]), "prompt", "the prompt has 4000 characters"),
+        (CompletionBody(model="demo", prompt=[5] * 65), "prompt", "the prompt has 65 tokens; the context holds 64"),
+        (
+            ChatBody(model="demo", messages=[{"role": "user", "content": LONGER[:2000]}] * 2),
+            "messages",
+            "the prompt has 4000 characters",
+        ),
+        (ScoreBody(prompt="a", completions=["b", LONGER]), "completions[1]", "completions[1] has 4000 characters"),
+    ],
+    ids=["text", "texts", "ids", "messages", "completion"],
+)
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
+    ask: Ask, body: Asking, param: str, what: str, monkeypatch: pytest.MonkeyPatch, engine: TorchEngine
+) -> None:
+    encoded: list[int] = []
+    call = type(engine.info.tokenizer).__call__
+
+    def noted(self: Any, text: Any, *given: Any, **options: Any) -> Any:
+        encoded.append(len(text))
+        return call(self, text, *given, **options)
+
+    monkeypatch.setattr(type(engine.info.tokenizer), "__call__", noted)
+    with pytest.raises(RequestError) as failure:
+        ask(body)
+    assert failure.value.message.startswith(what)
+    assert (failure.value.param, failure.value.code) == (param, "context_length_exceeded")
+    assert max(encoded, default=0) < 10
 
 
 def test_a_profile_is_named_by_its_field(ask: Ask) -> None:

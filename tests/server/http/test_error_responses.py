@@ -118,14 +118,14 @@ def test_a_truncated_file(client: httpx.Client, profiles: Path) -> None:
 
 def test_a_full_queue_is_429_and_frees_what_it_took(client: httpx.Client, engine: TorchEngine) -> None:
     endless = {"prompt": "Hello", "max_tokens": 60, "ignore_eos": True, "stream": True}
-    with client.stream("POST", "/v1/completions", json={**COMPLETION, **endless, "n": 6}) as full:
-        response = client.post("/v1/completions", json={**COMPLETION, "n": 6})
+    with client.stream("POST", "/v1/completions", json={**COMPLETION, **endless, "n": 4}) as full:
+        response = client.post("/v1/completions", json={**COMPLETION, "n": 4})
         error = error_of(response, 429)
         assert error["type"] == "rate_limit_error"
         assert response.headers["retry-after"] == "1"
         full.close()
     until(lambda: engine.stats().running + engine.stats().waiting == 0)
-    assert client.post("/v1/completions", json={**COMPLETION, "n": 6}).status_code == 200
+    assert client.post("/v1/completions", json={**COMPLETION, "n": 4}).status_code == 200
 
 
 def test_keys(engine: TorchEngine, profiles: Path, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_clients_own_counts_equal_the_metrics(client: httpx.Client, engine: He
     assert strengths == counts.strengths
     assert labelled(found, "gate_decisions_total") == {("opens", "opened"): 1, ("shuts", "closed"): 1}
     reasons = {reason: number for (reason,), number in labelled(found, "generations_total").items()}
-    assert reasons == {"stop": 0, "cancelled": 0, **counts.finished}
+    assert reasons == {"stop": 0, "cancelled": 0, "timeout": 0, **counts.finished}
     for name in ("prompt_tokens_total", "generation_tokens_total", "inter_token_latency_seconds_count"):
         assert value(found, name) - value(before, name) == counts.totals[name], name
     succeeded = [labels for labels in counts.requests.elements() if labels[1:] == ("POST", "success")]

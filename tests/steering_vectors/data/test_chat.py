@@ -106,6 +106,22 @@ def test_a_template_that_fails_is_an_error_of_the_request(template: str) -> None
         render_chat(with_template(template), HELLO)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Only one turn, please.') }}", "Only one turn, please."),
+        ("{{ messages[9].content.x }}", "list object has no element 9"),
+        ("{% include '/etc/passwd' %}", "TypeError"),
+        ("{{ 1 + messages[0]['content'] }}", "TypeError"),
+        ("{{ secret.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_the_reason_is_the_templates_own_and_no_text_of_other_code(template: str, reason: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        render_chat(with_template(template), HELLO, template_kwargs={"secret": "x"})
+    assert caught.value.message == f"the model's chat template refuses these messages: {reason}"
+
+
 def test_no_messages_are_an_error(chat: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RequestError, match="messages is empty; send at least one message"):
         render_chat(chat, [])

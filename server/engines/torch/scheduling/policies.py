@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from server.engines.torch.scheduling.prefix_reuse import PrefixKey
@@ -11,6 +11,16 @@ from server.engines.torch.scheduling.request_state import Chunk, RequestState
 PASS_OVERHEAD_TOKENS = 128  # prompt tokens whose computing costs as much as one more pass, roughly
 
 Sized = TypeVar("Sized", bound=Chunk)
+
+
+def choose_tenant(waiting: Iterable[str], held: Mapping[str, int]) -> str:
+    """Whose request gets the next slot: the tenant's who holds the fewest slots now. Of several, the first of
+    `waiting`, in which whoever was served last stands last.
+
+    So slots are shared evenly among the tenants that want them, however many requests each has and however long they
+    run (max-min fairness), and a tenant that comes new gets the next slot.
+    """
+    return min(waiting, key=lambda tenant: held.get(tenant, 0))
 
 
 def share_budget(states: Iterable[RequestState], budget: int) -> list[Chunk]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -46,6 +47,7 @@ class RequestState:
     submitted: float = field(default_factory=time.perf_counter)
     admitted: float | None = None  # when it got its slot
     first_token: float | None = None  # when its first token was drawn
+    deadline: float = math.inf  # when it ends, finished or not; as all of these times by `time.perf_counter`
 
     prompt_scores: list[TokenLogprob] = field(default_factory=list)
     gate_sums: dict[str, torch.Tensor] = field(default_factory=dict)  # by gated profile, of the prompt's residuals

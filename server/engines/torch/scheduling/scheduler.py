@@ -1,20 +1,21 @@
 """Which tokens of which requests run in the next step. It imports no torch.
 
-A request takes the lowest free slot and reuses what the slots hold of its prompt. The rest of the prompt is computed in
-chunks that share a budget of tokens per step; then the request decodes one token per step. Requests join and leave
-between steps.
+Slots are shared evenly between tenants. A request takes the lowest free slot and reuses what the slots hold of its
+prompt. The rest of the prompt is computed in chunks that share a budget of tokens per step; then the request decodes
+one token per step. Requests join and leave between steps.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter
 from collections.abc import Collection
 
 from server.engines.torch.scheduling.budget import PrefillBudget
 from server.engines.torch.scheduling.policies import choose_leader, group_by_length, share_budget
 from server.engines.torch.scheduling.prefix_reuse import MIN_REUSED_TOKENS, PrefixCache
 from server.engines.torch.scheduling.request_state import Chunk, RequestState
+from server.engines.torch.scheduling.waiting import WaitingRequests
 
 IDLE_PREFILL_FACTOR = 4
 
@@ -39,12 +40,13 @@ class Scheduler:
         self._prefixes = prefixes or PrefixCache(slots, None)
         self._chunk_tokens = chunk_tokens
         self._free = list(range(slots))
-        self._waiting: deque[RequestState] = deque()
+        self._waiting = WaitingRequests()
+        self._held: Counter[str] = Counter()  # slots, by tenant
         self._running: dict[str, RequestState] = {}
         self.kv_tokens = 0  # of running requests, in all their slots
 
     @property
-    def waiting(self) -> Collection[RequestState]:
+    def waiting(self) -> WaitingRequests:
         return self._waiting
 
     @property
@@ -62,29 +64,34 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self._running or len(self._waiting))
 
     def add(self, state: RequestState) -> None:
         """Let a request wait for a slot."""
-        self._waiting.append(state)
+        self._waiting.add(state)
 
     def admit(self) -> list[RequestState]:
-        """Give free slots to the requests that have waited longest; returns those that were admitted."""
+        """Give free slots to waiting requests, by turns between tenants; returns those that were admitted."""
         for state in self._running.values():
             if state.leader is not None and not state.is_following:
                 self._begin(state)
         admitted = []
-        while self._waiting and len(self._free) >= 1 + self._waiting[0].request.divergence:
-            state = self._waiting.popleft()
-            self._running[state.id] = state  # before anything can fail, so that it can be ended and its slots freed
-            state.slot = heapq.heappop(self._free)
-            if state.request.divergence:
-                state.unsteered_slot = heapq.heappop(self._free)
-            for slot in state.slots:
-                self._prefixes.evict(slot, self._free, state.reusable)
-            self._begin(state)
-            admitted.append(state)
+        while (waiting := self._waiting.next(self._held)) and len(self._free) >= 1 + waiting.request.divergence:
+            self._waiting.take(waiting)
+            self._place(waiting)
+            admitted.append(waiting)
         return admitted
+
+    def _place(self, state: RequestState) -> None:
+        """Give a request its slots."""
+        self._running[state.id] = state  # before anything can fail, so that it can be ended and its slots freed
+        state.slot = heapq.heappop(self._free)
+        if state.request.divergence:
+            state.unsteered_slot = heapq.heappop(self._free)
+        self._held[state.request.tenant] += len(state.slots)
+        for slot in state.slots:
+            self._prefixes.evict(slot, self._free, state.reusable)
+        self._begin(state)
 
     def schedule(self) -> list[list[Chunk]]:
         """The forward passes of the next step, each with its chunks in order of slots: first chunks of prompts, grouped
@@ -114,6 +121,7 @@ class Scheduler:
             self._waiting.remove(state)
             return
         self.kv_tokens -= state.computed * len(state.slots)
+        self._held -= Counter({state.request.tenant: len(state.slots)})  # drops it at 0
         for slot in state.slots:
             heapq.heappush(self._free, slot)
             if keep:
@@ -130,6 +138,7 @@ class Scheduler:
         """Every slot is free or held by exactly one running request; for tests."""
         held = [slot for state in self._running.values() for slot in state.slots]
         assert sorted(held + self._free) == list(range(self.num_slots)), (held, self._free)
+        assert self._held.total() == len(held)
         assert self.kv_tokens == sum(state.computed * len(state.slots) for state in self._running.values())
 
     def _begin(self, state: RequestState) -> None:

@@ -344,6 +344,18 @@ def test_ids_are_unique_and_the_queue_is_bounded(one: Served) -> None:
     one.run(idle(one))
 
 
+def test_a_choice_ends_when_its_time_is_over(one: Served) -> None:
+    """Before it has a slot here, and alone: those beside it go on."""
+    late = replace(request(PROMPT, **ENDLESS), ids=("late-0", "late-1"), timeout=0.0)
+    on_time = replace(request(PROMPT, max_tokens=5, **FREE), timeout=600.0)
+    first, second, third = one.run(outcomes(one.engine, late, on_time))
+    assert [found.end.reason for found in (first, second, third)] == ["timeout", "timeout", "length"]
+    assert first.end.error == "it still waited for a slot"
+    assert (first.ids, third.end.error) == ((), None)
+    one.run(idle(one))
+    assert one.engine.stats().finished["timeout"] == 2
+
+
 def test_profiles_must_fit_the_model(one: Served) -> None:
     foreign = random_profile(wrap_model(tiny_model("qwen2"), tiny_tokenizer()))
     with pytest.raises(ProfileMismatch, match="whose weights differ"):

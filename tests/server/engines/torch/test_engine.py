@@ -19,12 +19,15 @@ from server.engines.config import EngineConfig
 from server.engines.errors import Conflict, Overloaded, Unavailable
 from server.engines.protocol import Finished, PlanTerm, SteeringPlan, StrengthSchedule
 from server.engines.torch.plans import ResolvedPlan
+from server.engines.torch.scheduling.request_state import RequestState
 from steering_vectors.errors import ProfileMismatch, RequestError, SteeringError
 from steering_vectors.models.loading import LanguageModel, wrap_model
 from steering_vectors.profiles.mixture import Mixture
 from tests.support.running import (
     HeldEngine,
+    JumpingClock,
     outcome,
+    outcomes,
     plan,
     prompts,
     random_profile,
@@ -80,6 +83,64 @@ def test_a_full_queue_refuses(language_model: LanguageModel) -> None:
                 await stream.aclose()
 
     asyncio.run(main())
+
+
+def test_a_running_choice_ends_when_its_time_is_over(
+    language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the tokens that it has, with its times and without its neighbour."""
+    first, second = prompts(language_model, [5, 6])
+    three = run_all(language_model, [request(first, max_tokens=3, ignore_eos=True)])[0].ids
+    clock = JumpingClock(monkeypatch)
+
+    async def main() -> None:
+        async with running(language_model, slots=2, context=200) as engine:
+            late, other = replace(request(first, **LONG), timeout=100.0), request(second, **LONG)
+            engine.hold(3, of=late.ids[0])
+            waiting = [asyncio.create_task(outcome(engine, one)) for one in (late, other)]
+            await asyncio.to_thread(engine.until_held)
+            clock.jump(101)
+            engine.go()
+            ended = await waiting[0]
+            assert (ended.end.reason, len(ended.ids), ended.end.completion_tokens) == ("timeout", 3, 3)
+            assert ended.end.error == "3 tokens were generated"
+            assert ended.end.times is not None
+            assert ended.end.times.decode > 0
+            assert ended.ids == three
+            assert (await waiting[1]).end.reason == "length"
+
+    asyncio.run(main())
+
+
+def test_a_tenant_is_served_next_however_many_requests_of_another_wait(language_model: LanguageModel) -> None:
+    rows = prompts(language_model, [4] * 41)
+    many = [replace(request(ids, max_tokens=3, ignore_eos=True), tenant="a") for ids in rows[:40]]
+    one = replace(request(rows[40], max_tokens=3, ignore_eos=True), tenant="b")
+    order: list[str] = []
+
+    async def main() -> None:
+        async with running(language_model, slots=4, context=64) as engine:
+            admit = engine._scheduler.admit
+
+            def noted() -> list[RequestState]:
+                admitted = admit()
+                order.extend(state.id for state in admitted)
+                return admitted
+
+            engine._scheduler.admit = noted  # type: ignore[method-assign]
+            engine.hold(after=1)
+            waiting = [asyncio.create_task(outcomes(engine, *many))]
+            await asyncio.to_thread(engine.until_held)
+            waiting.append(asyncio.create_task(outcomes(engine, one)))
+            while engine._requests.get(one.ids[0]) is None:
+                await asyncio.sleep(0.001)
+            engine.go()
+            ended = await asyncio.gather(*waiting)
+            assert {found.end.reason for group in ended for found in group} == {"length"}
+
+    asyncio.run(main())
+    assert order.index(one.ids[0]) <= 4 + 4  # in the round after those that ran when it came
+    assert [name for name in order if name != one.ids[0]] == [single.ids[0] for single in many]
 
 
 def test_an_id_is_used_once_at_a_time(language_model: LanguageModel) -> None:

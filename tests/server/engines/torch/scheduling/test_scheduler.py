@@ -42,6 +42,63 @@ def test_admits_in_order_into_the_lowest_slots() -> None:
     assert rows[2].slot == 0
 
 
+def tenants(scheduler: Scheduler) -> str:
+    """Whose requests have slots, by slot."""
+    return "".join(row.request.tenant for row in sorted(scheduler.running, key=lambda row: row.slot))
+
+
+def of_tenant(tenant: str, number: int) -> RequestState:
+    return state(range(3), name=f"{tenant}{number}", tenant=tenant)
+
+
+def test_tenants_share_the_slots_however_many_requests_each_has() -> None:
+    scheduler = Scheduler(slots=4, chunk_tokens=100)
+    for number in range(40):
+        scheduler.add(of_tenant("a", number))
+    assert [row.id for row in scheduler.admit()] == ["a0", "a1", "a2", "a3"]
+    for tenant, count in (("b", 1), ("c", 9)):
+        for number in range(count):
+            scheduler.add(of_tenant(tenant, number))
+    served = []
+    for _ in range(8):  # the one that has run longest ends
+        scheduler.remove(next(iter(scheduler.running)))
+        (admitted,) = scheduler.admit()
+        served.append(admitted.id)
+        scheduler.check_integrity()
+    assert served == ["b0", "c0", "a4", "c1", "a5", "c2", "a6", "c3"]
+    assert sorted(tenants(scheduler)) == ["a", "a", "c", "c"]
+
+
+def test_slots_that_another_tenant_holds_for_long_do_not_count_for_a_new_one() -> None:
+    scheduler = Scheduler(slots=3, chunk_tokens=100)
+    for number in range(5):
+        scheduler.add(of_tenant("long", number))
+    scheduler.admit()
+    for number in range(3):
+        scheduler.add(of_tenant("short", number))
+    for _ in range(3):  # a short one always ends first
+        row = next((one for one in scheduler.running if one.request.tenant == "short"), None)
+        scheduler.remove(row or next(iter(scheduler.running)))
+        assert [one.request.tenant for one in scheduler.admit()] == ["short"]
+
+
+def test_a_waiting_request_can_be_taken_out_wherever_it_is() -> None:
+    scheduler = Scheduler(slots=1, chunk_tokens=100)
+    rows = [of_tenant(tenant, number) for tenant in "ab" for number in range(3)]
+    for row in rows:
+        scheduler.add(row)
+    assert list(scheduler.waiting) == rows
+    for row in (rows[1], rows[3], rows[5]):
+        scheduler.remove(row)
+    assert list(scheduler.waiting) == [rows[0], rows[2], rows[4]]
+    order = []
+    while scheduler.has_work:
+        for row in scheduler.admit():
+            order.append(row.id)
+            scheduler.remove(row)
+    assert order == ["a0", "b1", "a2"]
+
+
 def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
     scheduler = Scheduler(slots=1, chunk_tokens=1)  # four times as many while nothing decodes
     scheduler.add(waiting("a", 10))
