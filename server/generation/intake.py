@@ -30,6 +30,7 @@ from server.generation.choices import Generations
 from server.generation.client_errors import client_errors
 from server.generation.steering_grammar import pinned
 from server.observability import request_record
+from server.profiles.references import Draw
 from steering_vectors.data.chat import Message, check_known, continuation, encode_prompt
 from steering_vectors.data.literal_text import holds_control_token
 from steering_vectors.errors import RequestError
@@ -49,7 +50,8 @@ class Ask:
     `encoding` has keyword arguments of `encode_prompt`, `common` what all generations share. `plans` are by the
     request's field that holds each, and so are `constraints`, of which there may be one. If there are `completions`,
     they are scored and nothing is generated. `projections` asks for those of all plans, so that variants can be
-    compared. `counted` is the field that errors name if there are too many generations.
+    compared. `counted` is the field that errors name if there are too many generations. Requests of one `user` get the
+    same version of a profile of which aliases have shares.
     """
 
     prompts: Sequence[Prompt]
@@ -61,6 +63,7 @@ class Ask:
     projections: bool = False
     completions: Sequence[str | list[int]] | None = None
     counted: str = "prompt"
+    user: str | None = None
 
     def field_names(self) -> dict[str, str]:
         """This request's names of protocol fields, where they differ from the common ones."""
@@ -98,23 +101,33 @@ class Intake:
             ask = body.ask(self.served, header)
             fields |= ask.field_names()
             self._check_count(ask)
-            for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)]):
-                check_capabilities(self.engine.info, capabilities_needed(draft))
-            prompts = await self._encoded(ask)
-            requests = self._requests(ask, prompts)  # anew: a profile may have been replaced meanwhile
-            if (record := request_record.current()) is not None:
-                record.ask(requests, ask.prompts)
-            values = reported_values(requests, self.engine.info.context)
-            self.budget.take(values, ask.counted)
-            try:
-                stream = await self.engine.submit(requests)
-            except BaseException:
-                self.budget.give_back(values)
-                raise
+            named = {term.profile for plan in ask.plans.values() for term in plan.terms}
+            async with self.registry.holding(named):
+                draw = Draw(ask.user, self.caller.tenant)
+                for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)], draw):
+                    check_capabilities(self.engine.info, capabilities_needed(draft))
+                prompts = await self._encoded(ask)
+                requests = self._requests(ask, prompts, draw)  # anew: a profile may have been replaced meanwhile
+                if (record := request_record.current()) is not None:
+                    record.ask(requests, ask.prompts)
+                values = reported_values(requests, self.engine.info.context)
+                self.budget.take(values, ask.counted)
+                try:
+                    stream = await self.engine.submit(requests)
+                except BaseException:
+                    self.budget.give_back(values)
+                    raise
+                for request in requests:
+                    self.registry.use(request.ids, request.versions)
         if record is not None:
             record.accept()
-        ended = partial(self.budget.give_back, values)
+        ids = [name for request in requests for name in request.ids]
+        ended = partial(self._end, values, ids)
         return Generations(requests, stream, fields, self.caller.charge, values=values, ended=ended)
+
+    def _end(self, values: int, ids: Sequence[str]) -> None:
+        self.budget.give_back(values)
+        self.registry.release(ids)
 
     def _check_count(self, ask: Ask) -> None:
         count = len(ask.prompts) * len(ask.plans) * ask.n * (1 if ask.completions is None else len(ask.completions))
@@ -126,13 +139,13 @@ class Intake:
                 param=ask.counted,
             )
 
-    def _requests(self, ask: Ask, prompts: Sequence[tuple[Ids, int]]) -> list[GenerationRequest]:
+    def _requests(self, ask: Ask, prompts: Sequence[tuple[Ids, int]], draw: Draw) -> list[GenerationRequest]:
         """The requests for prompts, each with the number of tokens at its end that are scored."""
         if len(ask.constraints) > 1:
             first, second, *_ = ask.constraints
             raise RequestError(f"{first} and {second} are both given: use only one of them", param=second)
         constraint = next((Constraint(kind, text) for kind, text in ask.constraints.values()), None)
-        plans = [pinned(plan, partial(self.registry.find, param=field)) for field, plan in ask.plans.items()]
+        plans = [pinned(plan, partial(self.registry.find, param=field, draw=draw)) for field, plan in ask.plans.items()]
         projected = dict.fromkeys(version for plan in plans for version in plan.versions) if ask.projections else ()
         return [
             replace(
