@@ -21,7 +21,7 @@ from server.profiles.audit import Author
 from server.profiles.changes import Conditions
 from server.state import Service
 
-UPLOAD = "The profile's file, as `trimtab fit` writes it. The name in its metadata must be that of the path."
+UPLOAD = "the profile's file, as `trimtab fit` writes it. The name in its metadata must be that of the path."
 ABOUT_VERSION = "A version that is kept, or at least the first 8 digits of it."
 
 AliasName = Annotated[

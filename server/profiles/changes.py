@@ -18,10 +18,9 @@ from server.engines.errors import Conflict, Overloaded, UnknownProfile
 from server.engines.pool import DaemonPool
 from server.engines.protocol import Engine
 from server.profiles.audit import Author
-from server.profiles.references import VERSION_TEXT, checked_alias, unknown_alias
+from server.profiles.references import VERSION_TEXT, Alias, checked_alias, unknown_alias
 from server.profiles.registry import ProfileRegistry
 from server.profiles.versions import (
-    Alias,
     ProfileStore,
     Publication,
     Record,

@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from server.engines.errors import UnknownProfile
-from server.profiles.versions import Alias
 from steering_vectors.errors import RequestError
 
 REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?:(?P<version>[0-9a-f]{8,64})|(?P<alias>[a-z][a-z0-9_-]{0,31})))?")
@@ -18,6 +19,17 @@ VERSION_TEXT = re.compile(r"[0-9a-f]{8,64}")
 STABLE = "stable"  # the alias that a plain name means
 LATEST = "latest"  # the version of the profile's file, always
 ALIAS_RULE = "use 1 to 32 of a-z, 0-9, '_' and '-', beginning with a letter, and not only hexadecimal digits"
+
+
+class Alias(BaseModel):
+    """A name of a version. `share` is the part of the requests for the plain name that go to it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: str = Field(pattern=r"^[0-9a-f]{64}$")
+    share: float = Field(0.0, ge=0, le=1)
+    at: str = ""
+    by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple, TypeVar
 from server.engines.errors import Unavailable, UnknownProfile
 from server.engines.pool import DaemonPool
 from server.engines.protocol import Engine
-from server.profiles.references import LATEST, STABLE, Draw, Reference, parse_reference, unknown_alias
-from server.profiles.versions import NOTHING, Alias, ProfileStore, ReadOnlyDirectory, Record
+from server.profiles.references import LATEST, STABLE, Alias, Draw, Reference, parse_reference, unknown_alias
+from server.profiles.versions import NOTHING, ProfileStore, ReadOnlyDirectory, Record
 from steering_vectors.errors import ProfileError, RequestError
 from steering_vectors.profiles.files import SUFFIX, load_profile
 from steering_vectors.profiles.profile import NAME_PATTERN, Profile

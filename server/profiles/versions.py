@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.engines.errors import Unavailable, UnknownProfile
 from server.profiles.audit import AuditLog, Author
+from server.profiles.references import Alias
 from steering_vectors.errors import ProfileError, RequestError
 from steering_vectors.profiles.files import (
     SUFFIX,
@@ -77,17 +78,6 @@ class Publication(BaseModel):
     at: str
     by: str | None = None
     size: int = 0
-
-
-class Alias(BaseModel):
-    """A name of a version. `share` is the part of the requests for the plain name that go to it."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    version: str = Field(pattern=r"^[0-9a-f]{64}$")
-    share: float = Field(0.0, ge=0, le=1)
-    at: str = ""
-    by: str | None = None
 
 
 class Record(BaseModel):
@@ -237,9 +227,7 @@ class ProfileStore:
         folder = self._folder(name)
         try:
             return Record.model_validate_json((folder / RECORD).read_bytes())
-        except FileNotFoundError:
-            pass
-        except ValidationError:
+        except (FileNotFoundError, NotADirectoryError, ValidationError):
             pass
         files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
         versions = {path.stem: path.stat() for path in files if len(path.stem) == 64}
@@ -251,7 +239,7 @@ class ProfileStore:
     def record_marks(self) -> dict[str, tuple[int, int]]:
         """What tells one state of each profile's record from the next, by name."""
         marks = {}
-        with suppress(FileNotFoundError), os.scandir(self._state / "profiles") as folders:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._state / "profiles") as folders:
             for folder in folders:
                 if NAME_PATTERN.fullmatch(folder.name):
                     with suppress(OSError):
