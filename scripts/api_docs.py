@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from server.api.fields.body import NO_OPS_KEY, NULL
 from server.api.document import FILE
+from server.api.fields.body import NO_OPS_KEY, NULL
 from server.app import create_app
 from server.settings import Settings
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -406,7 +407,8 @@ class ProfileRegistry:
     def _signature(self, name: str) -> Signature | None:
         for path in (self._directory / f"{name}{SUFFIX}", self._shipped.get(name)):
             with suppress(FileNotFoundError):
-                return None if path is None else signature_of(path.stat())
+                if path is not None and stat.S_ISREG((status := path.stat()).st_mode):
+                    return signature_of(status)
         return None
 
     def _entry_with_error(self, name: str, reason: str) -> ProfileEntry:
@@ -418,7 +420,8 @@ class ProfileRegistry:
             for name, signature in found.items():
                 await self._update(name, signature)
             for name in set(self._entries) - present - self._unreadable.keys():
-                await self._swap(name, None)
+                if await self._read(partial(self._signature, name)) is None:  # it may have come after the look
+                    await self._swap(name, None)
 
     async def _update(self, name: str, signature: Signature) -> None:
         """Load a profile whose file has changed."""
