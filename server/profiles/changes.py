@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -25,7 +25,6 @@ from server.profiles.versions import (
     Publication,
     Record,
     Upload,
-    audit_entry,
     checked_name,
     now,
     storage_error,
@@ -119,7 +118,7 @@ class ProfileChanges:
         with self._counted("upload", name, author):
             checked_name(name)
             async with self._received(chunks) as upload:
-                profile = await self._working.run(lambda: _read_upload(name, upload))
+                profile = await self._run(lambda: _read_upload(name, upload))
                 async with self._checked(profile):
                     change = await self._publish("upload", name, upload, conditions, author)
                     await self._registry.look_at(name)
@@ -128,14 +127,14 @@ class ProfileChanges:
     async def rollback(self, name: str, text: str | None, conditions: Conditions, author: Author) -> Change:
         """Publish a version again that was replaced: the one that begins with `text`, or the one before the current."""
         with self._counted("rollback", name, author):
-            version = await self._working.run(lambda: self._earlier(name, text))
-            profile = await self._working.run(lambda: self._store.load(name, version))
+            version = await self._run(lambda: self._earlier(name, text))
+            profile = await self._run(lambda: self._store.load(name, version))
             async with self._checked(profile):
-                upload = await self._working.run(lambda: self._copied(name, version))
+                upload = await self._run(lambda: self._copied(name, version))
                 try:
                     change = await self._publish("rollback", name, upload, conditions, author)
                 finally:
-                    await self._working.run(upload.discard)
+                    await self._run(upload.discard)
                 await self._registry.look_at(name)
             return change
 
@@ -144,7 +143,7 @@ class ProfileChanges:
         served again."""
         with self._counted("delete", name, author):
             checked_name(name)
-            change = await self._working.run(lambda: self._delete(name, conditions, author))
+            change = await self._run(lambda: self._delete(name, conditions, author))
             await self._registry.look_at(name)
             return change
 
@@ -152,7 +151,7 @@ class ProfileChanges:
         """Delete a version that was replaced; returns it."""
         with self._counted("delete_version", name, author):
             in_use = frozenset(self._registry.in_use)
-            version = await self._working.run(lambda: self._delete_version(name, text, in_use, author))
+            version = await self._run(lambda: self._delete_version(name, text, in_use, author))
             await self._registry.look_at(name)
             return version
 
@@ -162,25 +161,25 @@ class ProfileChanges:
         with self._counted("alias", name, author):
             checked_alias(alias)
             entry = self._registry.entry(name)
-            version = await self._working.run(lambda: self._wanted(name, text))
+            version = await self._run(lambda: self._wanted(name, text))
             if entry.profile is None or entry.profile.version != version:
-                profile = await self._working.run(lambda: self._store.load(name, version))
+                profile = await self._run(lambda: self._store.load(name, version))
                 async with self._checked(profile):
                     pass
-            made = await self._working.run(lambda: self._set_alias(name, alias, version, share, author))
+            made = await self._run(lambda: self._set_alias(name, alias, version, share, author))
             await self._registry.look_at(name)
             return made
 
     async def delete_alias(self, name: str, alias: str, author: Author) -> Alias:
         with self._counted("unalias", name, author):
-            gone = await self._working.run(lambda: self._delete_alias(name, alias, author))
+            gone = await self._run(lambda: self._delete_alias(name, alias, author))
             await self._registry.look_at(name)
             return gone
 
     async def versions(self, name: str) -> list[ListedVersion]:
         """The versions of a profile, also of one that was deleted, the latest first. Raises UnknownProfile."""
         in_use = self._registry.in_use
-        found = await self._working.run(lambda: self._versions(checked_name(name), in_use))
+        found = await self._run(lambda: self._versions(checked_name(name), in_use))
         if not found:
             raise UnknownProfile(f"profile {name!r} is not served, and no version of it is kept", param="name")
         return found
@@ -192,12 +191,16 @@ class ProfileChanges:
             version = self._wanted(name, text)
             return version, self._store.read(name, version)
 
-        return await self._working.run(read)
+        return await self._run(read)
 
     async def log(self, limit: int, profile: str | None) -> list[dict[str, Any]]:
         """The latest changes, the newest first."""
+        return await self._run(lambda: self._store.audit.read(limit, profile))
+
+    async def _run(self, work: Callable[[], Result]) -> Result:
+        """Do what touches files in a thread. An OSError becomes what a client is told."""
         try:
-            return await self._working.run(lambda: self._store.audit.read(limit, profile))
+            return await self._working.run(work)
         except OSError as error:
             raise storage_error(error) from error
 
@@ -251,7 +254,7 @@ class ProfileChanges:
         self, action: Action, name: str, upload: Upload, conditions: Conditions, author: Author
     ) -> Change:
         in_use = frozenset(self._registry.in_use)
-        return await self._working.run(lambda: self._place(action, name, upload, conditions, author, in_use))
+        return await self._run(lambda: self._place(action, name, upload, conditions, author, in_use))
 
     @contextmanager
     def _counted(self, action: Action, name: str, author: Author) -> Iterator[None]:
@@ -330,7 +333,7 @@ class ProfileChanges:
                 problem = "comes with trimtab"
             if problem is not None:
                 raise Conflict(f"version {version[:8]} of profile {name!r} {problem}", param="version")
-            store.audit.append(audit_entry("delete_version", name, version, None, author))
+            store.write_audit("delete_version", name, version, None, author)
             store.forget(name, record, [version])
             return version
 
@@ -385,15 +388,15 @@ class ProfileChanges:
     ) -> Iterator[None]:
         """Write a change into the audit log and the record, then carry it out; if that fails, take both back."""
         store = self._store
-        store.audit.append(audit_entry(action, name, old, new, author, **more))
+        store.write_audit(action, name, old, new, author, **more)
         try:
             store.write_record(name, after)
             yield
         except BaseException as error:
             with suppress(OSError):
                 store.write_record(name, before)
-            with suppress(OSError):
-                store.audit.append(audit_entry(f"{action}_failed", name, old, new, author, error=str(error)))
+            with suppress(OSError, RequestError):
+                store.write_audit(f"{action}_failed", name, old, new, author, error=str(error))
             raise
 
     def _with_current_kept(self, name: str, record: Record) -> Record:
@@ -442,19 +445,14 @@ class ProfileChanges:
         try:
             upload.write(self._store.read(name, version))
             upload.finish()
-        except BaseException as error:
+        except BaseException:
             upload.discard()
-            if isinstance(error, OSError):
-                raise storage_error(error) from error
             raise
         return upload
 
     def _versions(self, name: str, in_use: Counter[str]) -> list[ListedVersion]:
         store = self._store
-        try:
-            record, current, shipped = store.record(name), store.current(name), store.shipped(name)
-        except OSError as error:
-            raise storage_error(error) from error
+        record, current, shipped = store.record(name), store.current(name), store.shipped(name)
         known: dict[str, Publication | None] = dict(reversed(record.versions.items()))
         for version in (current, shipped):
             if version is not None and version not in known:

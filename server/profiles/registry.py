@@ -203,17 +203,16 @@ class ProfileRegistry:
 
     @asynccontextmanager
     async def holding(self, references: Iterable[str]) -> AsyncIterator[None]:
-        """Load the versions that some references name, unless they are current, and hold them until a request uses
+        """Load the versions that some references may mean, unless they are current, and hold them until a request uses
         them. `find` says what could not be loaded. Raises Unavailable."""
         held: list[str] = []
         try:
             for text in references:
-                reference = parse_reference(text) if "#" in text else None
-                version = None if reference is None else self._kept_version(reference)
-                if reference is not None and version is not None:
+                name = text.partition("#")[0]
+                for version in self._needed(text):
                     self._held[version] += 1
                     held.append(version)
-                    await self._load_kept(reference.name, version)
+                    await self._load_kept(name, version)
             yield
         finally:
             self._held -= Counter(held)
@@ -244,6 +243,19 @@ class ProfileRegistry:
     def _advice(self) -> str:
         names = ", ".join(profile.name for profile in self.served)
         return f"served are: {names}" if names else "no profile is served: put one into the profile directory"
+
+    def _needed(self, text: str) -> list[str]:
+        """The versions, besides the current one, that a reference may mean."""
+        if "#" not in text:
+            return [alias.version for alias in self.record(text).aliases.values()]
+        reference = parse_reference(text)
+        if reference is None:
+            return []
+        if reference.alias is not None:
+            alias = self.record(reference.name).aliases.get(reference.alias)
+            return [] if alias is None else [alias.version]
+        version = self._kept_version(reference)
+        return [] if version is None else [version]
 
     def _of_reference(self, reference: Reference, current: Profile, draw: Draw | None) -> Profile:
         name, record = reference.name, self.record(reference.name)
@@ -302,8 +314,9 @@ class ProfileRegistry:
                 profile = await self._read(lambda: store.load(name, version))
                 await self._engine.load_profile(profile)
             except (UnknownProfile, ProfileError, OSError) as error:
+                if self._kept_errors.get(version) != str(error):
+                    logger.warning("version %s of profile %r cannot be served: %s", version[:8], name, error)
                 self._kept_errors[version] = str(error)
-                logger.warning("version %s of profile %r cannot be served: %s", version[:8], name, error)
                 return
             self._kept[version] = profile
             self._kept_errors.pop(version, None)
@@ -326,14 +339,15 @@ class ProfileRegistry:
         store = self._store
         if store is None:
             return
-        marks = await self._read(store.record_marks)
-        for name in self._marks.keys() - marks.keys():
-            del self._marks[name]
-            self._records.pop(name, None)
-        for name, mark in marks.items():
-            if self._marks.get(name) != mark:
-                await self._take_record(store, name)
-                self._marks[name] = mark
+        async with self._refreshing:
+            marks = await self._read(store.record_marks)
+            for name in self._marks.keys() - marks.keys():
+                del self._marks[name]
+                self._records.pop(name, None)
+            for name, mark in marks.items():
+                if self._marks.get(name) != mark:
+                    await self._take_record(store, name)
+                    self._marks[name] = mark
 
     async def _take_record(self, store: ProfileStore, name: str) -> None:
         record = await self._read(lambda: store.record(name))

@@ -290,7 +290,7 @@ class ProfileStore:
                     self.keep(name, version, data)
             if record.current != version:
                 action = "removed" if version is None else "found"
-                self.audit.append(audit_entry(action, name, record.current, version, Author()))
+                self.write_audit(action, name, record.current, version, Author())
                 gone = record.model_copy(update={"current": None})
                 record = gone if version is None else record.publish(version, len(data), Author())
                 self.write_record(name, record)
@@ -298,11 +298,35 @@ class ProfileStore:
 
     # Within `changing`.
 
+    def write_audit(
+        self, action: str, name: str, before: str | None, after: str | None, author: Author, **more: Any
+    ) -> None:
+        """Add a line: who has changed what, when, from which version to which. Raises DiskFull and Unavailable."""
+        entry = {
+            "at": now(),
+            "action": action,
+            "profile": name,
+            "from_version": before,
+            "to_version": after,
+            "key": author.key,
+            "address": author.address,
+            "request_id": author.request_id,
+            **more,
+        }
+        try:
+            self.audit.append(entry)
+        except OSError as error:
+            failure = storage_error(error)
+            if isinstance(failure, DiskFull):
+                raise failure from error
+            reason = error.strerror or type(error).__name__
+            raise Unavailable(f"the audit log cannot be written ({reason}): check --audit-log") from error
+
     def keep(self, name: str, version: str, data: bytes, *, always: bool = False) -> None:
         """Keep a copy of a version, if replaced versions are kept or it is `always` to be. Raises OSError."""
         copy = self._copy(name, version)
         if (self.max_versions or always) and not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            _make(copy.parent)
             write_whole(copy, data)
 
     def write_record(self, name: str, record: Record) -> None:
@@ -313,7 +337,7 @@ class ProfileStore:
             with suppress(OSError):
                 folder.rmdir()
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         write_whole(folder / RECORD, record.model_dump_json(indent=1).encode())
 
     def place(self, name: str, upload: Upload) -> None:
@@ -346,9 +370,8 @@ class ProfileStore:
     def check_quota(self, name: str, version: str, size: int, record: Record, in_use: Collection[str]) -> None:
         """Raise QuotaExceeded if a new current version, and a copy of it, would be too much."""
         target, copy = self.path(name), self._copy(name, version)
-        freed = sum(
-            record.versions[one].size for one in self.surplus(name, record.publish(version, size, Author()), in_use)
-        )
+        surplus = self.surplus(name, record.publish(version, size, Author()), in_use)
+        freed = sum(_size(self._copy(name, one)) for one in surplus)
         freed += target.stat().st_size if target.is_file() else 0
         added = size + (size if self.max_versions and not copy.exists() else 0)
         total = self._usage() + added - freed
@@ -408,23 +431,6 @@ def storage_error(error: OSError) -> RequestError:
     return Unavailable(f"the profile directory cannot be written ({reason}): see its disk, or try again")
 
 
-def audit_entry(
-    action: str, name: str, before: str | None, after: str | None, author: Author, **more: Any
-) -> dict[str, Any]:
-    """One line of the audit log: who has changed what, when, from which version to which."""
-    return {
-        "at": now(),
-        "action": action,
-        "profile": name,
-        "from_version": before,
-        "to_version": after,
-        "key": author.key,
-        "address": author.address,
-        "request_id": author.request_id,
-        **more,
-    }
-
-
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
@@ -436,6 +442,13 @@ def shipped_version(path: Path) -> str:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _make(folder: Path) -> None:
+    """Make a folder that is still there after a crash. Raises OSError."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_directory(folder.parent)
 
 
 def _size(path: Path) -> int:

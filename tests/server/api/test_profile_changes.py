@@ -557,6 +557,18 @@ def test_a_read_only_directory_says_what_to_do(
     assert tree(directory) == before
 
 
+def test_a_change_that_cannot_be_logged_is_refused(engine: TorchEngine, files: list[bytes], tmp_path: Path) -> None:
+    directory = tmp_path / "profiles"
+    with live_server(engine, directory, audit_log=tmp_path / "missing/audit.jsonl") as client:
+        error = error_of(put(client, files[0]), 503)
+        assert error["message"] == ("the audit log cannot be written (No such file or directory): check --audit-log")
+        assert not (directory / "warm.safetensors").exists()
+        assert client.get("/profiles").json() == {"profiles": []}
+        (tmp_path / "missing").mkdir()
+        assert put(client, files[0]).status_code == 201
+        assert [one["action"] for one in changes(client)] == ["upload"]
+
+
 def test_a_quota_refuses_what_would_be_too_much(engine: TorchEngine, directory: Path) -> None:
     big = {"description": "x" * 300_000}
     identity = engine.info.identity
