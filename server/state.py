@@ -173,7 +173,7 @@ class Service:
             directory_unreadable=registry.problem is not None,
             loads=registry.loads,
             rejections=registry.rejections,
-            changes={} if self._changes is None else dict(self._changes.counts),
+            changes={} if self._changes is None else {**self._changes.counts},
         )
 
     async def _load(self) -> None:

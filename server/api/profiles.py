@@ -185,7 +185,9 @@ async def profile(name: ProfileName, service: ReadyDep, response: Response) -> P
     return details(entry, service.registry.record(name))
 
 
-@router.get("/profiles/{name}/file", summary="Download a profile", **declare_file(400, 404, 503))
+@router.get(
+    "/profiles/{name}/file", summary="Download a profile", response_class=Response, **declare_file(400, 404, 503)
+)
 async def profile_file(
     name: ProfileName,
     service: ReadyDep,

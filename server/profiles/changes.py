@@ -107,7 +107,7 @@ class ProfileChanges:
         self._receiving = DaemonPool(2, "trimtab-uploads")
         self._working = DaemonPool(1, "trimtab-changes", max_waiting=MAX_WAITING)
         self._uploads = 0
-        self.counts: Counter[tuple[str, str]] = Counter()  # changes by action and outcome
+        self.counts: Counter[tuple[str, ...]] = Counter()  # changes by action and outcome
 
     def close(self) -> None:
         self._receiving.close()

@@ -120,7 +120,7 @@ def test_errors_are_the_servers(run: Run, files: list[Path], tmp_path: Path) -> 
     with pytest.raises(RemoteError, match="the metadata has the name 'warm'"):
         run("push", files[1], "--name", "cold")
     with pytest.raises(RemoteError, match="is no name of a profile"):
-        run("push", files[1], "--name", "../warm")
+        run("push", files[1], "--name", "Warm")
     with pytest.raises(RemoteError, match="no version that is kept begins with '00000000'"):
         run("pull", "warm", "--version", "00000000", "--out", tmp_path / "out")
     with pytest.raises(TrimtabError, match="cannot be read"):
