@@ -18,9 +18,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEADING = "<!-- Written by scripts/settings_docs.py: run `make docs`, do not edit. -->\n\n# Settings"
 INTRODUCTION = """\
 Every setting of `trimtab serve` is a flag and an environment variable. A flag wins over the variable, and the variable
-over the default. An empty variable is an absent one, except those of keys, which must not be empty. A flag that is on
-or off is `--flag` or `--no-flag`, and its variable `true` or `false`. What cannot work is refused before anything is
-loaded, with exit code 2."""
+over the default. An empty variable is an absent one, except those of keys, which must not be empty. What is on
+or off has two flags, such as `--prefix-reuse` and `--no-prefix-reuse`, and a variable that is `true` or `false`. What
+cannot work is refused before anything is loaded, with exit code 2."""
 
 
 def main(
