@@ -105,10 +105,11 @@ $(VENV)/.mermaid: $(VENV)/.dev $(MERMAID)/package-lock.json
 	if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix $(MERMAID); fi
 	@touch $@
 
-docs: $(VENV)/.mermaid  ## Write docs/api.md, docs/cli.md and the table of metrics, and build the site into build/site
+docs: $(VENV)/.mermaid  ## Write docs/api.md, docs/cli.md, docs/settings.md and the table of metrics, and build the site into build/site
 	$(BIN)/python scripts/api_docs.py
 	$(BIN)/python scripts/cli_docs.py
 	$(BIN)/python scripts/metrics_docs.py
+	$(BIN)/python scripts/settings_docs.py
 	$(BIN)/mkdocs build --quiet --strict
 
 docs-serve: $(VENV)/.mermaid  ## Show the site on 127.0.0.1:8001 while you edit

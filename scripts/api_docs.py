@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.api.document import FILE
 from server.api.fields.body import NO_OPS_KEY, NULL
 from server.app import create_app
 from server.settings import Settings
@@ -73,7 +74,9 @@ def _route(document: Json, path: str, method: str, route: Json) -> Iterator[str]
     yield _curl(document, path, method, route)
     if "parameters" in route:
         yield _table(_parameters(route))
-    if "requestBody" in route:
+    if FILE in route.get("requestBody", {}).get("content", {}):
+        yield f"The body: {route['requestBody']['description']}"
+    elif "requestBody" in route:
         yield from _object(_schema(document, _body(route)))[1:]
     yield from _answer(route["responses"])
     yield _errors(route["responses"])
@@ -84,7 +87,9 @@ def _curl(document: Json, path: str, method: str, route: Json) -> str:
         examples = parameter["schema"].get("examples", [parameter["name"].upper()])
         path = path.replace(f"{{{parameter['name']}}}", str(examples[0]))
     words = f"curl -s {'' if method == 'GET' else f'-X {method} '}{ADDRESS}{path}"
-    if "requestBody" in route:
+    if FILE in route.get("requestBody", {}).get("content", {}):
+        words += " --data-binary @warm.safetensors"
+    elif "requestBody" in route:
         example = _schema(document, _body(route)).get("examples", [{}])[0]
         words += f" -H 'content-type: application/json' -d '{json.dumps(example, ensure_ascii=False)}'"
     return f"```bash\n{words}\n```"
@@ -102,6 +107,8 @@ def _answer(responses: Json) -> Iterator[str]:
     example = content.get("application/json", {}).get("example")
     if example is not None:
         yield f"```json\n{_json(example)}\n```"
+    if FILE in content:
+        yield "Answers a file."
     if "text/plain" in content:
         yield f"Answers text:\n\n```\n{content['text/plain']['example'].strip()}\n```"
 

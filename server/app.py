@@ -18,7 +18,7 @@ from server.access.budgets import Budgets
 from server.access.gate import Gate, tenant_of
 from server.access.keyring import KeyRing
 from server.access.refusals import Refusals
-from server.api import operations, profiles
+from server.api import operations, profile_changes, profiles
 from server.api.dependencies import generates
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.api.native import generate, steering_routes
@@ -35,7 +35,14 @@ from steering_vectors.profiles.files import installed_version
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
-ROUTERS = (openai.router, generate.router, steering_routes.router, profiles.router, operations.router)
+ROUTERS = (
+    openai.router,
+    generate.router,
+    steering_routes.router,
+    profiles.router,
+    profile_changes.router,
+    operations.router,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The command `trimtab`: `serve`, `chat`, and the offline commands of `steering_vectors.cli`.
+"""The command `trimtab`: `serve`, `chat`, `profiles`, `keys`, and the offline commands of `steering_vectors.cli`.
 
 What a command needs is imported when it runs, so that `--help` answers at once and `fit` never loads the server.
 """
@@ -24,6 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from server.access.commands import keys
+from server.chat.profile_commands import profiles
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
@@ -105,7 +106,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """The flag of a setting. Values of a choice are strings here: the settings check them."""
     from server.settings import PREFIX
 
-    kind, flag = _kind(field.annotation), f"--{name.replace('_', '-')}"
+    kind, flag = value_kind(field.annotation), f"--{name.replace('_', '-')}"
     default = "" if field.default is None else f"default: {str(field.default).lower()}; "
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
@@ -118,7 +119,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[optional, option])
 
 
-def _kind(annotation: Any) -> Any:
+def value_kind(annotation: Any) -> Any:
     """The X of `X | None`."""
     if get_origin(annotation) is Literal:
         return annotation
@@ -184,6 +185,7 @@ def chat(
         raise typer.Exit(FAILED)
 
 
+app.add_typer(profiles, name="profiles")
 app.add_typer(keys, name="keys")
 register(app)
 

@@ -118,6 +118,21 @@ class Settings(BaseSettings):
         gt=0,
     )
     profiles: Path = _steering(Path("profiles"), "The directory of profiles, which is watched for changes.")
+    profile_versions: int = _steering(
+        5,
+        "Number of replaced versions of each profile that are kept, besides those that an alias or a running "
+        "generation uses.",
+        ge=0,
+        le=1000,
+    )
+    profile_quota_bytes: int = _steering(
+        2**30, "Maximum size of all profiles and kept versions together; an upload beyond it is a 413.", ge=2**20
+    )
+    audit_log: Path | None = _steering(
+        None,
+        "The file to which changes of profiles are appended, as JSON lines; by default .trimtab/audit.jsonl in the "
+        "directory of profiles.",
+    )
     allow_model_mismatch: bool = _steering(False, "Serve profiles that were fitted on other weights of the same shape.")
     max_body_bytes: int = _limits(4 * 2**20, "Maximum size of a request's body; a larger one is a 413.", ge=1024)
     max_bytes_in_flight: int = _limits(

@@ -26,7 +26,9 @@ from server.generation.token_texts import TokenTexts
 from server.http.middleware import BytesInFlight
 from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
 from server.observability.metrics import Metrics, Snapshot
+from server.profiles.changes import ProfileChanges
 from server.profiles.registry import ProfileRegistry
+from server.profiles.versions import ProfileStore
 from server.settings import Settings
 from steering_vectors.errors import TrimtabError
 from steering_vectors.profiles.files import installed_version
@@ -50,6 +52,7 @@ class Service:
         self._given = engine
         self._engine: Engine | None = None
         self._registry: ProfileRegistry | None = None
+        self._changes: ProfileChanges | None = None
         self._loading: asyncio.Task[None] | None = None
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
@@ -123,6 +126,12 @@ class Service:
         return self._engine_load
 
     @property
+    def changes(self) -> ProfileChanges:
+        self.check_ready()
+        assert self._changes is not None
+        return self._changes
+
+    @property
     def model_name(self) -> str:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.info.model_name
@@ -168,6 +177,8 @@ class Service:
             await asyncio.gather(self._loading, return_exceptions=True)
         if self._registry is not None:
             await self._registry.stop()
+        if self._changes is not None:
+            self._changes.close()
         self._tokenizing.close()
         self.encoding.close()
         if self._engine is not None and self._engine is not self._given:
@@ -185,11 +196,14 @@ class Service:
             ready=self._loaded.is_set() and self._failure is None,
             served={profile.name: profile.version for profile in registry.served},
             rejected=sum(entry.status == "rejected" for entry in registry.entries),
+            unreadable=registry.unreadable,
+            directory_unreadable=registry.problem is not None,
             loads=registry.loads,
             rejections=registry.rejections,
             admitted=self.load.total,
             body_bytes=self.bytes_in_flight.total,
             answer_values=self._budget.used,
+            changes={} if self._changes is None else {**self._changes.counts},
         )
 
     async def _load(self) -> None:
@@ -207,9 +221,17 @@ class Service:
             self._engine_load = Load(info.slots, info.capacity, self.settings.max_queue_share)
             self._max_characters = await self._loader.run(lambda: longest_text(info))
             shipped = await self._loader.run(lambda: shipped_profiles(identity))
-            self._registry = ProfileRegistry(
-                self.settings.profiles, self._engine, shipped=shipped, changed=self.metrics.serve_profiles
+            store = ProfileStore(
+                self.settings.profiles,
+                shipped,
+                max_versions=self.settings.profile_versions,
+                quota=self.settings.profile_quota_bytes,
+                audit_log=self.settings.audit_log,
             )
+            self._registry = ProfileRegistry(
+                self.settings.profiles, self._engine, shipped=shipped, changed=self.metrics.serve_profiles, store=store
+            )
+            self._changes = ProfileChanges(store, self._registry, self._engine)
             await self._registry.start()
         except Exception as error:
             if not isinstance(error, TrimtabError):

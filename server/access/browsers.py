@@ -18,7 +18,7 @@ from server.settings import Settings, is_loopback
 
 PROBES = frozenset({"/health", "/ready"})  # asked by address, by supervisors
 SECONDS_OF_PREFLIGHTS = 600
-EXPOSED_HEADERS = ("retry-after", "x-request-id", "www-authenticate")
+EXPOSED_HEADERS = ("etag", "retry-after", "x-request-id", "www-authenticate")
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",

@@ -37,9 +37,10 @@ def is_open(path: str) -> bool:
 
 
 def scope_needed(method: str, path: str) -> KeyScope:
-    """What a key must be for: `admin` to change profiles or settings, `feedback` to give feedback, else `generate`."""
-    first = path.split("/")[1]
-    if first in ("profiles", "settings") and method not in READING:
+    """What a key must be for: `admin` to change profiles or settings, and to read the files and history of profiles;
+    `feedback` to give feedback, else `generate`."""
+    first, *rest = path.split("/")[1:]
+    if first == "audit" or (first in ("profiles", "settings") and (method not in READING or len(rest) > 1)):
         return "admin"
     return "feedback" if first == "feedback" else "generate"
 

@@ -17,18 +17,20 @@ from server.http.sse import frame
 
 Json = dict[str, Any]
 
+FILE = "application/octet-stream"
 COMPONENTS = "#/components/schemas/{model}"
 STREAMED = "x-streamed"  # taken out again
 DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
 401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
-need the scope `generate`. Bodies are JSON of at most `--max-body-bytes`, by default 4 MiB (413)."""
+need the scope `generate`, but those that change profiles or show their files and history need `admin`. Bodies are JSON
+of at most `--max-body-bytes`, by default 4 MiB (413), except uploads of profiles: files of at most 64 MiB."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
     {"name": "steering", "description": "Compare steerings, change a running one, and look at what one would do."},
-    {"name": "profiles", "description": "The served profiles."},
+    {"name": "profiles", "description": "The served profiles, their versions and aliases."},
     {"name": "operations", "description": "The state of the server."},
 ]
 ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
@@ -47,7 +49,24 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
             "profile 'kind' is not served; served are: concise, warm", param="steering", code="profile_not_found"
         ),
     ),
-    409: ("The generation has already ended.", error_object("the generation has ended", status=409, code="conflict")),
+    409: (
+        "The generation has already ended; or the profile or version cannot be changed: it is in use, comes with "
+        "trimtab, or the profile directory is read-only.",
+        error_object("the generation has ended", status=409, code="conflict"),
+    ),
+    412: (
+        "The profile's version is not what `if-match` or `if-none-match` demand.",
+        error_object(
+            "profile 'warm' does not exist, which if-match does not allow: look at it again, then repeat the change",
+            status=412,
+            param="if-match",
+            code="precondition_failed",
+        ),
+    ),
+    413: (
+        "The file is too large for a profile, or the profile directory would be larger than `--profile-quota-bytes`.",
+        error_object("the file has more than 67108864 bytes: it is no profile", status=413, code="body_too_large"),
+    ),
     429: (
         "The queue or the memory for bodies and answers is full, or the budget or share of the key is used up: retry "
         "after the seconds in the header `retry-after`.",
@@ -67,7 +86,16 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
             code="deadline_exceeded",
         ),
     ),
+    507: (
+        "The disk of the profile directory is full.",
+        error_object(
+            "the profile directory cannot take the file (No space left on device): free space on its disk",
+            status=507,
+            code="disk_full",
+        ),
+    ),
 }
+CHANGING = (400, 404, 409, 412, 413, 429, 503, 507)  # the errors of routes that change profiles
 GENERATING = (400, 404, 429, 503, 504)  # the errors of routes that run generations
 OTHER_ERRORS: dict[int | str, Json] = {
     "default": {
@@ -78,13 +106,27 @@ OTHER_ERRORS: dict[int | str, Json] = {
 }
 
 
-def declare(answer: Any, *errors: int, stream: Any = None, ends_in: str | None = None) -> Json:
+def declare(answer: Any, *errors: int, stream: Any = None, ends_in: str | None = None, creates: bool = False) -> Json:
     """What a route's decorator says about its answer, the events of its stream, and its errors by status. A stream may
-    also send an error as an event, and `ends_in` as a last one that is not JSON."""
+    also send an error as an event, and `ends_in` as a last one that is not JSON. One that `creates` may answer 201."""
     content = {} if stream is None else {"text/event-stream": _stream(stream, ends_in)}
     success: Json = {"description": "Success.", "model": answer, "content": content}
+    created = {201: {"description": "Created.", "model": answer}} if creates else {}
     failures = {status: {"description": ERRORS[status][0], "model": ErrorAnswer} for status in errors}
-    return {"response_model": None, "responses": {200: success, **failures}}
+    return {"response_model": None, "responses": {200: success, **created, **failures}}
+
+
+def declare_file(*errors: int) -> Json:
+    """What a route's decorator says about an answer that is a file."""
+    content = {FILE: {"schema": {"type": "string", "format": "binary"}}}
+    failures = {status: {"description": ERRORS[status][0], "model": ErrorAnswer} for status in errors}
+    return {"response_model": None, "responses": {200: {"description": "Success.", "content": content}, **failures}}
+
+
+def file_body(description: str) -> Json:
+    """What a route's decorator says about a body that is a file."""
+    content = {FILE: {"schema": {"type": "string", "format": "binary"}}}
+    return {"requestBody": {"description": description, "required": True, "content": content}}
 
 
 def declare_text(example: str) -> Json:
@@ -106,7 +148,7 @@ def openapi_document(app: FastAPI) -> Json:
             body = answer["content"].get("application/json")
             if body is None:  # text
                 continue
-            if status == "200":
+            if status in ("200", "201"):
                 body["example"] = _example(body["schema"], schemas)
             elif status != "default":
                 body["example"] = ERRORS[int(status)][1]

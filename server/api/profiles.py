@@ -1,20 +1,32 @@
-"""GET /profiles: what is served, and what was rejected and why."""
+"""The routes that show profiles: what is served, what was rejected and why, versions, files and the audit log."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, Required, cast
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Query, Response
 from typing_extensions import TypedDict
 
 from server.api.dependencies import ReadyDep
-from server.api.document import declare
+from server.api.document import FILE, declare, declare_file
 from server.generation.receipts import EXAMPLE_SHA256
 from server.http.answers import about
+from server.profiles.changes import ListedVersion
 from server.profiles.registry import ProfileEntry
-from steering_vectors.profiles.files import profile_summary
+from server.profiles.versions import Record
+from steering_vectors.profiles.files import SUFFIX, profile_summary
 from steering_vectors.profiles.profile import ApplyTo, Layering, Operator
+
+MAX_CHANGES = 1000
+EXAMPLE_TIME = "2026-11-21T01:17:32+00:00"
+
+
+class ProfileAlias(TypedDict):
+    """A name of a version, used as NAME#ALIAS. Plain names mean the version of `stable`, if there is one."""
+
+    version: Annotated[str, about("The sha256 of the version's file.", EXAMPLE_SHA256)]
+    share: Annotated[float, about("The part of the requests for the plain name that get this version, 0 to 1.", 0.1)]
 
 
 class ListedProfile(TypedDict, total=False):
@@ -37,7 +49,8 @@ class ListedProfile(TypedDict, total=False):
     unit: Annotated[float, about("The factor from strength to shift, set by calibration.", 4.627192848098149)]
     max_strength: Annotated[float, about("The upper end of the safe range.", 1.7)]
     min_strength: Annotated[float, about("The lower end of the safe range.", -1.7)]
-    created_at: Annotated[str, about("When it was created.", "2026-11-21T01:17:32+00:00")]
+    created_at: Annotated[str, about("When it was created.", EXAMPLE_TIME)]
+    aliases: Annotated[dict[str, ProfileAlias], about("The aliases of its versions, if it has any.")]
 
 
 class ProfileList(TypedDict):
@@ -47,6 +60,58 @@ class ProfileList(TypedDict):
     error: NotRequired[
         Annotated[str, about("Present if the directory cannot be read now: why. What was served stays served.")]
     ]
+
+
+class ProfileVersion(TypedDict):
+    """One version of a profile."""
+
+    version: Annotated[str, about("The sha256 of its file.", EXAMPLE_SHA256)]
+    current: Annotated[bool, about("Whether it is the profile's file, which NAME#latest means.", True)]
+    shipped: Annotated[bool, about("Whether it comes with trimtab.", False)]
+    aliases: Annotated[list[str], about("Its aliases.", ["stable"])]
+    in_use: Annotated[int, about("The number of running generations of this server that use it.", 0)]
+    size: NotRequired[Annotated[int, about("The bytes of its file.", 6512)]]
+    published_at: NotRequired[Annotated[str, about("When it became current, the last time.", EXAMPLE_TIME)]]
+    published_by: NotRequired[
+        Annotated[str, about("The name of the key, or the address; absent for files put into the directory.", "team")]
+    ]
+
+
+class ProfileVersions(TypedDict):
+    """The versions of a profile that can be used."""
+
+    name: Annotated[str, about("The profile.", "warm")]
+    versions: Annotated[list[ProfileVersion], about("The latest publication first.")]
+
+
+class AuditEntry(TypedDict):
+    """One change of a profile."""
+
+    at: Annotated[str, about("When it was made.", EXAMPLE_TIME)]
+    action: Annotated[
+        str,
+        about(
+            "`upload`, `delete`, `rollback`, `alias`, `unalias` or `delete_version` by a request; `found` or `removed` "
+            "for a file of the directory; with the ending `_failed` for one that could not be carried out after all.",
+            "upload",
+        ),
+    ]
+    profile: Annotated[str, about("The profile.", "warm")]
+    from_version: NotRequired[Annotated[str, about("The version before it.")]]
+    to_version: NotRequired[Annotated[str, about("The version after it.", EXAMPLE_SHA256)]]
+    key: NotRequired[Annotated[str, about("The name of the key that made it.", "team")]]
+    address: NotRequired[Annotated[str, about("The address that it came from.", "127.0.0.1")]]
+    request_id: NotRequired[Annotated[str, about("The id of the request.", "req-0b95f3c2")]]
+    alias: NotRequired[Annotated[str, about("The alias that was changed.")]]
+    share: NotRequired[Annotated[float, about("Its share.")]]
+    size: NotRequired[Annotated[int, about("The bytes of the file.")]]
+    error: NotRequired[Annotated[str, about("Why it could not be carried out.")]]
+
+
+class AuditAnswer(TypedDict):
+    """The latest changes."""
+
+    changes: Annotated[list[AuditEntry], about("The newest first.")]
 
 
 class ProfileModel(TypedDict):
@@ -93,7 +158,10 @@ class ProfileDetails(ListedProfile, total=False):
     trimtab_version: Annotated[str, about("The version of trimtab that made it.", "0.1.0")]
 
 
-OF_SERVED = [field for field in ListedProfile.__annotations__ if field not in ("name", "status", "error")]
+OF_ENTRY = ("name", "status", "error", "aliases")  # the other fields are those of the profile
+OF_SERVED = [field for field in ListedProfile.__annotations__ if field not in OF_ENTRY]
+
+ProfileName = Annotated[str, Path(description="A `name` of the list.", examples=["warm"])]
 
 router = APIRouter(tags=["profiles"])
 
@@ -101,27 +169,92 @@ router = APIRouter(tags=["profiles"])
 @router.get("/profiles", summary="List the profiles", **declare(ProfileList, 503))
 async def profiles(service: ReadyDep) -> ProfileList:
     """List every file of the profile directory. A rejected one may still be served in the version before it."""
-    answer: ProfileList = {"profiles": [_listed(entry) for entry in service.registry.entries]}
-    if service.registry.problem is not None:
-        answer["error"] = service.registry.problem
+    registry = service.registry
+    answer: ProfileList = {"profiles": [listed(entry, registry.record(entry.name)) for entry in registry.entries]}
+    if registry.problem is not None:
+        answer["error"] = registry.problem
     return answer
 
 
 @router.get("/profiles/{name}", summary="Show one profile", **declare(ProfileDetails, 404, 503))
-async def profile(
-    name: Annotated[str, Path(description="A `name` of the list.", examples=["warm"])], service: ReadyDep
-) -> ProfileDetails:
-    """Show everything about one profile except its vectors."""
+async def profile(name: ProfileName, service: ReadyDep, response: Response) -> ProfileDetails:
+    """Show everything about one profile except its vectors. The header `etag` has its version."""
     entry = service.registry.entry(name)
-    more: Mapping[str, Any] = {} if entry.profile is None else profile_summary(entry.profile)
-    return cast(ProfileDetails, {**_listed(entry), **more})
-
-
-def _listed(entry: ProfileEntry) -> ListedProfile:
-    listed: dict[str, Any] = {"name": entry.name, "status": entry.status}
-    if entry.error is not None:
-        listed["error"] = entry.error
     if entry.profile is not None:
-        listed |= {field: getattr(entry.profile, field) for field in OF_SERVED}
-        listed["min_strength"] = entry.profile.safe_range[0]
-    return cast(ListedProfile, listed)
+        response.headers["etag"] = etag(entry.profile.version)
+    return details(entry, service.registry.record(name))
+
+
+@router.get(
+    "/profiles/{name}/file", summary="Download a profile", response_class=Response, **declare_file(400, 404, 503)
+)
+async def profile_file(
+    name: ProfileName,
+    service: ReadyDep,
+    version: Annotated[
+        str | None, Query(description="A version or an alias; by default the current version.", examples=["stable"])
+    ] = None,
+) -> Response:
+    """Download the file of a profile, or of a version of it that is kept. The header `etag` has the version."""
+    found, data = await service.changes.file(name, version)
+    headers = {"etag": etag(found), "content-disposition": f'attachment; filename="{name}{SUFFIX}"'}
+    return Response(data, media_type=FILE, headers=headers)
+
+
+@router.get("/profiles/{name}/versions", summary="List a profile's versions", **declare(ProfileVersions, 400, 404, 503))
+async def profile_versions(name: ProfileName, service: ReadyDep) -> ProfileVersions:
+    """List the versions of a profile that can be used, as NAME#SHA8, also after it was deleted."""
+    return {"name": name, "versions": [_version(one) for one in await service.changes.versions(name)]}
+
+
+@router.get("/audit", summary="Who has changed profiles?", **declare(AuditAnswer, 400, 503))
+async def audit(
+    service: ReadyDep,
+    profile: Annotated[
+        str | None, Query(description="The profile; by default all.", examples=["warm"], max_length=64)
+    ] = None,
+    limit: Annotated[int, Query(description="The maximum number of changes.", ge=1, le=MAX_CHANGES)] = 100,
+) -> AuditAnswer:
+    """Show the latest changes of profiles: who has changed what, when, and from which version to which."""
+    fields = AuditEntry.__annotations__
+    found = await service.changes.log(limit, profile)
+    entries = [{name: value for name, value in entry.items() if name in fields} for entry in found]
+    return {"changes": [cast(AuditEntry, entry) for entry in entries]}
+
+
+def etag(version: str) -> str:
+    return f'"{version}"'
+
+
+def details(entry: ProfileEntry, record: Record) -> ProfileDetails:
+    more: Mapping[str, Any] = {} if entry.profile is None else profile_summary(entry.profile)
+    return cast(ProfileDetails, {**listed(entry, record), **more})
+
+
+def listed(entry: ProfileEntry, record: Record) -> ListedProfile:
+    found: dict[str, Any] = {"name": entry.name, "status": entry.status}
+    if entry.error is not None:
+        found["error"] = entry.error
+    if entry.profile is not None:
+        found |= {field: getattr(entry.profile, field) for field in OF_SERVED}
+        found["min_strength"] = entry.profile.safe_range[0]
+    if record.aliases:
+        found["aliases"] = {
+            alias: {"version": one.version, "share": one.share} for alias, one in sorted(record.aliases.items())
+        }
+    return cast(ListedProfile, found)
+
+
+def _version(one: ListedVersion) -> ProfileVersion:
+    found: ProfileVersion = {
+        "version": one.version,
+        "current": one.current,
+        "shipped": one.shipped,
+        "aliases": list(one.aliases),
+        "in_use": one.in_use,
+    }
+    if one.published is not None:
+        found |= {"size": one.published.size, "published_at": one.published.at}
+        if one.published.by is not None:
+            found["published_by"] = one.published.by
+    return found

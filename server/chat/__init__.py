@@ -1,1 +1,2 @@
-"""The terminal client `trimtab chat`. It uses a server over HTTP and imports nothing else of it."""
+"""The clients of a running server: `trimtab chat` and `trimtab profiles`. They use it over HTTP and import nothing else
+of it."""

@@ -45,8 +45,20 @@ class Remote:
 
     def fetch(self, path: str, body: Json | None = None) -> Json:
         """The JSON that a route answers, to a body if it takes one. Raises RemoteError."""
+        return self.send("GET" if body is None else "POST", path, json=body)
+
+    def send(self, method: str, path: str, **options: Any) -> Json:
+        """The JSON that a route answers; `options` are httpx's. Raises RemoteError."""
         with self._remote_errors():
-            return self._read(self._client.request("GET" if body is None else "POST", path, json=body))
+            return self._read(self._client.request(method, path, **options))
+
+    def download(self, path: str) -> bytes:
+        """The file that a route answers. Raises RemoteError."""
+        with self._remote_errors():
+            response = self._client.get(path)
+            if not response.is_success:
+                self._read(response)
+            return response.content
 
     def stream(self, body: Json) -> Generator[Json, None, None]:
         """The chunks of a chat completion as they come; closing the iterator ends the reply. Raises RemoteError."""
@@ -64,7 +76,7 @@ class Remote:
     def _read(self, response: httpx.Response) -> Json:
         response.read()
         found = self._checked(response.json())
-        if response.status_code != 200:
+        if not response.is_success:
             raise self._not_trimtab(f"status {response.status_code}")
         return found
 

@@ -33,6 +33,7 @@ from server.generation.load import Load
 from server.generation.request_limits import Deadline, RequestLimits
 from server.generation.steering_grammar import pinned
 from server.observability import request_record
+from server.profiles.references import Draw
 from steering_vectors.data.chat import Message, check_known, continuation, encode_prompt
 from steering_vectors.data.literal_text import holds_control_token
 from steering_vectors.errors import RequestError
@@ -53,7 +54,8 @@ class Ask:
     request's field that holds each, and so are `constraints`, of which there may be one. If there are `completions`,
     they are scored and nothing is generated. `projections` asks for those of all plans, so that variants can be
     compared. `counted` is the field that errors name if there are too many generations, `max_tokens_field` the one
-    that gives the number of tokens, None if it is left out. `timeout` None means the server's default.
+    that gives the number of tokens, None if it is left out. `timeout` None means the server's default. Requests of
+    one `user` get the same version of a profile of which aliases have shares.
     """
 
     prompts: Sequence[Prompt]
@@ -67,6 +69,7 @@ class Ask:
     counted: str = "prompt"
     timeout: float | None = None
     max_tokens_field: str | None = None
+    user: str | None = None
 
     @property
     def count(self) -> int:
@@ -113,20 +116,26 @@ class Intake:
             fields |= ask.field_names()
             deadline = Deadline(self.limits.timeout(ask.timeout))
             self._check_count(ask)
-            for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)], deadline):
-                check_capabilities(self.engine.info, capabilities_needed(draft))
-            place = self.load.take(self.caller.tenant, ask.count)
-            held.callback(place.close)
-            async with deadline.bounds("its prompt was still being tokenized"):
-                prompts = await self._encoded(ask)
-            requests = self._requests(ask, prompts, deadline)  # anew: a profile may have been replaced meanwhile
-            if record is not None:
-                record.ask(requests, ask.prompts)
-            values = reported_values(requests, self.engine.info.context)
-            self.budget.take(values, ask.counted)
-            held.callback(self.budget.give_back, values)
-            async with deadline.bounds("it was still being admitted"):
-                stream = await self.engine.submit(requests)
+            named = {term.profile for plan in ask.plans.values() for term in plan.terms}
+            async with self.registry.holding(named):
+                draw = Draw(ask.user, self.caller.tenant)
+                for draft in self._requests(ask, [((), 0 if ask.completions is None else 1)], draw, deadline):
+                    check_capabilities(self.engine.info, capabilities_needed(draft))
+                place = self.load.take(self.caller.tenant, ask.count)
+                held.callback(place.close)
+                async with deadline.bounds("its prompt was still being tokenized"):
+                    prompts = await self._encoded(ask)
+                requests = self._requests(ask, prompts, draw, deadline)  # anew: a profile may have been replaced
+                if record is not None:
+                    record.ask(requests, ask.prompts)
+                values = reported_values(requests, self.engine.info.context)
+                self.budget.take(values, ask.counted)
+                held.callback(self.budget.give_back, values)
+                async with deadline.bounds("it was still being admitted"):
+                    stream = await self.engine.submit(requests)
+                for request in requests:
+                    self.registry.use(request.ids, request.versions)
+            held.callback(self.registry.release, [name for request in requests for name in request.ids])
             if record is not None:
                 record.accept()
             return Generations(
@@ -157,13 +166,15 @@ class Intake:
                 param=ask.counted,
             )
 
-    def _requests(self, ask: Ask, prompts: Sequence[tuple[Ids, int]], deadline: Deadline) -> list[GenerationRequest]:
+    def _requests(
+        self, ask: Ask, prompts: Sequence[tuple[Ids, int]], draw: Draw, deadline: Deadline
+    ) -> list[GenerationRequest]:
         """The requests for prompts, each with the number of tokens at its end that are scored."""
         if len(ask.constraints) > 1:
             first, second, *_ = ask.constraints
             raise RequestError(f"{first} and {second} are both given: use only one of them", param=second)
         constraint = next((Constraint(kind, text) for kind, text in ask.constraints.values()), None)
-        plans = [pinned(plan, partial(self.registry.find, param=field)) for field, plan in ask.plans.items()]
+        plans = [pinned(plan, partial(self.registry.find, param=field, draw=draw)) for field, plan in ask.plans.items()]
         projected = dict.fromkeys(version for plan in plans for version in plan.versions) if ask.projections else ()
         return [
             replace(

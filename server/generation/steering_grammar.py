@@ -1,7 +1,8 @@
 """Steering in a request: the grammar of steering strings (`warm@0.8+concise@-0.3`), model aliases, and which of
 several sources steers.
 
-A plan has the names of a request, `NAME` or `NAME#SHA8`, until `pinned` replaces them by the versions that are served.
+A plan has the names of a request, `NAME`, `NAME#SHA8` or `NAME#ALIAS`, until `pinned` replaces them by the versions
+that are served.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from steering_vectors.profiles.profile import Profile
 
 TERM = re.compile(
-    r"(?P<name>[a-z0-9][a-z0-9._-]{0,63}(?:#[0-9a-f]{8,64})?)"
+    r"(?P<name>[a-z0-9][a-z0-9._-]{0,63}(?:#(?:[0-9a-f]{8,64}|[a-z][a-z0-9_-]{0,31})(?![a-z0-9_-]))?)"
     r"(?:@(?P<strength>[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?))?"
 )
 EXAMPLE = "warm@0.8+concise@-0.3"
@@ -30,7 +31,7 @@ MAX_SHOWN = 80  # characters of a text in an error
 
 
 def parse_steering(text: str, apply_to: ApplyTo = "generated") -> SteeringPlan:
-    """Read `term (+ term)*` with `term = name [@ signed decimal]`; a name alone means strength 1.
+    """Read `term (+ term)*` with `term = name [# version or alias] [@ signed decimal]`; a name alone means strength 1.
 
     Raises SteeringError that shows the part it could not read, for a name that occurs twice, for a strength that is not
     finite, and for more than 4096 characters or 64 profiles.

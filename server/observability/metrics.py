@@ -61,6 +61,9 @@ class Snapshot:
     ready: bool = False
     served: Mapping[str, str] = field(default_factory=dict)  # versions, by the profile's name
     rejected: int = 0
+    unreadable: int = 0
+    directory_unreadable: bool = False
+    changes: Mapping[tuple[str, ...], float] = field(default_factory=dict)  # of profiles, by action and outcome
     loads: int = 0
     rejections: int = 0
     admitted: int = 0  # generations
@@ -152,6 +155,19 @@ METRICS: Mapping[str, Declared] = {
         "Always 1; the versions that are served.",
         ("profile", "version"),
         read=lambda now: {(name, version[:8]): 1 for name, version in now.served.items()},
+    ),
+    "profile_files_unreadable": _gauge(
+        "Files of the profile directory that cannot be looked at: odd names, faults of the disk, what is no file.",
+        lambda now: now.unreadable,
+    ),
+    "profile_directory_unreadable": _gauge(
+        "Whether the profile directory cannot be read.", lambda now: now.directory_unreadable
+    ),
+    "profile_changes": Declared(
+        "counter",
+        "Changes of profiles by requests, done or rejected: upload, delete, rollback, alias, unalias, delete_version.",
+        ("action", "outcome"),
+        read=lambda now: now.changes,
     ),
     "profile_loads": _total("Profile versions that were loaded.", lambda now: now.loads),
     "profile_rejections": _total("Profile files that were rejected.", lambda now: now.rejections),

@@ -2,7 +2,7 @@
 
 Putting a file there publishes it, removing it withdraws it. A bad file leaves the version that was served before, and
 no file keeps another from being served. A file with the name of a shipped profile takes its place. Requests keep the
-versions that they started with.
+versions that they started with. Versions that were replaced are loaded again when a request or an alias names them.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import asyncio
 import errno
 import logging
 import os
-import re
 import stat
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from server.engines.errors import Unavailable, UnknownProfile
 from server.engines.pool import DaemonPool
 from server.engines.protocol import Engine
-from steering_vectors.errors import ProfileError
+from server.profiles.references import LATEST, STABLE, Alias, Draw, Reference, parse_reference, unknown_alias
+from server.profiles.versions import NOTHING, ProfileStore, ReadOnlyDirectory, Record
+from steering_vectors.errors import ProfileError, RequestError
 from steering_vectors.profiles.files import SUFFIX, load_profile
 from steering_vectors.profiles.profile import NAME_PATTERN, Profile
 
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.25
 READ_SECONDS = 10.0  # after which a directory or a file counts as one that cannot be read
 NAME_RULE = "names have a to z, 0 to 9, dots, hyphens and underscores, up to 64"
-REFERENCE = re.compile(r"(?P<name>[^#]+)(?:#(?P<version>[0-9a-f]{8,64}))?")
+MAX_LOADED = 32  # versions that are not current, besides those of aliases and of what runs
 
 
 Result = TypeVar("Result")
@@ -65,6 +68,7 @@ class ProfileRegistry:
 
     A file that appears or changes is read in a thread, once two polls in a row found it unchanged, then checked
     by the engine, and swapped in whole. `changed` is called with the names of all that are served when that changes.
+    Without a `store`, there are no versions but the current ones.
     """
 
     def __init__(
@@ -75,8 +79,10 @@ class ProfileRegistry:
         shipped: Mapping[str, Path] | None = None,
         interval: float = POLL_SECONDS,
         changed: Callable[[Collection[str]], None] | None = None,
+        store: ProfileStore | None = None,
     ) -> None:
         self._directory = directory
+        self._store = store
         self._shipped = dict(shipped or {})
         self._engine = engine
         self._interval = interval
@@ -84,6 +90,14 @@ class ProfileRegistry:
         self.loads = 0  # versions that were loaded, since the start
         self.rejections = 0
         self._entries: dict[str, ProfileEntry] = {}
+        self._records: dict[str, Record] = {}
+        self._marks: dict[str, tuple[int, int]] = {}  # the state of each record that was read
+        self._kept: dict[str, Profile] = {}  # versions that the engine holds besides the current ones, the latest last
+        self._kept_errors: dict[str, str] = {}  # why a version cannot be served
+        self._loading_kept = asyncio.Lock()
+        self._held: Counter[str] = Counter()  # versions that requests are about to use
+        self._using: dict[str, set[str]] = {}  # versions by generation that runs
+        self._not_noted: str | None = None  # why versions cannot be kept
         self._known: dict[str, Signature] = {}
         self._unreadable: dict[str, str] = {}  # why, by name: what the last scan could not look at
         self._reading = DaemonPool(1, "trimtab-profiles")  # a file system that hangs holds nothing else
@@ -96,6 +110,7 @@ class ProfileRegistry:
         try:
             if await self._read(self._make_directory):
                 logger.warning("the profile directory %s did not exist: an empty one was created", self._directory)
+            await self._clean()
             await self.refresh()
         except OSError as error:
             reason = error.strerror or str(error)
@@ -113,15 +128,33 @@ class ProfileRegistry:
             with suppress(asyncio.CancelledError):
                 await self._watcher
         self._reading.close()
-        served, self._entries, self._known, self._unreadable = self.served, {}, {}, {}
+        held = [*self.served, *self._kept.values()]
+        self._entries, self._known, self._unreadable, self._kept = {}, {}, {}, {}
         with suppress(Unavailable):
-            for profile in served:
+            for profile in held:
                 await self._engine.unload_profile(profile.version)
 
     async def refresh(self) -> None:
         """Look at the directory once and load every change there is, settled or not. Raises OSError."""
         found = await self._read(self._scan)
         await self._apply(found, present=set(found))
+        await self._take_records()
+
+    async def look_at(self, name: str) -> None:
+        """Load what has been written for one profile: its file, or that it is gone, and its record. Raises OSError."""
+        signature = await self._read(lambda: self._signature(name))
+        self._unreadable.pop(name, None)
+        async with self._refreshing:
+            if signature is None:
+                await self._swap(name, None)
+            else:
+                await self._update(name, signature)
+        await self._take_records()
+
+    @property
+    def unreadable(self) -> int:
+        """The number of files that cannot be looked at."""
+        return len(self._unreadable)
 
     @property
     def entries(self) -> list[ProfileEntry]:
@@ -147,25 +180,200 @@ class ProfileRegistry:
             raise UnknownProfile(f"profile {name!r} is not served; {self._advice()}", param=param)
         return self._entries[name]
 
-    def find(self, reference: str, *, param: str = "steering") -> Profile:
-        """The current profile of `NAME` or `NAME#SHA8`. Raises UnknownProfile, which names the request's field `param`,
-        if it, or that version, is not served."""
-        match = REFERENCE.fullmatch(reference)
-        if match is None:
-            raise UnknownProfile(f"{reference!r} is neither NAME nor NAME#SHA8; {self._advice()}", param=param)
-        entry = self.entry(match["name"], param=param)
+    def find(self, text: str, *, param: str = "steering", draw: Draw | None = None) -> Profile:
+        """The profile of `NAME`, `NAME#SHA8` or `NAME#ALIAS`. A plain name is the version of the alias `stable`, if
+        there is one, or else the current version; with `draw`, another alias may have a share of it. Raises
+        UnknownProfile, which names the request's field `param`, if it, or that version, is not served."""
+        reference = parse_reference(text)
+        if reference is None:
+            forms = "neither NAME, NAME#SHA8 nor NAME#ALIAS"
+            raise UnknownProfile(f"{text!r} is {forms}; {self._advice()}", param=param)
+        entry = self.entry(reference.name, param=param)
         if entry.profile is None:
             raise UnknownProfile(f"profile {entry.name!r} is not served: {entry.error}", param=param)
-        wanted, version = match["version"] or "", entry.profile.version
-        if not version.startswith(wanted):
-            raise UnknownProfile(
-                f"profile {entry.name!r} is served in version {version[:8]}, not in {wanted[:8]}", param=param
-            )
-        return entry.profile
+        try:
+            return self._of_reference(reference, entry.profile, draw)
+        except UnknownProfile as error:
+            error.param = param
+            raise
+
+    def record(self, name: str) -> Record:
+        """What is known of the versions and aliases of a profile."""
+        return self._records.get(name, NOTHING)
+
+    @asynccontextmanager
+    async def holding(self, references: Iterable[str]) -> AsyncIterator[None]:
+        """Load the versions that some references may mean, unless they are current, and hold them until a request uses
+        them. `find` says what could not be loaded. Raises Unavailable."""
+        held: list[str] = []
+        try:
+            for text in references:
+                name = text.partition("#")[0]
+                for version in self._needed(text):
+                    self._held[version] += 1
+                    held.append(version)
+                    await self._load_kept(name, version)
+            yield
+        finally:
+            self._held -= Counter(held)
+
+    def use(self, generations: Iterable[str], versions: Collection[str]) -> None:
+        """Some generations run with these versions, until they are released."""
+        for generation in generations:
+            self._using[generation] = set(versions)
+
+    def use_too(self, generation: str, versions: Collection[str]) -> None:
+        """A generation, if it still runs, runs with these versions as well."""
+        if generation in self._using:
+            self._using[generation].update(versions)
+
+    def used_by(self, generation: str) -> Collection[str]:
+        """The versions that a running generation has used."""
+        return self._using.get(generation, ())
+
+    def release(self, generations: Iterable[str]) -> None:
+        for generation in generations:
+            self._using.pop(generation, None)
+
+    @property
+    def in_use(self) -> Counter[str]:
+        """The number of generations that run with each version."""
+        return Counter(version for versions in self._using.values() for version in versions)
 
     def _advice(self) -> str:
         names = ", ".join(profile.name for profile in self.served)
         return f"served are: {names}" if names else "no profile is served: put one into the profile directory"
+
+    def _needed(self, text: str) -> list[str]:
+        """The versions, besides the current one, that a reference may mean."""
+        if "#" not in text:
+            return [alias.version for alias in self.record(text).aliases.values()]
+        reference = parse_reference(text)
+        if reference is None:
+            return []
+        if reference.alias is not None:
+            alias = self.record(reference.name).aliases.get(reference.alias)
+            return [] if alias is None else [alias.version]
+        version = self._kept_version(reference)
+        return [] if version is None else [version]
+
+    def _of_reference(self, reference: Reference, current: Profile, draw: Draw | None) -> Profile:
+        name, record = reference.name, self.record(reference.name)
+        if reference.version is not None:
+            if current.version.startswith(reference.version):
+                return current
+            version = self._kept_version(reference)
+            if version is None:
+                shown = f"served in version {current.version[:8]}, not in {reference.version[:8]}"
+                raise UnknownProfile(f"profile {name!r} is {shown}")
+            return self._loaded(name, version, current)
+        if reference.alias is not None and reference.alias != LATEST:
+            if reference.alias not in record.aliases:
+                raise unknown_alias(name, reference.alias, record.aliases)
+            return self._loaded(name, record.aliases[reference.alias].version, current)
+        if reference.alias == LATEST or not record.aliases:
+            return current
+        return self._of_plain_name(name, record.aliases, current, draw)
+
+    def _of_plain_name(self, name: str, aliases: Mapping[str, Alias], current: Profile, draw: Draw | None) -> Profile:
+        default = aliases[STABLE].version if STABLE in aliases else current.version
+        chosen = default if draw is None else draw.choose(name, default, aliases)
+        with suppress(UnknownProfile):
+            return self._loaded(name, chosen, current)
+        return self._loaded(name, default, current)
+
+    def _loaded(self, name: str, version: str, current: Profile) -> Profile:
+        """A version that the engine holds. Raises UnknownProfile."""
+        if version == current.version:
+            return current
+        if version not in self._kept:
+            reason = self._kept_errors.get(version, "it is not loaded; try again")
+            raise UnknownProfile(f"version {version[:8]} of profile {name!r} is not served: {reason}")
+        return self._kept[version]
+
+    def _kept_version(self, reference: Reference) -> str | None:
+        """The one version, besides the current one, that a reference by version means."""
+        if reference.version is None or self._store is None:
+            return None
+        known = dict.fromkeys([*self.record(reference.name).versions, self._store.shipped(reference.name)])
+        found = [version for version in known if version is not None and version.startswith(reference.version)]
+        return found[0] if len(found) == 1 else None
+
+    async def _load_kept(self, name: str, version: str) -> None:
+        """Have the engine hold a version that is not current. Raises Unavailable."""
+        store = self._store
+        assert store is not None
+        async with self._loading_kept:
+            entry = self._entries.get(name)
+            if entry is not None and entry.profile is not None and entry.profile.version == version:
+                return
+            if version in self._kept:
+                self._kept[version] = self._kept.pop(version)  # the latest
+                return
+            try:
+                profile = await self._read(lambda: store.load(name, version))
+                await self._engine.load_profile(profile)
+            except (UnknownProfile, ProfileError, OSError) as error:
+                if self._kept_errors.get(version) != str(error):
+                    logger.warning("version %s of profile %r cannot be served: %s", version[:8], name, error)
+                self._kept_errors[version] = str(error)
+                return
+            self._kept[version] = profile
+            self._kept_errors.pop(version, None)
+            await self._evict()
+
+    async def _evict(self) -> None:
+        """Let the engine forget the versions that were not asked for in the longest time."""
+        aliased = {alias.version for record in self._records.values() for alias in record.aliases.values()}
+        pinned = aliased | self.in_use.keys() | self._held.keys()
+        unpinned = [version for version in self._kept if version not in pinned]
+        for version in unpinned[: max(0, len(unpinned) - MAX_LOADED)]:
+            await self._drop(version)
+
+    async def _drop(self, version: str) -> None:
+        if self._kept.pop(version, None) is not None:
+            await self._engine.unload_profile(version)
+
+    async def _take_records(self) -> None:
+        """Read the records that have changed, and load the versions of their aliases. Raises OSError."""
+        store = self._store
+        if store is None:
+            return
+        async with self._refreshing:
+            marks = await self._read(store.record_marks)
+            for name in self._marks.keys() - marks.keys():
+                del self._marks[name]
+                self._records.pop(name, None)
+            for name, mark in marks.items():
+                if self._marks.get(name) != mark:
+                    await self._take_record(store, name)
+                    self._marks[name] = mark
+
+    async def _take_record(self, store: ProfileStore, name: str) -> None:
+        record = await self._read(lambda: store.record(name))
+        with suppress(Unavailable):  # an engine that starts again is asked again by the next request
+            for alias in record.aliases.values():
+                await self._load_kept(name, alias.version)
+        self._records[name] = record
+
+    async def _clean(self) -> None:
+        if self._store is not None:
+            with suppress(RequestError):  # it is read-only, or another server does the same
+                await self._read(self._store.clean)
+
+    async def _note(self, name: str, version: str | None) -> None:
+        """Have what was found in the directory noted and kept."""
+        store, in_use = self._store, frozenset(self.in_use)
+        if store is None:
+            return
+        try:
+            self._records[name] = await self._read(lambda: store.note(name, version, in_use))
+            self._not_noted = None
+        except (RequestError, OSError) as error:
+            if self._not_noted is None:
+                level = logging.INFO if isinstance(error, ReadOnlyDirectory) else logging.WARNING
+                logger.log(level, "replaced versions of profiles are not kept: %s", error)
+            self._not_noted = str(error)
 
     async def _watch(self) -> None:
         previous = dict(self._known)
@@ -176,6 +384,7 @@ class ProfileRegistry:
                 self.problem = None
                 settled = {name: mark for name, mark in found.items() if previous.get(name) == mark}
                 await self._apply(settled, present=set(found))
+                await self._take_records()
                 previous = found
             except Exception as error:  # whatever happens to the directory, what is served stays served
                 if self.problem is None:
@@ -209,6 +418,13 @@ class ProfileRegistry:
         self._unreadable = unreadable
         return found
 
+    def _signature(self, name: str) -> Signature | None:
+        for path in (self._directory / f"{name}{SUFFIX}", self._shipped.get(name)):
+            with suppress(FileNotFoundError):
+                if path is not None and stat.S_ISREG((status := path.stat()).st_mode):
+                    return signature_of(status)
+        return None
+
     def _entry_with_error(self, name: str, reason: str) -> ProfileEntry:
         known = self._entries.get(name)
         return ProfileEntry(name, None if known is None else known.profile, reason)
@@ -216,12 +432,17 @@ class ProfileRegistry:
     async def _apply(self, found: dict[str, Signature], *, present: set[str]) -> None:
         async with self._refreshing:
             for name, signature in found.items():
-                if self._known.get(name) != signature:
-                    with suppress(Unavailable):  # an engine that starts again is asked again
-                        await self._swap(name, await self._load(name))
-                        self._known[name] = signature
+                await self._update(name, signature)
             for name in set(self._entries) - present - self._unreadable.keys():
-                await self._swap(name, None)
+                if await self._read(partial(self._signature, name)) is None:  # it may have come after the look
+                    await self._swap(name, None)
+
+    async def _update(self, name: str, signature: Signature) -> None:
+        """Load a profile whose file has changed."""
+        if self._known.get(name) != signature:
+            with suppress(Unavailable):  # an engine that starts again is asked again
+                await self._swap(name, await self._load(name))
+                self._known[name] = signature
 
     async def _load(self, name: str) -> ProfileEntry:
         """The entry of a file. The engine holds its profile. Raises Unavailable."""
@@ -264,9 +485,22 @@ class ProfileRegistry:
             return
         if self._changed is not None:
             self._changed([profile.name for profile in self.served])
+        if retired is not None and serving is not None and retired.version not in self._kept:
+            self._kept[retired.version] = retired  # at once, without a gap for aliases
+            retired = None
+        await self._note(name, None if serving is None else serving.version)
         if retired is not None:
             await self._engine.unload_profile(retired.version)
+        elif before is not None and before.profile is not None:
+            await self._keep_loaded(before.profile)
         logger.info("profile %r: version %s is served", name, serving.version[:8] if serving is not None else "none")
+
+    async def _keep_loaded(self, profile: Profile) -> None:
+        """A version is not current any more: let it go unless it is kept."""
+        if profile.version in self.record(profile.name).versions:
+            await self._evict()
+        else:
+            await self._drop(profile.version)
 
 
 def scan(directory: Path, unreadable: dict[str, str]) -> dict[str, Signature]:

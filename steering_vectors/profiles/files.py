@@ -32,6 +32,7 @@ from steering_vectors.profiles.metadata import ProfileSummary
 from steering_vectors.profiles.profile import FORMAT_VERSION, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
+TEMPORARY = ".tmp"  # the suffix of hidden files that are being written
 MAX_FILE_BYTES = 64 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; what is near this is a model
 MAX_HEADER_BYTES = 2**20  # of JSON, which is parsed
 METADATA_KEY = "trimtab"
@@ -82,25 +83,36 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
     data = _encode(stamped)
     read_profile(data, profile.name)
     target = Path(directory) / f"{profile.name}{SUFFIX}"
-    temporary = target.with_name(f".{profile.name}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, data)
+    except OSError as error:
+        raise ProfileError(f"{target}: cannot be written ({error}); check the directory and its free space") from error
+    return target
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Write a file atomically: a reader sees the old file or the new one, also after a crash. Raises OSError."""
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{TEMPORARY}")
+    try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise ProfileError(f"{target}: cannot be written ({error}); check the directory and its free space") from error
+        sync_directory(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return target
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names of a directory durable. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -110,15 +122,16 @@ def load_profile(path: str | Path) -> Profile:
     if path.suffix != SUFFIX:
         raise ProfileError(f"{path}: not a profile file; its name must end in {SUFFIX}")
     try:
-        data = _read_regular(path)
+        data = read_regular(path)
     except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise ProfileError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
     return read_profile(data, path.stem, str(path))
 
 
-def _read_regular(path: Path) -> bytes:
-    """The bytes of a regular file that is not too large, as the opened file says, whatever the path leads to later."""
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file that is not too large, as the opened file says, whatever the path leads to later.
+    Raises OSError and ProfileError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())

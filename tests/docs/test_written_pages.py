@@ -1,4 +1,5 @@
-"""Pages that a script writes are up to date: docs/cli.md, and the table of metrics in docs/observability.md."""
+"""Pages that a script writes are up to date: docs/cli.md, docs/settings.md, and the table of metrics in
+docs/observability.md."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("script", ["cli_docs", "metrics_docs"])
+@pytest.mark.parametrize("script", ["cli_docs", "metrics_docs", "settings_docs"])
 def test_the_page_is_up_to_date(script: str) -> None:
     command = [sys.executable, f"scripts/{script}.py", "--check"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -13,6 +13,10 @@ from server.generation.steering_grammar import EXAMPLE, MAX_TERMS, parse_steerin
 from steering_vectors.errors import SteeringError
 
 MAX_LAYERS = 1024
+ABOUT_USER = (
+    "Whom the text is for. All requests of one user get the same version of a profile of which an alias has a share; "
+    "else it has no effect."
+)
 Layers = Annotated[list[int], Field(max_length=MAX_LAYERS, fail_fast=True)]
 
 
@@ -28,7 +32,7 @@ class SteeringTermBody(Body):
 
     examples: ClassVar[Examples] = ({"name": "warm", "strength": 0.8},)
 
-    name: Short = Field(description="A served profile, NAME or NAME#SHA8.")
+    name: Short = Field(description="A served profile, NAME, NAME#SHA8 or NAME#ALIAS.")
     strength: float | None = Field(
         None, description="1 (the default) is the profile's calibrated full strength, 0 none, below 0 the opposite."
     )

@@ -15,7 +15,7 @@ from server.api.fields.body import FAIL_FAST, OPENAI_NO_OPS, Examples, NoOps, Sh
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import OnePrompt, OnePromptBody
 from server.api.fields.sampling import COMPLETION_TOKENS, SamplingBody, refuse_no_tokens
-from server.api.fields.steering import Steering
+from server.api.fields.steering import ABOUT_USER, Steering
 from server.api.openai.requests import MAX_LOGPROBS
 from server.api.openai.responses import finite
 from server.engines.protocol import Delta, Finished, GenerationRequest, PlanTerm, SamplingParameters, SteeringPlan
@@ -145,12 +145,13 @@ class GenerateBody(TextBody, ConstrainedBody):
     )
 
     profile: Short | None = Field(
-        None, description="One profile to steer by, NAME or NAME#SHA8.", examples=["warm", "warm#fb09e9ae"]
+        None, description="One profile to steer by, NAME, NAME#SHA8 or NAME#ALIAS.", examples=["warm", "warm#fb09e9ae"]
     )
     strength: float | None = Field(None, description="The profile's strength, 1 by default.", examples=[0.8])
     steering: Steering | None = Field(
         None, description="A mix of profiles. Exclusive with `profile`.", examples=[EXAMPLE]
     )
+    user: Short | None = Field(None, description=ABOUT_USER)
 
     def ask(self, served: str, header: str | None) -> Ask:
         return Ask(
@@ -162,6 +163,7 @@ class GenerateBody(TextBody, ConstrainedBody):
             projections=self.projections,
             timeout=self.timeout,
             max_tokens_field=self.max_tokens_field,
+            user=self.user,
         )
 
     def _plan(self, header: str | None) -> SteeringPlan:

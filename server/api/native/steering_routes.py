@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar, NotRequired
 
 from fastapi import APIRouter, Depends, Path, Response
@@ -21,6 +22,7 @@ from server.generation.steering_grammar import pinned
 from server.http.answers import about, json_answer
 from server.http.middleware import StrictRoute
 from server.observability import request_record
+from server.profiles.references import Draw
 
 GenerationId = Annotated[str, Path(description="The id from the generation's first event.", examples=["gen-c9f0f895"])]
 
@@ -102,10 +104,14 @@ async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDe
     with client_errors():
         if not caller.may_change(generation_id):
             raise UnknownGeneration(f"there is no generation {generation_id!r} here", param="id")
-        plan = pinned(body.steering.plan(), service.registry.find)
-        needed = capabilities_needed(GenerationRequest((generation_id,), (), plan=plan))
-        check_capabilities(service.engine.info, {"live_steering": "steering", **needed})
-        changed = await service.engine.set_steering(generation_id, plan)
+        registry, asked = service.registry, body.steering.plan()
+        async with registry.holding(term.profile for term in asked.terms):
+            draw = Draw(preferred=registry.used_by(generation_id))
+            plan = pinned(asked, partial(registry.find, draw=draw))
+            needed = capabilities_needed(GenerationRequest((generation_id,), (), plan=plan))
+            check_capabilities(service.engine.info, {"live_steering": "steering", **needed})
+            changed = await service.engine.set_steering(generation_id, plan)
+            registry.use_too(generation_id, plan.versions)
     if (record := request_record.current()) is not None:
         record.change(plan)
     return {
@@ -120,8 +126,10 @@ async def change(generation_id: GenerationId, body: ChangeBody, service: ReadyDe
 async def resolve(body: ResolveBody, service: ReadyDep) -> Response:
     """Show what a steering would do, without generating: profile versions, blocks, and how far each is shifted."""
     with client_errors():
-        plan = pinned(body.steering.plan(), service.registry.find)
-        effect = await service.engine.explain(plan)
+        asked = body.steering.plan()
+        async with service.registry.holding(term.profile for term in asked.terms):
+            plan = pinned(asked, service.registry.find)
+            effect = await service.engine.explain(plan)
     answer: ResolveAnswer = {
         "steering": [
             {

@@ -11,7 +11,7 @@ from server.api.fields.body import OPENAI_NO_OPS, Body, Examples, NoOps, Short, 
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import EncodingBody, ManyPrompts, Messages, messages_of
 from server.api.fields.sampling import COMPLETION_TOKENS, refuse_no_tokens
-from server.api.fields.steering import Steering
+from server.api.fields.steering import ABOUT_USER, Steering
 from server.engines.protocol import ApplyTo, GenerationRequest, SamplingParameters, SteeringPlan
 from server.generation.intake import Ask, Prompt
 from server.generation.steering_grammar import EXAMPLE, of_alias, only_one
@@ -50,7 +50,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices for each prompt, at most `--max-n`.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream; only with `stream`.")
-    user: Short | None = Field(None, description="Accepted for compatibility. It has no effect.")
+    user: Short | None = Field(None, description=ABOUT_USER)
     metadata: Annotated[dict[Short, Short], BeforeValidator(at_most(MAX_METADATA))] | None = Field(
         None, description="Accepted for compatibility. It has no effect."
     )
@@ -74,6 +74,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
             counted="n" if self.n > 1 else "prompt",
             timeout=self.timeout,
             max_tokens_field=self.max_tokens_field,
+            user=self.user,
         )
 
     def _plan(self, served: str, header: str | None, echo: bool) -> SteeringPlan:

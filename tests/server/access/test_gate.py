@@ -83,6 +83,11 @@ def test_what_a_key_must_be_for() -> None:
         ("POST", "/generate"): "generate",
         ("PATCH", "/generations/gen-1"): "generate",
         ("GET", "/profiles"): "generate",
+        ("GET", "/profiles/warm"): "generate",
+        ("GET", "/profiles/warm/file"): "admin",
+        ("GET", "/profiles/warm/versions"): "admin",
+        ("POST", "/profiles/warm/rollback"): "admin",
+        ("GET", "/audit"): "admin",
         ("PUT", "/profiles/warm"): "admin",
         ("DELETE", "/profiles/warm"): "admin",
         ("PATCH", "/settings"): "admin",
@@ -103,7 +108,7 @@ def test_a_key_is_refused_where_its_scopes_do_not_reach(engine: TorchEngine, pro
         error = error_of(client.delete("/profiles/warm", headers=bearer(secrets["generate"])), 403)
         assert error["code"] == "insufficient_scope"
         assert error["message"] == "the key 'generate' lacks the scope 'admin', which this route needs"
-        assert client.delete("/profiles/warm", headers=bearer(secrets["admin"])).status_code == 405
+        assert client.delete("/profiles/cold", headers=bearer(secrets["admin"])).status_code == 404
 
 
 def first_id(lines: Any) -> str:

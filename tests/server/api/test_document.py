@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from typer.testing import CliRunner
 
 from scripts import api_docs
+from server.api.document import FILE
 from server.app import create_app
 from server.engines.torch.engine import TorchEngine
 from server.settings import Settings
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.slow
 DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
 SCHEMAS = DOCUMENT["components"]["schemas"]
 ROUTES = [(path, method, route) for path, routes in DOCUMENT["paths"].items() for method, route in routes.items()]
+CHANGES = {
+    (path, method)
+    for path, method, _ in ROUTES
+    if path.startswith("/profiles/") and (method != "get" or path.count("/") > 2)
+}
 PROMPT = {"prompt": "Bread is", "max_tokens": 3}
 CHAT = {"model": "demo:warm", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
 COMPLETION = {"model": "demo:warm", **PROMPT}
@@ -62,6 +68,8 @@ def test_every_route_tells_what_it_does_and_answers(path: str, method: str, rout
             continue
         if "text/plain" in answer["content"]:
             assert answer["content"]["text/plain"]["example"]
+            continue
+        if FILE in answer["content"]:
             continue
         content = answer["content"]["application/json"]
         assert content["schema"]["$ref"].removeprefix("#/components/schemas/") in SCHEMAS
@@ -131,13 +139,17 @@ def test_the_form_is_exact(change: dict[str, Any]) -> None:
         check_form({**example, **change}, {"$ref": "#/components/schemas/GenerateAnswer"})
 
 
-@pytest.mark.parametrize(("path", "method", "route"), ROUTES, ids=lambda value: value if type(value) is str else "")
+@pytest.mark.parametrize(
+    ("path", "method", "route"),
+    [one for one in ROUTES if one[:2] not in CHANGES],  # which have a test in test_profile_changes
+    ids=lambda value: value if type(value) is str else "",
+)
 def test_the_examples_work(
     client: httpx.Client, engine: HeldEngine, path: str, method: str, route: dict[str, Any]
 ) -> None:
     """What the document shows can be sent as it stands to a server with these profiles."""
     for parameter in route.get("parameters", []):
-        if parameter["name"] != "generation_id":
+        if parameter["in"] == "path" and parameter["name"] != "generation_id":
             path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
     body = None
     if "requestBody" in route:

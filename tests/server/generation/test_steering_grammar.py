@@ -92,6 +92,15 @@ def split_by_hand(text: str) -> list[str]:
     return terms
 
 
+def is_version(text: str) -> bool:
+    return 8 <= len(text) <= 64 and set(text) <= set("0123456789abcdef")
+
+
+def is_alias(text: str) -> bool:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return 1 <= len(text) <= 32 and text[0] in letters and set(text) <= set(f"{letters}0123456789_-")
+
+
 def read_by_hand(text: str) -> list[tuple[str, float]] | None:
     """What the grammar says of a text, without a regular expression; None where it refuses."""
     found = []
@@ -104,7 +113,7 @@ def read_by_hand(text: str) -> list[tuple[str, float]] | None:
             or not set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
         ):
             return None
-        if sharp and not (8 <= len(version) <= 64 and set(version) <= set("0123456789abcdef")):
+        if sharp and not (is_version(version) or is_alias(version)):
             return None
         if not set(strength) <= set("0123456789+-.eE"):  # float() reads more than the grammar does
             return None
@@ -120,7 +129,9 @@ def read_by_hand(text: str) -> list[tuple[str, float]] | None:
 TERMS = st.one_of(
     st.text(alphabet="ab01@+-.e#_ \n", max_size=8),
     st.tuples(
-        st.sampled_from(["a", "b", "e", "be", "0", "1e", "a.b", "c#0123abcd", "c#0123abc", "-a", "A"]),
+        st.sampled_from(
+            ["a", "b", "e", "be", "0", "1e", "a.b", "c#0123abcd", "c#0123abc", "c#a", "c#abcdef01-1", "-a", "A"]
+        ),
         st.sampled_from(["", "@"]),
         st.sampled_from(
             ["", "1", "+1", "-.5", "2.", "1e1", "1e+1", "1e", ".", "e1", "1e999", "+-1", " 1", "1_0", "nan"]
@@ -153,6 +164,21 @@ def test_any_text_is_read_as_by_hand_or_refused(terms: Sequence[str], separator:
 )
 def test_the_rest_of_a_models_name_steers(model: str, served: str, steering: str | None) -> None:
     assert of_alias(model, served) == (None if steering is None else parse_steering(steering))
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("warm#stable@1.5", [("warm#stable", 1.5)]),
+        ("warm#stable+cold#canary@-1e-1", [("warm#stable", 1.0), ("cold#canary", -0.1)]),
+        ("warm#deadbeef-2", [("warm#deadbeef-2", 1.0)]),
+        ("warm#abcdefabcdefabcdefabcdefabcdefabcdef@2", [("warm#abcdefabcdefabcdefabcdefabcdefabcdef", 2.0)]),
+        ("warm#e@1e1", [("warm#e", 10.0)]),
+    ],
+)
+def test_a_version_or_an_alias_is_a_part_of_the_name(text: str, terms: list[tuple[str, float]]) -> None:
+    assert terms_of(parse_steering(text)) == terms
+    assert of_alias(f"org/m:8b:{text}", "org/m:8b") == parse_steering(text)
 
 
 def test_an_alias_without_a_steering_is_refused() -> None:

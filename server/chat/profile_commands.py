@@ -1,0 +1,213 @@
+"""`trimtab profiles`: upload, list, roll back and delete the profiles of a running server, and set their aliases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from steering_vectors.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from server.chat.remote import Remote
+
+SHOWN_DIGITS = 8  # of a version
+
+profiles = typer.Typer(
+    no_args_is_help=True,
+    help="Upload, list, roll back and delete the profiles of a running server, and set their aliases.",
+)
+
+Url = Annotated[str, typer.Option(help="The server's address.", envvar="TRIMTAB_URL")]
+ApiKey = Annotated[
+    str,
+    typer.Option(help="A key with the scope admin, if the server requires keys.", envvar="TRIMTAB_API_KEY"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+Name = Annotated[str, typer.Argument(help="The profile's name.")]
+IfMatch = Annotated[
+    str, typer.Option("--if-match", help="Change the profile only if this is its current version (8 digits or more).")
+]
+LOCAL = "http://127.0.0.1:8000"
+
+
+@profiles.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="The profile file, NAME.safetensors.")],
+    name: Annotated[str, typer.Option(help="The profile's name, if the file is named otherwise.")] = "",
+    if_match: IfMatch = "",
+    create: Annotated[bool, typer.Option("--create", help="Only if there is no profile of this name yet.")] = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+    json_: AsJson = False,
+) -> None:
+    """Upload a profile. The version that it replaces is kept."""
+    headers = {**_matching(if_match), **({"if-none-match": "*"} if create else {})}
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise TrimtabError(f"{file} cannot be read ({error.strerror}): check the path") from error
+    with _server(url, api_key) as server:
+        answer = server.send("PUT", _path(name or file.stem), content=data, headers=headers)
+    _print(answer, json_, f"{answer.get('name')} is served in version {_short(answer.get('version'))}")
+
+
+@profiles.command()
+def pull(
+    name: Name,
+    out: Annotated[Path, typer.Option(help="The directory to write NAME.safetensors into.")] = Path("profiles"),
+    version: Annotated[str, typer.Option(help="A version or an alias; by default the current version.")] = "",
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+    json_: AsJson = False,
+) -> None:
+    """Download a profile's file."""
+    with _server(url, api_key) as server:
+        data = server.download(f"{_path(name, 'file')}{f'?version={quote(version)}' if version else ''}")
+    target = out / f"{Path(name).name}.safetensors"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    except OSError as error:
+        raise TrimtabError(f"{target} cannot be written ({error.strerror}): choose another --out") from error
+    _print({"name": name, "file": str(target), "size": len(data)}, json_, f"{target} has {len(data)} bytes")
+
+
+@profiles.command("list")
+def list_(url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
+    """List the profiles of a server with their versions and aliases."""
+    with _server(url, api_key) as server:
+        answer = server.fetch("/profiles")
+    lines = []
+    for one in answer.get("profiles", ()):
+        aliases = [_alias(alias, known) for alias, known in one.get("aliases", {}).items()]
+        error = [one["error"]] if "error" in one else []
+        lines.append("  ".join([one["name"], _short(one.get("version")), one["status"], *aliases, *error]))
+    _print(answer, json_, *lines)
+
+
+@profiles.command()
+def versions(name: Name, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
+    """List the versions of a profile that can be used, the latest first."""
+    with _server(url, api_key) as server:
+        answer = server.fetch(_path(name, "versions"))
+    lines = []
+    for one in answer.get("versions", ()):
+        notes = [word for word in ("current", "shipped") if one[word]] + one["aliases"]
+        used = [f"used by {one['in_use']}"] if one["in_use"] else []
+        published = [one[field] for field in ("published_at", "published_by") if field in one]
+        lines.append("  ".join([_short(one["version"]), *published, *notes, *used]))
+    _print(answer, json_, *lines)
+
+
+@profiles.command()
+def rollback(
+    name: Name,
+    version: Annotated[str, typer.Argument(help="The version; by default the one before the current one.")] = "",
+    if_match: IfMatch = "",
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+    json_: AsJson = False,
+) -> None:
+    """Make an earlier version of a profile current again, also after it was deleted."""
+    body = {"version": version} if version else {}
+    with _server(url, api_key) as server:
+        answer = server.send("POST", _path(name, "rollback"), json=body, headers=_matching(if_match))
+    _print(answer, json_, f"{name} is served in version {_short(answer.get('version'))}")
+
+
+@profiles.command()
+def alias(
+    name: Name,
+    alias: Annotated[str, typer.Argument(help="The alias, such as stable (what the plain name means) or canary.")],
+    version: Annotated[str, typer.Option(help="The version that it stands for; by default the current one.")] = "",
+    share: Annotated[
+        float | None,
+        typer.Option(help="The part of the requests for the plain name that get this version.", min=0, max=1),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the alias.")] = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+    json_: AsJson = False,
+) -> None:
+    """Give a version of a profile another name, and a share of the requests. Requests name it NAME#ALIAS."""
+    path = _path(name, "aliases", alias)
+    body: dict[str, Any] = {"share": share, **({"version": version} if version else {})}
+    with _server(url, api_key) as server:
+        answer = server.send("DELETE", path) if delete else server.send("PUT", path, json=body)
+    done = "was deleted" if delete else f"is {_alias('', answer).strip()}"
+    _print(answer, json_, f"{name}#{alias} {done}")
+
+
+@profiles.command()
+def delete(
+    name: Name,
+    version: Annotated[str, typer.Option(help="Delete this version that is kept, not the profile.")] = "",
+    if_match: IfMatch = "",
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+    json_: AsJson = False,
+) -> None:
+    """Delete a profile and its aliases, or one of its versions. A deleted profile can be rolled back."""
+    path = _path(name, "versions", version) if version else _path(name)
+    with _server(url, api_key) as server:
+        answer = server.send("DELETE", path, headers=_matching(if_match))
+    back = f"; the shipped version {_short(answer['served'])} is served" if answer.get("served") else ""
+    _print(answer, json_, f"version {_short(answer.get('version'))} of {name} was deleted{back}")
+
+
+@profiles.command()
+def log(
+    name: Annotated[str, typer.Argument(help="The profile; by default all.")] = "",
+    limit: Annotated[int, typer.Option(help="The maximum number of changes.", min=1, max=1000)] = 100,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+    json_: AsJson = False,
+) -> None:
+    """Show who has changed profiles, the newest change first."""
+    with _server(url, api_key) as server:
+        answer = server.fetch(f"/audit?limit={limit}{f'&profile={quote(name)}' if name else ''}")
+    lines = []
+    for one in answer.get("changes", ()):
+        change = f"{_short(one.get('from_version'))} -> {_short(one.get('to_version'))}"
+        who = one.get("key") or one.get("address") or "the directory"
+        lines.append("  ".join([one["at"], who, one["action"], one["profile"], one.get("alias", ""), change]))
+    _print(answer, json_, *lines)
+
+
+@contextmanager
+def _server(url: str, api_key: str) -> Iterator[Remote]:
+    from server.chat.remote import Remote
+
+    server = Remote(url, api_key)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def _path(*parts: str) -> str:
+    return "/".join(["/profiles", *(quote(part, safe="") for part in parts)])
+
+
+def _matching(version: str) -> dict[str, str]:
+    return {"if-match": f'"{version}"'} if version else {}
+
+
+def _short(version: str | None) -> str:
+    return version[:SHOWN_DIGITS] if version else "none"
+
+
+def _alias(alias: str, known: Mapping[str, Any]) -> str:
+    share = f" for a share of {known['share']:g}" if known["share"] else ""
+    return f"{alias} {_short(known['version'])}{share}"
+
+
+def _print(answer: Mapping[str, Any], as_json: bool, *lines: str) -> None:
+    for line in [json.dumps(answer)] if as_json else lines:
+        print(line)
