@@ -1,6 +1,6 @@
 """How long /health waits while a server is sent hostile bodies.
 
-    python -m benchmarks.speed.hostile [--model demo] [--count 10000] [--seed 0]
+    python -m benchmarks.reliability.hostile [--model demo] [--count 10000] [--seed 0]
 
 Bodies are deep, wide, repeated, at the limit of every field or of the wrong type, some of them valid. A probe asks
 /health every 20 ms. Printed are the answers by status, the longest wait of the probe, and the server's memory before
