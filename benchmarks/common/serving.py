@@ -51,14 +51,17 @@ class Server:
 
 
 @contextmanager
-def serving(model: str, profiles: Path, *, log: Path | None = None, **settings: Any) -> Iterator[Server]:
-    """Start the server, wait until it is ready, and stop it at the end. Its log goes into a file if one is given."""
+def serving(
+    model: str, profiles: Path, *, log: Path | None = None, module: str = "server.cli", **settings: Any
+) -> Iterator[Server]:
+    """Start the server, wait until it is ready, and stop it at the end. Its log goes into a file if one is given.
+    `module` is run with the arguments of `trimtab`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {"slots": SLOTS, "threads": 1, **settings}
     environment = {f"TRIMTAB_{key.upper()}": str(value) for key, value in settings.items()}
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", model, "--profiles", str(profiles)]
+    command = [sys.executable, "-m", module, "serve", "--model", model, "--profiles", str(profiles)]
     with (Path(os.devnull) if log is None else log).open("wb") as written:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
