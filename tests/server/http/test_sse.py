@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ EVENTS = st.dictionaries(
 def parted(content: bytes, cuts: list[int]) -> list[bytes]:
     """The bytes in parts that begin at these places."""
     places = sorted({0, *(cut % (len(content) + 1) for cut in cuts), len(content)})
-    return [content[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [content[start:end] for start, end in pairwise(places)]
 
 
 @given(events=st.lists(EVENTS, max_size=5), cuts=st.lists(st.integers(min_value=0), max_size=20))
