@@ -55,7 +55,7 @@ STALLED = 0.02
 CHANGED = 0.2  # of the streams
 MAX_GROWTH = 0.02
 UNANSWERED = "unanswered"
-POOLED = 5  # threads for long texts (2), large answers (1) and constraints (2)
+POOLED = 6  # threads for long texts (2), large answers (1), constraints (2) and steerings (1)
 WARM_UP = 0.2  # of the time, whose memory does not count
 SENTENCES = ("How do I bake bread?", "Tell me about the sea.", "What is a good way to learn a language?", "Bread is")
 
