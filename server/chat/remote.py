@@ -107,11 +107,28 @@ def event_data(received: Iterable[bytes]) -> Iterator[str]:
 
 def _is_chunk(found: Json) -> bool:
     """Whether a conversation can read it: an object of `chat.completion.chunk`."""
-    choices = found.get("choices")
-    return isinstance(choices, list) and all(
+    choices, usage, steering = (found.get(name) for name in ("choices", "usage", "steering"))
+    return (
+        isinstance(choices, list)
+        and all(map(_is_choice, choices))
+        and (usage is None or (isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int)))
+        and (steering is None or (isinstance(steering, list) and all(map(_is_receipt, steering))))
+    )
+
+
+def _is_choice(choice: Any) -> bool:
+    return (
         isinstance(choice, dict)
         and isinstance(choice.get("delta"), dict)
         and isinstance(choice["delta"].get("content"), str | None)
         and isinstance(choice.get("finish_reason"), str | None)
-        for choice in choices
+    )
+
+
+def _is_receipt(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("strength"), int | float)
+        and isinstance(entry.get("steered_tokens"), int)
     )
