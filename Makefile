@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz mutants lint format types audit requirements docs docs-serve examples check-examples check-demo bench demo clean
+.PHONY: help install dev serve demo-profiles profiles test test-fast test-clients fuzz soak mutants lint format types audit requirements docs docs-serve examples check-examples check-demo bench demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,6 +66,11 @@ test-clients: $(CLIENTS)/.installed  ## Run third-party clients against a live s
 fuzz: export HF_HUB_OFFLINE := 1
 fuzz: $(CLIENTS)/.installed  ## Send random requests to a live server for MINUTES (60)
 	$(CLIENTS)/bin/python -m tests.clients.fuzz --minutes $(MINUTES)
+
+soak: export HF_HUB_OFFLINE := 1
+soak: MINUTES = 5
+soak: $(VENV)/.dev  ## Overload a server for MINUTES (5), and check that it stays up, counts right and leaks nothing
+	$(BIN)/python -m benchmarks.reliability.soak --minutes $(MINUTES) --seed $(SEED)
 
 $(VENV)/.mutants: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[mutants]"

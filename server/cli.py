@@ -142,7 +142,17 @@ def serve(given: Mapping[str, Any]) -> None:
     before, code = set(threading.enumerate()), 0
     with suppress(KeyboardInterrupt), listening(settings) as listener:
         code = run_in_loop(_serve(settings, listener))
+    _give_up_output()
     _leave(code, [thread for thread in threading.enumerate() if thread not in before])
+
+
+def _give_up_output() -> None:
+    """Drop what stdout and stderr cannot write, so that it does not change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave(code: int, threads: Sequence[threading.Thread]) -> None:
@@ -278,7 +288,8 @@ async def _announce(service: Service, url: str, stop: Callable[[], None]) -> Non
     gc.freeze()  # collections would stall streams to look at the million objects that are loaded
     count = len(service.registry.served)
     profiles = "1 profile" if count == 1 else f"{count} profiles"
-    print(f"trimtab serves {service.model_name} with {profiles} on {url}", flush=True)
+    with suppress(OSError):  # a full disk, or nobody reads it
+        print(f"trimtab serves {service.model_name} with {profiles} on {url}", flush=True)
 
 
 if __name__ == "__main__":

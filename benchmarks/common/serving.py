@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-STARTUP_S = 120
+STARTUP_S = 600
 SLOTS = 64
 CONCURRENCY = 2 * SLOTS
 LIMITS = httpx.Limits(max_connections=CONCURRENCY)
@@ -51,20 +51,24 @@ class Server:
 
 
 @contextmanager
-def serving(model: str, profiles: Path, **settings: Any) -> Iterator[Server]:
-    """Start the server, wait until it is ready, and stop it at the end."""
+def serving(
+    model: str, profiles: Path, *, log: Path | None = None, module: str = "server.cli", **settings: Any
+) -> Iterator[Server]:
+    """Start the server, wait until it is ready, and stop it at the end. Its log goes into a file if one is given.
+    `module` is run with the arguments of `trimtab`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {"slots": SLOTS, "threads": 1, **settings}
     environment = {f"TRIMTAB_{key.upper()}": str(value) for key, value in settings.items()}
-    command = [sys.executable, "-m", "server.cli", "serve", "--model", model, "--profiles", str(profiles)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", module, "serve", "--model", model, "--profiles", str(profiles)]
+    with (Path(os.devnull) if log is None else log).open("wb") as written:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=written,
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(url, process)

@@ -36,6 +36,7 @@ Counted = Literal["requests", "tokens"]
 MEMORY = "memory://"
 NAMESPACE = "trimtab"
 REDIS_SECONDS = 1  # how long to wait for Redis
+CLOCK_STEP = 5.0  # seconds by which the wall clock may differ from the other one before it counts as set anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Budgets:
         self._running: Counter[str] = Counter()  # by digest
         self._charging: set[asyncio.Task[bool]] = set()
         self._throttle = Throttle()
+        self._offset = _clock_offset()
 
     @asynccontextmanager
     async def admit(self, key: Key, *, generates: bool) -> AsyncIterator[Exceeded | None]:
@@ -100,7 +102,7 @@ class Budgets:
 
     async def _used_up(self, counted: Counted, key: Key, limit: int) -> Exceeded:
         window = await self._ask(lambda limiter: limiter.get_window_stats(_item(limit), counted, key.sha256))
-        seconds = max(1, math.ceil(window.reset_time - time.time()))
+        seconds = min(60, max(1, math.ceil(window.reset_time - time.time())))
         return Exceeded(
             f"the key {key.name!r} has used up its {limit} {counted} per minute: try again in {seconds} s", seconds
         )
@@ -120,12 +122,20 @@ class Budgets:
             except StorageError as error:
                 if self._throttle.admit("storage") is not None:
                     logger.warning("the storage of limits does not answer, so this process counts alone: %s", error)
+        if abs(_clock_offset() - self._offset) > CLOCK_STEP:  # the library's minutes would end hours too late
+            self._offset = _clock_offset()
+            await self._here.storage.reset()
         return await question(self._here)
 
     def _limit(self, key: Key, name: str) -> int | None:
         own: int | None = getattr(key, name)
         default: int | None = getattr(self._settings, name)
         return default if own is None else own
+
+
+def _clock_offset() -> float:
+    """Changes when the wall clock is set."""
+    return time.time() - time.monotonic()
 
 
 def _item(limit: int) -> RateLimitItemPerMinute:

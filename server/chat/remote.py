@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,11 +66,13 @@ class Remote:
         with self._remote_errors(), self._client.stream("POST", CHAT, json={**body, **options}) as response:
             if response.status_code != 200:
                 self._read(response)
-            for line in response.iter_lines():
-                if line == "data: [DONE]":
+            for data in event_data(response.iter_bytes()):
+                if data == "[DONE]":
                     return
-                if line.startswith("data: "):
-                    yield self._checked(json.loads(line.removeprefix("data: ")))
+                chunk = self._checked(json.loads(data))
+                if not _is_chunk(chunk):
+                    raise self._not_trimtab("events of another form")
+                yield chunk
             raise RemoteError(f"{self.url} ended its reply without an end: send it again with /retry")
 
     def _read(self, response: httpx.Response) -> Json:
@@ -103,5 +105,45 @@ class Remote:
             raise RemoteError(f"--url {self.url!r} is no address such as http://127.0.0.1:8000") from error
         except httpx.TransportError as error:
             raise RemoteError(f"the connection to {self.url} broke ({type(error).__name__}): try again") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # too many digits, or too deep, are no JSONDecodeError
             raise self._not_trimtab("no JSON") from error
+
+
+def event_data(received: Iterable[bytes]) -> Iterator[str]:
+    """The data of each event of an SSE stream, however its bytes are parted. Lines end in a newline only: httpx also
+    splits at characters that JSON may hold. Data after the last newline is left out."""
+    rest = b""
+    for part in received:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip().decode(errors="replace")
+
+
+def _is_chunk(found: Json) -> bool:
+    """Whether a conversation can read it: an object of `chat.completion.chunk`."""
+    choices, usage, steering = (found.get(name) for name in ("choices", "usage", "steering"))
+    return (
+        isinstance(choices, list)
+        and all(map(_is_choice, choices))
+        and (usage is None or (isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int)))
+        and (steering is None or (isinstance(steering, list) and all(map(_is_receipt, steering))))
+    )
+
+
+def _is_choice(choice: Any) -> bool:
+    return (
+        isinstance(choice, dict)
+        and isinstance(choice.get("delta"), dict)
+        and isinstance(choice["delta"].get("content"), str | None)
+        and isinstance(choice.get("finish_reason"), str | None)
+    )
+
+
+def _is_receipt(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("strength"), int | float)
+        and isinstance(entry.get("steered_tokens"), int)
+    )

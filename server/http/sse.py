@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -18,11 +19,16 @@ T = TypeVar("T")
 
 DONE = "[DONE]"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+UNICODE_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON may hold them, but many clients split lines there
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one for each call
 
 
 def frame(event: Mapping[str, Any]) -> bytes:
     """One event, which is one `data:` line: JSON escapes newlines."""
-    return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    text = _encode(event)
+    if not text.isascii():
+        text = UNICODE_LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return f"data: {text}\n\n".encode()
 
 
 class EventStreamResponse(StreamingResponse):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from benchmarks.speed.hostile import attack, hostile
+from benchmarks.reliability.hostile import attack, hostile
 from tests.support.serving import client_fixture, engine_fixture, profiles_fixture, until
 
 pytestmark = pytest.mark.slow

@@ -361,14 +361,14 @@ def test_a_model_whose_loading_dies_ends_the_process(tmp_path: Path, environment
 @pytest.mark.parametrize("signals", [1, 2])
 def test_sigterm_drains_and_ends_every_stream(tmp_path: Path, environment: dict[str, str], signals: int) -> None:
     """The first signal lets streams go on up to the limit, the second ends them."""
-    flags = ("--slots", "4", "--drain-seconds", "1" if signals == 1 else "600")
+    flags = ("--slots", "16", "--drain-seconds", "5" if signals == 1 else "600")
     body = {"prompt": "Bread is", "max_tokens": 490, "ignore_eos": True, "stream": True}
     slow = FAILING.format(fault="import time; time.sleep(0.05)")
-    with command(environment, tmp_path, *flags, code=slow) as (process, address), ThreadPoolExecutor(8) as readers:
+    with command(environment, tmp_path, *flags, code=slow) as (process, address), ThreadPoolExecutor(32) as readers:
         begun = threading.Semaphore(0)
-        texts = [readers.submit(reads, address, body, begun) for _ in range(6)]
-        texts += [readers.submit(reads, address, {**body, "max_tokens": 3}, begun) for _ in range(2)]
-        assert all(begun.acquire(timeout=20) for _ in texts)
+        texts = [readers.submit(reads, address, body, begun) for _ in range(24)]
+        texts += [readers.submit(reads, address, {**body, "max_tokens": 3}, begun) for _ in range(8)]
+        assert all(begun.acquire(timeout=60) for _ in texts)
         process.send_signal(signal.SIGTERM)
         ready = httpx.get(f"{address}/ready")
         while ready.status_code == 200:
@@ -378,5 +378,5 @@ def test_sigterm_drains_and_ends_every_stream(tmp_path: Path, environment: dict[
         assert httpx.post(f"{address}/generate", json=body).status_code == 503
         if signals == 2:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        assert [ends(text.result()) for text in texts] == [1] * 8
+        assert process.wait(60) == 0
+        assert [ends(text.result()) for text in texts] == [1] * 32

@@ -34,7 +34,7 @@ TEXT = {"prompt": "Bread is", "max_tokens": 4, "ignore_eos": True}
 def minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """One minute that does not end, however slow the machine is."""
     for module in ("limits.aio.storage.memory", "server.access.budgets"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(time=lambda: 1e9))
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(time=lambda: 1e9, monotonic=lambda: 0.0))
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -227,3 +227,25 @@ def test_without_an_answer_of_redis_a_server_counts_alone(caplog: pytest.LogCapt
     assert last.message.startswith("the key 'a' has used up its 3 requests per minute")
     (record,) = (record for record in caplog.records if record.name == "server.access.budgets")
     assert "the storage of limits does not answer" in record.getMessage()
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_minute_ends_although_the_clock_was_set(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    now = SimpleNamespace(wall=1e9, steady=50.0)
+    for module in ("limits.aio.storage.memory", "server.access.budgets"):
+        clock = SimpleNamespace(time=lambda: now.wall, monotonic=lambda: now.steady)
+        monkeypatch.setattr(f"{module}.time", clock)
+
+    async def main() -> None:
+        budgets = Budgets(Settings())
+        assert [await admitted(budgets) for _ in range(3)] == [None] * 3
+        assert await admitted(budgets) is not None
+        now.wall += step
+        assert [await admitted(budgets) for _ in range(3)] == [None] * 3  # a minute begins
+        refused = await admitted(budgets)
+        assert refused is not None
+        assert refused.retry_after <= 60
+        now.wall, now.steady = now.wall + 61, now.steady + 61
+        assert await admitted(budgets) is None
+
+    asyncio.run(main())

@@ -1,21 +1,25 @@
 """How long /health waits while a server is sent hostile bodies.
 
-    python -m benchmarks.speed.hostile [--model demo] [--count 10000] [--seed 0]
+    python -m benchmarks.reliability.hostile [--model demo] [--count 10000] [--seed 0] [--callbacks]
 
 Bodies are deep, wide, repeated, at the limit of every field or of the wrong type, some of them valid. A probe asks
 /health every 20 ms. Printed are the answers by status, the longest wait of the probe, and the server's memory before
-and after. It fails if any answer is a 5xx but a 503.
+and after, each after a hundred bodies of the same kind have warmed it up. It fails if any answer is a 5xx but a 503.
+
+The longest wait is that of the whole machine, and says something only if nothing else runs. `--callbacks` measures the
+processor time for which each callback holds the event loop instead, and prints those that hold it longest.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,8 @@ from benchmarks.common.serving import serving
 
 PROBE_S = 0.02
 SENDERS = 4
+WARM_UP = 100  # bodies
+SHOWN = 15  # callbacks
 LINE = [{"from_token": 0, "strength": 0}, {"from_token": 4096, "strength": 1}]
 
 
@@ -70,7 +76,7 @@ def hostile(seed: int, count: int, *, size: int = 20_000) -> Iterator[tuple[str,
         yield path, body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-def attack(url: str, bodies: Iterator[tuple[str, bytes]]) -> Outcome:
+def attack(url: str, bodies: Iterable[tuple[str, bytes]]) -> Outcome:
     """Send all bodies, a few at a time, and probe meanwhile."""
     waits, stop = [0.0], threading.Event()
 
@@ -83,13 +89,14 @@ def attack(url: str, bodies: Iterator[tuple[str, bytes]]) -> Outcome:
 
     with ThreadPoolExecutor(SENDERS + 1) as pool, httpx.Client(base_url=url, timeout=120) as client:
 
-        def send(given: tuple[str, bytes]) -> int:
-            path, body = given
-            return client.post(path, content=body, headers={"content-type": "application/json"}).status_code
+        def send(given: tuple[int, tuple[str, bytes]]) -> int:
+            place, (path, body) = given
+            headers = {"content-type": "application/json", "x-request-id": f"hostile-{place}"}
+            return client.post(path, content=body, headers=headers).status_code
 
         probing = pool.submit(probe)
         try:
-            statuses = Counter(pool.map(send, bodies))
+            statuses = Counter(pool.map(send, enumerate(bodies)))
         finally:
             stop.set()
         probing.result()
@@ -100,14 +107,25 @@ def main(
     model: Annotated[str, typer.Option(help="The model, as in `trimtab serve`.")] = "demo",
     count: Annotated[int, typer.Option(help="Bodies.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Chooses the bodies.")] = 0,
+    callbacks: Annotated[bool, typer.Option("--callbacks", help="Time what holds the event loop.")] = False,
 ) -> None:
-    with tempfile.TemporaryDirectory() as profiles, serving(model, Path(profiles)) as server:
-        before = _resident(server.pid)
-        outcome = attack(server.url, hostile(seed, count))
-        after = _resident(server.pid)
+    with tempfile.TemporaryDirectory() as folder:
+        profiles, found = Path(folder) / "profiles", Path(folder) / "callbacks"
+        profiles.mkdir()
+        settings = {"module": "benchmarks.reliability.watched_server"} if callbacks else {}
+        os.environ["WATCHED_FILE"] = str(found)
+        with serving(model, profiles, **settings) as server:
+            attack(server.url, hostile(seed + 1, WARM_UP))
+            found.unlink(missing_ok=True)
+            before = _resident(server.pid)
+            outcome = attack(server.url, hostile(seed, count))
+            after = _resident(server.pid)
+        longest = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     print(f"answers: {dict(sorted(outcome.statuses.items()))}")
     print(f"longest wait of /health: {1000 * outcome.longest_wait:.0f} ms")
-    print(f"memory: {before} MiB before, {after} MiB after")
+    print(f"memory: {before / 1024:.1f} MiB before, {after / 1024:.1f} MiB after ({100 * (after / before - 1):+.1f} %)")
+    for one in sorted(longest, key=lambda one: -float(one["ms"]))[:SHOWN]:
+        print(json.dumps(one))
     if failed := [status for status in outcome.statuses if status >= 500 and status != 503]:
         raise SystemExit(f"answers of {failed}")
 
@@ -128,9 +146,9 @@ def _chain(count: int) -> str:
 
 
 def _resident(pid: int) -> int:
-    """MiB."""
+    """KiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 if __name__ == "__main__":

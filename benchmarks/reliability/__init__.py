@@ -1,0 +1,1 @@
+"""What the server does under overload, hostile input and clients that misbehave."""
