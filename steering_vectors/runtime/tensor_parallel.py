@@ -33,7 +33,7 @@ class Channel:
 
         Processes of one machine talk over its loopback interface, because what they receive is unpickled.
         """
-        if sys.platform == "linux" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        if sys.platform == "linux" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

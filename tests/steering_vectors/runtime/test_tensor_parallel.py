@@ -27,7 +27,7 @@ def test_greedy_tokens_equal_those_of_one_process(tmp_path: Path) -> None:
     """Steered and unsteered rows with reused prefixes, live changes, ablations and projections, in float32."""
     save_tiny("llama", tmp_path / "llama")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     as_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     common = {**os.environ, **meeting, **as_torchrun}
     processes = [
