@@ -557,6 +557,13 @@ def test_a_read_only_directory_says_what_to_do(
     assert tree(directory) == before
 
 
+def test_the_methods_of_a_path_are_all_named(client: httpx.Client) -> None:
+    for path, methods in (("/profiles/warm", "DELETE, GET, PUT"), ("/profiles/warm/aliases/stable", "DELETE, PUT")):
+        answer = client.patch(path)
+        assert error_of(answer, 405)["code"] == "method_not_allowed"
+        assert answer.headers["allow"] == methods
+
+
 def test_a_change_that_cannot_be_logged_is_refused(engine: TorchEngine, files: list[bytes], tmp_path: Path) -> None:
     directory = tmp_path / "profiles"
     with live_server(engine, directory, audit_log=tmp_path / "missing/audit.jsonl") as client:
