@@ -557,6 +557,23 @@ def test_a_read_only_directory_says_what_to_do(
     assert tree(directory) == before
 
 
+def test_files_that_cannot_be_looked_at_are_a_metric(client: httpx.Client, files: list[bytes], directory: Path) -> None:
+    def metric(name: str) -> bool:
+        return f"trimtab_profile_{name}" in client.get("/metrics").text
+
+    put(client, files[0])
+    assert metric("files_unreadable 0.0")
+    assert metric("directory_unreadable 0.0")
+    os.mkfifo(directory / "cold.safetensors")
+    (directory / "ODD.safetensors").write_bytes(files[0])
+    until(lambda: metric("files_unreadable 2.0"))
+    directory.rename(directory.with_name("away"))
+    until(lambda: metric("directory_unreadable 1.0"))
+    directory.with_name("away").rename(directory)
+    until(lambda: metric("directory_unreadable 0.0"))
+    assert used(client, "warm") == version_of(files[0])
+
+
 def test_the_methods_of_a_path_are_all_named(client: httpx.Client) -> None:
     for path, methods in (("/profiles/warm", "DELETE, GET, PUT"), ("/profiles/warm/aliases/stable", "DELETE, PUT")):
         answer = client.patch(path)
