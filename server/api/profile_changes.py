@@ -53,14 +53,11 @@ class ChangedAlias(ProfileAlias):
 
 
 class RollbackBody(Body):
-    """The body of POST /profiles/{name}/rollback, which may be left out."""
+    """The body of POST /profiles/{name}/rollback, which may be empty: {}."""
 
     examples: ClassVar[Examples] = ({"version": EXAMPLE_SHA256[:8]},)
 
     version: Short | None = Field(None, description=f"{ABOUT_VERSION} By default the one before the current one.")
-
-
-NO_BODY = RollbackBody.model_validate({})
 
 
 class AliasBody(Body):
@@ -138,7 +135,7 @@ async def rollback(
     service: ReadyDep,
     conditions: ConditionsDep,
     author: AuthorDep,
-    body: RollbackBody = NO_BODY,
+    body: RollbackBody,
 ) -> Response:
     """Make a version current again that was replaced or deleted. A second rollback without a version undoes the first.
     Aliases stay where they are."""

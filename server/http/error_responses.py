@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 from typing_extensions import TypedDict
 
 from server.http.answers import about
@@ -125,11 +126,20 @@ async def _answer(request: Request, error: Exception) -> Response:
         seconds = request.app.state.retry_after() if error.status_code == 429 else 1
         response = error_response(error.status_code, message, code=code, retry_after=seconds)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["allow"] = _allowed_methods(request)
         return response
     response = error_response(500, INTERNAL, code="internal_error")
     if (record := request_record.current()) is not None:  # this one passes no middleware
         response.headers[request_record.HEADER] = record.id
     return response
+
+
+def _allowed_methods(request: Request) -> str:
+    """The methods of all routes of a path; Starlette knows those of the first."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for methods in found for method in methods}))
 
 
 def describe_validation(detail: Detail, body: Any = None) -> dict[str, Any]:

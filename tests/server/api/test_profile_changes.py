@@ -157,19 +157,22 @@ def test_every_version_is_listed_and_used_by_its_hash(client: httpx.Client, file
 
 def test_rollback_goes_back_and_forth_and_to_a_version(client: httpx.Client, files: list[bytes]) -> None:
     versions = [version_of(data) for data in files[:3]]
-    assert error_of(client.post("/profiles/warm/rollback"), 404)["message"] == (
+    assert error_of(client.post("/profiles/warm/rollback", json={}), 404)["message"] == (
         "no earlier version of profile 'warm' is kept"
     )
     for data in files[:3]:
         put(client, data)
     for expected in (versions[1], versions[2]):
-        answer = client.post("/profiles/warm/rollback")
+        answer = client.post("/profiles/warm/rollback", json={})
         assert check_answer(answer, "/profiles/{name}/rollback")["version"] == expected
     assert client.post("/profiles/warm/rollback", json={"version": versions[0][:8]}).status_code == 200
     assert used(client, "warm") == versions[0]
-    error_of(client.post("/profiles/warm/rollback", headers={"if-match": f'"{versions[1]}"'}), 412)
+    error_of(client.post("/profiles/warm/rollback", json={}, headers={"if-match": f'"{versions[1]}"'}), 412)
     for version in ("00000000", "xyz", ""):
         assert client.post("/profiles/warm/rollback", json={"version": version}).status_code in (400, 404)
+    for content, kind in (("", ""), ("", "text/plain"), ("{}", "text/plain")):  # what any web page could send
+        answer = client.post("/profiles/warm/rollback", content=content, headers={"content-type": kind})
+        assert answer.status_code == 400
     assert used(client, "warm") == versions[0]
 
 
@@ -186,7 +189,7 @@ def test_a_deleted_profile_is_gone_and_can_be_rolled_back(client: httpx.Client, 
     for reference in ("warm", f"warm#{version_of(files[1])[:8]}"):
         assert client.post("/generate", json={**SHORT, "profile": reference}).status_code == 404
     assert [one["current"] for one in client.get("/profiles/warm/versions").json()["versions"]] == [False, False]
-    assert client.post("/profiles/warm/rollback").json()["version"] == version_of(files[1])
+    assert client.post("/profiles/warm/rollback", json={}).json()["version"] == version_of(files[1])
     assert used(client, "warm") == version_of(files[1])
 
 
@@ -547,7 +550,11 @@ def test_a_read_only_directory_says_what_to_do(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    for answer in (put(client, files[1]), client.delete("/profiles/warm"), client.post("/profiles/warm/rollback")):
+    for answer in (
+        put(client, files[1]),
+        client.delete("/profiles/warm"),
+        client.post("/profiles/warm/rollback", json={}),
+    ):
         if answer.status_code == 404:  # there is nothing to go back to
             continue
         error = error_of(answer, 409)
@@ -555,6 +562,30 @@ def test_a_read_only_directory_says_what_to_do(
         assert error["message"].startswith("the profile directory cannot be written (Read-only file system): mount it")
     monkeypatch.undo()
     assert tree(directory) == before
+
+
+def test_files_that_cannot_be_looked_at_are_a_metric(client: httpx.Client, files: list[bytes], directory: Path) -> None:
+    def metric(name: str) -> bool:
+        return f"trimtab_profile_{name}" in client.get("/metrics").text
+
+    put(client, files[0])
+    assert metric("files_unreadable 0.0")
+    assert metric("directory_unreadable 0.0")
+    os.mkfifo(directory / "cold.safetensors")
+    (directory / "ODD.safetensors").write_bytes(files[0])
+    until(lambda: metric("files_unreadable 2.0"))
+    directory.rename(directory.with_name("away"))
+    until(lambda: metric("directory_unreadable 1.0"))
+    directory.with_name("away").rename(directory)
+    until(lambda: metric("directory_unreadable 0.0"))
+    assert used(client, "warm") == version_of(files[0])
+
+
+def test_the_methods_of_a_path_are_all_named(client: httpx.Client) -> None:
+    for path, methods in (("/profiles/warm", "DELETE, GET, PUT"), ("/profiles/warm/aliases/stable", "DELETE, PUT")):
+        answer = client.patch(path)
+        assert error_of(answer, 405)["code"] == "method_not_allowed"
+        assert answer.headers["allow"] == methods
 
 
 def test_a_change_that_cannot_be_logged_is_refused(engine: TorchEngine, files: list[bytes], tmp_path: Path) -> None:
@@ -608,7 +639,7 @@ def test_the_audit_log_says_who_has_changed_what(engine: TorchEngine, files: lis
         put(client, files[1])
         put(client, files[2], if_match=f'"{first}"')  # refused
         client.put("/profiles/warm/aliases/canary", json={"version": first, "share": 0.1})
-        client.post("/profiles/warm/rollback")
+        client.post("/profiles/warm/rollback", json={})
         client.delete("/profiles/warm/aliases/canary")
         client.delete("/profiles/warm")
         answer = check_answer(client.get("/audit"), "/audit", "get")["changes"]
