@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.overhead [--model demo] [--streams 16] [--pairs 5] [--json FILE]
 
-Two servers of the same model run alternately: one with a key file, budgets, metrics and a log in JSON, the other without
-them and without the middleware. The figures of each pair are compared, because the machine differs between pairs.
+Two servers of the same model run alternately: one with a key file, budgets, metrics and a log in JSON, the other
+without them and without the middleware. The figures of each pair are compared, as the machine differs between pairs.
 """
 
 from __future__ import annotations
