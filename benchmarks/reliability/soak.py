@@ -1,4 +1,4 @@
-"""Does a server stay up, and count right, under 1.5 times the load that it can take, with clients that misbehave?
+"""Whether a server stays up, and counts right, under more load than it can take and clients that misbehave.
 
     python -m benchmarks.reliability.soak [--minutes 60] [--overload 1.5] [--deadline 30] [--seed 0] [--json FILE]
 
