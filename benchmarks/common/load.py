@@ -56,7 +56,7 @@ class Client:
         waiting, ended, end = iter(jobs), list[Done](), perf_counter() + self.seconds
 
         async def loop() -> None:
-            async with Connection(self.server.port) as connection:
+            async with Connection(self.server.port, self.server.key) as connection:
                 while perf_counter() < end and (job := next(waiting, None)) is not None:
                     ended.append(await self._send(connection, job, perf_counter()))
 
@@ -71,7 +71,7 @@ class Client:
         ended: list[Done] = []
 
         async def one(job: Job, due: float) -> None:
-            async with Connection(self.server.port) as connection:
+            async with Connection(self.server.port, self.server.key) as connection:
                 ended.append(await self._send(connection, job, due))
 
         async with asyncio.timeout(PATIENCE * self.seconds), asyncio.TaskGroup() as tasks:

@@ -26,6 +26,7 @@ LIMITS = httpx.Limits(max_connections=CONCURRENCY)
 class Server:
     url: str
     pid: int
+    key: str = ""  # for clients that send one
 
     @property
     def port(self) -> int:

@@ -41,10 +41,12 @@ class Reply:
 
 
 class Connection:
-    """A connection for one request after the other: `async with Connection(port) as connection:`."""
+    """A connection for one request after the other: `async with Connection(port) as connection:`. With an API key, each
+    request has it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, key: str = "") -> None:
         self._port = port
+        self._authorization = f"authorization: Bearer {key}\r\n" if key else ""
 
     async def __aenter__(self) -> Connection:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
@@ -57,7 +59,7 @@ class Connection:
 
     async def stream(self, path: str, body: bytes) -> Reply:
         """POST a body and read the whole reply. Raises RuntimeError for any status other than 200."""
-        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n{self._authorization}"
         reply = Reply(perf_counter())
         self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         headers = (await self._reader.readuntil(b"\r\n\r\n")).lower()

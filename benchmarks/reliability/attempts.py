@@ -38,6 +38,7 @@ class Attempt:
     body: bytes
     key: str
     leave: Leave | None = None
+    content_type: str = "application/json"
 
 
 @dataclass(slots=True)
@@ -126,7 +127,7 @@ def _head(attempt: Attempt) -> bytes:
         f"{attempt.method} {attempt.path} HTTP/1.1",
         "host: 127.0.0.1",
         "connection: close",
-        "content-type: application/json",
+        f"content-type: {attempt.content_type}",
         f"authorization: Bearer {attempt.key}",
         f"x-request-id: {attempt.id}",
         f"content-length: {len(attempt.body)}",

@@ -1,4 +1,4 @@
-"""Does a server stay up, and count right, under 1.5 times the load that it can take, with clients that misbehave?
+"""Whether a server stays up, and counts right, under more load than it can take and clients that misbehave.
 
     python -m benchmarks.reliability.soak [--minutes 60] [--overload 1.5] [--deadline 30] [--seed 0] [--json FILE]
 
@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -94,7 +94,7 @@ class Mix:
     def __init__(self, seed: int, keys: Mapping[str, str], routes: Mapping[str, Any]) -> None:
         self._draw = random.Random(seed)
         self._keys = keys
-        self._uploads = "put" in routes.get("/profiles/{name}", {})
+        self.uploads = "put" in routes.get("/profiles/{name}", {})
         self._count = 0
 
     def next(self) -> Attempt:
@@ -129,6 +129,11 @@ class Mix:
         """A change of a running generation's strength."""
         body = json.dumps({"steering": self._steering()}).encode()
         return self._made("PATCH", "/generations/{generation_id}", f"/generations/{generation}", body, "admin")
+
+    def upload(self, name: str, content: bytes) -> Attempt:
+        """A profile that is sent; only if the server takes `uploads`."""
+        made = self._made("PUT", "/profiles/{name}", f"/profiles/{name}", content, "admin")
+        return replace(made, content_type="application/octet-stream")
 
     def changes(self) -> bool:
         return self._draw.random() < CHANGED
@@ -171,8 +176,8 @@ class Mix:
         )
         if draw.random() < 0.2:
             return self._made("POST", route, route, body, "nobody")
-        if self._uploads and draw.random() < 0.3:
-            return self._made("PUT", "/profiles/{name}", "/profiles/garbage", self.bytes(20_000), "admin")
+        if self.uploads and draw.random() < 0.3:
+            return self.upload("garbage", self.bytes(20_000))
         return self._made("POST", route, route, body, "first")
 
     def _attempt(self, route: str, body: Mapping[str, Any], leave: Leave | None) -> Attempt:
@@ -247,13 +252,16 @@ class Soak:
             )
 
     async def _replace(self) -> None:
-        """Replace a profile, in turn; and put a file of garbage beside them, as half an upload would be."""
+        """Replace a profile, in turn, as a file or by sending it; and put a file of garbage beside them."""
         while True:
             await asyncio.sleep(REPLACE_S)
             name = PROFILES[self.seen.replaced % len(PROFILES)]
             round_ = self.seen.replaced // len(PROFILES)
             content = self._variants[name][(round_ + 1) % len(self._variants[name])]
-            place(self._directory / f"{name}.safetensors", content)
+            if self._mix.uploads and self.seen.replaced % 2:
+                self.seen.answers.append(await send(self.server.port, self._mix.upload(name, content)))
+            else:
+                place(self._directory / f"{name}.safetensors", content)
             self.seen.replaced += 1
             place(self._directory / "garbage.safetensors", self._mix.bytes(5000))
             self.seen.spoilt += 1

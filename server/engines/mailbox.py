@@ -6,6 +6,7 @@ All events of one step reach an event loop in one call.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
@@ -14,14 +15,29 @@ from server.engines.protocol import Event, Finished
 
 
 class Mailbox:
-    """The events of one `submit`, of all its choices. The engine holds it; `Receiver` is what the caller holds."""
+    """The events of one `submit`, of all its choices. The engine holds it; `Receiver` is what the caller holds.
+
+    It has one reader, and no lock, limit or tasks to join: it does in half the time what `asyncio.Queue` does.
+    """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: deque[Event] = deque()
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
-        self.events.put_nowait(event)
+        self._events.append(event)
+        if self._waiting is not None:
+            settle(self._waiting, None, None)
+
+    async def get(self) -> Event:
+        while not self._events:
+            self._waiting = self.loop.create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        return self._events.popleft()
 
 
 class Receiver:
@@ -31,7 +47,7 @@ class Receiver:
     """
 
     def __init__(self, mailbox: Mailbox, ids: Iterable[str], cancel: Callable[[tuple[str, ...]], object]) -> None:
-        self._events = mailbox.events
+        self._mailbox = mailbox
         self._cancel = cancel
         self._live = dict.fromkeys(ids)
 
@@ -42,7 +58,7 @@ class Receiver:
         if not self._live:
             raise StopAsyncIteration
         try:
-            event = await self._events.get()
+            event = await self._mailbox.get()
         except BaseException:
             self._close()
             raise

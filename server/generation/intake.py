@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 Prompt = str | list[int] | tuple[Message, ...]
 LONG_TEXT = 8192  # characters; below it a thread costs more than tokenising does
+ONE_TEXT = 64  # the characters that take as long as what each text and message costs besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,8 @@ class Intake:
         """The ids of each prompt, with the number of them at the end that are scored."""
         info = self.engine.info
         sizes = [self._check_size(prompt, "prompt", "the prompt") for prompt in ask.prompts]
-        pool = self.pool if sum(sizes) > LONG_TEXT else None
+        texts = sum(len(prompt) if isinstance(prompt, tuple) else 1 for prompt in ask.prompts)
+        pool = self.pool if sum(sizes) + ONE_TEXT * texts > LONG_TEXT else None
         found = [await _encode(info, prompt, ask.encoding, pool, self.pool) for prompt in ask.prompts]
         if ask.completions is None:
             return [(ids, 0) for ids in found]

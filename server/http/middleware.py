@@ -137,7 +137,9 @@ class RoomCheck:
 class StrictRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
-        if len(body) > FIELDS_COUNTED_FROM and sum(1 for _ in FIELD.finditer(body)) > MAX_FIELDS:
+        # counting colons is a hundred times as fast, and there are no more fields than those
+        many = len(body) > FIELDS_COUNTED_FROM and body.count(b":") > MAX_FIELDS
+        if many and sum(1 for _ in FIELD.finditer(body)) > MAX_FIELDS:
             raise json.JSONDecodeError(f"its objects have more than {MAX_FIELDS} fields", "", 0)
         try:
             return from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -19,16 +19,15 @@ T = TypeVar("T")
 
 DONE = "[DONE]"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
-UNICODE_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON may hold them, but many clients split lines there
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one for each call
+UNICODE_LINE_ENDS = re.compile("\x85|\u2028|\u2029".encode())  # JSON may hold them, but many clients split lines there
 
 
 def frame(event: Mapping[str, Any]) -> bytes:
     """One event, which is one `data:` line: JSON escapes newlines."""
-    text = _encode(event)
+    text = to_json(event)
     if not text.isascii():
-        text = UNICODE_LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    return f"data: {text}\n\n".encode()
+        text = UNICODE_LINE_ENDS.sub(lambda found: f"\\u{ord(found[0].decode()):04x}".encode(), text)
+    return b"data: " + text + b"\n\n"
 
 
 class EventStreamResponse(StreamingResponse):

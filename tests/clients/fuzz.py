@@ -1,8 +1,9 @@
 """Made-up requests to a live server for as long as one likes: `make fuzz MINUTES=60`.
 
-Every round has a seed of its own, and two parts: schemathesis, which makes requests from the OpenAPI document and holds
-the answers to it, and bodies that work with something in them changed (`tests.support.answer_mutations`). The first
-round in which an answer was a 5xx, late or against the document is the last, and tells the requests as curl commands.
+Every round has a seed of its own, and three parts: schemathesis, which makes requests from the OpenAPI document and
+holds the answers to it, bodies that work with something in them changed (`tests.support.answer_mutations`), and inputs
+of what reads foreign bytes and texts (`tests.support.reader_properties`). The first round in which an answer was a 5xx,
+late or against the document, or a reader failed, is the last, and shows the request as a curl command, or the input.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
 
 from steering_vectors.models.loading import load_model
 from tests.clients import schemathesis_cli
 from tests.clients.process import serving
 from tests.support.answer_mutations import as_curl, check, examples, requests
+from tests.support.reader_properties import PROPERTIES, check_in_time
 from tests.support.serving import save_profiles
 
 PART_SECONDS = 120  # of a round that schemathesis has
 MUTATED = 500  # requests of a round
+READ = 1000  # inputs of each reader in a round
 PATIENCE = 60.0  # seconds; later than that is never
 WHOLE = ("--output-sanitize", "false", "--output-truncate", "false")  # so that the curl commands repeat what was sent
 JSON = {"content-type": "application/json"}
@@ -45,7 +50,7 @@ def main(
 ) -> None:
     start, cases, number = time.monotonic(), 0, first_seed
     with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as url:
-        parts: list[Part] = [_by_document(url, Path(folder)), _by_mutation(url)]
+        parts: list[Part] = [_by_document(url, Path(folder)), _by_mutation(url), *_by_reading()]
         while (left := 60 * minutes - (time.monotonic() - start)) > 0:
             try:
                 cases += sum(part(number, left) for part in parts)
@@ -53,7 +58,9 @@ def main(
                 sys.exit(f"round with seed {number}, after {cases} cases:\n{found}")
             print(f"seed {number}: {cases} cases in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
             number += 1
-    print(f"{number - first_seed} rounds, {cases} cases: no 5xx, nothing late, nothing against the document")
+    print(
+        f"{number - first_seed} rounds, {cases} cases: no 5xx, nothing late or against the document, no reader failed"
+    )
 
 
 @contextmanager
@@ -83,14 +90,7 @@ def _by_mutation(url: str) -> Part:
     one_each = httpx.Limits(max_keepalive_connections=0)  # the server closes a connection after a 500
     client = httpx.Client(base_url=url, timeout=PATIENCE, limits=one_each)
     known = examples(client.get("/openapi.json").json())
-    kept = settings(
-        max_examples=MUTATED,
-        deadline=None,
-        database=None,
-        report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    kept = _examples(MUTATED)
 
     def part(number: int, _left: float) -> int:
         sent = 0
@@ -111,6 +111,36 @@ def _by_mutation(url: str) -> Part:
         return sent
 
     return part
+
+
+def _by_reading() -> Iterator[Part]:
+    for name, (source, checked) in PROPERTIES.items():
+        yield partial(_read, name, source, checked)
+
+
+def _read(name: str, source: SearchStrategy[Any], checked: Callable[[Any], None], number: int, _left: float) -> int:
+    @seed(number)
+    @_examples(READ)
+    @given(found=source)
+    def holds(found: Any) -> None:
+        try:
+            check_in_time(checked, found)
+        except Exception as error:
+            raise Found(f"{name}: {error!r}\n{found!r}") from error
+
+    holds()
+    return READ
+
+
+def _examples(count: int) -> settings:
+    return settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ client = client_fixture()
 
 
 def test_hostile_bodies_are_refused_or_answered(client: httpx.Client) -> None:
-    outcome = attack(str(client.base_url), hostile(0, 200, size=3000))
+    outcome = attack(str(client.base_url), enumerate(hostile(0, 200, size=3000)))
     print(
         f"\n{dict(sorted(outcome.statuses.items()))}, /health waited for {1000 * outcome.longest_wait:.0f} ms at most"
     )

@@ -185,7 +185,7 @@ def check_event(event: Mapping[str, Any]) -> None:
     """It is one line for every reader, and holds what was sent."""
     try:
         content = frame(event)
-    except UnicodeEncodeError:  # half a surrogate pair, which no decoder of tokens gives
+    except ValueError:  # half a surrogate pair, which no decoder of tokens gives
         assert any(0xD800 <= ord(letter) < 0xE000 for letter in json.dumps(event, ensure_ascii=False))
         return
     line, end = content.decode().splitlines()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
@@ -74,19 +75,20 @@ class Body(BaseModel):
                 remedy = " or ".join(["leave it out", *(f"set it to {json.dumps(one)}" for one in allowed)])
                 detail = {"field": name, "remedy": remedy}
                 raise PydanticCustomError("unsupported_field", "field '{field}' is not supported: {remedy}", detail)
-        fields = cls.model_fields
-        known = fields.keys() | {one.alias for one in fields.values()}
-        found: dict[str, Any] = {}
-        unknown = 0
-        for name, value in data.items():
-            if name in cls.no_ops or (value is None and name in fields):
-                continue
-            if name not in known:
-                unknown += 1
-                if unknown > 1:  # one is named in the error; each would cost as much
-                    continue
-            found[name] = value
+        fields, known = cls.model_fields, _known_names(cls)
+        found = {name: data[name] for name in data if name in known and not (data[name] is None and name in fields)}
+        if len(found) < len(data):
+            unknown = next((name for name in data if name not in known and name not in cls.no_ops), None)
+            if unknown is not None:
+                found[unknown] = data[unknown]  # one is named in the error; each would cost as much
         return found
+
+
+@cache
+def _known_names(body: type[Body]) -> frozenset[str]:
+    """The names and aliases of its fields, without those that are only accepted at their no-op values."""
+    fields = body.model_fields
+    return frozenset(fields.keys() | {one.alias for one in fields.values() if one.alias}) - body.no_ops.keys()
 
 
 class TimedBody(Body):
