@@ -42,6 +42,7 @@ ROUTERS = (
     profile_changes.router,
     operations.router,
 )
+ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def create_app(
         responses=OTHER_ERRORS,
     )
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
+    app.state.routes = ROUTES
     app.state.service = Service(settings, engine)
     app.state.traces = _traces(settings, tracer_provider)
     install_error_handlers(app)
@@ -79,7 +81,7 @@ def create_app(
     app.add_middleware(  # the last is the outermost: it also sees what the others refuse
         ObserveRequests,
         metrics=app.state.service.metrics,
-        routes={route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)},
+        routes={route.path for route in ROUTES},
         log_prompts=settings.log_prompts,
         traces=app.state.traces,
     )
