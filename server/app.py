@@ -43,6 +43,7 @@ ROUTERS = (
     profile_changes.router,
     operations.router,
 )
+ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +71,16 @@ def create_app(
         responses=OTHER_ERRORS,
     )
     app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
+    app.state.routes = ROUTES
     app.state.service = Service(settings, engine)
     app.state.traces = _traces(settings, tracer_provider)
     service: Service = app.state.service
     install_error_handlers(app, service.retry_after)
     for router in ROUTERS:
         app.include_router(router)
-    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     app.add_middleware(
         RoomCheck,
-        paths={route.path for route in routes if generates(route)},
+        paths={route.path for route in ROUTES if generates(route)},
         check=lambda scope: service.check_room(tenant_of(scope)),
         retry_after=service.retry_after,
     )
@@ -94,7 +95,7 @@ def create_app(
     app.add_middleware(  # the last is the outermost: it also sees what the others refuse
         ObserveRequests,
         metrics=service.metrics,
-        routes={route.path for route in routes},
+        routes={route.path for route in ROUTES},
         log_prompts=settings.log_prompts,
         traces=app.state.traces,
     )

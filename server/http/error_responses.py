@@ -126,8 +126,8 @@ async def _answer(request: Request, error: Exception) -> Response:
         seconds = request.app.state.retry_after() if error.status_code == 429 else 1
         response = error_response(error.status_code, message, code=code, retry_after=seconds)
         response.headers.update(error.headers or {})
-        if error.status_code == 405:
-            response.headers["allow"] = _allowed_methods(request)
+        if error.status_code == 405 and (allowed := _allowed_methods(request)):
+            response.headers["allow"] = allowed
         return response
     response = error_response(500, INTERNAL, code="internal_error")
     if (record := request_record.current()) is not None:  # this one passes no middleware
@@ -136,8 +136,8 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> str:
-    """The methods of all routes of a path; Starlette knows those of the first."""
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    """The methods of all routes of a path, as the application's state has them; Starlette names those of the first."""
+    routes: list[Route] = getattr(request.app.state, "routes", [])
     found = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
     return ", ".join(sorted({method for methods in found for method in methods}))
 
