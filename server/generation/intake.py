@@ -138,7 +138,7 @@ class Intake:
                     self.registry.use(request.ids, request.versions)
             held.callback(self.registry.release, [name for request in requests for name in request.ids])
             if record is not None:
-                record.accept()
+                record.accept(requests)
             return Generations(
                 requests,
                 stream,

@@ -71,7 +71,7 @@ class RequestRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0  # of generations that have ended
     finished: Counter[str] = field(default_factory=Counter)  # generations, by reason
-    generations: int = 0
+    generations: int = 0  # that the engine has accepted
     times: list[tuple[Finished, int]] = field(default_factory=list)  # with the wall clock in nanoseconds
     began: float = field(default_factory=time.perf_counter)
     began_ns: int = field(default_factory=time.time_ns)
@@ -109,12 +109,12 @@ class RequestRecord:
     def ask(self, requests: Sequence[GenerationRequest], prompts: Sequence[Any]) -> None:
         """The engine is asked for these generations."""
         self.plans = tuple(dict.fromkeys(request.plan for request in requests))
-        self.generations = sum(request.n for request in requests)
         if self.log_prompts:
             self.prompts = [_plain(prompt) for prompt in prompts]
 
-    def accept(self) -> None:
+    def accept(self, requests: Sequence[GenerationRequest]) -> None:
         """The engine has accepted all of them."""
+        self.generations = sum(request.n for request in requests)
         for plan in self.plans:
             self.metrics.steering(plan)
 

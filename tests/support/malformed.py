@@ -250,7 +250,7 @@ CASES = [
     ),
     chat(
         {"steering": {"profiles": [{"name": "warm#"}]}},
-        "'warm#' is neither NAME nor NAME#SHA8; served are: concise, warm",
+        "'warm#' is neither NAME, NAME#SHA8 nor NAME#ALIAS; served are: concise, warm",
         "steering",
         status=404,
     ),

@@ -97,7 +97,7 @@ def test_a_fault_of_the_server_is_logged_and_answered_with_the_id(
     def fail(*_given: Any) -> Any:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("server.api.profiles._listed", fail)
+    monkeypatch.setattr("server.api.profiles.listed", fail)
     with httpx.Client(base_url=client.base_url) as other:  # the server closes its connection
         answer = other.get("/profiles", headers={"x-request-id": "mine"})
     assert (answer.status_code, answer.json()["request_id"]) == (500, "mine")

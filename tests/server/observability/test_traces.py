@@ -99,7 +99,7 @@ def test_a_fault_of_the_server_is_an_error_and_a_clients_is_not(
     def fail(*_given: Any) -> Any:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("server.api.profiles._listed", fail)
+    monkeypatch.setattr("server.api.profiles.listed", fail)
     with live_server(engine, profiles, tracer_provider=exported.provider) as client:
         assert client.post("/generate", json={"colour": 1}).status_code == 400
         (refused,) = exported.of("POST /generate", 1)
