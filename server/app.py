@@ -18,7 +18,7 @@ from server.access.budgets import Budgets
 from server.access.gate import Gate
 from server.access.keyring import KeyRing
 from server.access.refusals import Refusals
-from server.api import operations, profiles
+from server.api import feedback_routes, operations, profiles
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.api.native import generate, steering_routes
 from server.api.openai import routes as openai
@@ -34,7 +34,14 @@ from steering_vectors.profiles.files import installed_version
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
-ROUTERS = (openai.router, generate.router, steering_routes.router, profiles.router, operations.router)
+ROUTERS = (
+    openai.router,
+    generate.router,
+    steering_routes.router,
+    profiles.router,
+    feedback_routes.router,
+    operations.router,
+)
 
 logger = logging.getLogger(__name__)
 

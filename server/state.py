@@ -18,13 +18,16 @@ from server.engines.pool import DaemonPool
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
+from server.feedback.items import NO_FEEDBACK, FeedbackOff
+from server.feedback.keeping import Keeping, who
+from server.feedback.store import FeedbackStore
 from server.generation.answer_sizes import AnswerBudget
-from server.generation.intake import Intake, longest_text
+from server.generation.intake import Ask, Intake, longest_text
 from server.generation.token_texts import TokenTexts
 from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
 from server.observability.metrics import Metrics, Snapshot
 from server.profiles.registry import ProfileRegistry
-from server.settings import Settings
+from server.settings import Settings, seconds_of
 from steering_vectors.errors import TrimtabError
 from steering_vectors.profiles.files import installed_version
 from steering_vectors.profiles.shipped import shipped_profiles
@@ -47,6 +50,7 @@ class Service:
         self._given = engine
         self._engine: Engine | None = None
         self._registry: ProfileRegistry | None = None
+        self._feedback: FeedbackStore | None = None
         self._loading: asyncio.Task[None] | None = None
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
@@ -98,6 +102,14 @@ class Service:
         return self._registry
 
     @property
+    def feedback(self) -> FeedbackStore:
+        """Raises FeedbackOff if the server has none."""
+        self.check_ready()
+        if self._feedback is None:
+            raise FeedbackOff(NO_FEEDBACK)
+        return self._feedback
+
+    @property
     def model_name(self) -> str:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.info.model_name
@@ -112,6 +124,21 @@ class Service:
             self._budget,
             self._max_characters,
             caller,
+            keep=self._keep if self._feedback is not None and self._feedback.keeps_generations else None,
+        )
+
+    def _keep(self, ask: Ask, caller: Caller) -> Keeping:
+        assert self._feedback is not None
+        identity = self.engine.info.identity
+        return Keeping(
+            ask,
+            who(caller),
+            {
+                "name": self.model_name,
+                "fingerprint": identity.fingerprint,
+                "system_fingerprint": self.fingerprint,
+            },
+            self._feedback.keep,
         )
 
     @cached_property
@@ -145,6 +172,8 @@ class Service:
         self.encoding.close()
         if self._engine is not None and self._engine is not self._given:
             await self._engine.close()
+        if self._feedback is not None:
+            await self._feedback.close()
 
     def _snapshot(self) -> Snapshot:
         registry, engine = self._registry, self._engine
@@ -160,11 +189,27 @@ class Service:
             rejected=sum(entry.status == "rejected" for entry in registry.entries),
             loads=registry.loads,
             rejections=registry.rejections,
+            feedback_waiting=0 if self._feedback is None else self._feedback.waiting,
+        )
+
+    async def _open_feedback(self) -> FeedbackStore | None:
+        settings = self.settings
+        url = settings.feedback_database
+        if url is None:
+            return None
+        return await self._loader.run(
+            lambda: FeedbackStore.open(
+                url,
+                keep_generations=seconds_of(settings.keep_generations),
+                keep_feedback=seconds_of(settings.keep_feedback),
+                noted=self.metrics.generation_kept,
+            )
         )
 
     async def _load(self) -> None:
         try:
             config = self.settings.engine_config()
+            self._feedback = await self._open_feedback()
             if self._given is not None:
                 self._engine = self._given
             elif self.settings.engine_process:
@@ -180,6 +225,8 @@ class Service:
                 self.settings.profiles, self._engine, shipped=shipped, changed=self.metrics.serve_profiles
             )
             await self._registry.start()
+            if self._feedback is not None:
+                self._feedback.start()
         except Exception as error:
             if not isinstance(error, TrimtabError):
                 logger.exception("loading failed")

@@ -23,12 +23,14 @@ DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
 401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
-need the scope `generate`. Bodies are JSON of at most `--max-body-bytes`, by default 4 MiB (413)."""
+need the scope `generate`, except that feedback needs `feedback` to give it, and `admin` to read or delete it. Bodies are
+JSON of at most `--max-body-bytes`, by default 4 MiB (413)."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
     {"name": "steering", "description": "Compare steerings, change a running one, and look at what one would do."},
     {"name": "profiles", "description": "The served profiles."},
+    {"name": "feedback", "description": "What people say about answers; off without `--feedback-database`."},
     {"name": "operations", "description": "The state of the server."},
 ]
 ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
@@ -42,12 +44,24 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         ),
     ),
     404: (
-        "The model, profile or generation does not exist.",
+        "The model, profile, generation or user does not exist, or the server keeps no feedback.",
         error_object(
             "profile 'kind' is not served; served are: concise, warm", param="steering", code="profile_not_found"
         ),
     ),
-    409: ("The generation has already ended.", error_object("the generation has ended", status=409, code="conflict")),
+    409: (
+        "The generation has already ended, or an idempotency key was used for something else.",
+        error_object("the generation has ended", status=409, code="conflict"),
+    ),
+    410: (
+        "The feedback of this user was deleted.",
+        error_object(
+            "this user's feedback was deleted: send feedback under another id, or without one",
+            status=410,
+            param="user",
+            code="user_deleted",
+        ),
+    ),
     429: (
         "The queue is full, or the budget of the key is used up: retry after the seconds in the header `retry-after`.",
         error_object("1040 requests are running or waiting already: try again later", status=429, code="overloaded"),
@@ -96,7 +110,7 @@ def openapi_document(app: FastAPI) -> Json:
             body = answer["content"].get("application/json")
             if body is None:  # text
                 continue
-            if status == "200":
+            if status in ("200", "201"):
                 body["example"] = _example(body["schema"], schemas)
             elif status != "default":
                 body["example"] = ERRORS[int(status)][1]

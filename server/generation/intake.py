@@ -7,7 +7,7 @@ tokenised in a thread, where they hold up no stream.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +26,7 @@ from server.engines.protocol import (
     capabilities_needed,
 )
 from server.generation.answer_sizes import AnswerBudget, reported_values
-from server.generation.choices import Generations
+from server.generation.choices import Generations, Keeping
 from server.generation.client_errors import client_errors
 from server.generation.steering_grammar import pinned
 from server.observability import request_record
@@ -49,7 +49,8 @@ class Ask:
     `encoding` has keyword arguments of `encode_prompt`, `common` what all generations share. `plans` are by the
     request's field that holds each, and so are `constraints`, of which there may be one. If there are `completions`,
     they are scored and nothing is generated. `projections` asks for those of all plans, so that variants can be
-    compared. `counted` is the field that errors name if there are too many generations.
+    compared. `counted` is the field that errors name if there are too many generations. `user` is whose they are, if
+    they are kept.
     """
 
     prompts: Sequence[Prompt]
@@ -61,6 +62,7 @@ class Ask:
     projections: bool = False
     completions: Sequence[str | list[int]] | None = None
     counted: str = "prompt"
+    user: str | None = None
 
     def field_names(self) -> dict[str, str]:
         """This request's names of protocol fields, where they differ from the common ones."""
@@ -89,6 +91,7 @@ class Intake:
     budget: AnswerBudget
     max_characters: int  # of a prompt: more cannot fit the context
     caller: Caller = Caller()
+    keep: Callable[[Ask, Caller], Keeping] | None = None  # None: generations are not kept
 
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
         """Have the engine run all generations of a request, or none. Raises RequestError, UnknownProfile, UnknownModel,
@@ -114,7 +117,8 @@ class Intake:
         if record is not None:
             record.accept()
         ended = partial(self.budget.give_back, values)
-        return Generations(requests, stream, fields, self.caller.charge, values=values, ended=ended)
+        keeping = None if self.keep is None else self.keep(ask, self.caller)
+        return Generations(requests, stream, fields, self.caller.charge, values=values, ended=ended, keeping=keeping)
 
     def _check_count(self, ask: Ask) -> None:
         count = len(ask.prompts) * len(ask.plans) * ask.n * (1 if ask.completions is None else len(ask.completions))

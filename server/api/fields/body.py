@@ -101,6 +101,7 @@ def at_most(count: int) -> Callable[[Any], Any]:
     return check
 
 
+ABOUT_USER = "Whose generation this is, if the server keeps generations: it is deleted with this user's feedback."
 Short = Annotated[str, Field(max_length=MAX_SHORT)]
 FAIL_FAST = Field(fail_fast=True)  # for lists: each error costs as much as the first
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from server.api.dependencies import IntakeDep, ReadyDep, SteeringHeader, refuse_steering_header
 from server.api.document import GENERATING, declare
-from server.api.fields.body import FAIL_FAST, OPENAI_NO_OPS, Examples, NoOps, Short
+from server.api.fields.body import ABOUT_USER, FAIL_FAST, OPENAI_NO_OPS, Examples, NoOps, Short
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import OnePrompt, OnePromptBody
 from server.api.fields.sampling import COMPLETION_TOKENS, SamplingBody, refuse_no_tokens
@@ -127,6 +127,8 @@ class TextBody(SamplingBody, OnePromptBody):
         "echo": (False,),
     }
 
+    user: Short | None = Field(None, description=ABOUT_USER)
+
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         return refuse_no_tokens(super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens))
 
@@ -160,6 +162,7 @@ class GenerateBody(TextBody, ConstrainedBody):
             common=GenerationRequest((), (), self.sampling()),
             constraints=self.constraints(),
             projections=self.projections,
+            user=self.user,
         )
 
     def _plan(self, header: str | None) -> SteeringPlan:
@@ -197,6 +200,7 @@ class CompareBody(TextBody):
             common=GenerationRequest((), (), self.sampling(), divergence=self.kl),
             projections=self.projections,
             counted="variants",
+            user=self.user,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from server.api.fields.body import OPENAI_NO_OPS, Body, Examples, NoOps, Short, at_most
+from server.api.fields.body import ABOUT_USER, OPENAI_NO_OPS, Body, Examples, NoOps, Short, at_most
 from server.api.fields.constraints import ConstrainedBody
 from server.api.fields.prompts import EncodingBody, ManyPrompts, Messages, messages_of
 from server.api.fields.sampling import COMPLETION_TOKENS, refuse_no_tokens
@@ -50,7 +50,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="Number of choices for each prompt.")
     stream_options: StreamOptions | None = Field(None, description="Options of a stream; only with `stream`.")
-    user: Short | None = Field(None, description="Accepted for compatibility. It has no effect.")
+    user: Short | None = Field(None, description=ABOUT_USER)
     metadata: Annotated[dict[Short, Short], BeforeValidator(at_most(MAX_METADATA))] | None = Field(
         None, description="Accepted for compatibility. It has no effect."
     )
@@ -72,6 +72,7 @@ class OpenAIBody(ConstrainedBody, EncodingBody):
             constraints=self.constraints(),
             projections=self.projections,
             counted="n" if self.n > 1 else "prompt",
+            user=self.user,
         )
 
     def _plan(self, served: str, header: str | None, echo: bool) -> SteeringPlan:
