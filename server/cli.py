@@ -24,6 +24,7 @@ import typer
 from typer.core import TyperCommand
 
 from server.access.commands import keys
+from server.feedback.feedback_commands import feedback
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
@@ -183,6 +184,7 @@ def chat(
 
 
 app.add_typer(keys, name="keys")
+app.add_typer(feedback, name="feedback")
 register(app)
 
 

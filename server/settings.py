@@ -216,8 +216,8 @@ class Settings(BaseSettings):
     )
     keep_generations: str = _feedback(
         "0",
-        "How long generations are kept in the feedback database, so that feedback can name them: 90s, 30m, 12h, 7d, 4w, "
-        "or forever. Prompts and texts are stored.",
+        "How long generations are kept in the feedback database, with prompts and texts, so that feedback can name "
+        "them: 90s, 30m, 12h, 7d, 4w, or forever.",
     )
     keep_feedback: str = _feedback(
         "forever", "How long feedback is kept, with its copies of prompts and texts: a time as above, or forever."

@@ -23,8 +23,8 @@ DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
 401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
-need the scope `generate`, except that feedback needs `feedback` to give it, and `admin` to read or delete it. Bodies are
-JSON of at most `--max-body-bytes`, by default 4 MiB (413)."""
+need the scope `generate`, but feedback needs `feedback` to give it, and `admin` to read or delete it. Bodies are JSON
+of at most `--max-body-bytes`, by default 4 MiB (413)."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},

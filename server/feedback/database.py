@@ -127,9 +127,7 @@ def database_url(given: str) -> URL:
         raise ConfigurationError("the URL of the feedback database is not valid") from error
     backend = url.get_backend_name()
     if backend not in ("sqlite", "postgresql"):
-        raise ConfigurationError(
-            f"the feedback database cannot be {backend}: use an SQLite file or a postgresql:// URL"
-        )
+        raise ConfigurationError(f"the feedback database cannot be {backend}: use a file or a postgresql:// URL")
     if backend == "sqlite":
         if not url.database or url.database == ":memory:":
             raise ConfigurationError("the feedback database needs a file: write sqlite:///FILE, or the file alone")

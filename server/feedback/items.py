@@ -165,6 +165,7 @@ class Stored:
     idempotency_key: str | None
     digest: str
     answers: Sequence[Answer] = ()
+    users: Sequence[str | None] = ()  # who asked for each of the answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """How much was deleted. `about_user` counts feedback of others on the user's generations, which held their texts."""
+    """How much was deleted. `about_user` counts feedback of others on the user's generations, which had their texts."""
 
     feedback: int = 0
     about_user: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.access.callers import Caller
 from server.engines.protocol import Delta, Event, Finished, SamplingParameters
-from server.feedback.items import Answer, Kept, ModelOfAnswer, PromptValue, Who, user_id
+from server.feedback.items import Answer, ChatTurn, Kept, ModelOfAnswer, PromptValue, Who, user_id
 from server.generation.choices import Choice
 from server.generation.intake import Ask, Prompt
 from server.generation.receipts import ending, receipt
@@ -69,7 +69,8 @@ class Keeping:
 
 def _plain(prompt: Prompt) -> PromptValue:
     if isinstance(prompt, tuple):
-        return [{"role": message.role, "content": message.content} for message in prompt]
+        turns: list[ChatTurn] = [{"role": message.role, "content": message.content} for message in prompt]
+        return turns
     return prompt
 
 

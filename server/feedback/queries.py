@@ -1,7 +1,7 @@
 """What is read from and written to the feedback database, inside the caller's transaction.
 
-Writes rely on `Database.writing`, which runs no two of them at a time: what a write has looked up does not change before
-it is done.
+Writes rely on `Database.writing`, which runs no two of them at a time: what a write has looked up does not change
+before it is done.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def _add(connection: Connection, item: Item, who: Who, now: float) -> Added:
     _check_sides(item, [answer for answer, _ in found])
     stored = Stored(
         0, f"fb-{secrets.token_hex(12)}", now, who.tenant, who.key, item.user, item.kind, item.value,
-        item.idempotency_key, digest, [answer for answer, _ in found],
+        item.idempotency_key, digest, [answer for answer, _ in found], [user for _, user in found],
     )  # fmt: skip
-    put(connection, stored, [user for _, user in found])
+    put(connection, stored)
     return Added(stored.id, now)
 
 
-def put(connection: Connection, one: Stored, users: Sequence[str | None]) -> None:
-    """Write the rows of a piece of feedback; `users` are those whose generations it is about."""
+def put(connection: Connection, one: Stored) -> None:
+    """Write the rows of a piece of feedback."""
     result = connection.execute(
         insert(tables.feedback),
         {
@@ -99,7 +99,7 @@ def put(connection: Connection, one: Stored, users: Sequence[str | None]) -> Non
     seq = result.inserted_primary_key[0]
     rows = [
         {"feedback": seq, "place": place, "generation": answer.get("generation"), "user": user, "data": answer}
-        for place, (answer, user) in enumerate(zip(one.answers, users, strict=True))
+        for place, (answer, user) in enumerate(zip(one.answers, one.users, strict=True))
     ]
     if rows:
         connection.execute(insert(tables.answers), rows)
@@ -188,13 +188,15 @@ def page(connection: Connection, wanted: Filter, *, after: int = 0, limit: int =
     query = _filtered(select(tables.feedback), wanted).where(FEEDBACK.seq > after).order_by(FEEDBACK.seq).limit(limit)
     rows = connection.execute(query).all()
     answers: dict[int, list[Answer]] = {row.seq: [] for row in rows}
+    users: dict[int, list[str | None]] = {row.seq: [] for row in rows}
     of_rows = select(tables.answers).where(ANSWERS.feedback.in_(answers)).order_by(ANSWERS.feedback, ANSWERS.place)
     for row in connection.execute(of_rows) if rows else ():
         answers[row.feedback].append(row.data)
+        users[row.feedback].append(row.user)
     return [
         Stored(
             row.seq, row.id, row.created, row.tenant, row.key_name, row.user, row.kind, row.value,
-            row.idempotency_key, row.digest, answers[row.seq],
+            row.idempotency_key, row.digest, answers[row.seq], users[row.seq],
         )
         for row in rows
     ]  # fmt: skip
@@ -209,7 +211,7 @@ def everything(connection: Connection, wanted: Filter) -> Iterator[Stored]:
 
 
 def count(connection: Connection, wanted: Filter) -> int:
-    return connection.execute(_filtered(select(func.count(FEEDBACK.seq)), wanted)).scalar_one()
+    return int(connection.execute(_filtered(select(func.count(FEEDBACK.seq)), wanted)).scalar_one())
 
 
 def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
@@ -269,3 +271,16 @@ def prune(connection: Connection, *, generations_before: float | None, feedback_
     if feedback_before is not None:
         feedback = connection.execute(delete(tables.feedback).where(FEEDBACK.created < feedback_before)).rowcount
     return Deleted(feedback=feedback, generations=generations)
+
+
+def restore(connection: Connection, one: Stored) -> str:
+    """Store feedback of an export: `added`, `known` if it is there already, or `deleted_user`."""
+    if any(is_deleted(connection, user) for user in (one.user, *one.users)):
+        return "deleted_user"
+    same = FEEDBACK.id == one.id
+    if one.idempotency_key is not None:
+        same |= (FEEDBACK.tenant == one.tenant) & (FEEDBACK.idempotency_key == one.idempotency_key)
+    if connection.execute(select(FEEDBACK.seq).where(same)).first() is not None:
+        return "known"
+    put(connection, one)
+    return "added"
