@@ -6,17 +6,18 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from server.feedback.database import Database
+    from steering_vectors.progress import Progress
 
 feedback = typer.Typer(no_args_is_help=True, help="Export, import and delete the feedback of a server.")
 
@@ -28,7 +29,8 @@ DatabaseUrl = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TOGETHER = 500  # rows of one commit
-PROGRESS_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 class Format(StrEnum):
@@ -74,12 +76,17 @@ def export(
     from server.feedback import queries
     from server.feedback.items import Filter
     from server.feedback.trl import Exported, raw_rows, trl_rows
+    from steering_vectors.reports.terminal import progress_on_stderr
 
     wanted = Filter(kind=kind.value if kind else None, profile=profile)
     counts = Exported()
-    with _opened(feedback_database) as database, database.reading() as connection:
-        progress = _Progress(queries.count(connection, wanted))
-        stored = progress.over(queries.everything(connection, wanted))
+    with (
+        _opened(feedback_database) as database,
+        database.reading() as connection,
+        progress_on_stderr(quiet=json_) as progress,
+    ):
+        total = queries.count(connection, wanted)
+        stored = _counted(queries.everything(connection, wanted), "export", total, progress)
         made = raw_rows(stored, counts) if format_ == Format.raw else trl_rows(stored, rows.value, counts)
         _write_lines(out, made)
     if json_:
@@ -100,12 +107,15 @@ def import_(
     from server.feedback import queries
     from server.feedback.trl import read_rows
     from steering_vectors.errors import DataError
+    from steering_vectors.reports.terminal import progress_on_stderr
 
     counts: Counter[str] = Counter()
     with _opened(feedback_database) as database:
         try:
-            with file.open(encoding="utf-8") as lines:
-                read = _Progress(None).over(read_rows(lines, str(file), time.time()))
+            with file.open(encoding="utf-8") as lines, progress_on_stderr(quiet=json_) as progress:
+                total = sum(1 for _ in lines)
+                lines.seek(0)
+                read = _counted(read_rows(lines, str(file), time.time()), "import", total, progress)
                 while batch := list(islice(read, TOGETHER)):
                     with database.writing() as connection:
                         counts.update(queries.restore(connection, one) for one in batch)
@@ -179,16 +189,8 @@ def _write_lines(out: Path, rows: Iterator[dict[str, Any]]) -> None:
         raise ConfigurationError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
-class _Progress:
-    """A line on stderr now and then: how many of how many."""
-
-    def __init__(self, total: int | None) -> None:
-        self._of = "" if total is None else f" of {total}"
-        self._last = time.monotonic()
-
-    def over(self, stored: Iterator[Any]) -> Iterator[Any]:
-        for number, one in enumerate(stored, start=1):
-            if time.monotonic() - self._last > PROGRESS_SECONDS:
-                self._last = time.monotonic()
-                print(f"{number}{self._of} pieces of feedback", file=sys.stderr)
-            yield one
+def _counted(rows: Iterable[T], stage: str, total: int, progress: Progress) -> Iterator[T]:
+    """The rows, whose number is shown as they go."""
+    for number, row in enumerate(rows, start=1):
+        progress(stage, number, max(number, total))
+        yield row

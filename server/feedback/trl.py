@@ -139,11 +139,8 @@ def _own(row: Row) -> Stored:
     if row["kind"] not in KINDS:
         raise ValueError("kind")
     answers = tuple(cast(Answer, answer) for answer in row["answers"])
-    if (
-        len(answers) != len(row["users"])
-        or not answers
-        or not all(isinstance(answer["text"], str) and "prompt" in answer for answer in answers)
-    ):
+    whole = all(isinstance(answer["text"], str) and "prompt" in answer for answer in answers)
+    if not answers or not whole or len(answers) != len(row["users"]):
         raise TypeError("answers")
     return Stored(
         0,
