@@ -189,8 +189,9 @@ def _write_lines(out: Path, rows: Iterator[dict[str, Any]]) -> None:
         raise ConfigurationError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
-def _counted(rows: Iterable[T], stage: str, total: int, progress: Progress) -> Iterator[T]:
+def _counted(rows: Iterable[T], stage: str, total: int, progress: Progress | None) -> Iterator[T]:
     """The rows, whose number is shown as they go."""
     for number, row in enumerate(rows, start=1):
-        progress(stage, number, max(number, total))
+        if progress is not None:
+            progress(stage, number, max(number, total))
         yield row
