@@ -6,6 +6,7 @@ commands have no event loop. The drivers are Python's own sqlite3 and psycopg 3.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -31,6 +32,8 @@ ADVISORY_LOCK = 0x7472696D746162  # of PostgreSQL; one writer at a time, as SQLi
 BUSY_SECONDS = 15.0  # for which a writer waits for another one
 CONNECT_SECONDS = 60.0  # for which a server waits for its database at start
 WRITES = {"trimtab_writes": True}
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it says at length what it is made of
 
 
 class Database:

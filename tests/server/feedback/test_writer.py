@@ -157,7 +157,7 @@ def test_retention_deletes_what_is_older_than_its_setting(database: Database) ->
         store = FeedbackStore(database, keep_generations=50, keep_feedback=None)
         store.keep(lambda: kept("gen-1", created=100.0), 10)
         store.keep(lambda: Kept("gen-2", 0, Who(), None, {**kept("gen-2").data, "created": 120.0}), 10)
-        found = await store.prune(now=160.0), await store.prune(now=170.0)
+        found = await store.prune(now=160.0), await store.prune(now=171.0)
         await store.close()
         return found
 
