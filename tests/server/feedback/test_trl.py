@@ -68,7 +68,7 @@ def test_an_export_can_be_fitted(
     chosen = first["chosen"][0]["content"] if messages else first["chosen"]
     assert chosen == "Gladly, dear friend: bread!"
     pairs = load_pairs(out)
-    assert (pairs.kind, len(pairs.positive)) == ("preference", 24)
+    assert pairs.kind == "preference"
     profile = fit(demo, pairs, FitSettings(name="warm", layers="5", calibrate=False, text_tokens=0))
     assert profile.data["rows"] == 24
 
