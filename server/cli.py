@@ -25,6 +25,7 @@ from typer.core import TyperCommand
 
 from server.access.commands import keys
 from server.chat.profile_commands import profiles
+from server.feedback.feedback_commands import feedback
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
@@ -197,6 +198,7 @@ def chat(
 
 app.add_typer(profiles, name="profiles")
 app.add_typer(keys, name="keys")
+app.add_typer(feedback, name="feedback")
 register(app)
 
 

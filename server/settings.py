@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import socket
 import stat
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ OF_ACCESS = (
     "ssl_ca_certs",
 )
 SINGLE_WORD = r"^\S+$"
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw]?)")
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class ConfigurationError(TrimtabError):
@@ -49,9 +52,9 @@ def _setting(panel: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
 
 
-_model, _serving, _steering, _limits, _performance, _gpu, _security, _logging = (
+_model, _serving, _steering, _limits, _performance, _gpu, _security, _logging, _feedback = (
     partial(_setting, panel)
-    for panel in ("Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging")
+    for panel in ("Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging", "Feedback")
 )
 
 
@@ -266,6 +269,34 @@ class Settings(BaseSettings):
         "The URL to send OpenTelemetry traces to, by OTLP over HTTP; needs the extra otel.",
         pattern=r"^https?://\S+$",
     )
+    feedback_database: str | None = _feedback(
+        None,
+        "Where feedback is stored: a file, which SQLite creates, or a postgresql:// URL. By default nowhere, and "
+        "/feedback is off.",
+        min_length=1,
+        repr=False,
+    )
+    keep_generations: str = _feedback(
+        "0",
+        "How long generations are kept in the feedback database, with prompts and texts, so that feedback can name "
+        "them: 90s, 30m, 12h, 7d, 4w, or forever.",
+    )
+    keep_feedback: str = _feedback(
+        "forever", "How long feedback is kept, with its copies of prompts and texts: a time as above, or forever."
+    )
+
+    @model_validator(mode="after")
+    def _check_feedback(self) -> Self:
+        for flag, text in (("--keep-generations", self.keep_generations), ("--keep-feedback", self.keep_feedback)):
+            try:
+                seconds = seconds_of(text)
+            except ValueError as error:
+                raise ValueError(f"{flag} {error}") from error
+            if flag == "--keep-feedback" and seconds == 0:
+                raise ValueError("--keep-feedback 0 would keep nothing: leave --feedback-database out")
+        if self.feedback_database is None and seconds_of(self.keep_generations) != 0:
+            raise ValueError("--keep-generations needs a database to keep them in: give --feedback-database")
+        return self
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:
@@ -369,6 +400,16 @@ class Settings(BaseSettings):
         """The settings of the engine. Slots that were not set are the engine's to choose."""
         given = {one.name: getattr(self, one.name) for one in fields(EngineConfig)}
         return EngineConfig(**{**given, "slots": self.slots if "slots" in self.model_fields_set else None})
+
+
+def seconds_of(duration: str) -> float | None:
+    """The seconds of `90s`, `30m`, `12h`, `7d` or `4w`; None for `forever`. Raises ValueError."""
+    if duration == "forever":
+        return None
+    found = DURATION.fullmatch(duration)
+    if found is None:
+        raise ValueError(f"is a time such as 30m, 12h or 7d, or forever; not {duration[:40]!r}")
+    return float(found[1]) * SECONDS[found[2]]
 
 
 def load_settings(given: Mapping[str, Any] | None = None) -> Settings:

@@ -18,8 +18,11 @@ from server.engines.pool import DaemonPool
 from server.engines.process import ProcessEngine
 from server.engines.protocol import Engine
 from server.engines.torch.build import build_engine
+from server.feedback.items import NO_FEEDBACK, FeedbackOff
+from server.feedback.keeping import Keeping, who
+from server.feedback.store import FeedbackStore
 from server.generation.answer_sizes import AnswerBudget
-from server.generation.intake import Intake, longest_text
+from server.generation.intake import Ask, Intake, longest_text
 from server.generation.load import MIN_RETRY_SECONDS, Load
 from server.generation.request_limits import RequestLimits
 from server.generation.token_texts import TokenTexts
@@ -29,7 +32,7 @@ from server.observability.metrics import Metrics, Snapshot
 from server.profiles.changes import ProfileChanges
 from server.profiles.registry import ProfileRegistry
 from server.profiles.versions import ProfileStore
-from server.settings import Settings
+from server.settings import Settings, seconds_of
 from steering_vectors.errors import TrimtabError
 from steering_vectors.profiles.files import installed_version
 from steering_vectors.profiles.shipped import shipped_profiles
@@ -53,6 +56,7 @@ class Service:
         self._engine: Engine | None = None
         self._registry: ProfileRegistry | None = None
         self._changes: ProfileChanges | None = None
+        self._feedback: FeedbackStore | None = None
         self._loading: asyncio.Task[None] | None = None
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
@@ -132,6 +136,14 @@ class Service:
         return self._changes
 
     @property
+    def feedback(self) -> FeedbackStore:
+        """Raises FeedbackOff if the server has none."""
+        self.check_ready()
+        if self._feedback is None:
+            raise FeedbackOff(NO_FEEDBACK)
+        return self._feedback
+
+    @property
     def model_name(self) -> str:
         """The base model's name on /v1."""
         return self.settings.served_model_name or self.engine.info.model_name
@@ -148,6 +160,21 @@ class Service:
             self._max_characters,
             self._limits,
             caller,
+            keep=self._keep if self._feedback is not None and self._feedback.keeps_generations else None,
+        )
+
+    def _keep(self, ask: Ask, caller: Caller) -> Keeping:
+        assert self._feedback is not None
+        identity = self.engine.info.identity
+        return Keeping(
+            ask,
+            who(caller),
+            {
+                "name": self.model_name,
+                "fingerprint": identity.fingerprint,
+                "system_fingerprint": self.fingerprint,
+            },
+            self._feedback.keep,
         )
 
     @cached_property
@@ -183,6 +210,8 @@ class Service:
         self.encoding.close()
         if self._engine is not None and self._engine is not self._given:
             await self._engine.close()
+        if self._feedback is not None:
+            await self._feedback.close()
 
     def _snapshot(self) -> Snapshot:
         registry, engine = self._registry, self._engine
@@ -204,11 +233,27 @@ class Service:
             body_bytes=self.bytes_in_flight.total,
             answer_values=self._budget.used,
             changes={} if self._changes is None else {**self._changes.counts},
+            feedback_waiting=0 if self._feedback is None else self._feedback.waiting,
+        )
+
+    async def _open_feedback(self) -> FeedbackStore | None:
+        settings = self.settings
+        url = settings.feedback_database
+        if url is None:
+            return None
+        return await self._loader.run(
+            lambda: FeedbackStore.open(
+                url,
+                keep_generations=seconds_of(settings.keep_generations),
+                keep_feedback=seconds_of(settings.keep_feedback),
+                noted=self.metrics.generation_kept,
+            )
         )
 
     async def _load(self) -> None:
         try:
             config = self.settings.engine_config()
+            self._feedback = await self._open_feedback()
             if self._given is not None:
                 self._engine = self._given
             elif self.settings.engine_process:
@@ -233,6 +278,8 @@ class Service:
             )
             self._changes = ProfileChanges(store, self._registry, self._engine)
             await self._registry.start()
+            if self._feedback is not None:
+                self._feedback.start()
         except Exception as error:
             if not isinstance(error, TrimtabError):
                 logger.exception("loading failed")

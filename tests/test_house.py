@@ -50,6 +50,7 @@ ORDER = (
     "server.access",
     "server.profiles",
     "server.generation",
+    "server.feedback",
     "server.state",
     "server.api",
     "server.app",

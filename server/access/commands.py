@@ -36,7 +36,8 @@ def add(
         list[ScopeName] | None,
         typer.Option(
             help="What the key is for, may be repeated: generate (the default) is every route of today, "
-            "feedback is to give feedback, admin changes profiles and settings and includes the others."
+            "feedback is to give feedback, admin changes profiles and settings, reads feedback, "
+            "and includes the others."
         ),
     ] = None,
     requests_per_minute: Annotated[

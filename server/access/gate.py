@@ -37,12 +37,14 @@ def is_open(path: str) -> bool:
 
 
 def scope_needed(method: str, path: str) -> KeyScope:
-    """What a key must be for: `admin` to change profiles or settings, and to read the files and history of profiles;
-    `feedback` to give feedback, else `generate`."""
+    """What a key must be for: `admin` to change profiles or settings, to read the files and history of profiles, and to
+    read or delete feedback; `feedback` to give feedback, else `generate`."""
     first, *rest = path.split("/")[1:]
     if first == "audit" or (first in ("profiles", "settings") and (method not in READING or len(rest) > 1)):
         return "admin"
-    return "feedback" if first == "feedback" else "generate"
+    if first == "feedback":
+        return "feedback" if method not in READING and path == "/feedback" else "admin"
+    return "generate"
 
 
 class Gate:
@@ -77,7 +79,7 @@ class Gate:
             message = f"the key {key.name!r} lacks the scope {needed!r}, which this route needs"
             response = error_response(403, message, code="insufficient_scope")
             return await self._refuse(response, "insufficient_scope", key, scope, receive, send)
-        async with self._budgets.admit(key, generates=method == "POST") as exceeded:
+        async with self._budgets.admit(key, generates=method == "POST" and needed == "generate") as exceeded:
             if exceeded is None:
                 return await self._pass(self._caller(key), scope, receive, send)
         response = error_response(429, exceeded.message, code="rate_limit_exceeded")

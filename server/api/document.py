@@ -24,13 +24,15 @@ DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
 401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
-need the scope `generate`, but those that change profiles or show their files and history need `admin`. Bodies are JSON
-of at most `--max-body-bytes`, by default 4 MiB (413), except uploads of profiles: files of at most 64 MiB."""
+need the scope `generate`, but those that change profiles or show their files and history need `admin`; feedback needs
+`feedback` to give it, and `admin` to read or delete it. Bodies are JSON of at most `--max-body-bytes`, by default 4 MiB
+(413), except uploads of profiles: files of at most 64 MiB."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
     {"name": "steering", "description": "Compare steerings, change a running one, and look at what one would do."},
     {"name": "profiles", "description": "The served profiles, their versions and aliases."},
+    {"name": "feedback", "description": "What people say about answers; off without `--feedback-database`."},
     {"name": "operations", "description": "The state of the server."},
 ]
 ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
@@ -44,14 +46,14 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         ),
     ),
     404: (
-        "The model, profile or generation does not exist.",
+        "The model, profile, generation or user does not exist, or the server keeps no feedback.",
         error_object(
             "profile 'kind' is not served; served are: concise, warm", param="steering", code="profile_not_found"
         ),
     ),
     409: (
-        "The generation has already ended; or the profile or version cannot be changed: it is in use, comes with "
-        "trimtab, or the profile directory is read-only.",
+        "The generation has already ended; an idempotency key was used for something else; or the profile or version "
+        "cannot be changed: it is in use, comes with trimtab, or the profile directory is read-only.",
         error_object("the generation has ended", status=409, code="conflict"),
     ),
     412: (
@@ -66,6 +68,15 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
     413: (
         "The file is too large for a profile, or the profile directory would be larger than `--profile-quota-bytes`.",
         error_object("the file has more than 67108864 bytes: it is no profile", status=413, code="body_too_large"),
+    ),
+    410: (
+        "The feedback of this user was deleted.",
+        error_object(
+            "this user's feedback was deleted: send feedback under another id, or without one",
+            status=410,
+            param="user",
+            code="user_deleted",
+        ),
     ),
     429: (
         "The queue or the memory for bodies and answers is full, or the budget or share of the key is used up: retry "

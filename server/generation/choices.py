@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.engines.errors import GenerationFailed, Unavailable
 from server.engines.protocol import Delta, Event, EventStream, Finished, GenerationRequest, PromptLogprobs, TokenLogprob
@@ -44,6 +45,16 @@ class Result:
     projections: tuple[tuple[float, ...], ...] = ()
 
 
+class Keeping(Protocol):
+    """Keeps what one HTTP request generates. `answer_id` is the id of its answer, if that has one."""
+
+    answer_id: str | None
+
+    def event(self, place: int, choice: Choice, event: Event) -> None:
+        """The engine has sent an event of the choice at this place."""
+        ...
+
+
 class Generations:
     """What the engine runs for one HTTP request: choice i·n + j is choice j of request i, drawn from (seed, j)."""
 
@@ -58,6 +69,7 @@ class Generations:
         ended: Callable[[], None] = lambda: None,
         finished: Callable[[Finished], None] = lambda event: None,
         timeout: float = math.inf,
+        keeping: Keeping | None = None,
     ) -> None:
         """`charge` is called with the numbers of tokens that were generated, now and then and at the end. `values` are
         reported besides the text, at most. `ended` is called once, when this is closed or dropped, `finished` with the
@@ -74,6 +86,7 @@ class Generations:
         self.values = values
         self._finished = finished
         self._timeout = timeout
+        self.keeping = keeping
         self._end = weakref.finalize(self, ended)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -89,7 +102,10 @@ class Generations:
                     _raise_failure(event, self._timeout)
             elif isinstance(event, Delta):
                 self._count(len(event.token_ids))
-            yield self._places[event.id], event
+            place = self._places[event.id]
+            if self.keeping is not None:
+                self.keeping.event(place, self.choices[place], event)
+            yield place, event
 
     async def results(self) -> list[Result]:
         """Wait for all choices. Raises as `events` does, and closes the rest."""

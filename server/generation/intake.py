@@ -7,7 +7,7 @@ tokenised in a thread, where they hold up no stream.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from server.engines.protocol import (
     capabilities_needed,
 )
 from server.generation.answer_sizes import AnswerBudget, reported_values
-from server.generation.choices import Generations
+from server.generation.choices import Generations, Keeping
 from server.generation.client_errors import client_errors
 from server.generation.load import Load
 from server.generation.request_limits import Deadline, RequestLimits
@@ -56,7 +56,7 @@ class Ask:
     they are scored and nothing is generated. `projections` asks for those of all plans, so that variants can be
     compared. `counted` is the field that errors name if there are too many generations, `max_tokens_field` the one
     that gives the number of tokens, None if it is left out. `timeout` None means the server's default. Requests of
-    one `user` get the same version of a profile of which aliases have shares.
+    one `user` get the same version of a profile of which aliases have shares, and it is theirs if they are kept.
     """
 
     prompts: Sequence[Prompt]
@@ -106,6 +106,7 @@ class Intake:
     max_characters: int  # of a prompt: more cannot fit the context
     limits: RequestLimits = RequestLimits()
     caller: Caller = Caller()
+    keep: Callable[[Ask, Caller], Keeping] | None = None  # None: generations are not kept
 
     async def submit(self, body: Asking, header: str | None = None) -> Generations:
         """Have the engine run all generations of a request, or none. Raises RequestError, UnknownProfile, UnknownModel,
@@ -148,6 +149,7 @@ class Intake:
                 ended=held.pop_all().close,
                 finished=place.finished,
                 timeout=deadline.seconds,
+                keeping=None if self.keep is None else self.keep(ask, self.caller),
             )
 
     def _limited(self, ask: Ask) -> Ask:

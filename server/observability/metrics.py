@@ -69,6 +69,7 @@ class Snapshot:
     admitted: int = 0  # generations
     body_bytes: int = 0
     answer_values: int = 0
+    feedback_waiting: int = 0
 
 
 def _gauge(meaning: str, value: Callable[[Snapshot], float]) -> Declared:
@@ -171,6 +172,17 @@ METRICS: Mapping[str, Declared] = {
     ),
     "profile_loads": _total("Profile versions that were loaded.", lambda now: now.loads),
     "profile_rejections": _total("Profile files that were rejected.", lambda now: now.rejections),
+    "feedback": Declared(
+        "counter",
+        "Feedback by kind and outcome: stored, replayed (sent again), refused or failed.",
+        ("kind", "outcome"),
+    ),
+    "kept_generations": Declared(
+        "counter",
+        "Generations that were to be kept, by outcome: kept, full (no room to wait), failed, or deleted_user.",
+        ("outcome",),
+    ),
+    "feedback_queue": _gauge("Feedback and generations that wait to be written.", lambda now: now.feedback_waiting),
     "requests": Declared("counter", "HTTP requests that have ended.", ("route", "method", "outcome")),
     "profile_requests": Declared(
         "counter",
@@ -282,6 +294,14 @@ class Metrics:
 
     def client_error(self, status: int, code: str) -> None:
         self._counter("client_errors").labels(str(status), self._code(code)).inc()
+
+    def feedback(self, kind: str, outcome: str, count: int = 1) -> None:
+        """Feedback of one of the kinds was stored, or was not."""
+        self._counter("feedback").labels(kind, outcome).inc(count)
+
+    def generation_kept(self, outcome: str) -> None:
+        """A generation was kept, or was not. May be called from any thread."""
+        self._counter("kept_generations").labels(outcome).inc()
 
     def _profile(self, name: str) -> str:
         return name if name in self._served else WITHDRAWN

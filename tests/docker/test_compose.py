@@ -44,6 +44,7 @@ def test_what_is_mounted_can_be_written_only_where_something_is_stored() -> None
     assert modes == {
         "trimtab:/models": False,
         "trimtab:/profiles": True,
+        "trimtab:/feedback": False,
         "prometheus:/etc/prometheus/prometheus.yml": True,
         "prometheus:/prometheus": False,
         "grafana:/etc/grafana/provisioning": True,

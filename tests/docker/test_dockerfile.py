@@ -66,7 +66,8 @@ def test_requirements_are_those_of_the_tested_set() -> None:
 
 def test_requirements_hold_all_that_the_server_needs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = installed_by([*project["dependencies"], *project["optional-dependencies"]["schema"]])
+    extras = project["optional-dependencies"]
+    needed = installed_by([*project["dependencies"], *extras["schema"], *extras["postgres"]])
     assert needed <= pins(DOCKER / "requirements.txt").keys()
     assert not any(name.startswith(OF_TORCH) for name in pins(DOCKER / "requirements.txt"))
 

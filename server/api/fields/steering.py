@@ -14,8 +14,8 @@ from steering_vectors.errors import SteeringError
 
 MAX_LAYERS = 1024
 ABOUT_USER = (
-    "Whom the text is for. All requests of one user get the same version of a profile of which an alias has a share; "
-    "else it has no effect."
+    "Whom the text is for. All requests of one user get the same version of a profile of which an alias has a share. "
+    "If the server keeps generations, this one is deleted with the user's feedback."
 )
 Layers = Annotated[list[int], Field(max_length=MAX_LAYERS, fail_fast=True)]
 

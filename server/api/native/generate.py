@@ -127,6 +127,8 @@ class TextBody(SamplingBody, OnePromptBody):
         "echo": (False,),
     }
 
+    user: Short | None = Field(None, description=ABOUT_USER)
+
     def sampling(self, default_max_tokens: int | None = None) -> SamplingParameters:
         return refuse_no_tokens(super().sampling(COMPLETION_TOKENS if self.messages is None else default_max_tokens))
 
@@ -151,7 +153,6 @@ class GenerateBody(TextBody, ConstrainedBody):
     steering: Steering | None = Field(
         None, description="A mix of profiles. Exclusive with `profile`.", examples=[EXAMPLE]
     )
-    user: Short | None = Field(None, description=ABOUT_USER)
 
     def ask(self, served: str, header: str | None) -> Ask:
         return Ask(
@@ -203,6 +204,7 @@ class CompareBody(TextBody):
             counted="variants",
             timeout=self.timeout,
             max_tokens_field=self.max_tokens_field,
+            user=self.user,
         )
 
 

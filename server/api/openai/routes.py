@@ -62,6 +62,8 @@ async def completions(
 
 
 async def _respond(writer: AnswerWriter, body: OpenAIBody, request: Request, service: Service) -> Response:
+    if writer.generations.keeping is not None:
+        writer.generations.keeping.answer_id = writer.id
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = writer.chunks(include_usage=include_usage)
