@@ -1,6 +1,6 @@
 """What storing feedback costs streams: their tokens per second without votes, and beside 10,000 votes a minute.
 
-    python -m benchmarks.speed.feedback [--model demo] [--streams 16] [--votes 10000] [--seconds 60] [--rounds 3] [--batch 1]
+    python -m benchmarks.speed.feedback [--model demo] [--streams 16] [--votes 10000] [--seconds 60] [--batch 1]
 
 Streams run all the time; each that ends begins again. Rounds without votes and with votes take turns, and the server
 keeps every generation in all of them. Votes are sent at a steady rate, each with an idempotency key. Printed are the
