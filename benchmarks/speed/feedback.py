@@ -1,6 +1,6 @@
 """What storing feedback costs streams: their tokens per second without votes, and beside 10,000 votes a minute.
 
-    python -m benchmarks.speed.feedback [--model demo] [--streams 16] [--votes 10000] [--seconds 60] [--rounds 3]
+    python -m benchmarks.speed.feedback [--model demo] [--streams 16] [--votes 10000] [--seconds 60] [--batch 1]
 
 Streams run all the time; each that ends begins again. Rounds without votes and with votes take turns, and the server
 keeps every generation in all of them. Votes are sent at a steady rate, each with an idempotency key. Printed are the
@@ -43,6 +43,7 @@ def main(
     votes: Annotated[int, typer.Option(help="Votes per minute.")] = 10_000,
     seconds: Annotated[float, typer.Option(help="Length of a round.")] = 60.0,
     rounds: Annotated[int, typer.Option(help="Rounds of each kind.")] = 3,
+    batch: Annotated[int, typer.Option(help="Votes per request.")] = 1,
     database: Annotated[str, typer.Option(help="A postgresql:// URL; by default a new SQLite file.")] = "",
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -51,7 +52,7 @@ def main(
         url = database or str(Path(directory) / "feedback.db")
         settings: dict[str, Any] = {"slots": streams, "feedback_database": url, "keep_generations": "forever"}
         with serving(model, profiles, **settings) as server:
-            plain, voted = asyncio.run(measure(server.url, streams, votes / PER_MINUTE, seconds, rounds))
+            plain, voted = asyncio.run(measure(server.url, streams, votes / PER_MINUTE, seconds, rounds, batch))
             stored = count(server.url)
     sent = [duration for one in voted for duration in one.vote_seconds]
     if stored != len(sent):
@@ -72,20 +73,20 @@ def shown(rounds: Sequence[Round]) -> str:
 
 
 async def measure(
-    url: str, streams: int, votes_per_second: float, seconds: float, rounds: int
+    url: str, streams: int, votes_per_second: float, seconds: float, rounds: int, batch: int
 ) -> tuple[list[Round], list[Round]]:
     """Rounds without votes and with votes, in turns."""
     plain, voted = [], []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         for number in range(rounds):
-            plain.append(await one_round(client, streams, 0, seconds, f"{number}"))
-            voted.append(await one_round(client, streams, votes_per_second, seconds, f"{number}"))
+            plain.append(await one_round(client, streams, 0, seconds, f"{number}", batch))
+            voted.append(await one_round(client, streams, votes_per_second, seconds, f"{number}", batch))
     return plain, voted
 
 
 async def one_round(
-    client: httpx.AsyncClient, streams: int, votes_per_second: float, seconds: float, name: str
+    client: httpx.AsyncClient, streams: int, votes_per_second: float, seconds: float, name: str, batch: int
 ) -> Round:
     tokens = [0]
     running = [asyncio.create_task(stream(client, tokens)) for _ in range(streams)]
@@ -95,8 +96,9 @@ async def one_round(
     sent: list[float] = []
     sending: list[asyncio.Task[None]] = []
     while (passed := time.perf_counter() - began) < seconds:
-        while len(sending) < passed * votes_per_second:
-            sending.append(asyncio.create_task(vote(client, f"{name}-{len(sending)}", sent)))
+        while batch * len(sending) < passed * votes_per_second:
+            names = [f"{name}-{len(sending)}-{place}" for place in range(batch)]
+            sending.append(asyncio.create_task(vote(client, names, sent)))
         await asyncio.sleep(0.005)
     rate = (tokens[0] - before) / (time.perf_counter() - began)
     await asyncio.gather(*sending)
@@ -115,14 +117,24 @@ async def stream(client: httpx.AsyncClient, tokens: list[int]) -> None:
                 tokens[0] += line.startswith("data:")
 
 
-async def vote(client: httpx.AsyncClient, name: str, sent: list[float]) -> None:
-    sides = {"a": {"text": f"good {name}"}, "b": {"text": f"bad {name}"}}
-    body = {"kind": "pair", "prompt": "Bread is", **sides, "better": "a", "idempotency_key": name}
+async def vote(client: httpx.AsyncClient, names: Sequence[str], sent: list[float]) -> None:
+    """Send votes in one request, and note how long each took."""
+    body = [
+        {
+            "kind": "pair",
+            "prompt": "Bread is",
+            "a": {"text": f"good {name}"},
+            "b": {"text": f"bad {name}"},
+            "better": "a",
+            "idempotency_key": name,
+        }
+        for name in names
+    ]
     began = time.perf_counter()
     response = await client.post("/feedback", json=body)
     if response.status_code != 201:
         raise RuntimeError(f"{response.status_code}: {response.text}")
-    sent.append(time.perf_counter() - began)
+    sent += [time.perf_counter() - began] * len(names)
 
 
 def count(url: str) -> int:

@@ -57,9 +57,9 @@ PROFILE = r"^[a-z0-9][a-z0-9._-]{0,63}(#[0-9a-f]{1,64})?$"
 
 EXAMPLE_TIME = "2026-11-21T01:17:32.000+00:00"
 EXAMPLES: Sequence[Mapping[str, Any]] = (
+    {"kind": "edit", "prompt": "Bread is", "answer": {"text": "hard."}, "corrected": "good.", "user": "u-18"},
     {"kind": "pair", "a": {"generation": "gen-c9f0f895"}, "b": {"generation": "gen-45c48cce"}, "better": "a"},
-    {"kind": "thumb", "answer": {"generation": "chatcmpl-8f14e45f", "choice": 0}, "thumb": "up", "user": "u-17"},
-    {"kind": "edit", "prompt": "Bread is", "answer": {"text": "hard."}, "corrected": "good."},
+    {"kind": "thumb", "answer": {"generation": "chatcmpl-8f14e45f", "choice": 0}, "thumb": "up"},
 )
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -127,7 +127,7 @@ class PairBody(GivenBody):
     said = ("better",)
     answers = ("a", "b")
 
-    kind: Literal["pair"]
+    kind: Literal["pair"] = Field(description="Says which kind of feedback this is.")
     a: AnswerBody = Field(description="One answer.")
     b: AnswerBody = Field(description="Another one, to the same prompt.")
     better: Better = Field(description="The better one, or `tie`.")
@@ -138,7 +138,7 @@ class ThumbBody(GivenBody):
 
     said = ("thumb",)
 
-    kind: Literal["thumb"]
+    kind: Literal["thumb"] = Field(description="Says which kind of feedback this is.")
     answer: AnswerBody = Field(description="The answer.")
     thumb: Thumb = Field(description="The thumb.")
 
@@ -148,7 +148,7 @@ class RatingBody(GivenBody):
 
     said = ("rating", "min", "max")
 
-    kind: Literal["rating"]
+    kind: Literal["rating"] = Field(description="Says which kind of feedback this is.")
     answer: AnswerBody = Field(description="The answer.")
     rating: float = Field(description="The rating, on the scale from `min` to `max`.", examples=[4])
     min: float = Field(1.0, ge=-1e6, le=1e6, description="The lowest rating.")
@@ -168,7 +168,7 @@ class EditBody(GivenBody):
 
     said = ("corrected",)
 
-    kind: Literal["edit"]
+    kind: Literal["edit"] = Field(description="Says which kind of feedback this is.")
     answer: AnswerBody = Field(description="The original.")
     corrected: Text = Field(description="The corrected text.")
 
@@ -178,7 +178,7 @@ class SignalBody(GivenBody):
 
     said = ("signal", "seconds")
 
-    kind: Literal["signal"]
+    kind: Literal["signal"] = Field(description="Says which kind of feedback this is.")
     answer: AnswerBody = Field(description="The answer.")
     signal: SignalName = Field(description="What happened; `dwell_seconds` needs `seconds`.")
     seconds: float | None = Field(
@@ -197,7 +197,7 @@ class CommentBody(GivenBody):
 
     said = ("comment",)
 
-    kind: Literal["comment"]
+    kind: Literal["comment"] = Field(description="Says which kind of feedback this is.")
     answer: AnswerBody = Field(description="The answer.")
     comment: str = Field(min_length=1, max_length=MAX_COMMENT, description="The words.")
 

@@ -45,7 +45,7 @@ class Answer(TypedDict):
     """A text that feedback is about, with everything that is known of how it came about. One that was sent as a text
     has `prompt` and `text` only."""
 
-    prompt: Annotated[PromptValue, about("The prompt: a text, messages, or token ids.")]
+    prompt: Annotated[PromptValue, about("The prompt: a text, messages, or token ids.", "How do I bake bread?")]
     text: Annotated[str, about("The answer.", "Mix flour, water and yeast.")]
     generation: NotRequired[Annotated[str, about("The id of the generation.", "gen-c9f0f895")]]
     answer_id: NotRequired[Annotated[str, about("The id of the whole answer on /v1.", "chatcmpl-8f14e45f")]]

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, or_, select
+from sqlalchemy import Connection, Row, Select, bindparam, delete, func, insert, or_, select
 
 from server.engines.errors import UnknownGeneration
 from server.feedback import tables
@@ -36,13 +36,23 @@ GENERATIONS = tables.generations.c
 ANSWERS = tables.answers.c
 PROFILES = tables.profiles.c
 
+# Made once: building a statement costs as much as running it.
+INSERT_GENERATION = insert(tables.generations)
+INSERT_FEEDBACK = insert(tables.feedback)
+INSERT_ANSWER = insert(tables.answers)
+INSERT_PROFILE = insert(tables.profiles)
+OF_KEY = select(FEEDBACK.id, FEEDBACK.created, FEEDBACK.digest).where(
+    FEEDBACK.tenant == bindparam("tenant"), FEEDBACK.idempotency_key == bindparam("key")
+)
+OF_DELETED = select(tables.deleted_users.c.digest).where(tables.deleted_users.c.digest == bindparam("digest"))
+
 
 def keep(connection: Connection, generation: Kept) -> bool:
     """Store a generation. Returns False, and stores nothing, for one of a deleted user."""
     if is_deleted(connection, generation.user):
         return False
     connection.execute(
-        insert(tables.generations),
+        INSERT_GENERATION,
         {
             "id": generation.id,
             "answer_id": generation.data.get("answer_id"),
@@ -82,7 +92,7 @@ def _add(connection: Connection, item: Item, who: Who, now: float) -> Added:
 def put(connection: Connection, one: Stored) -> None:
     """Write the rows of a piece of feedback."""
     result = connection.execute(
-        insert(tables.feedback),
+        INSERT_FEEDBACK,
         {
             "id": one.id,
             "created": one.created,
@@ -102,14 +112,14 @@ def put(connection: Connection, one: Stored) -> None:
         for place, (answer, user) in enumerate(zip(one.answers, one.users, strict=True))
     ]
     if rows:
-        connection.execute(insert(tables.answers), rows)
+        connection.execute(INSERT_ANSWER, rows)
     steered = [
         {"feedback": seq, "place": place, **{name: receipt[field] for name, field in OF_RECEIPT.items()}}
         for place, answer in enumerate(one.answers)
         for receipt in cast(Sequence[dict[str, Any]], answer.get("steering", ()))
     ]
     if steered:
-        connection.execute(insert(tables.profiles), steered)
+        connection.execute(INSERT_PROFILE, steered)
 
 
 OF_RECEIPT = {"profile": "name", "version": "version", "strength": "strength"}
@@ -119,10 +129,7 @@ def _replayed(connection: Connection, item: Item, who: Who, digest: str) -> Adde
     """What was answered to the same idempotency key before."""
     if item.idempotency_key is None:
         return None
-    query = select(FEEDBACK.id, FEEDBACK.created, FEEDBACK.digest).where(
-        FEEDBACK.tenant == who.tenant, FEEDBACK.idempotency_key == item.idempotency_key
-    )
-    row = connection.execute(query).first()
+    row = connection.execute(OF_KEY, {"tenant": who.tenant, "key": item.idempotency_key}).first()
     if row is None:
         return None
     if row.digest != digest:
@@ -235,8 +242,7 @@ def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
 def is_deleted(connection: Connection, user: str | None) -> bool:
     if user is None:
         return False
-    query = select(tables.deleted_users.c.digest).where(tables.deleted_users.c.digest == digest_of(user))
-    return connection.execute(query).first() is not None
+    return connection.execute(OF_DELETED, {"digest": digest_of(user)}).first() is not None
 
 
 def delete_user(connection: Connection, user: str, now: float) -> Deleted | None:

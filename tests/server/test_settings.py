@@ -95,7 +95,8 @@ def test_every_setting_is_a_flag_of_serve() -> None:
 def test_flags_are_grouped_by_what_they_concern() -> None:
     shown = CliRunner().invoke(cli.app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     panels = re.findall(r"╭─ (\w+) ─", shown)
-    assert panels == ["Options", "Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging"]
+    first = ["Options", "Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging"]
+    assert panels == [*first, "Feedback"]
     assert shown.index("─ GPU ─") < shown.index("--device ") < shown.index("─ Security ─")
 
 

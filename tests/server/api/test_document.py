@@ -22,7 +22,7 @@ from server.engines.torch.engine import TorchEngine
 from server.settings import Settings
 from steering_vectors.profiles.metadata import ProfileSummary
 from tests.support.running import HeldEngine
-from tests.support.serving import client_fixture, engine_fixture, live_server, profiles_fixture, until
+from tests.support.serving import engine_fixture, live_server, profiles_fixture, until
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,12 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 engine = engine_fixture(slots=4)
 profiles = profiles_fixture("warm", "concise")
-client = client_fixture()
+
+
+@pytest.fixture(scope="module")
+def client(engine: HeldEngine, profiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with live_server(engine, profiles, feedback_database=str(tmp_path_factory.mktemp("feedback") / "f.db")) as made:
+        yield made
 
 
 def test_every_field_of_every_object_is_described() -> None:
@@ -153,10 +158,13 @@ def test_the_examples_work(
             path = path.replace(f"{{{parameter['name']}}}", parameter["schema"]["examples"][0])
     body = None
     if "requestBody" in route:
-        schema = route["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        body = SCHEMAS[schema]["examples"][0]
+        schema = route["requestBody"]["content"]["application/json"]["schema"]
+        body = SCHEMAS[schema["$ref"].rpartition("/")[2]]["examples"][0] if "$ref" in schema else schema["examples"][0]
+    if path == "/feedback/users/u-17":  # one of whom something is stored
+        said = {"kind": "thumb", "prompt": "Bread is", "answer": {"text": "good."}, "thumb": "up", "user": "u-17"}
+        assert client.post("/feedback", json=said).status_code == 201
     if "{" not in path:
-        assert client.request(method, path, json=body).status_code == 200
+        assert client.request(method, path, json=body).status_code == int(min(route["responses"]))
         return
     with generation(client, engine) as name:
         answer = client.request(method, path.replace("{generation_id}", name), json=body)
