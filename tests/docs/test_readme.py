@@ -73,7 +73,7 @@ def test_the_openai_client(client: httpx.Client) -> None:
 
 
 def test_fit_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few_texts(monkeypatch)
+    few_texts(monkeypatch, short=True)
     monkeypatch.chdir(ROOT)
     for command in block("bash", "trimtab fit").strip().splitlines():
         words = command.split()
@@ -85,7 +85,7 @@ def test_fit_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_python_interface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    few_texts(monkeypatch)
+    few_texts(monkeypatch, short=True)
     monkeypatch.chdir(ROOT)
     exec(compile(block("python", "steer(lm.model"), "README.md", "exec"), {})
     assert len(capsys.readouterr().out.strip()) > 20

@@ -47,11 +47,21 @@ def examples(document: Mapping[str, Any]) -> dict[str, tuple[Json, list[str]]]:
     for path, routes in document["paths"].items():
         content = routes.get("post", {}).get("requestBody", {}).get("content", {})
         if "application/json" in content:
-            name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
-            schema = document["components"]["schemas"][name]
-            limits = FEW_TOKENS if "max_tokens" in schema["properties"] else {}
-            found[path] = ({**schema["examples"][0], **limits}, sorted(schema["properties"]))
+            schema = content["application/json"]["schema"]
+            objects = list(_objects(schema, document["components"]["schemas"]))
+            fields = {name for one in objects for name in one["properties"]}
+            valid = schema.get("examples") or objects[0]["examples"]
+            found[path] = ({**valid[0], **(FEW_TOKENS if "max_tokens" in fields else {})}, sorted(fields))
     return found
+
+
+def _objects(schema: Json, named: Mapping[str, Json]) -> Iterator[Json]:
+    """The schemas of the objects that a schema allows, alone or in a list."""
+    if "$ref" in schema:
+        yield named[schema["$ref"].rpartition("/")[2]]
+    inside = [schema["items"]] if "items" in schema else []
+    for inner in (*schema.get("anyOf", ()), *schema.get("oneOf", ()), *inside):
+        yield from _objects(inner, named)
 
 
 @st.composite

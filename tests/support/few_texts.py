@@ -12,10 +12,13 @@ from steering_vectors.fitting import calibration
 LONG_TOKENS, LONG_TEXTS = 32, 4
 
 
-def few_texts(monkeypatch: pytest.MonkeyPatch, rows: int = 10) -> None:
-    """Small numbers of texts and of tokens, so that a calibration takes a moment. Settings that ask for less hold."""
+def few_texts(monkeypatch: pytest.MonkeyPatch, rows: int = 10, *, short: bool = False) -> None:
+    """Small numbers of texts, so that a calibration takes a moment. If they are `short`, long texts have few tokens as
+    well, whatever the settings say; those that ask for less hold."""
     for name, value in {"ROWS": rows, "ROUGH_ROWS": 4, "TEXTS": 5}.items():
         monkeypatch.setattr(calibration, name, value)
+    if not short:
+        return
     checked = calibration._checked_on_long_texts
 
     def shorter(*given: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +14,7 @@ from server.app import create_app
 from server.settings import Settings
 from tests.support.answer_mutations import check, examples, requests
 from tests.support.malformed import CASES, Case, says
-from tests.support.serving import client_fixture, engine_fixture, profiles_fixture
+from tests.support.serving import engine_fixture, live_server, profiles_fixture
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +22,13 @@ DOCUMENT: dict[str, Any] = create_app(Settings()).openapi()
 
 engine = engine_fixture(slots=2, context=64, max_queue=4)
 profiles = profiles_fixture("warm", "concise")
-client = client_fixture(max_queue=4)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Any, profiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    feedback = tmp_path_factory.mktemp("feedback") / "feedback.db"
+    with live_server(engine, profiles, max_queue=4, feedback_database=str(feedback)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

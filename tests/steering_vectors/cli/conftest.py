@@ -27,7 +27,7 @@ register(app)
 @pytest.fixture(scope="module", autouse=True)
 def _few_texts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        few_texts(monkeypatch)
+        few_texts(monkeypatch, short=True)
         yield
 
 

@@ -32,7 +32,7 @@ import pytest
 from server.cli import main
 from tests.support.few_texts import few_texts
 
-few_texts(pytest.MonkeyPatch())
+few_texts(pytest.MonkeyPatch(), short=True)
 synced = os.fsync
 
 def interrupted(file):

@@ -31,7 +31,7 @@ Compared = tuple[MethodComparison, list[Profile]]
 def _fewer_texts() -> Iterator[None]:
     """As many as it takes to meet the budget."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        few_texts(monkeypatch, rows=64)
+        few_texts(monkeypatch, rows=64, short=True)
         yield
 
 

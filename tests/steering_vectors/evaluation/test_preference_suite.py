@@ -33,7 +33,7 @@ STRENGTHS = (-1.0, 0.0, 1.0)
 @pytest.fixture(scope="module")
 def profile(lm: LanguageModel, pairs: Preferences) -> Profile:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        few_texts(monkeypatch)
+        few_texts(monkeypatch, short=True)
         return fit(lm, None, pairs, layers="1", name="warm", text_tokens=0)
 
 

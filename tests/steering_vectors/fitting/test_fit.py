@@ -55,7 +55,7 @@ def lm() -> LanguageModel:
 
 @pytest.fixture(autouse=True)
 def _few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_texts(monkeypatch)
+    few_texts(monkeypatch, short=True)
 
 
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "contrast"])
