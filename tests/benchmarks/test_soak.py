@@ -1,26 +1,12 @@
-"""A few seconds of the soak: everything that does not need minutes holds, and a count that differs is seen."""
+"""What the client of the soak counts, and that a count that differs is seen. How a soak goes depends on the machine, so
+its run is `make soak`."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-
 from benchmarks.reliability.attempts import Answer, Attempt, Leave
-from benchmarks.reliability.soak import Books, Series, _equal, count, outcome_of, run, terminal_events
-
-OF_MINUTES = "memory grows by less than 2 %"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_few_seconds_of_it() -> None:
-    found, figures = run(seconds=6, overload=1.5, deadline=300, seed=1, measuring=3)
-    broken = [one for one in found if not one.kept and one.promise != OF_MINUTES]
-    assert broken == []
-    assert len(found) == 13
-    assert figures["sent"] > 0
-    assert figures["profiles_replaced"] >= 1
+from benchmarks.reliability.soak import Books, Series, _equal, count, outcome_of, terminal_events
 
 
 def attempt(number: int, leave: Leave | None = None) -> Attempt:
