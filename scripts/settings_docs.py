@@ -22,6 +22,8 @@ over the default. An empty variable is an absent one, except those of keys, whic
 or off has two flags, such as `--prefix-reuse` and `--no-prefix-reuse`, and a variable that is `true` or `false`. What
 cannot work is refused before anything is loaded, with exit code 2."""
 
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page differs.")] = False,
@@ -54,9 +56,6 @@ def _values(field: Any) -> str:
     bounds = {sign: getattr(one, name) for one in field.metadata for name, sign in BOUNDS.items() if hasattr(one, name)}
     names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
     return ", ".join([names[kind], *(f"{sign} {value}" for sign, value in bounds.items())])
-
-
-BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 if __name__ == "__main__":

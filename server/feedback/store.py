@@ -125,7 +125,7 @@ class FeedbackStore:
         return found
 
     async def prune(self, now: float) -> Deleted:
-        """Delete what is older than it may be at this time."""
+        """Delete what has been stored for longer than the retention times allow. `now` is in seconds since 1970."""
         from server.feedback import queries
 
         def before(seconds: float | None) -> float | None:

@@ -39,8 +39,8 @@ class Connection(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Write(Generic[T]):
-    """A function of the connection, the size of what it writes, and what is called with its result or its error once
-    it is committed."""
+    """A function that writes over a connection, the size of what it writes, and a callback that gets its result or its
+    error after the commit."""
 
     work: Callable[[Any], T]
     size: int
