@@ -9,15 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from steering_vectors.data.batches import DEFAULT_BATCH_TOKENS, Batch, Encoded
 from steering_vectors.errors import FitError
 from steering_vectors.measures.passes import batches_for, prompt_cache, run
-from steering_vectors.models.forward import takes
-from steering_vectors.models.hooks import record
+from steering_vectors.models.hooks import record, stopping_after
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.progress import Progress
 
@@ -189,10 +188,9 @@ def _pooled(lm: LanguageModel, batch: Batch, layers: Sequence[int], tokens: Toke
             return hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1].float(), norms
         return hidden.float().masked_fill(~response, 0).sum(1) / response.sum(1), norms
 
-    options: dict[str, Any] = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
     cache = prompt_cache(lm, batch)
-    with torch.no_grad(), record(lm.blocks, layers, pool) as outputs:
-        run(lm, batch, cache, **options)
+    with torch.no_grad(), record(lm.blocks, layers, pool) as outputs, stopping_after(lm.blocks[max(layers)]):
+        run(lm, batch, cache)
     vectors, norms = zip(*(outputs[layer] for layer in layers), strict=True)
     return Pooled(batch.indices, torch.stack(vectors, dim=1), torch.stack(norms))
 

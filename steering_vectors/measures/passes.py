@@ -10,6 +10,7 @@ import torch
 
 from steering_vectors.data.batches import Batch, Encoded, Scored, batches, scored_batches
 from steering_vectors.models.forward import takes
+from steering_vectors.models.hooks import stopping_after
 from steering_vectors.models.loading import LanguageModel
 from steering_vectors.models.shared_prompts import SharedPrompts, shares_prompts
 
@@ -31,33 +32,28 @@ def prompt_cache(lm: LanguageModel, batch: Batch) -> SharedPrompts | None:
         return None
     cache = SharedPrompts(lm)
     places = torch.arange(prompts.ids.shape[1], device=prompts.ids.device).expand_as(prompts.ids)
-    options: dict[str, Any] = {"logits_to_keep": 1} if takes(lm.model, "logits_to_keep") else {}
-    with torch.no_grad():
+    with torch.no_grad(), stopping_after(lm.blocks[-1]):
         lm.model(
             input_ids=prompts.ids,
             attention_mask=prompts.mask.long(),
             position_ids=places,
             past_key_values=cache,
             use_cache=True,
-            **options,
         )
     cache.share(prompts.owners)
     return cache
 
 
-def run(lm: LanguageModel, batch: Batch, cache: SharedPrompts | None, **options: Any) -> Any:
-    """Run the model over a batch, after the `prompt_cache` of the batch. `options` are further arguments of the
-    model."""
+def run(lm: LanguageModel, batch: Batch, cache: SharedPrompts | None) -> Any:
+    """Run the model over a batch, after the `prompt_cache` of the batch."""
     prompts = batch.prompts
     if prompts is None:
-        if takes(lm.model, "attention_mask"):
-            options["attention_mask"] = batch.mask.long()
-        return lm.model(input_ids=batch.ids, use_cache=False, **options)
+        seen = {"attention_mask": batch.mask.long()} if takes(lm.model, "attention_mask") else {}
+        return lm.model(input_ids=batch.ids, use_cache=False, **seen)
     return lm.model(
         input_ids=batch.ids,
         attention_mask=torch.cat([prompts.mask[prompts.owners], batch.mask], 1).long(),
         position_ids=prompts.lengths[prompts.owners].unsqueeze(1) + batch.positions,
         past_key_values=cache,
         use_cache=True,
-        **options,
     )

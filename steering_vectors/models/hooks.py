@@ -78,7 +78,7 @@ def intercepting(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
         taken.append(args[0])
-        return (args[0][:, -1:], *args[1:])
+        return (args[0][:, -1:].contiguous(), *args[1:])  # torch copies the weights for every row of a strided input
 
     with registered([projection.register_forward_pre_hook(hook)]):
         yield taken

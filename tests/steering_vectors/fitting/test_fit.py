@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from steering_vectors.data.chat import Example, Message, encode_example
 from steering_vectors.data.corpus import Sides, encode_corpus, sampling_prompts
@@ -112,6 +113,24 @@ def test_equal_arguments_give_bitwise_equal_profiles(lm: LanguageModel, tmp_path
     files = [save_profile(profile, tmp_path / str(i)) for i, profile in enumerate(profiles)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert fit(lm, None, preferences(), method="probe", seed=4, text_tokens=0).unit != profiles[0].unit
+
+
+@pytest.mark.parametrize(("method", "options"), [("mean-diff", {}), ("bipo", {"epochs": 1})])
+def test_rows_of_every_product_lie_together(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]
+) -> None:
+    """torch multiplies the last positions of a batch, if they are not copied first, with a copy of the weights for each
+    row: an output layer in bfloat16 takes 200 times as long."""
+    plain, strided = nn.Linear.forward, []
+
+    def forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_contiguous():
+            strided.append((layer.out_features, tuple(x.shape)))
+        return plain(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    fit(lm, None, preferences(24), method=method, name="test", options=options)
+    assert strided == []
 
 
 def test_a_profile_is_stored_and_read_whole(lm: LanguageModel, tmp_path: Path) -> None:
