@@ -28,7 +28,8 @@ FIRST_ID = 3
 class Setup:
     """What to load: `model` is a directory in transformers' format, `gguf` a file with the same weights. At most `rows`
     sequences of `length` tokens run at once. `steered` steers every block, as far as the peer can. trimtab computes in
-    bfloat16, or, if `served`, as its server does by default. With `codes` it computes from the file's codes.
+    bfloat16, or, if `served`, as its server does by default. With `codes` it computes from the file's codes. `text` are
+    ids of a text that the model can read, if there is one.
     """
 
     model: str
@@ -40,21 +41,25 @@ class Setup:
     steered: bool
     served: bool = False
     codes: bool = False
+    text: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`rows` prompts of `context` random ids, each continued by `new` tokens. Different batches share no prompt prefix,
-    so prefix caches have no effect."""
+    """`rows` prompts of `context` ids, each continued by `new` tokens: excerpts of a text, or random ids. Different
+    batches of random ids share no prompt prefix, so prefix caches have no effect."""
 
     rows: int
     context: int
     new: int
     seed: int
     vocabulary: int
+    text: Sequence[int] = ()
 
     @property
     def prompts(self) -> list[list[int]]:
+        if self.text:
+            return [list(self.text[row * self.context :][: self.context]) for row in range(self.rows)]
         draw = random.Random(f"{self.seed} {self.rows} {self.context} {self.new}")
         return [[draw.randrange(FIRST_ID, self.vocabulary) for _ in range(self.context)] for _ in range(self.rows)]
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.common.shapes import SHAPES, save_shape
 from benchmarks.peers.cases import (
+    CHECKED,
     DECODE,
     KINDS,
     MIN_AGREEMENT,
@@ -50,9 +52,11 @@ from benchmarks.peers.process import PeerFailed, running
 from benchmarks.peers.report import Outcome, plot, show
 from benchmarks.peers.venvs import VENVS
 from benchmarks.peers.write_gguf import write_gguf
+from steering_vectors.models import gguf_codes
 from steering_vectors.models.gguf import SMOLLM2, convert_gguf, find_gguf, smollm2_file
 
 PAGE = 64  # tokens; lengths are rounded up to a multiple
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @dataclass(slots=True)
@@ -140,7 +144,7 @@ class _Sizes:
     threads: int
     steering: bool
 
-    def setup(self, model: Path, gguf: Path, vocabulary: int, *, served: bool = False, codes: bool = False) -> Setup:
+    def setup(self, model: Path, gguf: Path, vocabulary: int, **options: Any) -> Setup:
         longest = max(case.length(self.steps) for case in self.cases)
         return Setup(
             model=str(model),
@@ -150,8 +154,7 @@ class _Sizes:
             rows=max(16, *(case.rows for case in self.cases)),
             length=-(-longest // PAGE) * PAGE,
             steered=self.steering,
-            served=served,
-            codes=codes,
+            **options,
         )
 
 
@@ -167,8 +170,13 @@ def _weights_of(name: str, directory: Path, sizes: _Sizes, codes: bool) -> Setup
     if file is None:
         raise typer.BadParameter(f"{name!r} is not a GGUF file", param_hint="--model")
     model = convert_gguf(file)
+    if not codes:  # other engines take every file of tensors for weights
+        model = shutil.copytree(model, directory / "bfloat16", ignore=shutil.ignore_patterns(gguf_codes.FILE))
     gguf = file if codes else write_gguf(model, directory / "bfloat16.gguf")
-    return sizes.setup(model, gguf, AutoConfig.from_pretrained(model).vocab_size, served=True, codes=codes)
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+    rows, context, _ = CHECKED
+    text = AutoTokenizer.from_pretrained(model)(README.read_text(encoding="utf-8"))["input_ids"][: rows * context]
+    return sizes.setup(model, gguf, vocabulary, served=True, codes=codes, text=text)
 
 
 def _compare(run: Run, name: str, kind: Kind) -> None:

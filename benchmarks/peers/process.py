@@ -41,9 +41,10 @@ class PeerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, command: str, *, rows: int, context: int, new: int, seed: int) -> Any:
-        """Run a method of `Peer` and return its result."""
-        batch = Batch(rows, context, new, seed, self._setup.vocabulary)
+    def ask(self, command: str, *, rows: int, context: int, new: int, seed: int, text: bool = False) -> Any:
+        """Run a method of `Peer` and return its result. With `text`, prompts are excerpts of the setup's text, if it
+        has one."""
+        batch = Batch(rows, context, new, seed, self._setup.vocabulary, self._setup.text if text else ())
         return self._ask({"command": command, **asdict(batch)}, COMMAND_S)
 
     def _ask(self, line: dict[str, Any], seconds: float) -> Any:
