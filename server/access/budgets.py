@@ -36,6 +36,7 @@ Counted = Literal["requests", "tokens"]
 MEMORY = "memory://"
 NAMESPACE = "trimtab"
 REDIS_SECONDS = 1  # how long to wait for Redis
+RETRY_SECONDS = 5.0  # after which Redis is asked again when it did not answer
 CLOCK_STEP = 5.0  # seconds by which the wall clock may differ from the other one before it counts as set anew
 
 
@@ -61,6 +62,8 @@ class Budgets:
         self._charging: set[asyncio.Task[bool]] = set()
         self._throttle = Throttle()
         self._offset = _clock_offset()
+        self._silent = False  # whether Redis did not answer when it was asked last
+        self._ask_again = 0.0
 
     @asynccontextmanager
     async def admit(self, key: Key, *, generates: bool) -> AsyncIterator[Exceeded | None]:
@@ -115,13 +118,20 @@ class Budgets:
         return await self._ask(lambda limiter: limiter.hit(_item(limit), counted, key.sha256, cost=cost))
 
     async def _ask(self, question: Callable[[FixedWindowRateLimiter], Awaitable[T]]) -> T:
-        """Ask the storage. While Redis does not answer, this process counts for itself."""
-        if self._shared is not None:
+        """Ask the storage. While Redis does not answer, this process counts for itself, and one request in
+        `RETRY_SECONDS` waits to find out whether it does again."""
+        if self._shared is not None and time.monotonic() >= self._ask_again:
+            if self._silent:
+                self._ask_again = time.monotonic() + RETRY_SECONDS
             try:
-                return await question(self._shared)
+                answer = await question(self._shared)
             except StorageError as error:
+                self._silent, self._ask_again = True, time.monotonic() + RETRY_SECONDS
                 if self._throttle.admit("storage") is not None:
                     logger.warning("the storage of limits does not answer, so this process counts alone: %s", error)
+            else:
+                self._silent, self._ask_again = False, 0.0
+                return answer
         if abs(_clock_offset() - self._offset) > CLOCK_STEP:  # the library's minutes would end hours too late
             self._offset = _clock_offset()
             await self._here.storage.reset()

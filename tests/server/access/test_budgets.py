@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -166,20 +168,48 @@ def test_a_storage_whose_library_is_missing_is_refused_by_its_flag(monkeypatch: 
         Budgets(Settings(limits_storage="redis://127.0.0.1:1"))
 
 
+class Redis:
+    """A Redis of this test's own."""
+
+    def __init__(self, program: str, directory: Path) -> None:
+        with listen("127.0.0.1", 0) as listener:
+            self._port = listener.getsockname()[1]
+        self._words = [program, "--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+        self.url = f"redis://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._words, stdout=subprocess.DEVNULL)
+        until(lambda: is_open(self._port))
+
+    def lose(self, how: str) -> None:
+        if how == "hangs":
+            self.process.send_signal(signal.SIGSTOP)
+        else:
+            self.process.kill()
+            self.process.wait()
+
+    def come_back(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+        else:
+            self.start()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    """A Redis of this test's own; skipped where there is none."""
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """Skipped where there is none."""
     pytest.importorskip("redis")
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no redis-server here")
-    with listen("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-    words = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
-        until(lambda: is_open(port))
-        yield f"redis://127.0.0.1:{port}"
-        process.terminate()
+    found = Redis(program, tmp_path)
+    yield found
+    found.stop()
 
 
 def is_open(port: int) -> bool:
@@ -195,9 +225,9 @@ async def admitted(budgets: Budgets) -> Exceeded | None:
         return exceeded
 
 
-def test_servers_share_what_redis_counts(redis_url: str) -> None:
+def test_servers_share_what_redis_counts(redis: Redis) -> None:
     async def main() -> list[Exceeded | None]:
-        one, other, apart = (Budgets(Settings(limits_storage=url)) for url in (redis_url, redis_url, MEMORY))
+        one, other, apart = (Budgets(Settings(limits_storage=url)) for url in (redis.url, redis.url, MEMORY))
         found = [await admitted(one), await admitted(other)]
         one.charge(KEY, 12)
         await asyncio.gather(*one._charging)
@@ -227,6 +257,46 @@ def test_without_an_answer_of_redis_a_server_counts_alone(caplog: pytest.LogCapt
     assert last.message.startswith("the key 'a' has used up its 3 requests per minute")
     (record,) = (record for record in caplog.records if record.name == "server.access.budgets")
     assert "the storage of limits does not answer" in record.getMessage()
+
+
+@pytest.mark.parametrize("lost", ["hangs", "ends"])
+def test_redis_is_lost_and_comes_back(redis: Redis, lost: str) -> None:
+    """Only the first request waits for it. What it counted before is counted on."""
+
+    async def main() -> list[tuple[Exceeded | None, int]]:
+        budgets, asked = Budgets(Settings(limits_storage=redis.url)), 0
+        shared = budgets._shared
+        assert shared is not None
+        hit = shared.hit
+
+        async def counted(*given: Any, **options: Any) -> bool:
+            nonlocal asked
+            asked += 1
+            return await hit(*given, **options)
+
+        shared.hit = counted  # type: ignore[method-assign]
+
+        async def after() -> tuple[Exceeded | None, int]:
+            return await admitted(budgets), asked
+
+        found = [await after(), await after()]
+        redis.lose(lost)
+        found += [await after() for _ in range(3)]
+        redis.come_back()
+        found.append(await after())
+        budgets._ask_again = 0.0  # as after RETRY_SECONDS
+        found += [await after(), await after()]
+        await budgets.close()
+        return found
+
+    found = asyncio.run(main())
+    # with Redis, 2 of its 3; without it, all 3 of this process; then the fourth; and Redis again
+    assert [asked for _, asked in found[:2]] == [1, 2]
+    assert len({asked for _, asked in found[2:6]}) == 1
+    assert [exceeded is None for exceeded, _ in found[:6]] == [True] * 5 + [False]
+    left = 1 if lost == "hangs" else 2  # one that ended has forgotten what it counted
+    assert [exceeded is None for exceeded, _ in found[6:]] == [True, left > 1]
+    assert found[-1][1] == found[5][1] + 2
 
 
 @pytest.mark.parametrize("step", [-3600.0, 3600.0])

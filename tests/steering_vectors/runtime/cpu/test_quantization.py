@@ -196,7 +196,7 @@ def test_a_quantised_server_accepts_profiles_of_the_plain_model(kind: Kind, tmp_
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (lambda: tiny_model("llama"), "is for models in bfloat16, not float32: use dtype bfloat16, or leave quantize out"),
+        (lambda: tiny_model("llama"), "for models in bfloat16, not float32: use dtype bfloat16, or leave quantize out"),
         (lambda: tiny_model("llama").half(), "not float16: use dtype bfloat16"),
         (
             lambda: tiny_model("llama").to("meta"),
