@@ -38,10 +38,10 @@ install: $(VENV)/.runtime  ## Install what serving needs into .venv
 
 dev: $(VENV)/.dev  ## Install what tests, lint, docs and benchmarks need as well
 
-# Feedback and the generations that it names are stored in FEEDBACK on this machine; FEEDBACK= switches it off.
+# Feedback, the generations that it names and jobs are stored in FEEDBACK on this machine; FEEDBACK= switches them off.
 serve: $(VENV)/.runtime  ## Serve SmolLM2-135M-Instruct (or MODEL=demo) with its profiles on 127.0.0.1:8000
 	$(if $(filter demo,$(MODEL)),$(BIN)/python scripts/demo_profiles.py --out $(PROFILES))
-	exec $(BIN)/trimtab serve --model $(MODEL) --profiles $(PROFILES) $(and $(FEEDBACK),--feedback-database $(FEEDBACK) --keep-generations $(KEEP_GENERATIONS))
+	exec $(BIN)/trimtab serve --model $(MODEL) --profiles $(PROFILES) $(and $(FEEDBACK),--feedback-database $(FEEDBACK) --keep-generations $(KEEP_GENERATIONS) --jobs)
 
 demo-profiles: $(VENV)/.runtime  ## Fit the profiles of the demo model that are missing
 	$(BIN)/python scripts/demo_profiles.py --out $(PROFILES)

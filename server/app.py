@@ -18,12 +18,13 @@ from server.access.budgets import Budgets
 from server.access.gate import Gate, tenant_of
 from server.access.keyring import KeyRing
 from server.access.refusals import Refusals
-from server.api import feedback_routes, operations, profile_changes, profiles
+from server.api import feedback_routes, job_routes, operations, profile_changes, profiles
 from server.api.dependencies import generates
 from server.api.document import DESCRIPTION, OTHER_ERRORS, TAGS, openapi_document
 from server.api.native import generate, steering_routes
 from server.api.openai import routes as openai
 from server.engines.protocol import Engine
+from server.http.direct import DirectRoutes
 from server.http.error_responses import install_error_handlers
 from server.http.middleware import PAGE_FILES, BodyLimit, RoomCheck
 from server.observability.observe import ObserveRequests
@@ -42,6 +43,7 @@ ROUTERS = (
     profiles.router,
     profile_changes.router,
     feedback_routes.router,
+    job_routes.router,
     operations.router,
 )
 ROUTES = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
@@ -79,6 +81,7 @@ def create_app(
     install_error_handlers(app, service.retry_after)
     for router in ROUTERS:
         app.include_router(router)
+    app.add_middleware(DirectRoutes, routes={("POST", feedback_routes.GIVE_PATH): feedback_routes.give_directly})
     app.add_middleware(
         RoomCheck,
         paths={route.path for route in ROUTES if generates(route)},

@@ -1,4 +1,5 @@
-"""The command `trimtab`: `serve`, `chat`, `profiles`, `keys`, and the offline commands of `steering_vectors.cli`.
+"""The command `trimtab`: `serve`, `chat`, those of a server and its database, and the offline commands of
+`steering_vectors.cli`.
 
 What a command needs is imported when it runs, so that `--help` answers at once and `fit` never loads the server.
 """
@@ -26,6 +27,7 @@ from typer.core import TyperCommand
 from server.access.commands import keys
 from server.chat.profile_commands import profiles
 from server.feedback.feedback_commands import feedback
+from server.jobs.job_commands import jobs
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
@@ -199,6 +201,7 @@ def chat(
 app.add_typer(profiles, name="profiles")
 app.add_typer(keys, name="keys")
 app.add_typer(feedback, name="feedback")
+app.add_typer(jobs, name="jobs")
 register(app)
 
 

@@ -52,9 +52,9 @@ def _setting(panel: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
 
 
-_model, _serving, _steering, _limits, _performance, _gpu, _security, _logging, _feedback = (
+_model, _serving, _steering, _limits, _performance, _gpu, _security, _logging, _feedback, _jobs = (
     partial(_setting, panel)
-    for panel in ("Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging", "Feedback")
+    for panel in "Model Serving Steering Limits Performance GPU Security Logging Feedback Jobs".split()
 )
 
 
@@ -284,6 +284,38 @@ class Settings(BaseSettings):
     keep_feedback: str = _feedback(
         "forever", "How long feedback is kept, with its copies of prompts and texts: a time as above, or forever."
     )
+
+    jobs: bool = _jobs(
+        False,
+        "Run fits, calibrations and evaluations that are asked for over HTTP, in processes of their own. Needs "
+        "--feedback-database, where jobs are stored.",
+    )
+    jobs_at_once: int = _jobs(
+        1, "Maximum number of jobs that run at once on this machine, of all servers of this user.", ge=1, le=64
+    )
+    jobs_device: str = _jobs(
+        "cpu", "The device of jobs: cpu, cuda or cuda:N. Each job loads the model again, beside the one that is served."
+    )
+    jobs_data: Path | None = _jobs(
+        None, "The directory whose files jobs may read as preference data; by default they may read none."
+    )
+    keep_jobs: str = _jobs("30d", "How long jobs that have ended are kept, with their logs: 12h, 30d, or forever.")
+
+    @model_validator(mode="after")
+    def _check_jobs(self) -> Self:
+        try:
+            seconds_of(self.keep_jobs)
+        except ValueError as error:
+            raise ValueError(f"--keep-jobs {error}") from error
+        if self.jobs and self.feedback_database is None:
+            raise ValueError("--jobs needs a database to store jobs in: give --feedback-database")
+        if self.jobs and self.tensor_parallel:
+            raise ValueError("--jobs loads the model in one process: leave it out, or serve without --tensor-parallel")
+        if not self.jobs:
+            for name in ("jobs_at_once", "jobs_device", "jobs_data", "keep_jobs"):
+                if name in self.model_fields_set:
+                    raise ValueError(f"--{name.replace('_', '-')} is for jobs: leave it out, or give --jobs")
+        return self
 
     @model_validator(mode="after")
     def _check_feedback(self) -> Self:

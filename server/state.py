@@ -27,6 +27,8 @@ from server.generation.load import MIN_RETRY_SECONDS, Load
 from server.generation.request_limits import RequestLimits
 from server.generation.token_texts import TokenTexts
 from server.http.middleware import BytesInFlight
+from server.jobs.job import NO_JOBS, JobsOff, ServedModel
+from server.jobs.job_service import Jobs
 from server.observability.logs import LogFormat, set_up_logs, set_up_transformers_logs
 from server.observability.metrics import Metrics, Snapshot
 from server.profiles.changes import ProfileChanges
@@ -57,6 +59,7 @@ class Service:
         self._registry: ProfileRegistry | None = None
         self._changes: ProfileChanges | None = None
         self._feedback: FeedbackStore | None = None
+        self._jobs: Jobs | None = None
         self._loading: asyncio.Task[None] | None = None
         self._loaded = asyncio.Event()
         self._failure: Exception | None = None
@@ -111,6 +114,8 @@ class Service:
     def drain(self) -> None:
         """Take no new generations; /ready says so. What runs goes on, and its steering can still be changed."""
         self._draining = True
+        if self._jobs is not None:
+            self._jobs.drain()
 
     @property
     def engine(self) -> Engine:
@@ -142,6 +147,14 @@ class Service:
         if self._feedback is None:
             raise FeedbackOff(NO_FEEDBACK)
         return self._feedback
+
+    @property
+    def jobs(self) -> Jobs:
+        """Raises JobsOff if the server runs none."""
+        self.check_ready()
+        if self._jobs is None:
+            raise JobsOff(NO_JOBS)
+        return self._jobs
 
     @property
     def model_name(self) -> str:
@@ -202,6 +215,8 @@ class Service:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
+        if self._jobs is not None:
+            await self._jobs.close()
         if self._registry is not None:
             await self._registry.stop()
         if self._changes is not None:
@@ -234,6 +249,7 @@ class Service:
             answer_values=self._budget.used,
             changes={} if self._changes is None else {**self._changes.counts},
             feedback_waiting=0 if self._feedback is None else self._feedback.waiting,
+            jobs={} if self._jobs is None else {(state,): count for state, count in self._jobs.counts.items()},
         )
 
     async def _open_feedback(self) -> FeedbackStore | None:
@@ -250,10 +266,33 @@ class Service:
             )
         )
 
+    def _open_jobs(self) -> Jobs | None:
+        """Within the thread that loads."""
+        settings, feedback = self.settings, self._feedback
+        if not settings.jobs:
+            return None
+        assert feedback is not None
+        assert settings.feedback_database is not None
+        from server.jobs.worker import WorkerSettings
+
+        make = partial(
+            WorkerSettings,
+            settings.feedback_database,
+            str(settings.profiles.resolve()),
+            model=_of_jobs(settings),
+            allow_model_mismatch=settings.allow_model_mismatch,
+            at_once=settings.jobs_at_once,
+            log_format=settings.log_format,
+            log_level=settings.log_level,
+        )
+        keep, data = seconds_of(settings.keep_jobs), settings.jobs_data
+        return Jobs.open(feedback.database, settings.profiles, make, keep=keep, data=data)
+
     async def _load(self) -> None:
         try:
             config = self.settings.engine_config()
             self._feedback = await self._open_feedback()
+            self._jobs = await self._loader.run(self._open_jobs)
             if self._given is not None:
                 self._engine = self._given
             elif self.settings.engine_process:
@@ -280,6 +319,8 @@ class Service:
             await self._registry.start()
             if self._feedback is not None:
                 self._feedback.start()
+            if self._jobs is not None:
+                self._jobs.start(self._changes)
         except Exception as error:
             if not isinstance(error, TrimtabError):
                 logger.exception("loading failed")
@@ -292,6 +333,18 @@ class Service:
         finally:
             self._loaded.set()
             self._loader.close()
+
+
+def _of_jobs(settings: Settings) -> ServedModel:
+    """The served model, as jobs load it: from the same weights, on the device of jobs."""
+    return ServedModel(
+        settings.model,
+        settings.dtype,
+        settings.jobs_device,
+        None if settings.adapter is None else str(settings.adapter),
+        settings.chat_template,
+        settings.revision,
+    )
 
 
 def _build_in_process(config: EngineConfig, log_format: LogFormat, log_level: str) -> Engine:

@@ -57,15 +57,25 @@ class Connection:
     ) -> None:
         self._writer.close()
 
+    async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """POST a body and read the whole answer. Returns the status and the body."""
+        headers = await self._send(path, body)
+        size = headers.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]
+        return int(headers[9:12]), await self._reader.readexactly(int(size))
+
     async def stream(self, path: str, body: bytes) -> Reply:
         """POST a body and read the whole reply. Raises RuntimeError for any status other than 200."""
-        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n{self._authorization}"
         reply = Reply(perf_counter())
-        self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        headers = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        headers = await self._send(path, body)
         if b" 200 " not in headers.split(b"\r\n", 1)[0] or b"transfer-encoding: chunked" not in headers:
             raise RuntimeError(f"{path}: {headers.decode()}{(await self._reader.read(2000)).decode()}")
         while size := int(await self._reader.readline(), 16):
             reply.frames.append((perf_counter(), (await self._reader.readexactly(size + 2))[:-2]))
         await self._reader.readline()
         return reply
+
+    async def _send(self, path: str, body: bytes) -> bytes:
+        """POST a body. Returns the status line and the headers of the answer, in lower case."""
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n{self._authorization}"
+        self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        return (await self._reader.readuntil(b"\r\n\r\n")).lower()

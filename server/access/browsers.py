@@ -7,6 +7,7 @@ import base64
 import hashlib
 import ipaddress
 import re
+from functools import lru_cache
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +19,7 @@ from server.settings import Settings, is_loopback
 
 PROBES = frozenset({"/health", "/ready"})  # asked by address, by supervisors
 SECONDS_OF_PREFLIGHTS = 600
+KNOWN_HOSTS = 16  # Host headers that are not looked at again
 EXPOSED_HEADERS = ("etag", "retry-after", "x-request-id", "www-authenticate")
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -30,6 +32,8 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'{scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+OF_PAGES = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+OF_OTHERS = [*OF_PAGES, (b"content-security-policy", CLOSED_POLICY.encode())]
 INLINE_SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 
@@ -44,18 +48,20 @@ class HostCheck:
         self._app = app
         self._allowed = tuple(name.lower() for name in allowed)
         self._refusals = refusals
+        self._allows = lru_cache(KNOWN_HOSTS)(self._look_at)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
             return await self._app(scope, receive, send)
         host = Headers(scope=scope).get("host", "")
-        if self._allows(host_name(host)):
+        if self._allows(host):
             return await self._app(scope, receive, send)
         message = f"this server does not answer to the host {host[:100]!r}: name it with --allowed-hosts if it should"
         self._refusals.note(scope, "host_not_allowed")
         return await error_response(403, message, code="host_not_allowed")(scope, receive, send)
 
-    def _allows(self, name: str) -> bool:
+    def _look_at(self, header: str) -> bool:
+        name = host_name(header)
         if name == "localhost" or name.endswith(".localhost") or _is_loopback_address(name):
             return True
         return any(name.endswith(one[1:]) if one.startswith("*.") else name == one for one in self._allowed)
@@ -97,13 +103,13 @@ class SecurityHeaders:
         async def protected(message: Message) -> None:
             nonlocal held
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-                if headers.get("content-type", "").startswith("text/html"):
+                given = dict(message["headers"])  # by lower-case names
+                is_page = given.get(b"content-type", b"").startswith(b"text/html")
+                added = (one for one in (OF_PAGES if is_page else OF_OTHERS) if one[0] not in given)
+                message["headers"] = [*message["headers"], *added]
+                if is_page:
                     held = message
                     return
-                headers.setdefault("content-security-policy", CLOSED_POLICY)
             elif held is not None:
                 MutableHeaders(scope=held)["content-security-policy"] = page_policy(message.get("body", b""))
                 await send(held)

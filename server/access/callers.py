@@ -16,9 +16,9 @@ def _free_of_charge(tokens: int) -> None: ...
 class Caller:
     """The holder of a key. The default is anybody, on a server without keys: nothing is kept from them.
 
-    `tenant` is whose prompts and generations a request's are. `charge` counts generated tokens against the key's
-    budget. The id of a generation ends in a code made from `secret` and the tenant, which shows later whose it is, so
-    nothing has to be remembered for it.
+    `tenant` is whose prompts and generations a request's are. Feedback may also name generations of the tenants
+    `speaks_for`. `charge` counts generated tokens against the key's budget. The id of a generation ends in a code made
+    from `secret` and the tenant, which shows later whose it is, so nothing has to be remembered for it.
     """
 
     name: str = ""
@@ -26,6 +26,7 @@ class Caller:
     is_admin: bool = True
     secret: bytes = b""
     charge: Callable[[int], None] = _free_of_charge
+    speaks_for: frozenset[str] = frozenset()
 
     def new_id(self, prefix: str) -> str:
         """The id of a new generation."""

@@ -49,6 +49,12 @@ def add(
     concurrent_requests: Annotated[
         int | None, typer.Option(help="Its requests at once, instead of the server's setting.", min=1)
     ] = None,
+    speaks_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With the scope feedback: the name of a key whose generations its feedback may name; may be repeated."
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Generate a key, print it once, and store its SHA-256."""
@@ -61,6 +67,7 @@ def add(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         concurrent_requests=concurrent_requests,
+        speaks_for=speaks_for or (),
     )
     if json_:
         print(json.dumps({"name": key.name, "key": secret, **_described(key)}))
@@ -80,8 +87,9 @@ def list_(api_key_file: KeyFile, json_: AsJson = False) -> None:
         return
     for key in found:
         described = _described(key)
-        budgets = [f"{name.replace('_', '-')} {value}" for name, value in described.items() if name not in _OF_ALL]
-        print("  ".join([key.name, ",".join(key.scopes), key.created or "in plain text", *budgets]))
+        shown = {name: ",".join(value) if isinstance(value, list) else value for name, value in described.items()}
+        further = [f"{name.replace('_', '-')} {value}" for name, value in shown.items() if name not in _OF_ALL]
+        print("  ".join([key.name, shown["scopes"], key.created or "in plain text", *further]))
 
 
 @keys.command()

@@ -37,10 +37,10 @@ def is_open(path: str) -> bool:
 
 
 def scope_needed(method: str, path: str) -> KeyScope:
-    """What a key must be for: `admin` to change profiles or settings, to read the files and history of profiles, and to
-    read or delete feedback; `feedback` to give feedback, else `generate`."""
+    """What a key must be for: `admin` to change profiles or settings, to read the files and history of profiles, for
+    jobs, and to read or delete feedback; `feedback` to give feedback, else `generate`."""
     first, *rest = path.split("/")[1:]
-    if first == "audit" or (first in ("profiles", "settings") and (method not in READING or len(rest) > 1)):
+    if first in ("audit", "jobs") or (first in ("profiles", "settings") and (method not in READING or len(rest) > 1)):
         return "admin"
     if first == "feedback":
         return "feedback" if method not in READING and path == "/feedback" else "admin"
@@ -104,8 +104,13 @@ class Gate:
     def _caller(self, key: Key) -> Caller:
         return Caller(
             name=key.name,
-            tenant=digest_of(f"tenant {key.sha256}".encode()),
+            tenant=_tenant(key),
             is_admin="admin" in key.scopes,
             secret=self._secret,
             charge=partial(self._budgets.charge, key),
+            speaks_for=frozenset(map(_tenant, self._keys.named(key.speaks_for))) if key.speaks_for else frozenset(),
         )
+
+
+def _tenant(key: Key) -> str:
+    return digest_of(f"tenant {key.sha256}".encode())

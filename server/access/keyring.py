@@ -5,15 +5,14 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from server.access.keys import Key, KeyFileError, digest_of, read_keys
+from server.access.keys import OF_SETTINGS, Key, KeyFileError, digest_of, read_keys
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKS = 1.0
-OF_SETTINGS = "settings"  # the name of the key that is given as a setting
 
 
 class KeyRing:
@@ -42,6 +41,10 @@ class KeyRing:
         digest = digest_of(secret)
         matches = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
         return matches[0] if matches else None
+
+    def named(self, names: Collection[str]) -> list[Key]:
+        """Those of the keys that have these names, as of the last look at the file."""
+        return [key for key in self._keys if key.name in names]
 
     @property
     def _keys(self) -> list[Key]:

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from steering_vectors.errors import TrimtabError
 
 Scope = Literal["generate", "feedback", "admin"]
+KeyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 BYTES_OF_RANDOMNESS = 32
 GENERATED = "trimtab_"  # how generated keys begin, so that scanners for leaked secrets recognise them
 MAX_FILE_BYTES = 2**20
 PLAIN_LINE = "line-{number}"  # the name of a key in plain text
+OF_PLAIN_LINE = re.compile(r"line-\d+")
+OF_SETTINGS = "settings"  # the name of the key that is given as a setting
 
 
 class KeyFileError(TrimtabError):
@@ -37,17 +42,29 @@ class KeyFileError(TrimtabError):
 
 
 class Key(BaseModel):
-    """One key, by its digest. Budgets that are None are those of the server's settings."""
+    """One key, by its digest. Budgets that are None are those of the server's settings. `speaks_for` are the names of
+    keys whose generations its feedback may name, beside its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: KeyName
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
     scopes: list[Scope] = Field(default=["generate"], min_length=1)
     created: str = ""
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
     concurrent_requests: int | None = Field(default=None, ge=1)
+    speaks_for: list[KeyName] | None = Field(default=None, min_length=1)
+
+    @field_validator("speaks_for")
+    @classmethod
+    def _names_that_last(cls, names: list[str] | None, known: ValidationInfo) -> list[str] | None:
+        if names and "feedback" not in known.data.get("scopes", ()):
+            raise PydanticCustomError("scope", "it is for keys with the scope feedback")
+        if plain := [name for name in names or () if OF_PLAIN_LINE.fullmatch(name)]:
+            message = "{name} is the name of a line, which changes: give that key a name of its own"
+            raise PydanticCustomError("name", message, {"name": plain[0]})
+        return names
 
     @classmethod
     def plain(cls, name: str, secret: str) -> Self:
@@ -118,9 +135,10 @@ def add_key(
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
     concurrent_requests: int | None = None,
+    speaks_for: Sequence[str] = (),
 ) -> tuple[str, Key]:
-    """Generate a key and write its digest into a file, which is created if it is missing. Returns the key's text, which
-    is stored nowhere. Raises KeyFileError."""
+    """Generate a key and write its digest into a file, which is created if it is missing. `speaks_for` names keys of
+    the file, or the one of the settings. Returns the key's text, which is stored nowhere. Raises KeyFileError."""
     secret = GENERATED + secrets.token_urlsafe(BYTES_OF_RANDOMNESS)
     try:
         key = Key(
@@ -131,6 +149,7 @@ def add_key(
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             concurrent_requests=concurrent_requests,
+            speaks_for=list(dict.fromkeys(speaks_for)) or None,
         )
     except ValidationError as error:
         detail = error.errors(include_input=False)[0]
@@ -138,6 +157,9 @@ def add_key(
     with _changing(path) as (lines, known):
         if any(one.name == name for one in known):
             raise KeyFileError(f"the key {name!r} exists already: revoke it first, or choose another name")
+        names = {OF_SETTINGS, *(one.name for one in known)}
+        if unknown := [one for one in key.speaks_for or () if one not in names]:
+            raise KeyFileError(f"there is no key {unknown[0]!r} in {path} to speak for: add that one first")
         lines.append(key.model_dump_json(exclude_none=True))
     return secret, key
 

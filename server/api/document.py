@@ -24,15 +24,16 @@ DESCRIPTION = """\
 Text from a language model that is steered while it is generated. All routes answer errors with OpenAI's error object.
 Unknown and unsupported fields are refused by name. A server with keys requires `Authorization: Bearer KEY`. It answers
 401 without one, 403 to a key without the scope that a route needs, and 429 to a key whose budget is used up. All routes
-need the scope `generate`, but those that change profiles or show their files and history need `admin`; feedback needs
-`feedback` to give it, and `admin` to read or delete it. Bodies are JSON of at most `--max-body-bytes`, by default 4 MiB
-(413), except uploads of profiles: files of at most 64 MiB."""
+need the scope `generate`, but those that change profiles or show their files and history need `admin`, as jobs do;
+feedback needs `feedback` to give it, and `admin` to read or delete it. Bodies are JSON of at most `--max-body-bytes`,
+by default 4 MiB (413), except uploads of profiles: files of at most 64 MiB."""
 TAGS = [
     {"name": "OpenAI", "description": "OpenAI's API, with the field `steering` and vLLM's extensions."},
     {"name": "native", "description": "trimtab's own short form."},
     {"name": "steering", "description": "Compare steerings, change a running one, and look at what one would do."},
     {"name": "profiles", "description": "The served profiles, their versions and aliases."},
     {"name": "feedback", "description": "What people say about answers; off without `--feedback-database`."},
+    {"name": "jobs", "description": "Fits, calibrations and evaluations in the background; off without `--jobs`."},
     {"name": "operations", "description": "The state of the server."},
 ]
 ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
@@ -46,14 +47,15 @@ ERRORS: Mapping[int, tuple[str, ErrorAnswer]] = {
         ),
     ),
     404: (
-        "The model, profile, generation or user does not exist, or the server keeps no feedback.",
+        "The model, profile, generation, user or job does not exist, or the server keeps no feedback or runs no jobs.",
         error_object(
             "profile 'kind' is not served; served are: concise, warm", param="steering", code="profile_not_found"
         ),
     ),
     409: (
         "The generation has already ended; an idempotency key was used for something else; or the profile or version "
-        "cannot be changed: it is in use, comes with trimtab, or the profile directory is read-only.",
+        "cannot be changed: it is in use, comes with trimtab, or the profile directory is read-only; or the job has "
+        "ended, or has not.",
         error_object("the generation has ended", status=409, code="conflict"),
     ),
     412: (
@@ -117,14 +119,23 @@ OTHER_ERRORS: dict[int | str, Json] = {
 }
 
 
-def declare(answer: Any, *errors: int, stream: Any = None, ends_in: str | None = None, creates: bool = False) -> Json:
+def declare(
+    answer: Any,
+    *errors: int,
+    stream: Any = None,
+    ends_in: str | None = None,
+    creates: bool = False,
+    status: int | None = None,
+) -> Json:
     """What a route's decorator says about its answer, the events of its stream, and its errors by status. A stream may
-    also send an error as an event, and `ends_in` as a last one that is not JSON. One that `creates` may answer 201."""
+    also send an error as an event, and `ends_in` as a last one that is not JSON. One that `creates` may answer 201.
+    `status` is that of the answer, if it is not 200."""
     content = {} if stream is None else {"text/event-stream": _stream(stream, ends_in)}
     success: Json = {"description": "Success.", "model": answer, "content": content}
     created = {201: {"description": "Created.", "model": answer}} if creates else {}
     failures = {status: {"description": ERRORS[status][0], "model": ErrorAnswer} for status in errors}
-    return {"response_model": None, "responses": {200: success, **created, **failures}}
+    own = {} if status is None else {"status_code": status}
+    return {"response_model": None, "responses": {status or 200: success, **created, **failures}, **own}
 
 
 def declare_file(*errors: int) -> Json:

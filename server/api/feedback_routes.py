@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, cast
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
+from fastapi.responses import JSONResponse
 from pydantic import (
     AwareDatetime,
     BaseModel,
@@ -15,12 +16,15 @@ from pydantic import (
     Discriminator,
     Field,
     GetJsonSchemaHandler,
+    TypeAdapter,
     ValidationError,
     WrapValidator,
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 from typing_extensions import TypedDict
 
+from server.access.callers import Caller
+from server.access.gate import CALLER
 from server.api.dependencies import CallerDep, ReadyDep, ServiceDep
 from server.api.document import declare
 from server.api.fields.body import Body
@@ -41,8 +45,10 @@ from server.feedback.items import (
 from server.feedback.keeping import who
 from server.feedback.store import FeedbackStore
 from server.http.answers import about
+from server.http.direct import valid, valid_body
 from server.http.error_responses import status_of
-from server.http.middleware import StrictRoute
+from server.http.middleware import StrictRequest, StrictRoute
+from server.state import Service
 from steering_vectors.errors import TrimtabError
 
 MAX_TEXT = 2**17  # characters of a prompt or an answer
@@ -323,7 +329,10 @@ def _declare(answer: Any, *errors: int, status: int) -> dict[str, Any]:
     return {**declared, "status_code": status, "responses": {status: responses.pop(200), **responses}}
 
 
-@router.post("/feedback", summary="Give feedback", **_declare(FeedbackAnswer, 400, 404, 409, 410, 429, 503, status=201))
+GIVE_PATH = "/feedback"
+
+
+@router.post(GIVE_PATH, summary="Give feedback", **_declare(FeedbackAnswer, 400, 404, 409, 410, 429, 503, status=201))
 async def give(
     body: GivenList,
     response: Response,
@@ -340,19 +349,44 @@ async def give(
     answer, with the header `idempotent-replayed: true`, and other feedback a 409. Keys count for each API key, and as
     long as the feedback is kept. Only generations of the same API key can be named, except by an admin.
     """
-    kinds = Counter(one.kind for one in body)
+    answer, headers = await _given(body, idempotency_key, store, service, caller)
+    response.headers.update(headers)
+    return answer
+
+
+async def _given(
+    body: GivenList, key: str | None, store: FeedbackStore, service: Service, caller: Caller
+) -> tuple[FeedbackAnswer, dict[str, str]]:
+    """The answer to feedback, and its headers."""
     try:
-        added = await store.add(_items(body, idempotency_key), who(caller))
+        added = await store.add(_items(body, key), who(caller))
     except TrimtabError as error:
         failed = status_of(error) in (429, 503)
-        for kind, count in kinds.items():
+        for kind, count in Counter(one.kind for one in body).items():
             service.metrics.feedback(kind, "failed" if failed else "refused", count)
         raise
-    for one, stored in zip(body, added, strict=True):
-        service.metrics.feedback(one.kind, "replayed" if stored.replayed else "stored")
-    if all(stored.replayed for stored in added):
-        response.headers["idempotent-replayed"] = "true"
-    return {"feedback": [{"id": one.id, "created_at": _time(one.created)} for one in added]}
+    outcomes = Counter((one.kind, stored.replayed) for one, stored in zip(body, added, strict=True))
+    for (kind, replayed), count in outcomes.items():
+        service.metrics.feedback(kind, "replayed" if replayed else "stored", count)
+    headers = {"idempotent-replayed": "true"} if all(stored.replayed for stored in added) else {}
+    return {"feedback": [{"id": one.id, "created_at": _time(one.created)} for one in added]}, headers
+
+
+GIVEN: TypeAdapter[Any] = TypeAdapter(GivenList)
+KEY: TypeAdapter[str] = TypeAdapter(IdempotencyKey)
+
+
+async def give_directly(request: StrictRequest) -> Response:
+    """`give` for `DirectRoutes`: an application may send thousands of votes a minute."""
+    service: Service = request.app.state.service
+    store = service.feedback
+    key = request.headers.get("idempotency-key")
+    if key is not None:
+        key = valid(key, KEY, "header", "idempotency-key")
+    body = await valid_body(request, GIVEN)
+    caller: Caller = getattr(request.state, CALLER)
+    answer, headers = await _given(body, key, store, service, caller)
+    return JSONResponse(answer, 201, headers)
 
 
 @router.get("/feedback", summary="List feedback", **declare(FeedbackPage, 400, 404, 503))

@@ -147,28 +147,35 @@ async def rollback(
     "/profiles/{name}/versions/{version}", summary="Delete a version that is kept", **declare(DeletedVersion, *CHANGING)
 )
 async def delete_version(
-    name: ProfileName, version: VersionText, service: ReadyDep, author: AuthorDep
+    name: ProfileName, version: VersionText, service: ReadyDep, conditions: ConditionsDep, author: AuthorDep
 ) -> DeletedVersion:
     """Delete a version that was replaced, to free its space. One that is current, in use or has an alias is a 409."""
-    return {"name": name, "version": await service.changes.delete_version(name, version, author)}
+    return {"name": name, "version": await service.changes.delete_version(name, version, conditions, author)}
 
 
 @router.put("/profiles/{name}/aliases/{alias}", summary="Set an alias", **declare(ChangedAlias, *CHANGING))
 async def set_alias(
-    name: ProfileName, alias: AliasName, body: AliasBody, service: ReadyDep, author: AuthorDep
+    name: ProfileName,
+    alias: AliasName,
+    body: AliasBody,
+    service: ReadyDep,
+    conditions: ConditionsDep,
+    author: AuthorDep,
 ) -> ChangedAlias:
     """Give a version of a profile another name, for requests that name NAME#ALIAS. The version is kept as long as it
     has an alias. With `stable`, the plain name means that version instead of the latest. With a share, such as 0.1 for
     `canary`, this part of the requests for the plain name get the alias' version; requests of one `user` always get
     the same. Receipts have the version."""
-    made = await service.changes.set_alias(name, alias, body.version, body.share, author)
+    made = await service.changes.set_alias(name, alias, body.version, body.share, conditions, author)
     return {"name": name, "alias": alias, "version": made.version, "share": made.share}
 
 
 @router.delete("/profiles/{name}/aliases/{alias}", summary="Delete an alias", **declare(ChangedAlias, *CHANGING))
-async def delete_alias(name: ProfileName, alias: AliasName, service: ReadyDep, author: AuthorDep) -> ChangedAlias:
+async def delete_alias(
+    name: ProfileName, alias: AliasName, service: ReadyDep, conditions: ConditionsDep, author: AuthorDep
+) -> ChangedAlias:
     """Delete an alias. Its version stays."""
-    gone = await service.changes.delete_alias(name, alias, author)
+    gone = await service.changes.delete_alias(name, alias, conditions, author)
     return {"name": name, "alias": alias, "version": gone.version, "share": gone.share}
 
 

@@ -60,6 +60,14 @@ class Remote:
                 self._read(response)
             return response.content
 
+    def events(self, path: str) -> Iterator[Json]:
+        """The events of a stream that a route answers, to its end. Raises RemoteError."""
+        with self._remote_errors(), self._client.stream("GET", path) as response:
+            if response.status_code != 200:
+                self._read(response)
+            for data in event_data(response.iter_bytes()):
+                yield self._checked(json.loads(data))
+
     def stream(self, body: Json) -> Generator[Json, None, None]:
         """The chunks of a chat completion as they come; closing the iterator ends the reply. Raises RemoteError."""
         options = {"stream": True, "stream_options": {"include_usage": True}}

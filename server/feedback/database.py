@@ -29,9 +29,9 @@ T = TypeVar("T")
 
 MIGRATIONS = Path(__file__).resolve().parent / "migrations"
 ADVISORY_LOCK = 0x7472696D746162  # of PostgreSQL; one writer at a time, as SQLite has it
+LOCK = text("SELECT pg_advisory_xact_lock(:lock)")
 BUSY_SECONDS = 15.0  # for which a writer waits for another one
 CONNECT_SECONDS = 60.0  # for which a server waits for its database at start
-WRITES = {"trimtab_writes": True}
 
 logging.getLogger("alembic").setLevel(logging.WARNING)  # it says at length what it is made of
 
@@ -47,6 +47,7 @@ class Database:
             self.engine = _sqlite_engine(self.url) if self.is_sqlite else _postgres_engine(self.url)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise ConfigurationError(_needs(self.url, error)) from error
+        self._writes = self.engine.execution_options(trimtab_writes=True)
 
     @property
     def shown(self) -> str:
@@ -62,9 +63,9 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that no other writer runs beside, in this process or another one."""
-        with self.engine.connect().execution_options(**WRITES) as connection, connection.begin():
+        with self._writes.connect() as connection, connection.begin():
             if not self.is_sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": ADVISORY_LOCK})
+                connection.execute(LOCK, {"lock": ADVISORY_LOCK})
             yield connection
 
     def migrate(self, *, patience: float = 1.0) -> None:

@@ -104,7 +104,7 @@ def import_(
     json_: AsJson = False,
 ) -> None:
     """Read feedback from a file. What is there already, and what belongs to a deleted user, is left out."""
-    from server.feedback import queries
+    from server.feedback import adding
     from server.feedback.trl import read_rows
     from steering_vectors.errors import DataError
     from steering_vectors.reports.terminal import progress_on_stderr
@@ -118,7 +118,7 @@ def import_(
                 read = _counted(read_rows(lines, str(file), time.time()), "import", total, progress)
                 while batch := list(islice(read, TOGETHER)):
                     with database.writing() as connection:
-                        counts.update(queries.restore(connection, one) for one in batch)
+                        counts += adding.restore(connection, batch)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"it cannot be read ({type(error).__name__})", path=str(file)) from error
     found = {name: counts[name] for name in ("added", "known", "deleted_user")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, get_args
 
 from typing_extensions import TypedDict
@@ -19,6 +19,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Better = Literal["a", "b", "tie"]
 Thumb = Literal["up", "down"]
 SignalName = Literal["copied", "regenerated", "continued", "abandoned", "dwell_seconds"]
+
+Outcome = tuple[Any, Exception | None]  # a result, or an error
 
 NO_FEEDBACK = "this server keeps no feedback: start it with --feedback-database"
 
@@ -92,11 +94,17 @@ class FeedbackUnavailable(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """Whose key a request came with. An admin may name the generations of every key."""
+    """Whose key a request came with. It may name its own generations and those of the tenants `speaks_for`; an admin
+    those of every key."""
 
     tenant: str = ""
     key: str = ""
     is_admin: bool = True
+    speaks_for: frozenset[str] = frozenset()
+
+    def may_name(self, tenant: str) -> bool:
+        """Whether feedback of this key may name a tenant's generations."""
+        return self.is_admin or tenant == self.tenant or tenant in self.speaks_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,15 @@ class Item:
         subjects = [[one.generation, one.choice, one.text] for one in self.subjects]
         said = [self.kind, dict(self.value), subjects, self.prompt, self.user]
         return digest_of(json.dumps(said, sort_keys=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The feedback of one request, which is stored whole or not at all. `now` is its Unix time."""
+
+    items: tuple[Item, ...]
+    who: Who
+    now: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +203,6 @@ class Deleted:
     feedback: int = 0
     about_user: int = 0
     generations: int = 0
-
-
-@dataclass(slots=True)
-class Counts:
-    """What a writer has done since the server started."""
-
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # by reason
 
 
 def digest_of(text: str) -> str:

@@ -18,7 +18,7 @@ DEFAULTS = asdict(SamplingParameters())
 
 
 def who(caller: Caller) -> Who:
-    return Who(caller.tenant, caller.name, caller.is_admin)
+    return Who(caller.tenant, caller.name, caller.is_admin, caller.speaks_for)
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from server.engines.pool import DaemonPool
-from server.feedback.items import Added, Deleted, FeedbackUnavailable, Filter, Item, Kept, Stored, UnknownUser, Who
+from server.feedback.items import (
+    Added,
+    Deleted,
+    FeedbackUnavailable,
+    Filter,
+    Item,
+    Kept,
+    Stored,
+    Submission,
+    UnknownUser,
+    Who,
+)
 from server.feedback.writer import Write, Writer
 from server.settings import ConfigurationError
 from steering_vectors.errors import TrimtabError
@@ -92,21 +103,23 @@ class FeedbackStore:
 
     def keep(self, build: Callable[[], Kept], size: int) -> None:
         """Store a generation soon. Never waits: without room for it, it is counted and not kept."""
-        from server.feedback import queries
+        from server.feedback import adding
 
         def done(kept: bool | None, error: Exception | None) -> None:
             self._noted("failed" if error is not None else "kept" if kept else "deleted_user")
 
-        if not self._writer.put(Write(lambda connection: queries.keep(connection, build()), size, done)):
+        if not self._writer.put(Write(adding.store, build, size, done)):
             self._noted("full")
 
     async def add(self, items: Sequence[Item], who: Who) -> list[Added]:
         """Store feedback, all of it or none; it is committed when this returns. Raises FeedbackError,
         UnknownGeneration, IdempotencyConflict, UserDeleted, Overloaded, FeedbackUnavailable."""
-        from server.feedback import queries
+        from server.feedback import adding
 
-        work = partial(queries.add, items=items, who=who, now=time.time())
-        return await self._writer.run(work, sum(_size(item) for item in items))
+        submission = Submission(tuple(items), who, time.time())
+        size = sum(_size(item) for item in items)
+        added: list[Added] = await self._writer.submit(adding.store, submission, size, len(items))
+        return added
 
     async def page(self, wanted: Filter, *, after: int, limit: int) -> list[Stored]:
         """Feedback in the order in which it was stored, after a `seq`. Raises FeedbackUnavailable."""

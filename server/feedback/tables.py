@@ -5,7 +5,20 @@ Texts are in columns of JSON, whose escapes hold every character: PostgreSQL's t
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 NUMBER = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER only
 
@@ -67,4 +80,31 @@ deleted_users = Table(  # the SHA-256 of ids: late retries and old exports must 
     metadata,
     Column("digest", String(64), primary_key=True),
     Column("deleted", Float, nullable=False),
+)
+
+jobs = Table(  # background jobs, see `server.jobs`
+    "jobs",
+    metadata,
+    Column("seq", NUMBER, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("queue", String(64), nullable=False),  # the profile directory whose servers run it
+    Column("kind", String(16), nullable=False),
+    Column("profile", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("options", JSON, nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("conditions", JSON, nullable=False),
+    Column("key_name", Text),
+    Column("address", Text),
+    Column("created", Float, nullable=False),
+    Column("started", Float),
+    Column("ended", Float),
+    Column("attempts", Integer, nullable=False),
+    Column("cancelling", Boolean, nullable=False),
+    Column("progress", JSON),
+    Column("publication", JSON),
+    Column("result", JSON),
+    Column("error", JSON),
+    Index("ix_jobs_queue_state", "queue", "state"),
+    sqlite_autoincrement=True,
 )

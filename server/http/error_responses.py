@@ -104,10 +104,11 @@ def install_error_handlers(app: FastAPI, retry_after: Callable[[], int]) -> None
     """`retry_after` says when a request that met a full server may be sent again, in seconds."""
     app.state.retry_after = retry_after
     for kind in (TrimtabError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, _answer)
+        app.add_exception_handler(kind, answer_error)
 
 
-async def _answer(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The answer to a request whose route raised an error."""
     if isinstance(error, TrimtabError):
         if status_of(error) == 500:
             logger.error("%s", error.message)

@@ -51,7 +51,9 @@ class BytesInFlight:
 
     def remove(self, tenant: str, count: int) -> None:
         self.total -= count
-        self._tenants -= Counter({tenant: count})  # drops it at 0
+        self._tenants[tenant] -= count
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
 
 
 class BodyLimit:

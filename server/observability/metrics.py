@@ -70,6 +70,7 @@ class Snapshot:
     body_bytes: int = 0
     answer_values: int = 0
     feedback_waiting: int = 0
+    jobs: Mapping[tuple[str, ...], float] = field(default_factory=dict)  # by state
 
 
 def _gauge(meaning: str, value: Callable[[Snapshot], float]) -> Declared:
@@ -183,6 +184,7 @@ METRICS: Mapping[str, Declared] = {
         ("outcome",),
     ),
     "feedback_queue": _gauge("Feedback and generations that wait to be written.", lambda now: now.feedback_waiting),
+    "jobs": Declared("gauge", "Background jobs that are stored, by state.", ("state",), read=lambda now: now.jobs),
     "requests": Declared("counter", "HTTP requests that have ended.", ("route", "method", "outcome")),
     "profile_requests": Declared(
         "counter",

@@ -147,15 +147,17 @@ class ProfileChanges:
             await self._registry.look_at(name)
             return change
 
-    async def delete_version(self, name: str, text: str, author: Author) -> str:
+    async def delete_version(self, name: str, text: str, conditions: Conditions, author: Author) -> str:
         """Delete a version that was replaced; returns it."""
         with self._counted("delete_version", name, author):
             in_use = frozenset(self._registry.in_use)
-            version = await self._run(lambda: self._delete_version(name, text, in_use, author))
+            version = await self._run(lambda: self._delete_version(name, text, in_use, conditions, author))
             await self._registry.look_at(name)
             return version
 
-    async def set_alias(self, name: str, alias: str, text: str | None, share: float | None, author: Author) -> Alias:
+    async def set_alias(
+        self, name: str, alias: str, text: str | None, share: float | None, conditions: Conditions, author: Author
+    ) -> Alias:
         """Give a version, by default the current one, another name, and a share of the requests for the plain name. A
         share that is None stays what it was."""
         with self._counted("alias", name, author):
@@ -166,13 +168,13 @@ class ProfileChanges:
                 profile = await self._run(lambda: self._store.load(name, version))
                 async with self._checked(profile):
                     pass
-            made = await self._run(lambda: self._set_alias(name, alias, version, share, author))
+            made = await self._run(lambda: self._set_alias(name, alias, version, share, conditions, author))
             await self._registry.look_at(name)
             return made
 
-    async def delete_alias(self, name: str, alias: str, author: Author) -> Alias:
+    async def delete_alias(self, name: str, alias: str, conditions: Conditions, author: Author) -> Alias:
         with self._counted("unalias", name, author):
-            gone = await self._run(lambda: self._delete_alias(name, alias, author))
+            gone = await self._run(lambda: self._delete_alias(name, alias, conditions, author))
             await self._registry.look_at(name)
             return gone
 
@@ -317,10 +319,13 @@ class ProfileChanges:
                 store.remove(name)
             return Change(before, shipped)
 
-    def _delete_version(self, name: str, text: str, in_use: frozenset[str], author: Author) -> str:
+    def _delete_version(
+        self, name: str, text: str, in_use: frozenset[str], conditions: Conditions, author: Author
+    ) -> str:
         store = self._store
         with store.changing():
             version, record = store.find(name, _version_text(text)), store.record(name)
+            conditions.check(name, store.current(name))
             aliases = [alias for alias, one in record.aliases.items() if one.version == version]
             problem = None
             if version == store.current(name):
@@ -337,9 +342,12 @@ class ProfileChanges:
             store.forget(name, record, [version])
             return version
 
-    def _set_alias(self, name: str, alias: str, version: str, share: float | None, author: Author) -> Alias:
+    def _set_alias(
+        self, name: str, alias: str, version: str, share: float | None, conditions: Conditions, author: Author
+    ) -> Alias:
         store = self._store
         with store.changing():
+            conditions.check(name, store.current(name))
             record = store.record(name)
             before = record.aliases.get(alias)
             share = (before.share if before else 0.0) if share is None else share
@@ -361,12 +369,13 @@ class ProfileChanges:
                 pass
             return made
 
-    def _delete_alias(self, name: str, alias: str, author: Author) -> Alias:
+    def _delete_alias(self, name: str, alias: str, conditions: Conditions, author: Author) -> Alias:
         store = self._store
         with store.changing():
             record = store.record(name)
             if alias not in record.aliases:
                 raise unknown_alias(name, alias, record.aliases)
+            conditions.check(name, store.current(name))
             left = {one: known for one, known in record.aliases.items() if one != alias}
             changed = record.model_copy(update={"aliases": left})
             gone = record.aliases[alias]

@@ -33,14 +33,8 @@ from server.engines.errors import Unavailable, UnknownProfile
 from server.profiles.audit import AuditLog, Author
 from server.profiles.references import Alias
 from steering_vectors.errors import ProfileError, RequestError
-from steering_vectors.profiles.files import (
-    SUFFIX,
-    TEMPORARY,
-    read_profile,
-    read_regular,
-    sync_directory,
-    write_whole,
-)
+from steering_vectors.profiles.durable import TEMPORARY, sync_directory, write_whole
+from steering_vectors.profiles.files import SUFFIX, read_profile, read_regular
 from steering_vectors.profiles.profile import NAME_PATTERN, NAME_RULE, Profile
 
 STATE = ".trimtab"

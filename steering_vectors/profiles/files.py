@@ -13,10 +13,8 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,12 +25,12 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as to_safetensors
 
 from steering_vectors.errors import ProfileError
+from steering_vectors.profiles.durable import write_whole
 from steering_vectors.profiles.gate import Gate
 from steering_vectors.profiles.metadata import ProfileSummary
 from steering_vectors.profiles.profile import FORMAT_VERSION, ModelIdentity, Profile
 
 SUFFIX = ".safetensors"
-TEMPORARY = ".tmp"  # the suffix of hidden files that are being written
 MAX_FILE_BYTES = 64 * 2**20  # a hundred blocks of width 16384 take 6.5 MB; what is near this is a model
 MAX_HEADER_BYTES = 2**20  # of JSON, which is parsed
 METADATA_KEY = "trimtab"
@@ -89,30 +87,6 @@ def save_profile(profile: Profile, directory: str | Path) -> Path:
     except OSError as error:
         raise ProfileError(f"{target}: cannot be written ({error}); check the directory and its free space") from error
     return target
-
-
-def write_whole(target: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old file or the new one, also after a crash. Raises OSError."""
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{TEMPORARY}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        sync_directory(target.parent)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names of a directory durable. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_profile(path: str | Path) -> Profile:

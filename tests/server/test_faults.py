@@ -8,8 +8,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ import httpx
 import pytest
 import torch
 
+from benchmarks.common.forked import COMMAND, ForkedCommand, is_ready
 from server.access.keys import KeyFileError, add_key, revoke_key
 from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
@@ -277,30 +276,19 @@ cli.main()
 
 @contextmanager
 def serving(
-    directory: Path, *flags: str, code: str | None = None, output: Path | None = None
-) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    directory: Path, *flags: str, code: str = COMMAND, output: Path = Path(os.devnull)
+) -> Iterator[tuple[ForkedCommand, httpx.Client]]:
     """A `trimtab serve` that is ready. What it prints goes to a file."""
     with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    start = ["-m", "server.cli"] if code is None else ["-c", code]
-    words = [sys.executable, *start, "serve", "--port", str(port), "--profiles", str(directory), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRIMTAB_THREADS": "1"}
-    with (output or Path(os.devnull)).open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=file, env=environment)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        try:
-            until(lambda: process.poll() is not None or is_ready(client), within=120)
-            yield process, client
-        finally:
-            process.kill()
-            process.wait()
-
-
-def is_ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    words = ["serve", "--port", url.rpartition(":")[2], "--profiles", str(directory), *flags]
+    environment = {**os.environ, "TRIMTAB_THREADS": "1"}
+    with (
+        ForkedCommand(words, environment, code=code, output=output, errors=output) as process,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        until(lambda: process.poll() is not None or is_ready(url), within=120)
+        yield process, client
 
 
 def test_a_clock_that_jumps_stops_nothing(tmp_path: Path, engine: TorchEngine) -> None:

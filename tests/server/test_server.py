@@ -20,6 +20,7 @@ import httpx
 import openai
 import pytest
 
+from benchmarks.common.forked import ForkedCommand
 from server import cli
 from server.app import create_app
 from server.engines.config import EngineConfig
@@ -268,16 +269,12 @@ def reads(address: str, body: dict[str, Any], begun: threading.Semaphore | None 
 
 
 @contextmanager
-def command(environment: dict[str, str], directory: Path, *flags: str, code: str | None = None) -> Iterator[Any]:
+def command(environment: dict[str, str], directory: Path, *flags: str, code: str) -> Iterator[Any]:
     """A running `trimtab serve`, and its address."""
-    start = ["-m", "server.cli"] if code is None else ["-c", code]
-    given = [sys.executable, *start, "serve", "--port", "0", "--profiles", str(directory), *flags]
-    with subprocess.Popen(given, stdout=subprocess.PIPE, env=environment, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().rpartition(" ")[2].strip()
-        finally:
-            process.kill()
+    words = ["serve", "--port", "0", "--profiles", str(directory), *flags]
+    with ForkedCommand(words, environment, code=code, errors=directory / "log") as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().rpartition(" ")[2].strip()
 
 
 def ends(text: str) -> int:

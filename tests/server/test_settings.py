@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.common.forked import ForkedCommand
 from server import cli
 from server.engines import config
 from server.http.listener import listen
@@ -185,6 +187,9 @@ def test_budgets_need_keys(name: str) -> None:
         ({"ssl_ca_certs": "ca.pem"}, "--ssl-ca-certs needs --ssl-certfile: give it, or leave both out"),
         ({"default_timeout_seconds": 7200}, "--default-timeout-seconds is 7200, more than --max-timeout-seconds, which "
          "is 3600: raise that, or lower this"),
+        ({"jobs": True}, "--jobs needs a database to store jobs in: give --feedback-database"),
+        ({"jobs_at_once": 2}, "--jobs-at-once is for jobs: leave it out, or give --jobs"),
+        ({"keep_jobs": "soon"}, "--keep-jobs is a time such as 30m, 12h or 7d, or forever; not 'soon'"),
         ({"max_n": 129}, "--max-n (TRIMTAB_MAX_N): …128, not 129"),
         ({"max_queue_share": 0}, "--max-queue-share (TRIMTAB_MAX_QUEUE_SHARE): …0, not 0"),
     ],
@@ -250,23 +255,23 @@ def test_version() -> None:
     assert CliRunner().invoke(cli.app, ["--version"]).output.startswith("trimtab ")
 
 
-def loaded_by(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+PACKAGES_LOADED = "print(*{name.partition('.')[0] for name in sys.modules})"
 
 
 def test_the_server_imports_nothing_it_does_not_need() -> None:
-    assert loaded_by("import server.app") & {"sklearn", "datasets", "peft", "matplotlib", "pandas"} == set()
+    """Also the tests' own code in that process imports none of these."""
+    with ForkedCommand([], os.environ, code=f"import sys, server.app; {PACKAGES_LOADED}") as process:
+        printed, errors = process.communicate("", timeout=60)
+    loaded = set(printed.split())
+    assert "server" in loaded, errors
+    assert loaded & {"sklearn", "datasets", "peft", "matplotlib", "pandas"} == set()
 
 
-HEAVY = {"torch", "transformers", "fastapi", "uvicorn", "pydantic_settings", "httpx", "prompt_toolkit"}
-
-
-@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["show", "--help"]])
-def test_help_imports_no_more_than_it_shows(words: list[str]) -> None:
-    run = f"from server import cli; from typer.testing import CliRunner; CliRunner().invoke(cli.app, {words})"
-    assert loaded_by(run) & HEAVY == set()
-
-
-def test_the_command_imports_no_model_code() -> None:
-    assert loaded_by("import server.cli") & HEAVY == set()
+def test_help_and_the_command_import_no_more_than_they_show() -> None:
+    """One process after the other would take a second each; what a help loads is still loaded after the next."""
+    helps = [["--help"], ["fit", "--help"], ["show", "--help"]]
+    shown = f"[CliRunner().invoke(cli.app, words) for words in {helps}]"
+    code = f"import sys; from server import cli; from typer.testing import CliRunner; {shown}; {PACKAGES_LOADED}"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    heavy = {"torch", "transformers", "fastapi", "uvicorn", "pydantic_settings", "httpx", "prompt_toolkit"}
+    assert set(done.stdout.split()) & heavy == set()

@@ -1,13 +1,10 @@
-"""A small server of feedback without an engine, for tests that kill it: votes are lines on stdin, answers on stdout.
-
-python -m tests.support.feedback_server DATABASE
-"""
+"""A small server of feedback without an engine, for tests that kill it: numbers of votes come by a pipe, and go back
+with the ids of what was stored."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
+from multiprocessing.connection import Connection
 
 from server.feedback.items import Item, Subject, Who
 from server.feedback.store import FeedbackStore
@@ -19,23 +16,29 @@ def vote(number: int) -> Item:
     return Item("pair", {"better": "a"}, texts, f"prompt {number}", None, f"vote-{number}")
 
 
-async def main(url: str) -> None:
+def serve_votes(url: str, pipe: Connection) -> None:
+    """Store votes until the pipe is closed."""
+    asyncio.run(_serve(url, pipe))
+
+
+async def _serve(url: str, pipe: Connection) -> None:
     store = FeedbackStore.open(url, keep_generations=None, keep_feedback=None)
-    loop = asyncio.get_running_loop()
-    lines: asyncio.StreamReader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    print("ready", flush=True)
+    numbers: asyncio.Queue[int | None] = asyncio.Queue()
+
+    def read() -> None:
+        try:
+            numbers.put_nowait(pipe.recv())
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(pipe.fileno())
+            numbers.put_nowait(None)
 
     async def answer(number: int) -> None:
         (added,) = await store.add([vote(number)], Who())
-        print(json.dumps([number, added.id]), flush=True)
+        pipe.send((number, added.id))
 
+    asyncio.get_running_loop().add_reader(pipe.fileno(), read)
     tasks = []
-    while line := await lines.readline():
-        tasks.append(asyncio.create_task(answer(int(line))))
+    while (number := await numbers.get()) is not None:
+        tasks.append(asyncio.create_task(answer(number)))
     await asyncio.gather(*tasks)
     await store.close()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))

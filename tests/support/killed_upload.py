@@ -1,8 +1,8 @@
-"""A process that is killed in the middle of an upload: `python -m tests.support.killed_upload DIRECTORY FILE POINTS…`.
+"""A process that is killed in the middle of an upload: `python -m tests.support.killed_upload DIRECTORY FILE`.
 
-Each point is a number of lines of the server's and the profile's code, counted from the beginning of the upload. For
-each, a child with a tiny model uploads FILE into DIRECTORY-POINT and kills itself there. Without points, it prints how
-many lines an upload has.
+It prints how many lines of the server's and the profile's code an upload of FILE into DIRECTORY has, and then reads
+points: numbers of such lines from the beginning. For each, a child with a tiny model uploads FILE into DIRECTORY-POINT
+and kills itself there, and the signal that ended it is printed.
 """
 
 from __future__ import annotations
@@ -71,17 +71,20 @@ async def upload(directory: Path, file: Path, point: int | None) -> int:
 
 
 def main() -> None:
-    directory, file, *points = sys.argv[1:]
-    if not points:
-        print(asyncio.run(upload(Path(directory), Path(file), None)))
-        return
-    for point in points:
-        child = os.fork()
-        if child == 0:
-            asyncio.run(upload(Path(f"{directory}-{point}"), Path(file), int(point)))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, flush=True)
+    directory, file = sys.argv[1:]
+    in_child(directory, file, None)
+    for point in sys.stdin.read().split():
+        print(in_child(f"{directory}-{point}", file, int(point)), flush=True)
+
+
+def in_child(directory: str, file: str, point: int | None) -> int:
+    """Upload in a fork of this process. Returns the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        print(asyncio.run(upload(Path(directory), Path(file), point)), flush=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 if __name__ == "__main__":

@@ -92,6 +92,10 @@ def test_what_a_key_must_be_for() -> None:
         ("DELETE", "/profiles/warm"): "admin",
         ("PATCH", "/settings"): "admin",
         ("POST", "/feedback"): "feedback",
+        ("GET", "/jobs"): "admin",
+        ("GET", "/jobs/job-1/events"): "admin",
+        ("POST", "/jobs/job-1/cancel"): "admin",
+        ("POST", "/profiles/warm/fit"): "admin",
     }
     assert {route: scope_needed(*route) for route in needed} == needed
 

@@ -88,6 +88,11 @@ def test_changes_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
         ('{"name": "a", "sha256": "%s", "scopes": []}' % ("0" * 64), "line 2: scopes: "),
         ('{"name": "a", "sha256": "%s", "tokens_per_minute": 0}' % ("0" * 64), "line 2: tokens_per_minute: "),
         ('{"name": "a", "sha256": "%s", "expires": "never"}' % ("0" * 64), "line 2: expires: "),
+        ('{"name": "a", "sha256": "%s", "speaks_for": ["twice"]}' % ("0" * 64), "line 2: speaks_for: it is for keys "),
+        (
+            '{"name": "a", "sha256": "%s", "scopes": ["feedback"], "speaks_for": ["line-3"]}' % ("0" * 64),
+            "line 2: speaks_for: line-3 is the name of a line, which changes: ",
+        ),
         ('{"name": "a", "sha2', "line 2: "),
         ('{"name": "twice", "sha256": "%s"}' % ("0" * 64), "line 2: the key 'twice' stands there twice"),
         ('{"name": "other", "sha256": "%s"}' % ("1" * 64), "line 2: the key 'other' stands there twice"),
@@ -129,6 +134,19 @@ def test_what_cannot_be_changed_leaves_the_file_as_it_was(tmp_path: Path) -> Non
         add_key(path / "keys", "a")
 
 
+def test_a_key_speaks_for_keys_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    add_key(path, "app")
+    _, key = add_key(path, "judge", ["feedback"], speaks_for=["app", "settings", "app"])
+    assert read_keys(path)[1] == key
+    assert key.speaks_for == ["app", "settings"]
+    with pytest.raises(KeyFileError, match=r"there is no key 'web' in .* to speak for: add that one first"):
+        add_key(path, "other", ["feedback"], speaks_for=["web"])
+    with pytest.raises(KeyFileError, match="speaks_for is not valid: it is for keys with the scope feedback"):
+        add_key(path, "other", ["generate"], speaks_for=["app"])
+    assert names(path) == ["app", "judge"]
+
+
 def run(*words: str, path: Path) -> tuple[str, str]:
     result = CliRunner().invoke(cli.app, ["keys", *words], env={"TRIMTAB_API_KEY_FILE": str(path)})
     assert result.exit_code == 0, result.output
@@ -152,6 +170,9 @@ def test_the_commands(tmp_path: Path) -> None:
     listed = json.loads(run("list", "--json", path=path)[0])
     assert [one["name"] for one in listed] == ["team", "other"]
     assert {name for one in listed for name in one} == {"name", "scopes", "created", "requests_per_minute"}
+    run("add", "judge", "--scope", "feedback", "--speaks-for", "team", "--speaks-for", "other", path=path)
+    assert run("list", path=path)[0].splitlines()[2].endswith("  speaks-for team,other")
+    assert run("revoke", "judge", path=path) == ("", "the key judge was revoked\n")
     assert json.loads(run("revoke", "team", "--json", path=path)[0]) == {"name": "team", "revoked": True}
     assert run("revoke", "other", path=path) == ("", "the key other was revoked\n")
     assert names(path) == []

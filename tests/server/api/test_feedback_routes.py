@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from server.access.keys import add_key
+from server.access.keys import Scope, add_key
 from server.engines.torch.engine import TorchEngine
+from tests.server.access.test_gate import bearer
 from tests.server.http.test_error_responses import error_of
-from tests.support.serving import engine_fixture, live_server, profiles_fixture
+from tests.support.serving import engine_fixture, live_server, profiles_fixture, until
 
 pytestmark = pytest.mark.slow
 
 engine = engine_fixture(slots=4, context=96)
 profiles = profiles_fixture("warm", "concise")
 BREAD = [{"role": "user", "content": "How do I bake bread?"}]
+UP: dict[str, Any] = {"kind": "thumb", "thumb": "up"}
+PAIR: dict[str, Any] = {"kind": "pair", "better": "a"}
 TEXTS = {"prompt": "Bread is", "a": {"text": "good."}, "b": {"text": "hard."}}
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """A client of a server with keys, their texts, and generations of the keys `mine` and `other`."""
+
+    client: httpx.Client
+    secrets: dict[str, str]
+    made: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -167,16 +180,222 @@ def test_a_list_is_stored_whole_or_not_at_all(client: httpx.Client) -> None:
     assert give(client, [vote, {**vote, "better": "b"}], Idempotency_Key="list").json() == found.json()
 
 
+@pytest.fixture(scope="module")
+def keyed(engine: TorchEngine, profiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    """A server with keys, and generations of two of them. The user `gone` was deleted."""
+    folder = tmp_path_factory.mktemp("keyed")
+    keys = folder / "keys"
+    both: list[Scope] = ["generate", "feedback"]
+    scopes: dict[str, list[Scope]] = {"mine": both, "other": both, "generating": ["generate"], "admin": ["admin"]}
+    secrets = {name: add_key(keys, name, of_key)[0] for name, of_key in scopes.items()}
+    secrets["judge"], _ = add_key(keys, "judge", ["feedback"], speaks_for=["mine", "other"])
+    secrets["judge_of_other"], _ = add_key(keys, "judge_of_other", ["feedback"], speaks_for=["other"])
+    secrets["alone"], _ = add_key(keys, "alone", ["feedback"])
+    settings: dict[str, Any] = {"feedback_database": str(folder / "feedback.db"), "keep_generations": "forever"}
+    with live_server(engine, profiles, api_key_file=keys, **settings) as client:
+        made = {}
+        for name, key, body in (
+            ("bread", "mine", {}),
+            ("bread2", "mine", {"seed": 2}),
+            ("tea", "mine", {"prompt": "Tea is"}),
+            ("others", "other", {"seed": 3}),
+        ):
+            client.headers.update(bearer(secrets[key]))
+            made[name] = generate(client, **body)["id"]
+        client.headers.update(bearer(secrets["admin"]))
+        until(lambda: 'kept_generations_total{outcome="kept"} 4.0' in client.get("/metrics").text)
+        stored(
+            give(client, {"kind": "comment", "prompt": "x", "answer": {"text": "y"}, "comment": "z", "user": "gone"})
+        )
+        stored(give(client, {"kind": "pair", **TEXTS, "better": "a", "idempotency_key": "used"}))
+        assert client.delete("/feedback/users/gone").status_code == 200
+        yield Keyed(client, secrets, made)
+
+
+UNKNOWN = "there is no kept generation {name!r} of {whose}: it may be older than --keep-generations"
+BOTH_ARE_ONE = "both sides are the same text: nothing can be preferred"
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "status", "code", "param", "message"),
+    [
+        pytest.param(
+            "mine",
+            {**UP, "answer": {"generation": "gen-none"}},
+            404,
+            "generation_not_found",
+            "answer.generation",
+            UNKNOWN.format(name="gen-none", whose="this key"),
+            id="unknown generation",
+        ),
+        pytest.param(
+            "mine",
+            {**UP, "answer": {"generation": "{others}"}},
+            404,
+            "generation_not_found",
+            "answer.generation",
+            UNKNOWN.format(name="{others}", whose="this key"),
+            id="foreign generation",
+        ),
+        pytest.param(
+            "alone",
+            {**UP, "answer": {"generation": "{bread}"}},
+            404,
+            "generation_not_found",
+            "answer.generation",
+            UNKNOWN.format(name="{bread}", whose="this key"),
+            id="foreign generation of a key that only gives feedback",
+        ),
+        pytest.param(
+            "judge_of_other",
+            {**PAIR, "a": {"generation": "{others}"}, "b": {"generation": "{bread}"}},
+            404,
+            "generation_not_found",
+            "b.generation",
+            UNKNOWN.format(name="{bread}", whose="this key, or of those that it speaks for"),
+            id="generation of a key that is not spoken for",
+        ),
+        pytest.param(
+            "mine",
+            {**PAIR, "a": {"generation": "{bread}"}, "b": {"generation": "{bread}"}},
+            400,
+            "same_sides",
+            "b",
+            BOTH_ARE_ONE,
+            id="twice the same generation",
+        ),
+        pytest.param(
+            "mine", {**PAIR, **TEXTS, "b": TEXTS["a"]}, 400, "same_sides", "b", BOTH_ARE_ONE, id="twice the same text"
+        ),
+        pytest.param(
+            "mine",
+            {"kind": "edit", "prompt": "x", "answer": {"text": "a"}, "corrected": "a"},
+            400,
+            "same_sides",
+            "corrected",
+            "the corrected text is the original: nothing was corrected",
+            id="nothing was corrected",
+        ),
+        pytest.param(
+            "mine",
+            {**PAIR, "a": {"generation": "{bread}"}, "b": {"generation": "{tea}"}},
+            400,
+            "different_prompts",
+            "b",
+            "the two generations answer different prompts: compare answers to one prompt",
+            id="answers to different prompts",
+        ),
+        pytest.param(
+            "mine",
+            {"kind": "comment", "prompt": "x", "answer": {"text": "a"}, "comment": "x" * 2**20},
+            400,
+            "invalid_value",
+            "comment",
+            "field 'comment': string should have at most 16384 characters",
+            id="comment of 1 MB",
+        ),
+        pytest.param(
+            "mine",
+            {"kind": "edit", "prompt": "x", "answer": {"text": "a"}, "corrected": "x" * 2**20},
+            400,
+            "invalid_value",
+            "corrected",
+            "field 'corrected': string should have at most 131072 characters",
+            id="text of 1 MB",
+        ),
+        pytest.param(
+            "mine",
+            {"kind": "comment", "prompt": "x", "answer": {"text": "a"}, "comment": "x" * 2**22},
+            413,
+            "body_too_large",
+            None,
+            "the body is larger than the limit of 4194304 bytes",
+            id="body of more than 4 MiB",
+        ),
+        pytest.param(
+            "mine",
+            {**PAIR, **TEXTS, "user": "gone"},
+            410,
+            "user_deleted",
+            "user",
+            "this user's feedback was deleted: send feedback under another id, or without one",
+            id="deleted user",
+        ),
+        pytest.param(
+            "admin",
+            {**PAIR, **TEXTS, "better": "b", "idempotency_key": "used"},
+            409,
+            "idempotency_conflict",
+            "idempotency_key",
+            "this idempotency key was used for other feedback: send each feedback with a key of its own",
+            id="used idempotency key",
+        ),
+        pytest.param(
+            "generating",
+            {**PAIR, **TEXTS},
+            403,
+            "insufficient_scope",
+            None,
+            "the key 'generating' lacks the scope 'feedback', which this route needs",
+            id="key without the scope",
+        ),
+    ],
+)
+def test_bad_votes_have_exact_answers(
+    keyed: Keyed, key: str, body: dict[str, Any], status: int, code: str, param: str | None, message: str
+) -> None:
+    keyed.client.headers.update(bearer(keyed.secrets[key]))
+    before = counted(keyed)
+    error = error_of(give(keyed.client, filled(body, keyed.made)), status)
+    assert (error["code"], error["param"], error["message"]) == (code, param, filled(message, keyed.made))
+    assert counted(keyed) == before
+
+
+def filled(value: Any, names: Mapping[str, str]) -> Any:
+    """A body or a text in which names of generations have become their ids."""
+    text = json.dumps(value)
+    for name, made in names.items():
+        text = text.replace(f"{{{name}}}", made)
+    return json.loads(text)
+
+
+def counted(keyed: Keyed) -> int:
+    """How much feedback is stored."""
+    admin = bearer(keyed.secrets["admin"])
+    return len(keyed.client.get("/feedback", params={"limit": 1000}, headers=admin).json()["feedback"])
+
+
+def test_keys_name_their_own_generations_and_those_that_they_speak_for(keyed: Keyed) -> None:
+    client, secrets, made = keyed.client, keyed.secrets, keyed.made
+    found = {}
+    for name, secret in secrets.items():
+        client.headers.update(bearer(secret))
+        votes = [give(client, {**UP, "answer": {"generation": made[one]}}).status_code for one in ("bread", "others")]
+        found[name] = (*votes, client.get("/feedback").status_code, client.delete("/feedback/users/x").status_code)
+    assert found == {
+        "mine": (201, 404, 403, 403),
+        "other": (404, 201, 403, 403),
+        "generating": (403, 403, 403, 403),
+        "admin": (201, 201, 200, 404),
+        "judge": (201, 201, 403, 403),
+        "judge_of_other": (404, 201, 403, 403),
+        "alone": (404, 404, 403, 403),
+    }
+    client.headers.update(bearer(secrets["judge"]))
+    pair = {**PAIR, "a": {"generation": made["bread"]}, "b": {"generation": made["others"]}, "idempotency_key": "one"}
+    name = stored(give(client, pair))
+    client.headers.update(bearer(secrets["mine"]))
+    assert stored(give(client, {**PAIR, **TEXTS, "idempotency_key": "one"})) != name  # keys count for each API key
+    client.headers.update(bearer(secrets["admin"]))
+    by = {entry["id"]: entry["key"] for entry in client.get("/feedback").json()["feedback"]}
+    assert by[name] == "judge"
+    client.headers.update(bearer(secrets["judge"]))
+    assert client.post("/generate", json={"prompt": "x"}).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"kind": "pair", **TEXTS, "b": {"text": "good."}, "better": "a"}, "b", "same_sides"),
-        ({"kind": "edit", "prompt": "x", "answer": {"text": "a"}, "corrected": "a"}, "corrected", "same_sides"),
-        (
-            {"kind": "comment", "prompt": "x", "answer": {"text": "a"}, "comment": "x" * 2**20},
-            "comment",
-            "invalid_value",
-        ),
         ({"kind": "pair", **TEXTS, "better": "c"}, "better", "invalid_value"),
         ({"kind": "pair", **TEXTS}, "better", "missing_field"),
         ({"kind": "vote"}, None, "invalid_value"),
@@ -202,14 +421,6 @@ def test_bad_feedback_names_its_field(client: httpx.Client, body: Any, param: st
     error = error_of(give(client, body), 400)
     assert (error["param"], error["code"]) == (param, code)
     assert len(error["message"]) < 300
-
-
-def test_generations_of_different_prompts_are_no_pair(client: httpx.Client) -> None:
-    a, b = generate(client), generate(client, prompt="Tea is")
-    body = {"kind": "pair", "a": {"generation": a["id"]}, "b": {"generation": b["id"]}, "better": "a"}
-    assert error_of(give(client, body), 400)["code"] == "different_prompts"
-    body["b"] = {"generation": a["id"]}
-    assert error_of(give(client, body), 400)["code"] == "same_sides"
 
 
 def test_pages_follow_each_other(client: httpx.Client) -> None:
@@ -264,32 +475,6 @@ def test_logs_have_no_texts(client: httpx.Client, caplog: pytest.LogCaptureFixtu
         give(client, {"kind": "comment", "prompt": "a secret", "answer": {"text": "secret"}, "comment": 7})
     assert caplog.records
     assert "secret" not in caplog.text
-
-
-def test_keys_see_their_own_generations_only(engine: TorchEngine, profiles: Path, tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    mine, _ = add_key(keys, "mine", ["generate", "feedback"])
-    other, _ = add_key(keys, "other", ["generate", "feedback"])
-    only, _ = add_key(keys, "only", ["generate"])
-    admin, _ = add_key(keys, "admin", ["admin"])
-    settings: dict[str, Any] = {"feedback_database": str(tmp_path / "feedback.db"), "keep_generations": "forever"}
-    with live_server(engine, profiles, api_key_file=keys, **settings) as client:
-        client.headers["authorization"] = f"Bearer {mine}"
-        made = generate(client)
-        vote = {"kind": "thumb", "answer": {"generation": made["id"]}, "thumb": "up", "idempotency_key": "k"}
-        found = {}
-        for name, secret in (("mine", mine), ("other", other), ("only", only), ("admin", admin)):
-            client.headers["authorization"] = f"Bearer {secret}"
-            listing = client.get("/feedback").status_code
-            deleting = client.delete("/feedback/users/x").status_code
-            found[name] = (give(client, vote).status_code, listing, deleting)
-        assert found == {
-            "mine": (201, 403, 403),
-            "other": (404, 403, 403),
-            "only": (403, 403, 403),
-            "admin": (201, 200, 404),
-        }
-        assert [entry["key"] for entry in client.get("/feedback").json()["feedback"]] == ["mine", "admin"]
 
 
 def test_generations_are_kept_over_a_restart(engine: TorchEngine, profiles: Path, tmp_path: Path) -> None:

@@ -129,6 +129,32 @@ def test_conditions_are_kept(
     assert (status == 200) is (used(client, "warm") == version_of(files[1]))
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("DELETE", "/profiles/warm/versions/{old}", None),
+        ("PUT", "/profiles/warm/aliases/canary", {"share": 0.5}),
+        ("PUT", "/profiles/warm/aliases/new", {}),
+        ("DELETE", "/profiles/warm/aliases/canary", None),
+    ],
+)
+def test_versions_and_aliases_keep_conditions_on_the_current_version(
+    client: httpx.Client, files: list[bytes], directory: Path, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    for data in files[:2]:
+        put(client, data)
+    old, current = (version_of(data) for data in files[:2])
+    assert client.put("/profiles/warm/aliases/canary", json={}).status_code == 200
+    before = tree(directory)
+    for headers in ({"if-match": f'"{old}"'}, {"if-none-match": "*"}):
+        answer = client.request(method, path.format(old=old), json=body, headers=headers)
+        assert error_of(answer, 412)["param"] == next(iter(headers))
+    assert tree(directory) == before
+    answer = client.request(method, path.format(old=old), json=body, headers={"if-match": f'"{current[:8]}"'})
+    assert answer.status_code == 200, answer.text
+    assert tree(directory) != before
+
+
 def test_a_condition_on_what_is_not_there(client: httpx.Client, files: list[bytes]) -> None:
     error = error_of(put(client, files[0], if_match="*"), 412)
     assert error["message"].startswith("profile 'warm' does not exist")

@@ -20,6 +20,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from benchmarks.common.forked import ForkedCommand
 from server import cli
 from server.chat.conversation import ChatError, Conversation, Sampling, open_conversation, read_steering
 from server.chat.remote import Remote
@@ -90,28 +91,25 @@ def client(engine: HaltingEngine, profiles: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-Talk = Callable[..., "subprocess.Popen[str]"]
+Talk = Callable[..., ForkedCommand]
 
 
 @pytest.fixture
 def start(client: httpx.Client, tmp_path: Path) -> Talk:
     """Start the command, talking to the live server unless told otherwise."""
 
-    def started(*options: str, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "server.cli", "chat", *options]
-        state = {"TRIMTAB_URL": str(client.base_url), "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            encoding="utf-8", env={**os.environ, **state, **environment}, cwd=tmp_path,
-        )  # fmt: skip
+    def started(*options: str, **environment: str) -> ForkedCommand:
+        state = {"TRIMTAB_URL": str(client.base_url), "XDG_STATE_HOME": str(tmp_path)}
+        return ForkedCommand(["chat", *options], {**os.environ, **state, **environment}, directory=tmp_path)
 
     return started
 
 
-def talk(process: subprocess.Popen[str], *lines: str) -> tuple[list[str], str, int]:
+def talk(process: ForkedCommand, *lines: str) -> tuple[list[str], str, int]:
     """What it says to these lines: stdout's lines, stderr, and the exit code."""
-    out, errors = process.communicate("".join(f"{line}\n" for line in lines), timeout=SECONDS)
-    return out.splitlines(), errors, process.returncode
+    with process:
+        out, errors = process.communicate("".join(f"{line}\n" for line in lines), timeout=SECONDS)
+        return out.splitlines(), errors, process.wait(SECONDS)
 
 
 def answer(client: httpx.Client, *said: str, **fields: Any) -> dict[str, Any]:
@@ -267,7 +265,6 @@ def test_ctrl_c_stops_the_reply_and_the_session_goes_on(
     before = engine.stats().finished.get("cancelled", 0)
     engine.halting = True
     process = start(*GREEDY)
-    assert process.stdin is not None
     assert process.stdout is not None
     try:
         process.stdin.write(f"{FIRST}\n")

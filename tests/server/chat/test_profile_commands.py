@@ -78,7 +78,9 @@ def test_a_profile_is_pushed_listed_rolled_back_and_deleted(run: Run, files: lis
     out = tmp_path / "out"
     run("pull", "warm", "--out", out, "--version", first)
     assert (out / "warm.safetensors").read_bytes() == files[0].read_bytes()
-    assert run("delete", "warm", "--version", first) == f"version {first} of warm was deleted\n"
+    with pytest.raises(RemoteError, match="if-match does not allow"):
+        run("delete", "warm", "--version", first, "--if-match", first)
+    assert run("delete", "warm", "--version", first, "--if-match", second) == f"version {first} of warm was deleted\n"
     assert run("delete", "warm", "--if-match", second) == f"version {second} of warm was deleted\n"
     assert run("list") == ""
 

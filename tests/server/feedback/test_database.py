@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import stat
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 
+from benchmarks.common.forked import forked
 from server.feedback import tables
 from server.feedback.database import Database, database_url
 from server.settings import ConfigurationError
@@ -70,22 +69,29 @@ def test_migrations_make_the_tables_and_take_them_away(url: str) -> None:
     database.close()
 
 
+def migrate(url: str) -> None:
+    Database(url).migrate(patience=30)
+
+
 def test_servers_that_start_together_migrate_once(url: str) -> None:
-    code = "import sys; from server.feedback.database import Database; Database(sys.argv[1]).migrate(patience=30)"
-    started = [subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE) for _ in range(4)]
-    ended = [(process.communicate(timeout=100)[1], process.returncode) for process in started]
-    assert ended == [(b"", 0)] * 4
+    started = [forked(migrate, url) for _ in range(4)]
+    for process in started:
+        process.join(100)
+    assert [process.exitcode for process in started] == [0] * 4
     database = Database(url)
     with database.reading() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [("0001",)]
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [("0002",)]
     database.close()
 
 
-def test_a_database_of_a_newer_version_is_refused(database: Database) -> None:
+def test_a_database_of_a_newer_version_is_refused(url: str) -> None:
+    database = Database(url)
+    database.migrate()
     with database.writing() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(ConfigurationError, match="is not of this version of trimtab: Can't locate revision"):
         database.migrate()
+    database.close()
 
 
 def test_writers_take_turns(database: Database) -> None:

@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 from server.cli import app
 from server.feedback import queries
 from server.feedback.database import Database
-from server.feedback.items import Filter, Item, Subject, Who
+from server.feedback.items import Filter, Item, Subject
 from steering_vectors import FitSettings, fit, load_pairs
 from steering_vectors.errors import TrimtabError
 from steering_vectors.models.loading import LanguageModel
+from tests.server.feedback.conftest import address
+from tests.support import feedback_rows
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +40,7 @@ def votes(messages: bool) -> list[Item]:
 
 
 def add(database: Database, items: list[Item]) -> None:
-    with database.writing() as connection:
-        queries.add(connection, items, Who("t", "key", False), 100.0)
+    feedback_rows.add(database, *items, now=100.0)
 
 
 def run(*arguments: str) -> dict[str, Any]:
@@ -54,14 +55,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("messages", [False, True])
-def test_an_export_can_be_fitted(
-    database: Database, url: str, tmp_path: Path, demo: LanguageModel, messages: bool
-) -> None:
+def test_an_export_can_be_fitted(database: Database, tmp_path: Path, demo: LanguageModel, messages: bool) -> None:
     add(database, votes(messages))
     add(database, [Item("pair", {"better": "tie"}, (Subject("a", text="x"), Subject("b", text="y")), "p")])
     add(database, [Item("comment", {"comment": "c"}, (Subject("answer", text="x"),), "p")])
     out = tmp_path / "pairs.jsonl"
-    found = run("export", "--feedback-database", url, "--out", str(out))
+    found = run("export", "--feedback-database", address(database), "--out", str(out))
     assert (found["rows"], found["left_out"]) == (24, {"a tie": 1, "comment: no preference row": 1})
     first = lines(out)[0]
     assert list(first) == ["prompt", "chosen", "rejected"]
@@ -73,22 +72,22 @@ def test_an_export_can_be_fitted(
     assert profile.data["rows"] == 24
 
 
-def test_thumbs_and_ratings_are_unpaired_rows(database: Database, url: str, tmp_path: Path) -> None:
+def test_thumbs_and_ratings_are_unpaired_rows(database: Database, tmp_path: Path) -> None:
     answer = (Subject("answer", text="x"),)
     add(database, [Item("thumb", {"thumb": "up" if n % 2 else "down"}, answer, f"p{n}") for n in range(12)])
     add(database, [Item("rating", {"rating": n, "min": 1, "max": 7}, answer, f"q{n}") for n in range(1, 8)])
     out = tmp_path / "rows.jsonl"
-    found = run("export", "--feedback-database", url, "--rows", "unpaired", "--out", str(out))
+    found = run("export", "--feedback-database", address(database), "--rows", "unpaired", "--out", str(out))
     assert (found["rows"], found["left_out"]) == (18, {"the middle of the scale": 1})
     assert lines(out)[0] == {"prompt": "p0", "completion": "x", "label": False}
     assert [row["label"] for row in lines(out)[12:]] == [False, False, False, True, True, True]
     assert load_pairs(out).kind == "unpaired"
 
 
-def test_a_raw_export_comes_back_as_it_was(database: Database, url: str, tmp_path: Path) -> None:
+def test_a_raw_export_comes_back_as_it_was(database: Database, tmp_path: Path) -> None:
     add(database, votes(messages=True))
     out, copy = tmp_path / "all.jsonl", str(tmp_path / "copy.db")
-    assert run("export", "--feedback-database", url, "--format", "raw", "--out", str(out))["rows"] == 24
+    assert run("export", "--feedback-database", address(database), "--format", "raw", "--out", str(out))["rows"] == 24
     assert run("import", str(out), "--feedback-database", copy) == {"added": 24, "known": 0, "deleted_user": 0}
     assert run("import", str(out), "--feedback-database", copy) == {"added": 0, "known": 24, "deleted_user": 0}
     again = tmp_path / "again.jsonl"
@@ -102,7 +101,7 @@ def test_a_raw_export_comes_back_as_it_was(database: Database, url: str, tmp_pat
     assert run("import", str(out), "--feedback-database", copy) == {"added": 0, "known": 0, "deleted_user": 24}
 
 
-def test_rows_of_trl_are_imported_once(database: Database, url: str, tmp_path: Path) -> None:
+def test_rows_of_trl_are_imported_once(database: Database, tmp_path: Path) -> None:
     file = tmp_path / "trl.jsonl"
     chat = [{"role": "user", "content": "Tea?"}]
     rows = [
@@ -110,8 +109,8 @@ def test_rows_of_trl_are_imported_once(database: Database, url: str, tmp_path: P
         {"prompt": chat, "completion": [{"role": "assistant", "content": "Yes."}], "label": False},
     ]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert run("import", str(file), "--feedback-database", url)["added"] == 2
-    assert run("import", str(file), "--feedback-database", url)["known"] == 2
+    assert run("import", str(file), "--feedback-database", address(database))["added"] == 2
+    assert run("import", str(file), "--feedback-database", address(database))["known"] == 2
     with database.reading() as connection:
         pair, thumb = queries.everything(connection, Filter())
     assert (pair.kind, pair.value, [answer["text"] for answer in pair.answers]) == ("pair", {"better": "a"}, ["a", "b"])

@@ -6,18 +6,19 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import insert, select
 
-from server.engines.errors import Overloaded
+from server.engines.errors import Overloaded, UnknownGeneration
 from server.feedback import tables
 from server.feedback.database import Database
 from server.feedback.items import FeedbackError, FeedbackUnavailable, Kept, Who
 from server.feedback.store import FeedbackStore
-from server.feedback.writer import Write, Writer
-from tests.server.feedback.test_queries import kept
+from server.feedback.writer import TOGETHER, Write, Writer
+from tests.support.feedback_rows import comment, kept, listed, thumb
 
 pytestmark = pytest.mark.slow
 
@@ -93,14 +94,67 @@ def test_a_bug_in_one_write_leaves_the_others_alone(database: Database) -> None:
     assert notes(database) == ["a", "b"]
 
 
+def test_what_comes_within_a_short_time_is_committed_together(database: Database) -> None:
+    gate = Gate(database)
+    gate.open.set()
+    writer = Writer(gate.writing, rest=1e9, max_rest_seconds=3600)
+
+    async def main() -> None:
+        await writer.run(lambda connection: note(connection, "first"))  # after a pause nothing waits
+        names = [f"full-{number}" for number in range(TOGETHER)]
+        await asyncio.gather(*(writer.run(partial(note, name=name)) for name in names))
+        rest = [asyncio.create_task(writer.run(partial(note, name=name))) for name in ("a", "b")]
+        while writer.waiting < 2:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(writer.close)
+        await asyncio.gather(*rest)
+
+    asyncio.run(main())
+    assert len(notes(database)) == 1 + TOGETHER + 2
+    assert gate.count == 3
+
+
+def test_one_of_many_that_raises_is_refused_alone(database: Database) -> None:
+    """Generations and votes are written by few statements; one that cannot be built undoes none of the others."""
+    gate = Gate(database)
+    noted: list[str] = []
+    store = FeedbackStore(
+        database, keep_generations=None, keep_feedback=None, noted=noted.append, writer=Writer(gate.writing)
+    )
+
+    def broken() -> Kept:
+        raise KeyError("missing")
+
+    async def main() -> list[Any]:
+        first = asyncio.create_task(store.add([comment("first")], Who()))
+        await asyncio.to_thread(gate.reached.wait)
+        store.keep(lambda: kept("gen-1"), 10)
+        store.keep(broken, 10)
+        items = [thumb("gen-1"), thumb("gen-none"), comment("last")]
+        rest = [asyncio.create_task(store.add([item], Who())) for item in items]
+        while store.waiting < 5:
+            await asyncio.sleep(0)
+        gate.open.set()
+        found = await asyncio.gather(first, *rest, return_exceptions=True)
+        await store.close()
+        return found
+
+    found = asyncio.run(main())
+    assert [type(one) for one in found] == [list, list, UnknownGeneration, list]
+    assert noted == ["kept", "failed"]
+    assert [one.kind for one in listed(database)] == ["comment", "thumb", "comment"]
+    assert gate.count == 3  # the first, then all, then one by one
+
+
 def test_what_waits_is_bounded_by_number_and_size(database: Database) -> None:
     gate = Gate(database)
     writer = Writer(gate.writing, max_waiting=2, max_size=10)
     outcomes: list[Any] = []
-    write = Write(lambda connection: None, 4, lambda result, error: outcomes.append(error))
+    work = lambda connection, values: [(value, None) for value in values]  # noqa: E731
+    write = Write(work, None, 4, lambda result, error: outcomes.append(error))
     assert writer.put(write)
     assert gate.reached.wait(20)
-    large = Write(lambda connection: None, 7, lambda result, error: outcomes.append(error))
+    large = Write(work, None, 7, lambda result, error: outcomes.append(error))
     assert [writer.put(write), writer.put(large), writer.put(write), writer.put(write)] == [True, False, True, False]
     with pytest.raises(Overloaded):
         asyncio.run(writer.run(lambda connection: None))

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -265,13 +266,6 @@ def test_what_was_left_behind_is_removed_but_not_what_is_written_now(tmp_path: P
     assert not running.path.exists()
 
 
-def run_killed(directory: Path, file: Path, points: list[int]) -> list[int]:
-    words = [sys.executable, "-m", "tests.support.killed_upload", directory, file, *points]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return [int(line) for line in done.stdout.split()]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_process_that_is_killed_in_an_upload_leaves_the_old_version_or_the_new_one(
@@ -281,11 +275,16 @@ def test_a_process_that_is_killed_in_an_upload_leaves_the_old_version_or_the_new
     old = saved(engine, tmp_path / "old", 1)
     file = tmp_path / "new/warm.safetensors"
     shutil.copytree(tmp_path / "old", tmp_path / "trial")
-    (lines,) = run_killed(tmp_path / "trial", file, [])
-    points = sorted(random.Random(6).sample(range(1, lines + 1), POINTS))
-    for point in points:
-        shutil.copytree(tmp_path / "old", tmp_path / f"trial-{point}")
-    assert run_killed(tmp_path / "trial", file, points) == [signal.SIGKILL] * POINTS
+    words = [sys.executable, "-m", "tests.support.killed_upload", str(tmp_path / "trial"), str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = int(process.stdout.readline())
+        points = sorted(random.Random(6).sample(range(1, lines + 1), POINTS))
+        for point in points:
+            shutil.copytree(tmp_path / "old", tmp_path / f"trial-{point}")
+        signals, _ = process.communicate(" ".join(map(str, points)))
+    assert list(map(int, signals.split())) == [signal.SIGKILL] * POINTS
 
     async def served(directory: Path) -> str:
         async with started(directory, engine) as registry:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import subprocess
-import sys
+import os
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.forked import ForkedCommand
 from server.engines.errors import Overloaded, Unavailable
 from server.engines.protocol import Constraint
 from server.engines.torch.constraints import lark
@@ -230,13 +230,12 @@ async def main():
 
 asyncio.run(main())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=DEEP[place], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    with ForkedCommand([], os.environ, code=code) as process:
+        printed, errors = process.communicate(DEEP[place], timeout=60)
+        assert process.returncode == 0, errors
     count = DEEP[place].count(":")
     expected = "compiled" if count <= grammars.MAX_RULES else f"constraint has {count} rules; at most 512 are taken"
-    assert done.stdout.strip() == expected
+    assert printed.strip() == expected
 
 
 def nested(depth: int) -> str:
