@@ -25,9 +25,9 @@ import typer
 from typer.core import TyperCommand
 
 from server.access.commands import keys
+from server.chat.job_commands import jobs
 from server.chat.profile_commands import profiles
 from server.feedback.feedback_commands import feedback
-from server.jobs.job_commands import jobs
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError

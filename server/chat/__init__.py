@@ -1,2 +1,2 @@
-"""The clients of a running server: `trimtab chat` and `trimtab profiles`. They use it over HTTP and import nothing else
+"""The clients of a running server: `trimtab chat`, `profiles` and `jobs`. They use it over HTTP and import nothing else
 of it."""

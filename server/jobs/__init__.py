@@ -2,4 +2,4 @@
 worker, the child that computes, and the publication of what it made. It knows nothing of bodies. The child knows no
 database.
 
-`job`, `kinds` and `job_commands` load no SQLAlchemy and no torch, so that a server without jobs does without them."""
+`job` and `kinds` load no SQLAlchemy and no torch, so that a server without jobs does without them."""

@@ -98,7 +98,7 @@ def test_flags_are_grouped_by_what_they_concern() -> None:
     shown = CliRunner().invoke(cli.app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     panels = re.findall(r"╭─ (\w+) ─", shown)
     first = ["Options", "Model", "Serving", "Steering", "Limits", "Performance", "GPU", "Security", "Logging"]
-    assert panels == [*first, "Feedback"]
+    assert panels == [*first, "Feedback", "Jobs"]
     assert shown.index("─ GPU ─") < shown.index("--device ") < shown.index("─ Security ─")
 
 
