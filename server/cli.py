@@ -28,6 +28,7 @@ from server.access.commands import keys
 from server.chat.job_commands import jobs
 from server.chat.profile_commands import profiles
 from server.feedback.feedback_commands import feedback
+from server.learning.refine_commands import register_learning
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
 from steering_vectors.errors import TrimtabError
@@ -202,6 +203,7 @@ app.add_typer(profiles, name="profiles")
 app.add_typer(keys, name="keys")
 app.add_typer(feedback, name="feedback")
 app.add_typer(jobs, name="jobs")
+register_learning(app)
 register(app)
 
 

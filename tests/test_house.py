@@ -51,6 +51,7 @@ ORDER = (
     "server.profiles",
     "server.generation",
     "server.feedback",
+    "server.learning",
     "server.jobs",
     "server.state",
     "server.api",

@@ -22,7 +22,7 @@ from server.http.sse import EventStreamResponse
 from server.jobs.job import Job, JobData, JobOrder, Rows, State
 from server.jobs.job_service import Jobs
 from server.profiles.audit import Author
-from server.profiles.changes import Conditions
+from server.profiles.directory_changes import Conditions
 from steering_vectors.errors import RequestError
 
 MAX_PAIRS = 100_000

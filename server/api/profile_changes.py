@@ -18,7 +18,7 @@ from server.http.answers import about
 from server.http.middleware import StrictRoute
 from server.observability import request_record
 from server.profiles.audit import Author
-from server.profiles.changes import Conditions
+from server.profiles.directory_changes import Conditions
 from server.state import Service
 
 UPLOAD = "the profile's file, as `trimtab fit` writes it. The name in its metadata must be that of the path."

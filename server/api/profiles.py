@@ -12,7 +12,7 @@ from server.api.dependencies import ReadyDep
 from server.api.document import FILE, declare, declare_file
 from server.generation.receipts import EXAMPLE_SHA256
 from server.http.answers import about
-from server.profiles.changes import ListedVersion
+from server.profiles.directory_changes import ListedVersion
 from server.profiles.registry import ProfileEntry
 from server.profiles.versions import Record
 from steering_vectors.profiles.files import SUFFIX, profile_summary
@@ -91,8 +91,9 @@ class AuditEntry(TypedDict):
     action: Annotated[
         str,
         about(
-            "`upload`, `delete`, `rollback`, `alias`, `unalias` or `delete_version` by a request; `found` or `removed` "
-            "for a file of the directory; with the ending `_failed` for one that could not be carried out after all.",
+            "`upload`, `delete`, `rollback`, `alias`, `unalias` or `delete_version` by a request; `refine`, `promote`, "
+            "`settle`, `withdraw` or `rollback` by `trimtab refine` and its trial; `found` or `removed` for a file of "
+            "the directory; with the ending `_failed` for one that could not be carried out after all.",
             "upload",
         ),
     ]
@@ -105,6 +106,8 @@ class AuditEntry(TypedDict):
     alias: NotRequired[Annotated[str, about("The alias that was changed.")]]
     share: NotRequired[Annotated[float, about("Its share.")]]
     size: NotRequired[Annotated[int, about("The bytes of the file.")]]
+    reason: NotRequired[Annotated[str, about("Why a candidate was made, promoted, withdrawn or rolled back.")]]
+    figures: NotRequired[Annotated[dict[str, Any], about("What was measured for it.")]]
     error: NotRequired[Annotated[str, about("Why it could not be carried out.")]]
 
 

@@ -19,7 +19,8 @@ from server.jobs.job import ACTIVE, ENDED, Job, JobData, JobOrder, JobsUnavailab
 from server.jobs.job_folders import JobFolders
 from server.jobs.kinds import KINDS, imported
 from server.profiles.audit import Author
-from server.profiles.changes import Conditions, ProfileChanges
+from server.profiles.changes import ProfileChanges
+from server.profiles.directory_changes import Conditions
 from server.profiles.versions import STATE, checked_name, storage_error
 from server.settings import ConfigurationError
 from steering_vectors.errors import DataError, RequestError, TrimtabError, first_line

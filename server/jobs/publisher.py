@@ -23,7 +23,8 @@ from server.jobs import job_queries
 from server.jobs.job import Job, failure_of
 from server.jobs.job_folders import JobFolders
 from server.profiles.audit import Author
-from server.profiles.changes import Conditions, ProfileChanges
+from server.profiles.changes import ProfileChanges
+from server.profiles.directory_changes import Conditions
 from steering_vectors.errors import TrimtabError
 from steering_vectors.profiles.files import SUFFIX, read_regular
 

@@ -29,10 +29,11 @@ def methods(context: typer.Context, as_json: flags.AsJson = False) -> None:
         print(json.dumps(found, ensure_ascii=False))
         return
     console = Console(highlight=False)
-    table = Table("method", "direction", "paper", "blocks with --layers auto")
+    table = Table("method", "direction", "paper", "blocks with --layers auto", "weights")
     options = Table("method", "option", "default", "meaning")
     for method in found:
-        table.add_row(method["name"], escape(method["direction"]), escape(method["paper"]), method["layers"])
+        weights = "yes" if method["weights"] else "no"
+        table.add_row(method["name"], escape(method["direction"]), escape(method["paper"]), method["layers"], weights)
         for number, option in enumerate(method["options"]):
             default = escape(str(option["default"])) or '""'
             options.add_row(method["name"] if number == 0 else "", option["name"], default, escape(option["help"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from steering_vectors.data.cells import is_blank
 from steering_vectors.data.preferences import Kind
-from steering_vectors.data.records import COLUMNS, PROMPT, SYSTEM
+from steering_vectors.data.records import COLUMNS, PROMPT, SYSTEM, WEIGHT
 from steering_vectors.data.tables import BadRow, Table
 from steering_vectors.errors import DataError
 
@@ -43,7 +43,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 def checked_renames(renames: Mapping[str, str]) -> dict[str, str]:
     """A copy of `renames`. Raises DataError for a name that no format has, and for a column that is named twice."""
-    known = [*OPTIONAL, *(column for columns in COLUMNS.values() for column in columns)]
+    known = [*OPTIONAL, WEIGHT, *(column for columns in COLUMNS.values() for column in columns)]
     named = [column for column in renames.values() if column]
     for name, column in renames.items():
         if name not in known:
@@ -70,7 +70,7 @@ def find_kind(table: Table, renames: Mapping[str, str]) -> Kind:
     """
     _check_named(table, renames)
     rows = [renamed(row.cells, renames) for row in table.rows if not isinstance(row.cells, BadRow)]
-    allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {*OPTIONAL} <= set(columns)]
+    allowed = [kind for kind, columns in COLUMNS.items() if set(renames) - {*OPTIONAL, WEIGHT} <= set(columns)]
     for wanted in (all, any):
         for cells in rows:
             fits = [kind for kind in allowed if wanted(column in cells for column in COLUMNS[kind])]

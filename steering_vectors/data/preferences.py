@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -32,6 +33,9 @@ class Preferences:
     `notes` says what looks mistaken in the rows. For errors, `lines` holds the line of each row in the order of
     `items`, and `fields` the columns of the prompt, of the preferred and of the other text. `skip_bad_rows` leaves out
     rows that a model's chat template or tokenizer refuses.
+
+    `weights` says how much each row counts in a fit, in the order of `items`; without them all rows count alike. Raises
+    DataError unless there is one positive number for each row.
     """
 
     kind: Kind
@@ -46,9 +50,15 @@ class Preferences:
     lines: tuple[int, ...] = ()
     fields: tuple[str, str, str] = ("", "", "")
     skip_bad_rows: bool = False
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         assert not self.paired or len(self.positives) == len(self.negatives), "pairs must be aligned"
+        if self.weights and len(self.weights) != self.rows:
+            message = f"there are {len(self.weights)} weights for {self.rows} rows: give each row one"
+            raise DataError(message, path=self.source or None)
+        if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+            raise DataError("the weights of rows must be positive numbers", path=self.source or None)
         if len(self.lines) != self.rows:  # rows were replaced
             object.__setattr__(self, "lines", ())
 
@@ -59,6 +69,25 @@ class Preferences:
     @property
     def rows(self) -> int:
         return len(self.positives) if self.paired else len(self.positives) + len(self.negatives)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some rows count more than others."""
+        return len(set(self.weights)) > 1
+
+    @property
+    def effective_rows(self) -> float:
+        """The number of rows of equal weight whose mean varies as much: (Σw)² ÷ Σw² (Kish, Survey Sampling, 1965)."""
+        if not self.weights:
+            return float(self.rows)
+        return sum(self.weights) ** 2 / sum(weight**2 for weight in self.weights)
+
+    def side_weights(self) -> tuple[list[float], list[float]] | None:
+        """The weight of each positive and of each negative example; None if all count alike."""
+        if not self.weighted:
+            return None
+        weights = list(self.weights)
+        return (weights, weights) if self.paired else (weights[: len(self.positives)], weights[len(self.positives) :])
 
     @property
     def duplicates(self) -> int:
@@ -143,7 +172,8 @@ class Preferences:
         lines = tuple(line for row, line in enumerate(self.lines) if row in rows)
         positives = tuple(positive for positive, _ in items if positive is not None)
         negatives = tuple(negative for _, negative in items if negative is not None)
-        return replace(self, positives=positives, negatives=negatives, lines=lines)
+        weights = tuple(weight for row, weight in enumerate(self.weights) if row in rows)
+        return replace(self, positives=positives, negatives=negatives, lines=lines, weights=weights)
 
     def error(self, row: int, side: Side, message: str) -> DataError:
         """An error in a text of a row, by its number in `items`. It names the line and the column if they are known."""

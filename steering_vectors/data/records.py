@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "unpaired": ("completion", "label"),
     "contrast": ("positive", "negative"),
 }
-PROMPT, SYSTEM = "prompt", "system"
+PROMPT, SYSTEM, WEIGHT = "prompt", "system", "weight"
 CHAT, REPLY, PLAIN = "chat messages", "a message without a prompt", "plain text"
 
 Cells = Mapping[str, Any]
@@ -32,11 +33,13 @@ Cells = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: an example for each side, and their form. The chat template renders all rows of a file, or none."""
+    """One row: an example for each side, their form, and how much the row counts. The chat template renders all rows of
+    a file, or none."""
 
     positive: Example | None
     negative: Example | None
     form: str
+    weight: float = 1.0
 
     @property
     def chat(self) -> bool:
@@ -48,9 +51,10 @@ def read_record(kind: Kind, cells: Cells) -> Record:
 
     A cell of the system prompt, also an empty one, makes a plain prompt a user message.
     """
+    weight = _weight(cells[WEIGHT]) if WEIGHT in cells else 1.0
     if kind == "unpaired":
         example, form = _example(cells, "completion", True)
-        return Record(example, None, form) if read_label(cells) else Record(None, example, form)
+        return Record(example, None, form, weight) if read_label(cells) else Record(None, example, form, weight)
     if kind == "contrast" and not is_absent(cells.get(PROMPT)):
         raise BadRow(
             "positive and negative are whole texts; to use the prompt, rename the columns to chosen and rejected",
@@ -66,7 +70,7 @@ def read_record(kind: Kind, cells: Cells) -> Record:
         raise BadRow(f"the transcripts of {wanted} and {other} differ before the last reply", other)
     if positive == negative:
         raise BadRow(f"{wanted} and {other} are equal, so nothing is preferred", other)
-    return Record(positive, negative, form)
+    return Record(positive, negative, form, weight)
 
 
 def read_prompt(cells: Cells) -> Prompt:
@@ -79,6 +83,17 @@ def read_prompt(cells: Cells) -> Prompt:
         return read_text(value, PROMPT)
     _check_open(messages, PROMPT)
     return messages
+
+
+def _weight(value: Any) -> float:
+    """How much a row counts. Raises BadRow unless it is a positive number, which may be written as a text."""
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if isinstance(value, bool) or not 0 < weight < math.inf:
+        raise BadRow("it must be a positive number", WEIGHT)
+    return weight
 
 
 def begins_with_system(prompt: Prompt) -> bool:

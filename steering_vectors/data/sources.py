@@ -18,7 +18,7 @@ from steering_vectors.data.checks import (
 from steering_vectors.data.columns import OPTIONAL, check_unread, checked_renames, find_kind, renamed
 from steering_vectors.data.columns import parse_columns as parse_columns
 from steering_vectors.data.preferences import MAX_SKIP_MESSAGES, Kind, Preferences
-from steering_vectors.data.records import COLUMNS, PROMPT, SYSTEM, Record, begins_with_system, read_record
+from steering_vectors.data.records import COLUMNS, PROMPT, SYSTEM, WEIGHT, Record, begins_with_system, read_record
 from steering_vectors.data.tables import BadRow, Table, TableRow, read_table
 from steering_vectors.errors import DataError
 
@@ -39,7 +39,8 @@ def load_pairs(
     `system` holds the system prompt, the first message of the row's prompt; then plain prompts are user messages.
 
     `columns` renames: `{"chosen": "matching"}` reads the column "matching" as chosen, and `{"system": ""}` leaves the
-    system prompt out, as `{"prompt": ""}` does the prompt. Unused columns are listed in `ignored_columns`. `hf:` also
+    system prompt out, as `{"prompt": ""}` does the prompt. `{"weight": "votes"}` reads how much each row counts; a
+    column of weights is read only if it is named here. Unused columns are listed in `ignored_columns`. `hf:` also
     takes a directory that `datasets` saved. `notes` says what looks mistaken in the rows.
 
     Raises DataError, with path, line and field, for a bad row, unless `skip_bad_rows` is set, which counts it instead,
@@ -57,7 +58,8 @@ def load_pairs(
     read = [(row.line, _read(row, kind, renames, filled)) for row in table.rows]
     _check_unread(table, kind, renames, filled, [found for _, found in read if isinstance(found, Record)])
     records, errors = _records(table, kind, renames, skip_bad_rows, read)
-    used = {renames.get(name, name) for name in (PROMPT, SYSTEM, *COLUMNS[kind])} - {""}
+    named_too = [WEIGHT] if WEIGHT in renames else []
+    used = {renames.get(name, name) for name in (PROMPT, SYSTEM, *named_too, *COLUMNS[kind])} - {""}
     columns_read = (str(column) for cells in rows for column in cells)
     ignored = tuple(dict.fromkeys(column for column in columns_read if column not in used))
     sides = [renames.get(name, name) for name in COLUMNS[kind][: 1 if kind == "unpaired" else 2]]
@@ -80,6 +82,7 @@ def load_pairs(
         lines=tuple(line for line, _ in ordered),
         fields=(renames.get(PROMPT, PROMPT) if has_prompts else "", sides[0], sides[-1]),
         skip_bad_rows=skip_bad_rows,
+        weights=tuple(one.weight for _, one in ordered) if WEIGHT in renames else (),
     )
     preferences.check()
     repeated = repeated_prompts([record for _, record in records])
@@ -157,4 +160,5 @@ def _read(row: TableRow, kind: Kind, renames: Mapping[str, str], filled: Collect
 def _cells(cells: Mapping[str, Any], renames: Mapping[str, str], filled: Collection[str]) -> dict[str, Any]:
     """The cells by the format's names, and of the optional ones those that are filled in some row."""
     found = renamed(cells, renames)
-    return {name: value for name, value in found.items() if name not in OPTIONAL} | {n: found.get(n) for n in filled}
+    unread = {*OPTIONAL} if WEIGHT in renames else {*OPTIONAL, WEIGHT}
+    return {name: value for name, value in found.items() if name not in unread} | {n: found.get(n) for n in filled}

@@ -175,8 +175,10 @@ def distill_method(
     untuned model, so the adapter belongs to the model that is served; in the paper, both start from the first step's
     model. Paper: RAHF (arXiv:2312.15997, §3.3). Without settings, the method's paper's are used.
 
-    Raises FitError if the LoRA cannot be trained or written.
+    Raises FitError if the LoRA cannot be trained or written, and for rows with weights, which it cannot use.
     """
+    if pairs.weighted:
+        raise FitError("a method's LoRA cannot use the weights of rows: let all rows count alike")
     settings = settings or paper_settings(target.method)
     layers = target.layers or paper_blocks(lm.num_layers)
     step = FIRST_STEPS[target.method]

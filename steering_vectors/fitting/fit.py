@@ -236,6 +236,11 @@ class _Fit:
         lm, settings = self._lm, self._settings
         blank = self._blank()
         pairs.check()
+        if pairs.weighted and not self._method.weighs:
+            raise FitError(
+                f"{self._method.name} cannot use the weights of rows: choose mean-diff, pca or probe, or let all rows "
+                "count alike"
+            )
         gate = None
         if settings.gate is not None:
             gate = fit_gate(lm, settings.gate, seed=settings.seed, progress=self._progress)
@@ -333,6 +338,7 @@ class _Fit:
             seed=self._settings.seed,
             batch_tokens=self._settings.batch_tokens,
             progress=self._progress,
+            weights=train.pairs.side_weights(),
         )
 
     def _directions(self, train: Corpus, statistics: Mapping[int, LayerStatistics]) -> Directions:
@@ -363,7 +369,7 @@ class _Fit:
         return Evidence(
             parts.choosing_prompts,
             margin_gradients(self._lm, choosing.sides(), profile.layers),
-            token_log_odds(parts.train.sides(), self._lm.vocab_size),
+            token_log_odds(parts.train.sides(), self._lm.vocab_size, parts.train.pairs.side_weights()),
         )
 
     def _choose_layers(self, profile: Profile, evidence: Evidence) -> LayerChoice:
@@ -425,6 +431,7 @@ def _data_record(corpus: Corpus, parts: Parts) -> DataRecord:
         "bad_rows_skipped": pairs.skipped,
         "long_rows_skipped": corpus.long_rows,
         "duplicates": pairs.duplicates,
+        **({"effective_rows": parts.train.pairs.effective_rows} if pairs.weighted else {}),
     }
 
 

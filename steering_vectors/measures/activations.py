@@ -44,6 +44,9 @@ class LayerStatistics:
     The means are over all examples. `positives` and `negatives` are a sample of the pooled vectors, or all of them if
     they are few. If `paired`, row i of both belongs to one pair. `residual_norm` is the median ‖h‖ over the response
     tokens of both sides. `sampled` are the examples of each side that the sample's rows belong to.
+
+    If some examples count more than others, the means are weighted, `sample_weights` are the weights of the sample's
+    rows, and `unweighted` is the difference of the means in which all examples count alike.
     """
 
     positive_mean: torch.Tensor  # [hidden] float64
@@ -53,11 +56,20 @@ class LayerStatistics:
     residual_norm: float
     paired: bool
     sampled: tuple[Sequence[int], Sequence[int]] = ((), ())
+    sample_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # [sample] float64 each
+    unweighted: torch.Tensor | None = None  # [hidden] float64
 
     @property
     def difference(self) -> torch.Tensor:
         """mean(h⁺) − mean(h⁻), float64 `[hidden]`."""
         return self.positive_mean - self.negative_mean
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight of each row of the sample, with mean 1 on each side: float64 `[sample]` each."""
+        if self.sample_weights is None:
+            return torch.ones(len(self.positives)).double(), torch.ones(len(self.negatives)).double()
+        first, second = self.sample_weights
+        return first / first.mean(), second / second.mean()
 
 
 class NormHistogram:
@@ -123,8 +135,10 @@ def capture(
     seed: int = 0,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: Progress | None = None,
+    weights: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[int, LayerStatistics]:
-    """Statistics of both sides at the given blocks, in one pass over the examples.
+    """Statistics of both sides at the given blocks, in one pass over the examples. `weights` says how much each
+    example of either side counts in the means; without them all count alike.
 
     The sample is drawn from `seed`. It has at most SAMPLE_ROWS examples per side, and fewer if the samples of all
     blocks would exceed SAMPLE_BYTES. Without `keep_sample` it has at most CHECK_ROWS, at as many evenly spaced blocks
@@ -143,24 +157,55 @@ def capture(
     slots = {row: slot for slot, row in enumerate([*kept, *(len(positives) + row for row in others)])}
     sample = torch.zeros(len(places), len(slots), lm.hidden_size)
     sums = torch.zeros(2, len(layers), lm.hidden_size, dtype=torch.float64)
+    plain = torch.zeros_like(sums)
+    counted = None if weights is None else [*weights[0], *weights[1]]
     histograms = [NormHistogram() for _ in layers]
     examples = [*positives, *negatives]
     for part in pooled(lm, examples, layers, tokens=tokens, batch_tokens=batch_tokens, progress=progress):
         _check_finite(part, layers)
         for index, vectors in zip(part.indices, part.vectors.cpu(), strict=True):  # [layers, hidden]
-            sums[int(index >= len(positives))] += vectors
+            side = int(index >= len(positives))
+            if counted is None:
+                sums[side] += vectors
+            else:
+                sums[side] += counted[index] * vectors.double()
+                plain[side] += vectors
             if index in slots:
                 sample[:, slots[index]] = vectors[places]
         for histogram, norms in zip(histograms, part.norms.cpu(), strict=True):
             histogram.add(norms)
-    means = [sums[side] / max(len(examples), 1) for side, examples in enumerate((positives, negatives))]
+    sizes = [max(len(examples), 1) for examples in (positives, negatives)]
+    totals = sizes if weights is None else [sum(side) or 1 for side in weights]
+    means = [sums[side] / totals[side] for side in (0, 1)]
+    unweighted = None if weights is None else plain[0] / sizes[0] - plain[1] / sizes[1]
+    drawn = None if weights is None else _drawn(weights, (kept, others))
     found = {}
     for k, layer in enumerate(layers):
         own = sample[places.index(k)] if k in places else sample.new_zeros(0, lm.hidden_size)
         sampled = (kept, others) if k in places else ((), ())
         sides = own[: len(kept)], own[len(kept) :]
-        found[layer] = LayerStatistics(means[0][k], means[1][k], *sides, histograms[k].median(), paired, sampled)
+        found[layer] = LayerStatistics(
+            means[0][k],
+            means[1][k],
+            *sides,
+            histograms[k].median(),
+            paired,
+            sampled,
+            drawn if k in places else None,
+            None if unweighted is None else unweighted[k],
+        )
     return found
+
+
+def _drawn(
+    weights: tuple[Sequence[float], Sequence[float]], rows: tuple[Sequence[int], Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of the sample's rows, float64 `[sample]` of each side."""
+    first, second = (
+        torch.tensor([side[row] for row in chosen], dtype=torch.float64)
+        for side, chosen in zip(weights, rows, strict=True)
+    )
+    return first, second
 
 
 def _bytes(rows: int, layers: int, lm: LanguageModel) -> int:

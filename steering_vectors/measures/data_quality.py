@@ -1,6 +1,7 @@
 """Figures of preference data that say how reliable a direction from it will be, from activations of the training rows.
 
-They describe the difference of means, whatever the method, and need no pass over the model.
+They describe the difference of means in which all rows count alike, whatever the method and the weights, and need no
+pass over the model.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class _Sample:
 
     def __init__(self, statistics: LayerStatistics, counts: tuple[int, int]) -> None:
         self._paired, self._counts = statistics.paired, counts
-        self._direction = statistics.difference  # [hidden], of all training examples
+        whole = statistics.difference if statistics.unweighted is None else statistics.unweighted
+        self._direction = whole  # [hidden], of all training examples
         centre = (statistics.positive_mean + statistics.negative_mean) / 2
         given = statistics.positives, statistics.negatives
         self._positives, self._negatives = (spread_rows(side).double() - centre for side in given)

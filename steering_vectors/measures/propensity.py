@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,16 +41,23 @@ class Propensity:
         return float((self.positives.unsqueeze(1) > self.negatives).double().mean())
 
 
-def token_log_odds(sides: Sides, vocab_size: int) -> torch.Tensor:
+def token_log_odds(
+    sides: Sides, vocab_size: int, weights: tuple[Sequence[float], Sequence[float]] | None = None
+) -> torch.Tensor:
     """Log-odds of each token between preferred and rejected responses, float32 `[vocabulary]`.
 
     Each count is smoothed by 2, shared between the sides by their size, so an unseen token has log-odds 0. Values are
-    clipped to ±2.
+    clipped to ±2. `weights` says how much each example of either side counts, relative to their mean.
     """
     counts = []
-    for examples in (sides.positives, sides.negatives):
+    for side, examples in enumerate((sides.positives, sides.negatives)):
         tokens = torch.tensor([token for ids, start in examples for token in ids[start:]])
-        counts.append(torch.bincount(tokens, minlength=vocab_size).double())
+        if weights is None:
+            counts.append(torch.bincount(tokens, minlength=vocab_size).double())
+            continue
+        own = torch.tensor(weights[side], dtype=torch.float64)
+        lengths = torch.tensor([len(ids) - start for ids, start in examples])
+        counts.append(torch.bincount(tokens, (own / own.mean()).repeat_interleave(lengths), minlength=vocab_size))
     total = counts[0].sum() + counts[1].sum()
     logs = [((one + 2 * one.sum() / total) / one.sum()).log() for one in counts]
     return (logs[0] - logs[1]).clamp(-2, 2).float()

@@ -16,7 +16,8 @@ def principal_difference(statistics: LayerStatistics) -> torch.Tensor:
     on the scale of the difference of means.
 
     Unpaired data: δ runs over all pairs of a positive with a negative example. Their second moment is
-    Cov(h⁺) + Cov(h⁻) + ΔΔᵀ, so no pairing is drawn.
+    Cov(h⁺) + Cov(h⁻) + ΔΔᵀ, so no pairing is drawn. Weights of rows are factors of the terms of the sum, and of the
+    covariances.
 
     Paper: Representation Engineering (arXiv:2310.01405).
     """
@@ -37,19 +38,18 @@ def first_component(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _differences(statistics: LayerStatistics) -> torch.Tensor:
-    return statistics.positives.double() - statistics.negatives.double()
+    weights, _ = statistics.weights()
+    return (statistics.positives.double() - statistics.negatives.double()) * weights.sqrt().unsqueeze(1)
 
 
 def _cross_differences(statistics: LayerStatistics) -> torch.Tensor:
     """Rows whose second moment is that of all cross differences: both sides centred, and the difference of means."""
-    positives, negatives = statistics.positives.double(), statistics.negatives.double()
-    return torch.cat(
-        [
-            (positives - positives.mean(0)) / len(positives) ** 0.5,
-            (negatives - negatives.mean(0)) / len(negatives) ** 0.5,
-            (positives.mean(0) - negatives.mean(0)).unsqueeze(0),
-        ]
-    )
+    rows, means = [], []
+    for side, weights in zip((statistics.positives, statistics.negatives), statistics.weights(), strict=True):
+        shares = (weights / weights.sum()).unsqueeze(1)  # [sample, 1]
+        means.append((shares * side.double()).sum(0))
+        rows.append((side.double() - means[-1]) * shares.sqrt())
+    return torch.cat([*rows, (means[0] - means[1]).unsqueeze(0)])
 
 
 METHOD = per_layer(

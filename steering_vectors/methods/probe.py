@@ -18,7 +18,8 @@ def probe_normal(statistics: LayerStatistics) -> torch.Tensor:
 
     The normal of the plane that best separates the two sides. It discounts variation within a side, so it need not
     point from the rejected to the preferred mean. Activations are centred and divided by one number, so that C means
-    the same at every block and w keeps its direction. The length is that of Δ along u.
+    the same at every block and w keeps its direction. The length is that of Δ along u. Weights of rows are factors of
+    the terms of the sum.
 
     Paper: Inference-Time Intervention (arXiv:2306.03341), which probes attention heads.
     """
@@ -32,7 +33,7 @@ def probe_normal(statistics: LayerStatistics) -> torch.Tensor:
     probe = LogisticRegression(C=REGULARISATION, tol=1e-6, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a probe that is nearly there still has a normal
-        probe.fit((centred / scale).numpy(), labels)
+        probe.fit((centred / scale).numpy(), labels, sample_weight=torch.cat(statistics.weights()).numpy())
     normal = torch.from_numpy(probe.coef_[0].copy())
     unit = normal / normal.norm().clamp_min(torch.finfo(rows.dtype).tiny)
     direction: torch.Tensor = (unit @ statistics.difference).abs() * unit

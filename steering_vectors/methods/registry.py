@@ -67,12 +67,14 @@ class OptionDescription(TypedDict):
 
 
 class MethodDescription(TypedDict):
-    """A method as `trimtab methods --json` prints it. `layers` says which blocks `--layers auto` considers."""
+    """A method as `trimtab methods --json` prints it. `layers` says which blocks `--layers auto` considers, `weights`
+    whether the method can use weights of rows."""
 
     name: str
     direction: str
     paper: str
     layers: str
+    weights: bool
     options: list[OptionDescription]
 
 
@@ -83,7 +85,7 @@ class Method:
     `needs_sample` says that the statistics must hold a sample of pooled vectors, not only means. `options` is the
     dataclass of the method's options, each with a default. `layers` gives the blocks that `--layers auto` considers,
     from the number of blocks; all candidates if it is None. `direction` and `paper` describe the method. `reads_labels`
-    says that the direction depends on which responses are preferred.
+    says that the direction depends on which responses are preferred, `weighs` that rows may count more than others.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Method:
     direction: str = ""
     paper: str = ""
     reads_labels: bool = True
+    weighs: bool = False
 
     def complete(self, given: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
         """Add the defaults to the given options. A text is converted to the type of the default.
@@ -112,6 +115,7 @@ class Method:
             "direction": self.direction,
             "paper": self.paper,
             "layers": "candidates" if self.layers is None else "middle",
+            "weights": self.weighs,
             "options": self._options(),
         }
 
@@ -156,12 +160,12 @@ def per_layer(
     direction: str = "",
     paper: str = "",
 ) -> Method:
-    """A method that reads each block's statistics on their own."""
+    """A method that reads each block's statistics on their own, with the weights of rows."""
 
     def find(task: Task) -> Directions:
         return {layer: direction_of(task.statistics[layer]).to(torch.float32) for layer in task.layers}
 
-    return Method(name, find, needs_sample, direction=direction, paper=paper)
+    return Method(name, find, needs_sample, direction=direction, paper=paper, weighs=True)
 
 
 def _converted(name: str, value: OptionValue, default: OptionValue) -> OptionValue:

@@ -152,7 +152,12 @@ class Metrics(TypedDict, total=False):
 
 
 class DataRecord(TypedDict, total=False):
-    """The data of a fit: its file, its rows, and how many of them each step used."""
+    """The data of a fit: its file, its rows, and how many of them each step used.
+
+    `effective_rows` is the number of training rows of equal weight whose mean would vary as much, if rows have weights.
+    A refined profile has the version that it was `refined_from`, the number of its rows that are feedback, and the
+    share of all prompts that is held out from every fit.
+    """
 
     source: str
     kind: str
@@ -164,6 +169,10 @@ class DataRecord(TypedDict, total=False):
     bad_rows_skipped: int
     long_rows_skipped: int
     duplicates: int
+    effective_rows: float
+    refined_from: str
+    feedback_rows: int
+    heldout_prompts: float
 
 
 class GateMetrics(TypedDict, total=False):

@@ -20,7 +20,8 @@ from typing import Any
 from server.engines.config import EngineConfig
 from server.engines.torch.engine import TorchEngine
 from server.profiles.audit import Author
-from server.profiles.changes import Conditions, ProfileChanges
+from server.profiles.changes import ProfileChanges
+from server.profiles.directory_changes import Conditions
 from server.profiles.registry import ProfileRegistry
 from server.profiles.versions import ProfileStore
 from steering_vectors.models.loading import wrap_model

@@ -341,6 +341,42 @@ def test_token_log_odds() -> None:
     assert odds[6] == odds[0] == odds[9] == 0
 
 
+def test_token_log_odds_count_by_weight() -> None:
+    sides = Sides((([0, 5, 5, 6], 1), ([0, 6], 1)), (([0, 6, 7, 7], 1), ([0, 7], 1)), True)
+    assert torch.equal(token_log_odds(sides, 10, ([2.0, 2.0], [3.0, 3.0])), token_log_odds(sides, 10))
+    odds = token_log_odds(sides, 10, ([3.0, 1.0], [1.0, 1.0]))
+    assert odds[5] > token_log_odds(sides, 10)[5]
+
+
+def test_weights_move_a_fit_towards_the_rows_that_count_more(lm: LanguageModel) -> None:
+    """Rows of two kinds: with almost all of the weight on one kind, the direction is that of its rows alone."""
+    pairs = preferences(rows=60)
+    flipped = replace(
+        pairs,
+        positives=pairs.positives[:30] + pairs.negatives[30:],
+        negatives=pairs.negatives[:30] + pairs.positives[30:],
+    )
+    settings = FitSettings(layers="1", calibrate=False)
+    alone, mixed, weighed = (
+        fit(lm, one, settings).directions[1]
+        for one in (pairs, flipped, replace(flipped, weights=(1000.0,) * 30 + (1.0,) * 30))
+    )
+    assert float(torch.cosine_similarity(weighed, alone, dim=0)) > 0.9
+    assert float(torch.cosine_similarity(mixed, alone, dim=0)) < float(torch.cosine_similarity(weighed, alone, dim=0))
+    made = fit(lm, replace(flipped, weights=(1000.0,) * 30 + (1.0,) * 30), settings)
+    assert 20 < made.data["effective_rows"] < 26
+    same = fit(lm, replace(pairs, weights=(2.0,) * 60), settings)
+    assert torch.equal(same.directions[1], alone)
+    assert "effective_rows" not in same.data
+
+
+@pytest.mark.parametrize("method", ["contrast-prompts", "bipo", "rahf-scit", "rahf-dual"])
+def test_a_method_that_cannot_use_weights_says_so(lm: LanguageModel, method: str) -> None:
+    weighed = replace(preferences(), weights=(1.0,) * 59 + (2.0,))
+    with pytest.raises(FitError, match=f"{method} cannot use the weights of rows: choose mean-diff"):
+        fit(lm, weighed, FitSettings(name="warm", method=method, layers="1"))
+
+
 def test_the_demo_model_is_steered_towards_its_preferences(demo: LanguageModel) -> None:
     """From the embedded pairs to likelihoods and to texts, beside random directions as long as the profile's.
 

@@ -134,6 +134,24 @@ def test_statistics_equal_a_plain_reference(lm: LanguageModel, batch_tokens: int
         assert one.residual_norm == pytest.approx(float(norms.double().quantile(0.5)), rel=0.02)
 
 
+def test_weighted_means_equal_those_of_repeated_rows(lm: LanguageModel) -> None:
+    positives, negatives, weights = examples(9, 2), examples(7, 3), ([1.0, 2.0, 3.0] * 3, [2.0] * 3 + [1.0] * 4)
+    repeated = [
+        [row for row, count in zip(side, counts, strict=True) for _ in range(int(count))]
+        for side, counts in zip((positives, negatives), weights, strict=True)
+    ]
+    found = capture(lm, positives, negatives, [1], paired=False, batch_tokens=64, weights=weights)[1]
+    expected = capture(lm, *repeated, [1], paired=False, batch_tokens=64)[1]
+    torch.testing.assert_close(found.positive_mean, expected.positive_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.negative_mean, expected.negative_mean, rtol=1e-5, atol=1e-6)
+    plain = capture(lm, positives, negatives, [1], paired=False, batch_tokens=64)[1]
+    assert found.unweighted is not None
+    torch.testing.assert_close(found.unweighted, plain.difference, rtol=1e-6, atol=1e-7)
+    assert found.sample_weights is not None
+    assert [side.tolist() for side in found.sample_weights] == list(weights)
+    assert (plain.sample_weights, plain.unweighted) == (None, None)
+
+
 def test_the_sample_is_bounded_seeded_and_aligned(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "SAMPLE_ROWS", 5)
     rows = examples(20, 4)

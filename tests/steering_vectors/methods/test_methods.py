@@ -113,6 +113,29 @@ def test_unpaired_pca_equals_the_singular_vector_of_every_cross_difference() -> 
     torch.testing.assert_close(principal_difference(statistics), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_counts_as_repeated_rows(lm: LanguageModel, method: str, paired: bool) -> None:
+    draw = torch.Generator().manual_seed(4)
+    sides = [torch.randn(60, HIDDEN, generator=draw) + side for side in (0.3, 0.0)]
+    counts = torch.randint(1, 4, (60,), generator=draw)
+    others = counts if paired else torch.randint(1, 4, (60,), generator=draw)
+    repeated = statistics_of(sides[0].repeat_interleave(counts, 0), sides[1].repeat_interleave(others, 0), paired)
+    weighed = dataclasses.replace(
+        statistics_of(sides[0], sides[1], paired),
+        positive_mean=repeated.positive_mean,
+        negative_mean=repeated.negative_mean,
+        sample_weights=(counts.double(), others.double()),
+    )
+    found, expected = find(lm, method, weighed), find(lm, method, repeated)
+    if method == "probe":  # whose penalty is relative to the number of rows
+        assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.999
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    plain = find(lm, method, dataclasses.replace(weighed, sample_weights=None, positive_mean=sides[0].double().mean(0)))
+    assert float(torch.cosine_similarity(found, plain, dim=0)) < 0.999
+
+
 def test_centred_pca_would_lose_the_mean_difference() -> None:
     """This is why the component is not centred."""
     statistics, direction = planted(True)
@@ -224,6 +247,7 @@ def test_a_method_describes_itself_and_its_options() -> None:
         "direction": "d",
         "paper": "p",
         "layers": "candidates",
+        "weights": False,
         "options": [
             {"name": "word", "type": "str", "default": "a", "help": "A word."},
             {"name": "count", "type": "int", "default": 2, "help": "A number."},

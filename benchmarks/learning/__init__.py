@@ -1,0 +1,1 @@
+"""Benchmarks of learning from people: what votes make of a profile."""
