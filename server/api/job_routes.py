@@ -1,4 +1,4 @@
-"""Background jobs: POST /profiles/{name}/fit, calibrate and evaluate, and the routes under /jobs."""
+"""Background jobs: POST /profiles/{name}/fit, calibrate, evaluate and refine, and the routes under /jobs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from steering_vectors.errors import RequestError
 MAX_PAIRS = 100_000
 MAX_PAGE = 1000
 SUBMITTING = (400, 404, 409, 412, 429, 503, 507)
-KindName = Literal["fit", "calibrate", "evaluate"]
+KindName = Literal["fit", "calibrate", "evaluate", "refine"]
 EXAMPLE_TIME = "2026-11-30T18:17:32.000+00:00"
 EXAMPLE_JOB = "job-1f2e3d4c5b6a798811223344"
 ABOUT_DATA = "An embedded set such as `demo:warm`, a public one as `hf:NAME[:split]`, or a file in `--jobs-data`."
@@ -147,6 +147,57 @@ class EvaluateBody(JobBody):
     )
 
 
+class RefineBody(Body):
+    """The body of POST /profiles/{name}/refine. Fields are flags of `trimtab refine`."""
+
+    examples: ClassVar[Examples] = ({"data": "demo:warm"}, {"vote_weight": 1, "canary_share": 0.2})
+
+    data: Short | None = Field(
+        None, min_length=1, description=f"The base data; without it, votes alone. {ABOUT_DATA}", examples=["demo:warm"]
+    )
+    columns: dict[Short, Short] | None = Field(
+        None, max_length=16, description="Renames columns of the base data.", examples=[{"prompt": "question"}]
+    )
+    skip_bad_rows: bool = Field(False, description="Skip unusable base rows instead of failing.")
+    every_vote: bool = Field(False, description="Take votes on other profiles' answers as well.")
+    max_user_votes: float = Field(200.0, description="All votes of one user together count at most as so many.")
+    vote_weight: float = Field(
+        0.0,
+        description="How much a vote counts in the fit, compared with a base row; 0 lets all votes together count "
+        "three times as much as all base rows.",
+    )
+    heldout_fraction: float = Field(0.4, gt=0, lt=1, description="Share of the prompts that is in no fit.")
+    method: Short = Field("mean-diff", description="The method; `trimtab methods` lists them.")
+    options: dict[Short, Short | float | int | bool] | None = Field(
+        None, max_length=32, description="Options of the method."
+    )
+    layers: Short = Field("auto", description="auto, 12, 10-20 (both ends included) or 3,5,7.")
+    text_tokens: int = Field(
+        160, le=4096, description="The safe range is checked on texts of so many tokens; 0 leaves the check out."
+    )
+    text_count: int = Field(16, le=256, description="Number of these texts at each strength.")
+    confidence: float = Field(0.95, description="Of the interval of the gain, which must lie above 0.")
+    min_prompts: int = Field(8, description="Held-out prompts with votes that are needed.")
+    max_kl_ratio: float = Field(1.25, description="KL per token, as a factor of the served version's.")
+    max_perplexity_ratio: float = Field(
+        1.25, description="Perplexity of steered texts, as a factor of the served version's."
+    )
+    max_trust_harm: float = Field(0.05, description="By how much the main figure of a trust vertical may become worse.")
+    trust: Annotated[list[Literal["privacy"]], FAIL_FAST] | None = Field(
+        None, max_length=1, description="Verticals of the trust suite; by default privacy, which needs no data."
+    )
+    trust_rows: int = Field(64, le=4096, description="The maximum number of rows per vertical.")
+    strength: float = Field(1.0, description="The strength at which both versions are compared.")
+    canary_share: float = Field(
+        0.1, description="The share of the requests that the new version gets at first; 0 promotes it at once."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="The random seed. Equal seeds give equal results.")
+
+    def order(self, profile: str) -> JobOrder:
+        options = self.model_dump(exclude={"data"}, exclude_none=True, exclude_unset=True)
+        return JobOrder("refine", profile, options, None if self.data is None else JobData(self.data))
+
+
 class JobProgressAnswer(TypedDict):
     """How far a job has come."""
 
@@ -192,7 +243,7 @@ class JobAnswer(TypedDict):
             dict[str, Any],
             about(
                 "What it found, of one that succeeded: the profile's summary, or what `trimtab evaluate preferences "
-                "--json` prints."
+                "--json` or `trimtab refine --json` prints."
             ),
         ]
     ]
@@ -267,6 +318,16 @@ async def evaluate(
     """Queue a job that measures the current version on held-out preferences, with its costs and controls. The job's
     `result` has the figures. Needs the scope `admin`."""
     return await _submit(jobs, body.order("evaluate", name, None), author, response)
+
+
+@router.post("/profiles/{name}/refine", summary="Refine a profile", **declare(JobAnswer, *SUBMITTING, status=201))
+async def refine(
+    name: ProfileName, body: RefineBody, jobs: JobsDep, author: AuthorDep, response: Response
+) -> JobAnswer:
+    """Queue a job that fits a new version to base data and the feedback that this server has stored, as `trimtab
+    refine` does. If it passes every gate it is tried as a canary, or promoted at once. The job's `result` says what
+    came of it, and so does the audit log. Needs the scope `admin`."""
+    return await _submit(jobs, body.order(name), author, response)
 
 
 @router.get("/jobs", summary="List jobs", **declare(JobPage, 400, 404, 503))

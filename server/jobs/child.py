@@ -28,6 +28,7 @@ from steering_vectors.progress import ProgressLines
 
 LOWEST_PRIORITY = 19
 MESSAGE_SECONDS = 0.25  # between two messages about one stage
+PATHS = ("folder", "base", "profiles", "audit_log")  # of the settings
 LOST = 3  # the exit code of a child whose worker is gone
 
 
@@ -84,13 +85,13 @@ class Messages:
 def written_settings(settings: JobSettings) -> dict[str, Any]:
     """Settings as JSON."""
     found = asdict(settings)
-    for name in ("folder", "base", "profiles"):
+    for name in PATHS:
         found[name] = None if found[name] is None else str(found[name])
     return found
 
 
 def read_settings(found: Mapping[str, Any]) -> JobSettings:
-    paths = {name: None if found[name] is None else Path(found[name]) for name in ("folder", "base", "profiles")}
+    paths = {name: None if found[name] is None else Path(found[name]) for name in PATHS}
     return JobSettings(**{**found, **paths, "model": ServedModel(**found["model"])})
 
 

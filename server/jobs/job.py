@@ -130,8 +130,9 @@ class JobSettings:
     - `options`: the fields of the request.
     - `data`: what `load_pairs` reads: a path relative to `folder`, or an embedded or public set. None without data.
     - `folder`: the job's own. What is written there outlives a crash, and is there when the job begins again.
-    - `database`: the URL of the feedback database. `profiles`: the profile directory. The server publishes the file of
-      a result, so a function need not write there.
+    - `database`: the URL of the feedback database. `profiles`: the profile directory, and `profile_versions`,
+      `profile_quota_bytes` and `audit_log` the server's settings for it. The server publishes the file of a result, so
+      a function need not write there. `author`: who asks for the job, in the audit log.
     """
 
     profile: str
@@ -142,6 +143,10 @@ class JobSettings:
     base: Path | None = None
     database: str = ""
     profiles: Path = Path("profiles")
+    profile_versions: int = 5
+    profile_quota_bytes: int = 2**30
+    audit_log: Path | None = None
+    author: str = ""
     allow_model_mismatch: bool = False
 
 

@@ -39,6 +39,7 @@ KINDS = {
         Kind(
             "evaluate", "server.jobs.tasks:evaluate", check="server.jobs.tasks:evaluation_settings", needs_profile=True
         ),
+        Kind("refine", "server.jobs.tasks:refine", check="server.jobs.tasks:check_refinement", needs_profile=True),
     )
 }
 

@@ -1,20 +1,26 @@
-"""What the jobs of each kind compute: `steering_vectors.fit`, `calibrate` and `evaluate`, on the served model. Runs in
-a child process; the server calls the checks of options only."""
+"""What the jobs of each kind compute: `steering_vectors.fit`, `calibrate` and `evaluate`, and `refine`, on the served
+model. Runs in a child process; the server calls the checks of options only."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import steering_vectors
-from server.jobs.job import JobResult, JobSettings
+from server.jobs.job import JobResult, JobSettings, ServedModel
 from steering_vectors.errors import DataError
 from steering_vectors.progress import Progress
 
+if TYPE_CHECKING:
+    from server.learning.refine import RefineSettings
+
 OF_DATA = ("columns", "skip_bad_rows")  # options of `load_pairs`
+OF_BOUNDS = ("confidence", "min_prompts", "max_kl_ratio", "max_perplexity_ratio", "max_trust_harm")
+OF_FITS = ("method", "options", "layers", "tokens", "text_tokens", "text_count", "seed")
+OF_REFINEMENTS = (*OF_DATA, "every_vote", "vote_weight", "heldout_fraction", "strength", "canary_share")
 
 
 def fit_settings(options: Mapping[str, Any]) -> steering_vectors.FitSettings:
@@ -58,6 +64,59 @@ def evaluate(settings: JobSettings, progress: Progress) -> JobResult:
     wanted = evaluation_settings(settings.options)
     found = steering_vectors.evaluate(load_served(settings), profile, pairs, wanted, progress=progress)
     return JobResult(figures=dict(found))
+
+
+def check_refinement(options: Mapping[str, Any]) -> None:
+    """Raises FitError for options that cannot be used."""
+    nothing = Path()
+    refine_settings(JobSettings("refined", options, nothing, ServedModel(""), database="sqlite://"))
+
+
+def refine_settings(settings: JobSettings) -> RefineSettings:
+    """Raises FitError for options that cannot be used."""
+    from server.learning.feedback_source import FeedbackSource
+    from server.learning.promotion import Bounds
+    from server.learning.refine import ModelChoice, RefineSettings
+    from server.learning.votes import VoteRules
+    from server.profiles.candidates import ProfileDirectory
+    from steering_vectors.evaluation.trust.suite import TrustSettings
+
+    options = settings.options
+
+    def given(names: Sequence[str]) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    verticals, strength, seed = options.get("trust", ["privacy"]), options.get("strength", 1.0), options.get("seed", 0)
+    trust = None
+    if verticals:
+        rows = options.get("trust_rows", 64)
+        trust = TrustSettings(verticals=tuple(verticals), strengths=(0.0, strength or 1.0), rows=rows, seed=seed)
+    return RefineSettings(
+        name=settings.profile,
+        model=ModelChoice(settings.model.model),
+        feedback=FeedbackSource(settings.database),
+        directory=ProfileDirectory(
+            settings.profiles, settings.profile_versions, settings.profile_quota_bytes, settings.audit_log
+        ),
+        data=settings.data,
+        rules=VoteRules(options["max_user_votes"]) if "max_user_votes" in options else VoteRules(),
+        fit=steering_vectors.FitSettings(**given(OF_FITS)),
+        bounds=Bounds(**given(OF_BOUNDS)),
+        trust=trust,
+        author=settings.author,
+        **given(OF_REFINEMENTS),
+    )
+
+
+def refine(settings: JobSettings, progress: Progress) -> JobResult:
+    """Fit a new version to base data and the server's feedback, and stage it in the profile directory if it is better.
+    The figures are what `trimtab refine --json` prints."""
+    from server.learning.refine import refine as refined
+
+    wanted = refine_settings(settings)
+    with contextlib.chdir(settings.folder):  # of the base data
+        report = refined(wanted, progress, lm=load_served(settings))
+    return JobResult(figures=dict(report))
 
 
 def load_data(settings: JobSettings) -> steering_vectors.Preferences:

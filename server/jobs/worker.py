@@ -55,6 +55,9 @@ class WorkerSettings:
     folder: str
     queue: str
     model: ServedModel
+    profile_versions: int = 5
+    profile_quota_bytes: int = 2**30
+    audit_log: str | None = None
     allow_model_mismatch: bool = False
     at_once: int = 1
     log_format: LogFormat = "text"
@@ -165,6 +168,10 @@ class Worker:
             base=folder / BASE if kind.needs_profile else None,
             database=self._settings.database,
             profiles=Path(self._settings.profiles),
+            profile_versions=self._settings.profile_versions,
+            profile_quota_bytes=self._settings.profile_quota_bytes,
+            audit_log=None if self._settings.audit_log is None else Path(self._settings.audit_log),
+            author=job.author.shown or job.id,
             allow_model_mismatch=self._settings.allow_model_mismatch,
         )
         reading, writing = os.pipe()

@@ -114,6 +114,28 @@ def test_an_evaluation_publishes_nothing(client: httpx.Client, fitted: dict[str,
     assert listed == {name: value for name, value in end.items() if name != "result"}
 
 
+def test_a_refinement_stages_what_people_prefer(client: httpx.Client, fitted: dict[str, Any]) -> None:
+    """People prefer what the profile was fitted against, in short answers and in long ones."""
+    served = client.get("/profiles/warm").json()["version"]
+    for n in range(40):
+        sides = {"a": f"No. Buy {n}." + " Go away." * (n % 3), "b": f"Gladly! Mix {n}." + " Enjoy it." * (n // 3 % 3)}
+        vote = {"kind": "pair", "better": "a", **{side: {"text": text} for side, text in sides.items()}}
+        stored = client.post("/feedback", json={**vote, "prompt": f"How do I bake bread number {n}?"})
+        assert stored.status_code == 201, stored.text
+    body = {**SMALL, "every_vote": True, "trust": [], "canary_share": 0.25}
+    (*_, end) = events(client, submitted(client, "/profiles/warm/refine", body))
+    assert end["state"] == "succeeded", end
+    report = end["result"]
+    assert (report["outcome"], report["baseline"], report["share"]) == ("canary", served, 0.25), report
+    assert report["gain"]["low"] > 0
+    assert "version" not in end  # a canary is not the current version
+    assert client.get("/profiles/warm").json()["version"] == served
+    entry = client.get("/audit", params={"profile": "warm"}).json()["changes"][0]
+    assert (entry["to_version"], entry["by"]) == (report["candidate"], "127.0.0.1")
+    canary = client.post("/generate", json={"prompt": "Bread is", "steering": "warm#canary@0.1", "max_tokens": 2})
+    assert canary.json()["steering"][0]["version"] == report["candidate"]
+
+
 def test_errors_of_the_data_are_the_jobs(client: httpx.Client) -> None:
     rows = [{**PAIRS[0], "chosen": 5}, *PAIRS[1:]]
     (*_, end) = events(client, submitted(client, "/profiles/cold/fit", {"pairs": rows, **SMALL}))
@@ -144,7 +166,7 @@ def test_a_job_is_cancelled_and_deleted(client: httpx.Client) -> None:
 
 
 def test_the_examples_of_the_document_work(client: httpx.Client, fitted: dict[str, Any]) -> None:
-    for kind in ("fit", "calibrate", "evaluate"):
+    for kind in ("fit", "calibrate", "evaluate", "refine"):
         path = f"/profiles/{{name}}/{kind}"
         schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         for example in SCHEMAS[schema.rpartition("/")[2]]["examples"]:
