@@ -34,6 +34,7 @@ ORDER = (
     "steering_vectors.fitting",
     "steering_vectors.distillation",
     "steering_vectors.evaluation",
+    "steering_vectors.synthesis",
     "steering_vectors",
     "steering_vectors.cli",
     "server.engines.errors",

@@ -8,10 +8,12 @@ XSTest that the profile was not fitted on.
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EVERYDAY = (
     "How was your day?",
@@ -115,10 +117,15 @@ class Judge:
     """Other prompts on which the same figure should stay as it is, with their name."""
 
 
-def compound(text: str) -> float:
+@functools.cache
+def sentiment_analyzer() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    return float(SentimentIntensityAnalyzer().polarity_scores(text)["compound"])
+    return SentimentIntensityAnalyzer()
+
+
+def compound(text: str) -> float:
+    return float(sentiment_analyzer().polarity_scores(text)["compound"])
 
 
 def rudeness(text: str) -> float:

@@ -151,10 +151,11 @@ def file_body(description: str) -> Json:
     return {"requestBody": {"description": description, "required": True, "content": content}}
 
 
-def declare_text(example: str) -> Json:
+def declare_text(example: str, *errors: int) -> Json:
     """What a route's decorator says about an answer that is plain text."""
     content = {"text/plain": {"schema": {"type": "string"}, "example": example}}
-    return {"response_model": None, "responses": {200: {"description": "Success.", "content": content}}}
+    failures = {status: {"description": ERRORS[status][0], "model": ErrorAnswer} for status in errors}
+    return {"response_model": None, "responses": {200: {"description": "Success.", "content": content}, **failures}}
 
 
 def openapi_document(app: FastAPI) -> Json:

@@ -363,8 +363,8 @@ async def events(id: JobId, jobs: JobsDep) -> Response:
 @router.get(
     "/jobs/{id}/log",
     summary="Show a job's log",
-    response_class=PlainTextResponse,
-    **declare_text("capture: 4/4, 0:01 so far\n"),
+    response_class=Response,
+    **declare_text("capture: 4/4, 0:01 so far\n", 404, 503),
 )
 async def log(id: JobId, jobs: JobsDep) -> PlainTextResponse:
     """Show what the job's process printed: its stages, notes about the data, and the details of errors. Of a long log

@@ -20,7 +20,6 @@ from steering_vectors.measures.steered_model import SteeredModel
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
 
-BETA = 0.1
 TEXTS = 64  # whose cost is measured
 
 
@@ -49,15 +48,16 @@ class TrustChange(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """`votes` is by how much the candidate wins held-out votes over the baseline: the mean of σ(βΔ) − ½, where Δ is the
-    difference of the rewards of the chosen and the rejected answer. `nats` is the mean of Δ itself, and `base` the same
-    on held-out rows of the base data, if there are any. Costs are those at the strength compared.
+    """`votes` is by how much the candidate wins held-out votes over the baseline: the mean of σ(Δ/√T) − ½, where Δ is
+    the difference of the rewards of the chosen and the rejected answer, and T the number of their tokens. `nats` is the
+    mean of Δ itself, and `base` the same on held-out rows of the base data, if there are any. Costs are those at the
+    strength compared.
 
-    The reward of an answer is log P(candidate) − log P(baseline), as in direct preference optimization, with its usual
-    β (arXiv:2305.18290). σ(βΔ) is bounded, so that a few long answers do not decide. An answer that the baseline wrote
-    becomes less likely under any other version, by the same amount per token whatever the version prefers. This drift,
-    the mean over all tokens of the answers, is taken off; else every candidate would please who likes short answers.
-    For votes at random the mean is ½.
+    The reward of an answer is log P(candidate) − log P(baseline), as in direct preference optimization
+    (arXiv:2305.18290). Its noise grows as √T, and σ is bounded, so a few long answers do not decide. An answer that the
+    baseline wrote becomes less likely under any other version, by the same amount per token whatever the version
+    prefers. This drift, the mean over all tokens of the answers, is taken off; else every candidate would please who
+    likes short answers. For votes at random the mean is ½.
     """
 
     votes: Difference
@@ -84,7 +84,8 @@ class Comparison:
 
     def of(self, candidate: Profile, baseline: Profile) -> Compared:
         changes = self._changes(candidate, baseline, self.votes)
-        votes, nats = (self._mean(values, self.votes) for values in (expit(BETA * changes) - 0.5, changes))
+        won = expit(changes / np.sqrt(sum(_tokens(self.votes)))) - 0.5
+        votes, nats = (self._mean(values, self.votes) for values in (won, changes))
         self._report(1)
         base = None
         if self.base is not None:
@@ -109,7 +110,7 @@ class Comparison:
         return without_drift(
             (new.positives - old.positives).numpy(),
             (new.negatives - old.negatives).numpy(),
-            *(np.array([len(ids) - start for ids, start in side]) for side in (sides.positives, sides.negatives)),
+            *_tokens(held_out),
         )
 
     def _mean(self, values: np.ndarray, held_out: HeldOut) -> Difference:
@@ -141,6 +142,15 @@ class Comparison:
     def _report(self, done: int) -> None:
         if self.progress is not None:
             self.progress("compare", done, 3 + len(self.verticals))
+
+
+def _tokens(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of tokens of chosen and of rejected answers, `[pairs]` each."""
+    sides = held_out.sides
+    chosen, rejected = (
+        np.array([len(ids) - start for ids, start in side]) for side in (sides.positives, sides.negatives)
+    )
+    return chosen, rejected
 
 
 def without_drift(

@@ -15,7 +15,9 @@ from typing import Any
 
 import typer
 
+from steering_vectors.cli.debate import debate
 from steering_vectors.cli.deprecated import DistillCommand, EvaluateGroup, evaluate_suites
+from steering_vectors.cli.describe import describe
 from steering_vectors.cli.distill import bake, distill, distill_method
 from steering_vectors.cli.evaluate import preferences, trust
 from steering_vectors.cli.fit import calibrate, fit, show
@@ -25,6 +27,7 @@ from steering_vectors.errors import TrimtabError
 
 FAILED, INTERRUPTED = 2, 130
 STOPPED = "interrupted: nothing was stored. Run the same command again; training resumes from its last checkpoint"
+KEPT = "interrupted: what is done is in the folder. Run the same command again; it goes on from there"
 
 FITTING = "Profiles"
 WEIGHTS = "Profiles as weights"
@@ -34,6 +37,8 @@ def register(app: typer.Typer) -> None:
     """Add the offline commands to a typer app."""
     for command in (fit, calibrate, show):
         app.command(rich_help_panel=FITTING)(runnable(command))
+    for maker in (describe, debate):
+        app.command(rich_help_panel=FITTING)(runnable(maker, stopped=KEPT))
     listing = typer.Typer(help="List the methods of `trimtab fit`, or compare them on your data.")
     listing.callback(invoke_without_command=True)(methods)
     listing.command("compare")(runnable(compare))
@@ -48,10 +53,10 @@ def register(app: typer.Typer) -> None:
         app.command(rich_help_panel=WEIGHTS)(runnable(writer))
 
 
-def runnable(command: Callable[..., None]) -> Callable[..., None]:
+def runnable(command: Callable[..., None], *, stopped: str = STOPPED) -> Callable[..., None]:
     """The command for typer, in which the fields of parameters that are dataclasses are flags of their own.
 
-    A TrimtabError is one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
+    A TrimtabError is one line on stderr and exit code 2, Ctrl-C the line `stopped` and exit code 130.
     """
     parameters = inspect.signature(command, eval_str=True).parameters
     groups: dict[str, Any] = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
@@ -68,7 +73,7 @@ def runnable(command: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {with_flags(str(error), names)}", file=sys.stderr)
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as stop:
-            print(STOPPED, file=sys.stderr)
+            print(stopped, file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from stop
 
     declare(run, [flag for group in flags.values() for flag in group])

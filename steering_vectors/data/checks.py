@@ -29,6 +29,7 @@ TRANSCRIPTS = tuple(
 )
 MISSING = ("nan", "NaN", "None", "null", "<NA>")
 SCORES = ("score", "rating", "reward")
+PROVENANCE = "provenance"  # a column of rows that trimtab writes, for people
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs", "images", "image")  # of TRL, which gives them to the template
 
 
@@ -79,9 +80,9 @@ def note_on_scores(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def note_on_columns(ignored: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if written := [name for name in TEMPLATE_COLUMNS if not all(is_absent(cells.get(name)) for cells in rows)]:
         yield f"prompts are read without {' and '.join(written)}, which TRL gives to the chat template"
-    if ignored:
-        more = f" and {len(ignored) - MAX_NAMES} more" if len(ignored) > MAX_NAMES else ""
-        yield f"columns that were not read: {', '.join(name or repr(name) for name in ignored[:MAX_NAMES])}{more}"
+    if others := [name for name in ignored if name != PROVENANCE]:
+        more = f" and {len(others) - MAX_NAMES} more" if len(others) > MAX_NAMES else ""
+        yield f"columns that were not read: {', '.join(name or repr(name) for name in others[:MAX_NAMES])}{more}"
 
 
 def note_on_systems(systems: int, rows: int) -> Iterator[str]:

@@ -29,6 +29,7 @@ from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import OptionValue
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
+from steering_vectors.tuning.instructions import instructions_for
 
 STRENGTHS = (-1.0, 0.0, 1.0)
 
@@ -124,7 +125,7 @@ def compare_methods(
             "unit": suite.unit,
             "kl_budget": settings.kl_budget,
             "methods": rows,
-            "prompting": suite.prompting(settings.goal, limit),
+            "prompting": suite.prompting(instructions_for(settings.goal), limit),
             "failed": failed,
         }
     return found, list(profiles.values())

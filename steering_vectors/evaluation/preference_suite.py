@@ -25,7 +25,7 @@ from steering_vectors.models.loading import LanguageModel
 from steering_vectors.profiles.metadata import CurvePointRecord
 from steering_vectors.profiles.profile import Profile
 from steering_vectors.progress import Progress
-from steering_vectors.tuning.instructions import instructions_for
+from steering_vectors.tuning.instructions import Instructions, instructions_for
 from steering_vectors.tuning.paired_reading import Twin
 from steering_vectors.tuning.twins import twins_of
 
@@ -60,6 +60,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     *,
     reward: Reward | None = None,
+    instructions: Instructions | None = None,
     progress: Progress | None = None,
 ) -> results.PreferenceEvaluation:
     """Measure a profile on held-out preferences.
@@ -70,7 +71,8 @@ def evaluate(
     negative slope; both need pairs. Intervals are 95 % bootstrap over rows.
 
     `reward` scores sampled texts against their KL (see `reward_curve`). Without one, a small reward is fitted to rows
-    that are not tested on (see `judged`).
+    that are not tested on (see `judged`). `instructions` are those of the prompting baseline, by default those of the
+    profile's name.
 
     Raises ProfileMismatch for a profile of another model, DataError for rows that this model cannot use.
     """
@@ -92,7 +94,7 @@ def evaluate(
             "random": [
                 suite.margins(control) for control in random_controls(profile, settings.randoms, seed=settings.seed)
             ],
-            "prompting": suite.prompting(profile.name, limit),
+            "prompting": suite.prompting(instructions or instructions_for(profile.name), limit),
             "reward": suite.reward(profile, prompts, reward, trained),
         }
 
@@ -165,9 +167,9 @@ class PreferenceSuite:
         self._report()
         return curve_record(points)
 
-    def prompting(self, name: str, limit: int | None) -> results.PromptingBaseline:
-        """The same rows without a vector, under the instruction p⁺ and under p⁻ of a goal."""
-        instructions, tokenizer = instructions_for(name), self._steered.lm.tokenizer
+    def prompting(self, instructions: Instructions, limit: int | None) -> results.PromptingBaseline:
+        """The same rows without a vector, under the instruction p⁺ and under p⁻."""
+        tokenizer = self._steered.lm.tokenizer
         positives, negatives = (spread(side, self._settings.rows) for side in self._fresh.pairs.sides())
         twins = [
             twins_of(tokenizer, side, [self._fresh.encoded[one] for one in side], instructions, limit=limit)

@@ -97,6 +97,7 @@ class _Task:
     found: list[Sampled]
     sums: torch.Tensor
     counts: torch.Tensor
+    temperature: float
 
 
 class Sampler:
@@ -140,10 +141,11 @@ class Sampler:
         *,
         compared: int = 0,
         read: Sequence[int] = (),
+        temperature: float = 1.0,
     ) -> list[Sampled]:
         """Continue each prompt under each mixture by up to as many tokens as `uniforms` `[prompts, tokens]` has
         columns, steered from the last prompt token on. Rows of all mixtures share batches, which costs less than one
-        after the other.
+        after the other. Divergences and likelihoods are of temperature 1, whatever texts are drawn at.
 
         The unsteered model reads the texts of the first `compared` prompts too, which gives divergences and
         likelihoods, and the activations of the layers `read` with their norms. It needs another row for each of them,
@@ -160,6 +162,7 @@ class Sampler:
             found=[Sampled([[] for _ in prompts], *torch.zeros(2, *cells, dtype=torch.float64)) for _ in mixtures],
             sums=torch.zeros(len(mixtures), len(read), self._lm.hidden_size + 1, dtype=torch.float64),
             counts=torch.zeros(len(mixtures), 1, 1, dtype=torch.float64),
+            temperature=temperature,
         )
         units = [
             self._unit(steering, index, prompt, index < compared and not mixture.is_neutral)
@@ -223,7 +226,7 @@ class Sampler:
                 logits, outputs = self._pass(writers, 0, {*task.read, task.first - 1} - {-1})
                 steered = torch.log_softmax(logits.float(), dim=-1)
                 steps = torch.tensor([[row.index, len(row.text)] for row in writers]).unbind(1)
-                drawn = draw(steered, task.uniforms[steps].to(steered.device))
+                drawn = draw(steered / task.temperature, task.uniforms[steps].to(steered.device))
                 self._compare(writers, readers, behind, steered, drawn, outputs, task)
             ended = set()
             for row, token, end in zip(writers, drawn.tolist(), torch.isin(drawn, self._eos).tolist(), strict=True):

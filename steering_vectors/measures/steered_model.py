@@ -54,8 +54,12 @@ class SteeredModel:
 
     def write(self, profile: Profile, strength: float) -> None:
         """Steer the following passes with this profile, at any strength."""
-        self._mixture = _mixture(profile, strength)
-        self._bank.write(0, self._mixture)
+        self.steer(_mixture(profile, strength))
+
+    def steer(self, mixture: Mixture) -> None:
+        """Steer the following passes with a mixture of profiles."""
+        self._mixture = mixture
+        self._bank.write(0, mixture)
 
     def log_likelihoods(self, examples: Sequence[Encoded], *, steer: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(log P(response | prompt) in nats, number of tokens counted) per example, float64 `[examples]` each.
@@ -87,14 +91,23 @@ class SteeredModel:
         Row i samples by inverse transform from random numbers that depend only on (seed, i), so calls with the same
         seed and slightly different shifts give mostly equal texts.
         """
-        sampler = self._sampler_for(prompts, tokens)
         uniforms = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
+        return self.draw_texts(prompts, uniforms)
+
+    def draw_texts(
+        self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor, *, temperature: float = 1.0
+    ) -> list[list[int]]:
+        """`sample` with given random numbers `[prompts, tokens]` in [0, 1), at a temperature above 0."""
+        tokens = uniforms.shape[1]
+        sampler = self._sampler_for(prompts, tokens)
         if sampler.batched:
-            return sampler.sample([self._mixture], prompts, uniforms)[0].texts
+            return sampler.sample([self._mixture], prompts, uniforms, temperature=temperature)[0].texts
         texts: dict[int, list[int]] = {}
         lengths = [len(prompt) for prompt in prompts]
         for group in similar(lengths, max(1, MAX_SAMPLED_TOKENS // (max(lengths) + tokens))):
-            rows = self._sample_group([prompts[index] for index in group], uniforms[group].to(self.lm.device))
+            rows = self._sample_group(
+                [prompts[index] for index in group], uniforms[group].to(self.lm.device), temperature
+            )
             texts.update(zip(group, rows, strict=True))
         return [texts[index] for index in range(len(prompts))]
 
@@ -256,7 +269,9 @@ class SteeredModel:
             self._sampler = Sampler(self.lm, context=context, outputs=self._block_outputs if self.resumes else ())
         return self._sampler
 
-    def _sample_group(self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor) -> list[list[int]]:
+    def _sample_group(
+        self, prompts: Sequence[Sequence[int]], uniforms: torch.Tensor, temperature: float
+    ) -> list[list[int]]:
         """Sample all rows together from the end of the shortest prompt, over the cache that the model itself makes:
         for architectures that keep no keys and values by position. Longer prompts first keep their own tokens."""
         tokens, lengths = uniforms.shape[1], torch.tensor([len(prompt) for prompt in prompts], device=self.lm.device)
@@ -268,7 +283,7 @@ class SteeredModel:
         for position in range(int(lengths.min()), ids.shape[1]):
             logits, cache = self._advance(ids[:, :position], lengths, cache)
             step = (position - lengths).clamp(0, tokens - 1).unsqueeze(1)
-            drawn = draw(logits, uniforms.gather(1, step).squeeze(1))
+            drawn = draw(logits / temperature, uniforms.gather(1, step).squeeze(1))
             free = (position >= lengths) & (position < ends)
             ids[:, position] = torch.where(free, drawn, ids[:, position])
             ends = torch.where(free & torch.isin(drawn, eos), position + 1, ends)

@@ -34,6 +34,10 @@ STAGES = {
     "evaluate": "evaluating",
     "trust": "measuring trust",
     "reward": "sampling for reward",
+    "answers": "writing answers",
+    "judge": "judging",
+    "evaluation answers": "writing answers with the profile",
+    "evaluation judge": "judging the profile",
 }
 
 

@@ -127,11 +127,11 @@ class Spy:
 def test_votes_that_agree_make_a_better_version(
     place: Place, demo: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixty votes for honest replies, on a profile that was fitted to warm ones. Later votes are a second round."""
+    """120 votes for honest replies, on a profile that was fitted to warm ones. Later votes are a second round."""
     spy = Spy()
     monkeypatch.setattr(refining, "fit", spy)
-    rows = rows_of("honest", 90)
-    place.vote(rows[:60], ["a"] * 60)
+    rows = rows_of("honest", 160)
+    place.vote(rows[:120], ["a"] * 120)
     stages: set[str] = set()
     report = refine(place.settings(), lambda stage, done, total, detail="": stages.add(stage), lm=demo)
     assert (report["outcome"], report["reason"]) == ("canary", "every gate was passed")
@@ -139,7 +139,7 @@ def test_votes_that_agree_make_a_better_version(
     assert all(gate["holds"] for gate in report["gates"])
     assert {"capture", "calibrate", "compare"} <= stages
     counts = report["votes"]
-    assert (counts["fitted"] + counts["held_out"], counts["held_out_prompts"]) == (60, counts["held_out"])
+    assert (counts["fitted"] + counts["held_out"], counts["held_out_prompts"]) == (120, counts["held_out"])
     store = place.directory.store({})
     version = report["candidate"]
     assert version is not None
@@ -156,14 +156,14 @@ def test_votes_that_agree_make_a_better_version(
     with pytest.raises(Conflict, match="is being tried"):
         refine(place.settings(), lm=demo)
     Candidates(store).rollback("warm", None, Author("me"), "again")
-    place.vote(rows[60:], ["a"] * 30)
+    place.vote(rows[120:], ["a"] * 40)
     again = refine(place.settings(canary_share=0.0), lm=demo)
     assert again["outcome"] == "promoted"
-    assert again["votes"]["fitted"] + again["votes"]["held_out"] == 90
+    assert again["votes"]["fitted"] + again["votes"]["held_out"] == 160
     seen = {pair_key(*pair) for pairs in spy.given for pair in pairs.pairs()}
     assert len(spy.given) == 2
     assert not [key for key in seen if is_held_out(key, 0.4)]
-    assert len(seen) > 90
+    assert len(seen) > 100
     first, second = spy.given
     assert first.weighted
     votes = first.weights[-report["votes"]["fitted"] :]
@@ -193,7 +193,7 @@ def test_votes_at_random_are_rejected(place: Place, demo: LanguageModel) -> None
 
 
 def test_a_candidate_that_costs_too_much_is_rejected(place: Place, demo: LanguageModel) -> None:
-    place.vote(rows_of("honest", 60), ["a"] * 60)
+    place.vote(rows_of("honest", 120), ["a"] * 120)
     report = refine(place.settings(bounds=Bounds(max_kl_ratio=0.5)), lm=demo)
     assert report["outcome"] == "rejected"
     assert report["reason"].startswith("KL per token is ")
@@ -249,7 +249,7 @@ def run(*words: str) -> dict[str, Any]:
 
 def test_the_commands(place: Place) -> None:
     """From an export, without base data: a candidate, a look at its trial, the history, and the way back."""
-    place.vote(rows_of("honest", 60), ["a"] * 60)
+    place.vote(rows_of("honest", 120), ["a"] * 120)
     export = str(place.folder / "pairs.jsonl")
     profiles = ("--profiles", str(place.folder / "profiles"))
     run("feedback", "export", "--feedback-database", place.url, "--out", export)

@@ -190,3 +190,19 @@ def assert_equal(kept: KeptTexts, steered: SteeredModel, first: int) -> None:
     ):
         torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
         assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba"])
+def test_texts_at_another_temperature(architecture: str) -> None:
+    lm = lm_of(architecture)
+    profile, temperature = profile_for(lm), 0.5
+    uniforms = torch.rand(len(PROMPTS), TOKENS, generator=torch.Generator().manual_seed(3))
+    shifts = {layer: profile.unit * d for layer, d in profile.injected().items()}
+    with steerable(lm) as steered:
+        steered.steer(Mixture((Term(profile, 1.0),), allow_beyond_safe=True))
+        texts = steered.draw_texts(PROMPTS, uniforms, temperature=temperature)
+        assert texts != steered.draw_texts(PROMPTS, uniforms)
+    for index, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        logs = plain_log_probs(lm, shifts, prompt, text)
+        cumulative = (logs / temperature).softmax(-1).cumsum(-1)
+        assert [int((row <= uniforms[index, step] * row[-1]).sum()) for step, row in enumerate(cumulative)] == text
