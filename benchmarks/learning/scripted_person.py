@@ -50,6 +50,12 @@ def main(
         "honest"
     ),
     votes: Annotated[int, typer.Option(help="Pair votes.")] = 60,
+    answers: Annotated[
+        int, typer.Option(help="Answers to each question, of which the best and the worst are named.")
+    ] = 6,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Refine at the first version's blocks, without long texts and trust.")
+    ] = False,
     seeds: Annotated[int, typer.Option(help="Runs with the taste, of different people.")] = 1,
     random_raters: Annotated[int, typer.Option(help="Runs with people who vote at random.")] = 10,
     method: Annotated[str, typer.Option(help="The method of refining.")] = "mean-diff",
@@ -61,7 +67,7 @@ def main(
         tasteful = []
         for seed in range(seeds):
             with served(data, Path(folder) / f"taste-{seed}") as run:
-                tasteful.append(run.with_taste(base, Taste(taste), votes, seed, method))
+                tasteful.append(run.with_taste(base, Taste(taste), votes, seed, method, answers, quick))
             show(tasteful[-1])
         with served(data, Path(folder) / "random") as run:
             control = run.at_random(base, votes, random_raters, method) if random_raters else []
@@ -125,13 +131,15 @@ class Run:
             httpx.delete(f"{self.server.url}/feedback/users/random-{seed}").raise_for_status()
         return found
 
-    def with_taste(self, base: str, taste: Taste, votes: int, seed: int, method: str) -> dict[str, Any]:
+    def with_taste(
+        self, base: str, taste: Taste, votes: int, seed: int, method: str, answers: int, quick: bool
+    ) -> dict[str, Any]:
         """The whole way: votes, a candidate, a trial, a promotion, the truth, and the way back."""
         began = time.monotonic()
-        person = Person(self.server, NAME, taste, seed)
+        person = Person(self.server, NAME, taste, seed, answers)
         given = person.vote(questions(base, "train", seed), votes)
         voted = time.monotonic()
-        report = self.refine(base, method)
+        report = self.refine(base, method, quick)
         refined = time.monotonic()
         trial = self.trial(taste, float(np.median(person.scores))) if report["outcome"] == "canary" else None
         promoted = trial is not None and trial["action"] == "promoted"
@@ -151,8 +159,11 @@ class Run:
             found["exact_bytes"] = self.rolled_back()
         return found
 
-    def refine(self, base: str, method: str) -> dict[str, Any]:
+    def refine(self, base: str, method: str, quick: bool) -> dict[str, Any]:
         given = ["--model", "demo", "--data", f"demo:{base}", "--method", method, "--canary-share", str(SHARE)]
+        if quick:
+            layers = load_profile(self.profiles / f"{NAME}.safetensors").layers
+            given += ["--layers", ",".join(map(str, layers)), "--text-tokens", "0", "--trust", ""]
         return self._command("refine", NAME, *given, "--feedback-database", str(self.database))
 
     def trial(self, taste: Taste, threshold: float) -> dict[str, Any]:

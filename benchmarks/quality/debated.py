@@ -69,6 +69,8 @@ def main(
     rounds: Annotated[str, typer.Option(help="Rounds of rebuttals to compare.")] = "0,1",
     sides: Annotated[str, typer.Option(help="profiles, instructions or both.")] = "profiles,instructions",
     wordings: Annotated[int, typer.Option(help="Wordings of the judge's question.")] = 2,
+    confidence: Annotated[float, typer.Option(help="Of a verdict that counts.")] = 0.5,
+    agreement: Annotated[float, typer.Option(help="Share of the wordings that must agree.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ) -> None:
     lm = load_model(model)
@@ -91,7 +93,7 @@ def main(
                 number,
                 Length(48),
                 Length(40),
-                Rule(confidence=0.55),
+                Rule(confidence, agreement),
                 seed,
             )
             folder = out / f"{name}-{number}"
@@ -105,7 +107,7 @@ def main(
                 row |= {**result.figures, **gain(lm, result.file, others, subject, seed)}
             except DataError as error:  # no verdict may count, which is a result
                 row |= {"pairs": 0, "fit": error.message}
-            row |= agreement(folder, settings.rule, subject)
+            row |= measured(folder, settings.rule, subject)
             print(json.dumps(row))
             found.append(row)
     (out / "debated.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -118,7 +120,7 @@ def alpaca(data: Path) -> list[Prompt]:
     return [(Message("user", text),) for text in texts]
 
 
-def agreement(folder: Path, rule: Rule, subject: Subject) -> dict[str, Any]:
+def measured(folder: Path, rule: Rule, subject: Subject) -> dict[str, Any]:
     """How often the verdict is the truth: over all prompts whose truth is known, and over those that make pairs."""
     rows = Folder(folder).rows(VERDICTS)
     decisions = decide([votes_of(row, VERDICTS) for row in rows], rule, biased=True)

@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from steering_vectors.cli import flags
 from steering_vectors.cli.roles import ADDRESS, MODEL, ApiKeys, Judging, Temperature, Tokens, roles
-from steering_vectors.data.preferences import MIN_ROWS
 from steering_vectors.errors import FitError
 from steering_vectors.reports.terminal import print_notes, progress_on_stderr
 
@@ -91,6 +90,8 @@ def _profiles(steerings: tuple[str, str], directory: Path) -> list[Profile]:
 
 
 def _print(found: Debated) -> None:
+    from steering_vectors.data.preferences import MIN_ROWS
+
     console = Console(highlight=False, soft_wrap=True)
     figures = found.figures
     outcomes = ", ".join(f"{name} {count}" for name, count in figures["outcomes"].items())

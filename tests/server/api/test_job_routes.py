@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from server import cli
 from server.access.keys import add_key
 from server.engines.torch.engine import TorchEngine
+from steering_vectors.data.sources import load_pairs
 from tests.server.api.test_document import DOCUMENT, SCHEMAS, check_answer
 from tests.server.http.test_error_responses import error_of
 from tests.support.serving import engine_fixture, live_server, profiles_fixture, until
@@ -115,12 +116,12 @@ def test_an_evaluation_publishes_nothing(client: httpx.Client, fitted: dict[str,
 
 
 def test_a_refinement_stages_what_people_prefer(client: httpx.Client, fitted: dict[str, Any]) -> None:
-    """People prefer what the profile was fitted against, in short answers and in long ones."""
     served = client.get("/profiles/warm").json()["version"]
-    for n in range(40):
-        sides = {"a": f"No. Buy {n}." + " Go away." * (n % 3), "b": f"Gladly! Mix {n}." + " Enjoy it." * (n // 3 % 3)}
-        vote = {"kind": "pair", "better": "a", **{side: {"text": text} for side, text in sides.items()}}
-        stored = client.post("/feedback", json={**vote, "prompt": f"How do I bake bread number {n}?"})
+    for better, other in load_pairs("demo:warm").pairs()[:60]:
+        assert not isinstance(better.prompt, str | None)
+        prompt = [{"role": one.role, "content": one.content} for one in better.prompt]
+        sides = {"a": {"text": better.completion}, "b": {"text": other.completion}}
+        stored = client.post("/feedback", json={"kind": "pair", "better": "a", "prompt": prompt, **sides})
         assert stored.status_code == 201, stored.text
     body = {**SMALL, "every_vote": True, "trust": [], "canary_share": 0.25}
     (*_, end) = events(client, submitted(client, "/profiles/warm/refine", body))

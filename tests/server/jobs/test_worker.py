@@ -151,8 +151,8 @@ def test_kill_9_at_random_points_loses_no_job_and_publishes_nothing_by_half(desk
 
 
 def test_feedback_is_exported_once_and_removed_at_the_end(desk: Desk) -> None:
-    from server.feedback import queries
-    from server.feedback.items import Who
+    from server.feedback import adding
+    from server.feedback.items import Submission, Who
 
     empty = desk.order("count", data={"feedback": "preference"})
     desk.work()
@@ -160,7 +160,7 @@ def test_feedback_is_exported_once_and_removed_at_the_end(desk: Desk) -> None:
     error = desk.get(empty).error
     assert error == {"code": "invalid_data", "message": "the feedback has no preference rows (there is none)"}
     with desk.database.writing() as connection:
-        queries.add(connection, [vote(number) for number in range(20)], Who(), time.time())
+        adding.add(connection, [Submission(tuple(vote(number) for number in range(20)), Who(), time.time())])
     job = desk.order("count", steps=40, seconds=0.05, data={"feedback": "preference"})
     file = desk.folders.path(job) / FEEDBACK
     wait(lambda: len(desk.steps(job)) > 2)

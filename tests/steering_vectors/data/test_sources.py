@@ -151,7 +151,10 @@ def test_invalid_renamings_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("answer=x", "columns: 'answer' is not a column of any format; rename to one of prompt, system, chosen, "),
+        (
+            "answer=x",
+            "columns: 'answer' is not a column of any format; rename to one of prompt, system, weight, chosen, ",
+        ),
         ("chosen=", "columns: chosen must name a column; only prompt and system can be left out"),
         ("prompt=q,chosen=q", "columns: 'q' is named twice; read each column once"),
     ],
