@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from server.jobs.job import JobProgress, JobResult, JobSettings, ServedModel, failure_of
 from server.jobs.kinds import imported
+from server.profiles.audit import Author
 from steering_vectors.errors import TrimtabError, first_line
 from steering_vectors.progress import ProgressLines
 
@@ -92,7 +93,8 @@ def written_settings(settings: JobSettings) -> dict[str, Any]:
 
 def read_settings(found: Mapping[str, Any]) -> JobSettings:
     paths = {name: None if found[name] is None else Path(found[name]) for name in PATHS}
-    return JobSettings(**{**found, **paths, "model": ServedModel(**found["model"])})
+    parts = {"model": ServedModel(**found["model"]), "author": Author(**found["author"])}
+    return JobSettings(**{**found, **paths, **parts})
 
 
 def _finite(value: Any) -> Any:

@@ -146,7 +146,7 @@ class JobSettings:
     profile_versions: int = 5
     profile_quota_bytes: int = 2**30
     audit_log: Path | None = None
-    author: str = ""
+    author: Author = field(default_factory=Author)
     allow_model_mismatch: bool = False
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, cast
@@ -171,7 +171,7 @@ class Worker:
             profile_versions=self._settings.profile_versions,
             profile_quota_bytes=self._settings.profile_quota_bytes,
             audit_log=None if self._settings.audit_log is None else Path(self._settings.audit_log),
-            author=job.author.shown or job.id,
+            author=replace(job.author, request_id=job.id),
             allow_model_mismatch=self._settings.allow_model_mismatch,
         )
         reading, writing = os.pipe()

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 DRAWS = 10_000
+ROUNDING = 1e-6  # a smaller difference between two versions is one of float32, and counts as none
 
 
 class Options(TypedDict, total=False):
@@ -75,4 +76,4 @@ def _prompt_means(differences: np.ndarray, prompts: Sequence[Hashable], weights:
     totals = np.bincount(owners, counted, minlength=len(places))
     sums = np.bincount(owners, counted * differences, minlength=len(places))
     means: np.ndarray = sums / totals
-    return means
+    return np.where(np.abs(means) < ROUNDING, 0.0, means)

@@ -107,7 +107,7 @@ class RefineSettings:
     bounds: Bounds = field(default_factory=Bounds)
     trust: TrustSettings | None = field(default_factory=lambda: TrustSettings(verticals=("privacy",), rows=64))
     canary_share: float = 0.1
-    author: str = "trimtab refine"
+    author: Author = field(default_factory=lambda: Author("trimtab refine"))
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout_fraction < 1:
@@ -342,7 +342,7 @@ class _Refinement:
         """Stage or promote a candidate that passed all gates, and write into the audit log what came of it."""
         settings, name = self._settings, self._settings.name
         report = self._report(candidate, compared, gates)
-        author, figures = Author(settings.author), _figures(report)
+        author, figures = settings.author, _figures(report)
         if failures := failed(gates):
             report["reason"] = "; ".join(failures)
             self._candidates.note(name, author, report["reason"], figures)

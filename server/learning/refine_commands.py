@@ -143,6 +143,7 @@ def refine(
     from server.learning.refine import ModelChoice, RefineSettings
     from server.learning.refine import refine as run
     from server.learning.votes import VoteRules
+    from server.profiles.audit import Author as AuthorOfChange
     from steering_vectors.data.sources import parse_columns
     from steering_vectors.evaluation.trust.suite import TrustSettings
     from steering_vectors.fitting.fit import FitSettings
@@ -173,7 +174,7 @@ def refine(
         bounds=Bounds(confidence, min_prompts, max_kl_ratio, max_perplexity_ratio, max_trust_harm),
         trust=TrustSettings(trust_data, verticals, (0.0, strength), trust_rows, seed=seed) if verticals else None,
         canary_share=canary_share,
-        author=author,
+        author=AuthorOfChange(author),
     )
     with progress_on_stderr(quiet=as_json) as progress:
         report = run(settings, progress)

@@ -132,7 +132,8 @@ def test_a_refinement_stages_what_people_prefer(client: httpx.Client, fitted: di
     assert "version" not in end  # a canary is not the current version
     assert client.get("/profiles/warm").json()["version"] == served
     entry = client.get("/audit", params={"profile": "warm"}).json()["changes"][0]
-    assert (entry["to_version"], entry["by"]) == (report["candidate"], "127.0.0.1")
+    assert (entry["action"], entry["to_version"], entry["address"]) == ("refine", report["candidate"], "127.0.0.1")
+    assert entry["request_id"] == end["id"]
     canary = client.post("/generate", json={"prompt": "Bread is", "steering": "warm#canary@0.1", "max_tokens": 2})
     assert canary.json()["steering"][0]["version"] == report["candidate"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, norm
 
-from server.learning.paired_bootstrap import expanded_percentiles, paired_difference
+from server.learning.paired_bootstrap import Difference, expanded_percentiles, paired_difference, paired_mean
 
 
 def test_many_prompts_have_the_percentile_interval_of_scipy() -> None:
@@ -29,6 +29,10 @@ def test_rows_of_a_prompt_are_one_by_their_weights() -> None:
     assert found.prompts == 2
     again = paired_difference(np.array([1.5, 4.0]), np.zeros(2), ["a", "b"])
     assert (found.low, found.high) == (again.low, again.high)
+
+
+def test_differences_of_rounding_are_none() -> None:
+    assert paired_mean(np.full(20, 7e-9), list(range(20))) == Difference(0.0, 0.0, 0.0, 20)
 
 
 def test_one_prompt_says_nothing() -> None:
