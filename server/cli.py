@@ -28,6 +28,7 @@ from server.access.commands import keys
 from server.chat.job_commands import jobs
 from server.chat.profile_commands import profiles
 from server.feedback.feedback_commands import feedback
+from server.learning.amplify_commands import register_amplify
 from server.learning.refine_commands import register_learning
 from steering_vectors.cli.app import FAILED, INTERRUPTED, register, with_flags
 from steering_vectors.cli.flags import declare
@@ -204,6 +205,7 @@ app.add_typer(keys, name="keys")
 app.add_typer(feedback, name="feedback")
 app.add_typer(jobs, name="jobs")
 register_learning(app)
+register_amplify(app)
 register(app)
 
 

@@ -82,7 +82,7 @@ class RefineSettings:
     - `heldout_fraction`: the share of prompts that is in no fit (see `is_held_out`). It may grow from one version to
       the next, and not fall.
     - `fit`: how to fit. Its name, description and KL budget are those of the version that is served, which also keeps
-      endings if that did.
+      endings if that did. `kl_budget` is another budget, in nats per token.
     - `strength`: at which both versions are compared. `bounds`: what the new one may cost. `trust`: the verticals of
       the trust suite, None for none; its strengths and random directions are not used.
     - `canary_share`: the share of the requests that the new version gets at first; 0 promotes it at once.
@@ -108,6 +108,7 @@ class RefineSettings:
     trust: TrustSettings | None = field(default_factory=lambda: TrustSettings(verticals=("privacy",), rows=64))
     canary_share: float = 0.1
     author: Author = field(default_factory=lambda: Author("trimtab refine"))
+    kl_budget: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout_fraction < 1:
@@ -285,7 +286,7 @@ class _Refinement:
             settings.fit,
             name=settings.name,
             description=baseline.description,
-            kl_budget=baseline.calibration.get("kl_budget", DEFAULT_KL_BUDGET),
+            kl_budget=settings.kl_budget or baseline.calibration.get("kl_budget", DEFAULT_KL_BUDGET),
             keep_endings=settings.fit.keep_endings or keeps_endings,
         )
         made = fit(self._lm, self._training_rows(), fitting, progress=self._progress)

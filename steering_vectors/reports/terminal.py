@@ -38,6 +38,7 @@ STAGES = {
     "judge": "judging",
     "evaluation answers": "writing answers with the profile",
     "evaluation judge": "judging the profile",
+    "rounds": "rounds",
 }
 
 
