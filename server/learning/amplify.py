@@ -357,7 +357,7 @@ class _Amplification:
             self._settings.refine,
             feedback=FeedbackSource(file=self._files.file(VOTES)),
             canary_share=0.0,
-            author=author,
+            author=Author(author),
             kl_budget=budget,
             bounds=replace(
                 self._settings.refine.bounds,

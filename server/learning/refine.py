@@ -18,6 +18,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from server.learning.behaviour.weighing import BehaviourReport, SignalSettings, weighed_votes
 from server.learning.comparison import Compared, Comparison, HeldOut, TrustChange
 from server.learning.feedback_source import FeedbackSource
 from server.learning.held_out import is_held_out, pair_key
@@ -74,7 +75,8 @@ class RefineSettings:
 
     - `name`, `directory`, `model`: the profile, where it is, and the model that it was fitted on.
     - `feedback`: where votes come from; `every_vote` takes those on other profiles' answers as well. `rules` says how
-      much votes count.
+      much votes count. `signals` makes votes of signals as well, and weighs users by how reliable they are; None
+      leaves signals out.
     - `data`, `columns`, `skip_bad_rows`: base data of pairs, as `load_pairs` takes it; None fits on votes alone.
     - `vote_weight`: how much a vote counts in the fit, compared with a base row; 0 lets all votes together count three
       times as much as all base rows, because two answers of one model differ less than base pairs do. Methods that
@@ -100,6 +102,7 @@ class RefineSettings:
     skip_bad_rows: bool = False
     every_vote: bool = False
     rules: VoteRules = field(default_factory=VoteRules)
+    signals: SignalSettings | None = None
     vote_weight: float = 0.0
     heldout_fraction: float = 0.4
     fit: FitSettings = field(default_factory=FitSettings)
@@ -143,7 +146,8 @@ class DifferenceRecord(TypedDict):
 
 class RefineReport(TypedDict):
     """What came of a refinement. `baseline` is the version that was served, `candidate` the new one if it was kept.
-    `gain` is over ½, as in `Compared.votes`; `gain_nats`, and `base_gain` on held-out base rows, are in nats."""
+    `gain` is over ½, as in `Compared.votes`; `gain_nats`, and `base_gain` on held-out base rows, are in nats.
+    `behaviour` is there if signals were used."""
 
     profile: str
     outcome: Outcome
@@ -156,6 +160,7 @@ class RefineReport(TypedDict):
     gain: DifferenceRecord
     gain_nats: DifferenceRecord
     base_gain: NotRequired[DifferenceRecord]
+    behaviour: NotRequired[BehaviourReport]
     gates: list[Gate]
     trust: dict[str, TrustChange]
     notes: list[str]
@@ -195,7 +200,13 @@ class _Refinement:
         self._began = time.monotonic()
         left_out: Counter[str] = Counter()
         stored = settings.feedback.of_profile(settings.name, every=settings.every_vote)
-        self._votes = votes_of(stored, settings.rules, left_out)
+        self._behaviour: BehaviourReport | None = None
+        if settings.signals is None:
+            self._votes = votes_of(stored, settings.rules, left_out)
+        else:
+            self._votes, self._behaviour = weighed_votes(
+                stored, settings.rules, settings.signals, settings.heldout_fraction, left_out
+            )
         self._base = self._load_base()
         store = settings.directory.store(shipped_profiles())
         self._candidates = Candidates(store)
@@ -382,6 +393,8 @@ class _Refinement:
             "notes": candidate.metrics.get("notes", []),
             "seconds": time.monotonic() - self._began,
         }
+        if self._behaviour is not None:
+            report["behaviour"] = self._behaviour
         return report if base is None else {**report, "base_gain": _record(base)}
 
 
@@ -400,6 +413,7 @@ def _figures(report: RefineReport) -> dict[str, Any]:
         "gain_nats": report["gain_nats"],
         "gates": report["gates"],
         **({"base_gain": report["base_gain"]} if "base_gain" in report else {}),
+        **({"log_odds": report["behaviour"]["log_odds"]} if "behaviour" in report else {}),
     }
 
 

@@ -16,6 +16,7 @@ from steering_vectors.cli import flags
 from steering_vectors.cli.app import runnable
 
 if TYPE_CHECKING:
+    from server.learning.behaviour.weighing import BehaviourReport
     from server.learning.refine import RefineReport
     from server.learning.trial import TrialReport
     from server.profiles.candidates import ProfileDirectory
@@ -86,6 +87,20 @@ def refine(
     max_user_votes: Annotated[
         float, in_feedback(help="All votes of one user together count at most as so many.")
     ] = 200.0,
+    signals: Annotated[
+        bool,
+        in_feedback("--signals", help="Make votes of signals as well, and weigh users by how reliable they are."),
+    ] = False,
+    signal_prior: Annotated[
+        float, in_feedback(help="As how many explicit judgements the prior likelihood of each signal counts.")
+    ] = 8.0,
+    max_user_share: Annotated[
+        float, in_feedback(help="With --signals: the share of all votes that one user's may weigh together.")
+    ] = 0.1,
+    discriminator: Annotated[
+        bool,
+        in_feedback(help="With --signals: doubt users whose behaviour does not depend on what they read."),
+    ] = True,
     vote_weight: Annotated[
         float,
         in_feedback(
@@ -138,6 +153,7 @@ def refine(
     Better means: the chosen answers of held-out votes become more likely than under the served version, by more than
     chance, while KL, perplexity and trust stay within bounds. What came of it is in `trimtab history`.
     """
+    from server.learning.behaviour.weighing import SignalSettings
     from server.learning.feedback_source import FeedbackSource
     from server.learning.promotion import Bounds
     from server.learning.refine import ModelChoice, RefineSettings
@@ -160,6 +176,7 @@ def refine(
         skip_bad_rows=skip_bad_rows,
         every_vote=every_vote,
         rules=VoteRules(max_user_votes),
+        signals=SignalSettings(signal_prior, max_user_share, discriminator) if signals else None,
         vote_weight=vote_weight,
         heldout_fraction=heldout_fraction,
         fit=FitSettings(
@@ -285,6 +302,8 @@ def _lines(report: RefineReport) -> list[str]:
     if "base_gain" in report:
         base = report["base_gain"]
         lines.append(f"on held-out base rows: {base['value']:+.3f} nats ({base['low']:+.3f} to {base['high']:+.3f})")
+    if "behaviour" in report:
+        lines += _behaviour_lines(report["behaviour"])
     for gate in report["gates"]:
         mark = "passed" if gate["holds"] else "FAILED"
         lines.append(f"{mark}: {gate['name']} {gate['value']:.4g}, {gate['rule']} {gate['bound']:.4g}")
@@ -295,6 +314,21 @@ def _lines(report: RefineReport) -> list[str]:
     }
     name = report["candidate"]
     return [*lines, f"{report['profile']}: candidate {_short(name)}: {done[report['outcome']]}"]
+
+
+def _behaviour_lines(found: BehaviourReport) -> list[str]:
+    said = ", ".join(f"{name} {value:+.2f} ± {error:.2f}" for name, (value, error) in found["log_odds"].items())
+    lines = [
+        f"signals: {found['signal_votes']} votes of {found['behaviours']} behaviours; log-odds, from "
+        f"{found['judgements']} judgements and the prior: {said}",
+        f"users: {found['users']}, of whom {found['doubted']} count less than half",
+    ]
+    if (fits := found["calibration"]) is not None:
+        lines.append(
+            f"judgements foretold by signals: Brier score {fits['brier']:.3f} (a coin: {fits['chance']}), expected "
+            f"calibration error {fits['expected_error']:.3f}"
+        )
+    return lines
 
 
 def _trial_lines(report: TrialReport) -> list[str]:
