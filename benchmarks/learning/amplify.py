@@ -1,4 +1,4 @@
-"""Does a judge make a profile better round by round, at what KL, and does a coin change nothing?
+"""Whether a judge makes a profile better round by round, at what KL, and whether a coin changes nothing.
 
     python -m benchmarks.learning.amplify [--base warm] [--tastes warm,careful] [--seeds 3] [--rounds 10] [--coins 10]
 

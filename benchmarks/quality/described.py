@@ -1,4 +1,4 @@
-"""Does a profile that was made from a sentence do what the sentence says, by a judge that took no part?
+"""Whether a profile that was made from a sentence does what the sentence says, by a judge that took no part.
 
     python -m benchmarks.quality.described --out DIR [NAME ...] [--model smollm2] [--texts 3] [--controls 3]
 

@@ -28,7 +28,7 @@ def test_a_vote_keeps_a_copy_that_outlives_the_generation(database: Database) ->
     assert listed(database, Filter(profile="warm#ba")) == []
     with database.writing() as connection:
         assert queries.prune(connection, generations_before=None, feedback_before=201) == Deleted(feedback=1)
-    assert [rows(database, table) for table in tables.metadata.tables.values()] == [0] * 5
+    assert not any(rows(database, table) for table in tables.metadata.tables.values())
 
 
 def test_deleting_a_user_takes_all_that_is_theirs(database: Database) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from server.feedback import queries
+from server.feedback import adding
 from server.feedback.database import Database
 from server.feedback.items import Answer, Kind, Stored
 from server.learning.feedback_source import FeedbackSource
@@ -152,11 +152,13 @@ class Served:
     def say(self, good: int, bad: int, which: str) -> None:
         """Thumbs on answers that were written now, each of another user."""
         with self.database.writing() as connection:
-            for number in range(good + bad):
-                queries.put(
-                    connection,
-                    thumb(self.versions[which], number < good, user=f"u{random.random()}", created=time.time()),
-                )
+            adding.restore(
+                connection,
+                [
+                    thumb(self.versions[which], number < good, user=f"u{random.random()}", created=time.time())
+                    for number in range(good + bad)
+                ],
+            )
 
 
 @pytest.fixture

