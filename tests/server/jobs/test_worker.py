@@ -21,7 +21,7 @@ from tests.support.feedback_server import vote
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-KILLS = 10
+KILLS = 4  # benchmarks.reliability.job_crashes has more
 
 
 def test_jobs_run_one_after_the_other_at_low_priority(desk: Desk) -> None:

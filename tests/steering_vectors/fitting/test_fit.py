@@ -364,7 +364,9 @@ def test_weights_move_a_fit_towards_the_rows_that_count_more(lm: LanguageModel) 
     assert float(torch.cosine_similarity(weighed, alone, dim=0)) > 0.9
     assert float(torch.cosine_similarity(mixed, alone, dim=0)) < float(torch.cosine_similarity(weighed, alone, dim=0))
     made = fit(lm, replace(flipped, weights=(1000.0,) * 30 + (1.0,) * 30), settings)
-    assert 20 < made.data["effective_rows"] < 26
+    rows = made.data["train_rows"]  # of which some weigh 1,000 and the others 1
+    expected = [(1000 * heavy + rows - heavy) ** 2 / (1e6 * heavy + rows - heavy) for heavy in range(rows - 30, 31)]
+    assert made.data["effective_rows"] in [pytest.approx(one) for one in expected]
     same = fit(lm, replace(pairs, weights=(2.0,) * 60), settings)
     assert torch.equal(same.directions[1], alone)
     assert "effective_rows" not in same.data
