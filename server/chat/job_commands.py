@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, urlencode
 
 import typer
 
+from server.chat.administration import LOCAL, ApiKey, AsJson, Url, connected, print_answer
+
 if TYPE_CHECKING:
-    from server.chat.remote import Remote
     from steering_vectors.progress import Progress
 
 FAILED = 2
@@ -21,14 +21,7 @@ PREPARING = {"queued": "waiting", "running": "loading the model"}  # stages of j
 
 jobs = typer.Typer(no_args_is_help=True, help="List, follow and cancel the background jobs of a running server.")
 
-Url = Annotated[str, typer.Option(help="The server's address.", envvar="TRIMTAB_URL")]
-ApiKey = Annotated[
-    str,
-    typer.Option(help="A key with the scope admin, if the server requires keys.", envvar="TRIMTAB_API_KEY"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 JobId = Annotated[str, typer.Argument(help="The job's id.")]
-LOCAL = "http://127.0.0.1:8000"
 
 
 class StateName(StrEnum):
@@ -51,22 +44,22 @@ def list_(
 ) -> None:
     """List jobs, the newest first."""
     query = {"limit": limit, **({"state": state.value} if state else {}), **({"profile": profile} if profile else {})}
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.fetch(f"/jobs?{urlencode(query)}")
-    _print(answer, json_, *(_line(one) for one in answer.get("jobs", ())))
+    print_answer(answer, json_, *(_line(one) for one in answer.get("jobs", ())))
 
 
 @jobs.command()
 def show(id: JobId, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
     """Show a job: its state, progress, and result or failure."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.fetch(_path(id))
     lines = [_line(answer)]
     for name in ("created_at", "started_at", "ended_at", "by", "version"):
         lines += [f"{name.replace('_', ' ')}: {answer[name]}"] if name in answer else []
     for name in ("data", "options", "result"):
         lines += [f"{name}: {json.dumps(answer[name], ensure_ascii=False)}"] if answer.get(name) else []
-    _print(answer, json_, *lines)
+    print_answer(answer, json_, *lines)
 
 
 @jobs.command()
@@ -77,7 +70,7 @@ def follow(id: JobId, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = Fa
 
     last: dict[str, Any] = {}
     stage = ""
-    with _server(url, api_key) as server, progress_on_stderr(quiet=json_) as progress:
+    with connected(url, api_key) as server, progress_on_stderr(quiet=json_) as progress:
         for last in server.events(_path(id, "events")):
             if json_:
                 print(json.dumps(last), flush=True)
@@ -94,39 +87,28 @@ def follow(id: JobId, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = Fa
 @jobs.command()
 def cancel(id: JobId, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
     """Cancel a job: at once if it waits, within seconds if it runs."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.send("POST", _path(id, "cancel"))
-    _print(answer, json_, _line(answer))
+    print_answer(answer, json_, _line(answer))
 
 
 @jobs.command()
 def delete(id: JobId, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
     """Delete a job that has ended, with its log."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.send("DELETE", _path(id))
-    _print(answer, json_, f"{id} was deleted")
+    print_answer(answer, json_, f"{id} was deleted")
 
 
 @jobs.command()
 def log(id: JobId, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
     """Print what a job's process printed."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         text = server.download(_path(id, "log")).decode(errors="replace")
     if json_:
         print(json.dumps({"id": id, "log": text}))
     else:
         sys.stdout.write(text)
-
-
-@contextmanager
-def _server(url: str, api_key: str) -> Iterator[Remote]:
-    from server.chat.remote import Remote
-
-    server = Remote(url, api_key)
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 def _path(*parts: str) -> str:
@@ -156,8 +138,3 @@ def _line(job: Mapping[str, Any]) -> str:
     if "failure" in job:
         parts.append(job["failure"]["message"])
     return "  ".join(parts)
-
-
-def _print(answer: Mapping[str, Any], as_json: bool, *lines: str) -> None:
-    for line in [json.dumps(answer)] if as_json else lines:
-        print(line)

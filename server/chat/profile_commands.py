@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
 
+from server.chat.administration import LOCAL, ApiKey, AsJson, Url, connected, print_answer
 from steering_vectors.errors import TrimtabError
 
 if TYPE_CHECKING:
-    from server.chat.remote import Remote
+    pass
 
 SHOWN_DIGITS = 8  # of a version
 
@@ -23,17 +22,10 @@ profiles = typer.Typer(
     help="Upload, list, roll back and delete the profiles of a running server, and set their aliases.",
 )
 
-Url = Annotated[str, typer.Option(help="The server's address.", envvar="TRIMTAB_URL")]
-ApiKey = Annotated[
-    str,
-    typer.Option(help="A key with the scope admin, if the server requires keys.", envvar="TRIMTAB_API_KEY"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Name = Annotated[str, typer.Argument(help="The profile's name.")]
 IfMatch = Annotated[
     str, typer.Option("--if-match", help="Change the profile only if this is its current version (8 digits or more).")
 ]
-LOCAL = "http://127.0.0.1:8000"
 
 
 @profiles.command()
@@ -52,9 +44,9 @@ def push(
         data = file.read_bytes()
     except OSError as error:
         raise TrimtabError(f"{file} cannot be read ({error.strerror}): check the path") from error
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.send("PUT", _path(name or file.stem), content=data, headers=headers)
-    _print(answer, json_, f"{answer.get('name')} is served in version {_short(answer.get('version'))}")
+    print_answer(answer, json_, f"{answer.get('name')} is served in version {_short(answer.get('version'))}")
 
 
 @profiles.command()
@@ -67,7 +59,7 @@ def pull(
     json_: AsJson = False,
 ) -> None:
     """Download a profile's file."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         data = server.download(f"{_path(name, 'file')}{f'?version={quote(version)}' if version else ''}")
     target = out / f"{Path(name).name}.safetensors"
     try:
@@ -75,26 +67,26 @@ def pull(
         target.write_bytes(data)
     except OSError as error:
         raise TrimtabError(f"{target} cannot be written ({error.strerror}): choose another --out") from error
-    _print({"name": name, "file": str(target), "size": len(data)}, json_, f"{target} has {len(data)} bytes")
+    print_answer({"name": name, "file": str(target), "size": len(data)}, json_, f"{target} has {len(data)} bytes")
 
 
 @profiles.command("list")
 def list_(url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
     """List the profiles of a server with their versions and aliases."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.fetch("/profiles")
     lines = []
     for one in answer.get("profiles", ()):
         aliases = [_alias(alias, known) for alias, known in one.get("aliases", {}).items()]
         error = [one["error"]] if "error" in one else []
         lines.append("  ".join([one["name"], _short(one.get("version")), one["status"], *aliases, *error]))
-    _print(answer, json_, *lines)
+    print_answer(answer, json_, *lines)
 
 
 @profiles.command()
 def versions(name: Name, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson = False) -> None:
     """List the versions of a profile that can be used, the latest first."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.fetch(_path(name, "versions"))
     lines = []
     for one in answer.get("versions", ()):
@@ -102,7 +94,7 @@ def versions(name: Name, url: Url = LOCAL, api_key: ApiKey = "", json_: AsJson =
         used = [f"used by {one['in_use']}"] if one["in_use"] else []
         published = [one[field] for field in ("published_at", "published_by") if field in one]
         lines.append("  ".join([_short(one["version"]), *published, *notes, *used]))
-    _print(answer, json_, *lines)
+    print_answer(answer, json_, *lines)
 
 
 @profiles.command()
@@ -116,9 +108,9 @@ def rollback(
 ) -> None:
     """Make an earlier version of a profile current again, also after it was deleted."""
     body = {"version": version} if version else {}
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.send("POST", _path(name, "rollback"), json=body, headers=_matching(if_match))
-    _print(answer, json_, f"{name} is served in version {_short(answer.get('version'))}")
+    print_answer(answer, json_, f"{name} is served in version {_short(answer.get('version'))}")
 
 
 @profiles.command()
@@ -138,10 +130,10 @@ def alias(
     """Give a version of a profile another name, and a share of the requests. Requests name it NAME#ALIAS."""
     path = _path(name, "aliases", alias)
     body: dict[str, Any] = {"share": share, **({"version": version} if version else {})}
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.send("DELETE", path) if delete else server.send("PUT", path, json=body)
     done = "was deleted" if delete else f"is {_alias('', answer).strip()}"
-    _print(answer, json_, f"{name}#{alias} {done}")
+    print_answer(answer, json_, f"{name}#{alias} {done}")
 
 
 @profiles.command()
@@ -155,10 +147,10 @@ def delete(
 ) -> None:
     """Delete a profile and its aliases, or one of its versions. A deleted profile can be rolled back."""
     path = _path(name, "versions", version) if version else _path(name)
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.send("DELETE", path, headers=_matching(if_match))
     back = f"; the shipped version {_short(answer['served'])} is served" if answer.get("served") else ""
-    _print(answer, json_, f"version {_short(answer.get('version'))} of {name} was deleted{back}")
+    print_answer(answer, json_, f"version {_short(answer.get('version'))} of {name} was deleted{back}")
 
 
 @profiles.command()
@@ -170,25 +162,14 @@ def log(
     json_: AsJson = False,
 ) -> None:
     """Show who has changed profiles, the newest change first."""
-    with _server(url, api_key) as server:
+    with connected(url, api_key) as server:
         answer = server.fetch(f"/audit?limit={limit}{f'&profile={quote(name)}' if name else ''}")
     lines = []
     for one in answer.get("changes", ()):
         change = f"{_short(one.get('from_version'))} -> {_short(one.get('to_version'))}"
         who = one.get("key") or one.get("address") or "the directory"
         lines.append("  ".join([one["at"], who, one["action"], one["profile"], one.get("alias", ""), change]))
-    _print(answer, json_, *lines)
-
-
-@contextmanager
-def _server(url: str, api_key: str) -> Iterator[Remote]:
-    from server.chat.remote import Remote
-
-    server = Remote(url, api_key)
-    try:
-        yield server
-    finally:
-        server.close()
+    print_answer(answer, json_, *lines)
 
 
 def _path(*parts: str) -> str:
@@ -206,8 +187,3 @@ def _short(version: str | None) -> str:
 def _alias(alias: str, known: Mapping[str, Any]) -> str:
     share = f" for a share of {known['share']:g}" if known["share"] else ""
     return f"{alias} {_short(known['version'])}{share}"
-
-
-def _print(answer: Mapping[str, Any], as_json: bool, *lines: str) -> None:
-    for line in [json.dumps(answer)] if as_json else lines:
-        print(line)
